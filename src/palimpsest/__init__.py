@@ -1,0 +1,40 @@
+"""palimpsest: what speech training writes over in a language model, and how to keep it.
+
+The public names are imported on first use, so that `import palimpsest` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "SpeechLM": "palimpsest.models.speech_lm",
+    "SpeechLMConfig": "palimpsest.models.speech_lm",
+    "SpeechLMProcessor": "palimpsest.models.processor",
+    "load_language_model": "palimpsest.models.loading",
+    "load_speech_lm": "palimpsest.models.loading",
+    "Example": "palimpsest.data.records",
+    "read_manifest": "palimpsest.data.records",
+    "Scores": "palimpsest.importance.scores",
+    "estimate_importance": "palimpsest.importance.estimate",
+    "select": "palimpsest.importance.select",
+    "deactivate": "palimpsest.importance.deactivate",
+    "layer_scales": "palimpsest.training.methods",
+    "parameter_groups": "palimpsest.training.rules",
+    "StudyConfig": "palimpsest.config",
+    "run_study": "palimpsest.study",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'palimpsest' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

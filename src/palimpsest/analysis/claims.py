@@ -1,0 +1,324 @@
+"""The paper's eight claims as tests: one measure, one decision rule and one verdict each.
+
+The rules and their constants stand here, before any data. Each claim is about the study at hand, at the 95 %
+level.
+
+1. Deactivation: text perplexity of the base model over its own. With the top 3 % removed it is at least
+   `DESTROYED`, with the bottom 3 % at most `UNHARMED`; every random mask lies between. Where the study has
+   several reductions or scopes, this is asked of each, and the worst is shown. There is no interval.
+2. Clustering of the base model's importance: the typical ratio (geometric mean over matrices) of the share
+   held by the top 5 % of rows over that of shuffled entries exceeds `CLUSTERED`; the same for columns. The
+   interval is over matrices.
+3. Full-FT shifts importance over the layers: the Jensen–Shannon divergence from the base exceeds
+   `NOISE_FACTOR` times its noise floor (which is one split of the data, hence the factor).
+4. Layer-LR and LoRA each shift it less than Full-FT: the paired difference of divergences is below 0.
+5. Text accuracy: Full-FT is below the base; Layer-LR and LoRA are each above Full-FT.
+6. Speech accuracy: LoRA above Layer-LR, Layer-LR above Full-FT. Text accuracy: Layer-LR below LoRA by no more
+   than `MARGIN`.
+7. Clustering of the weight change: the ratio of claim 2 is larger for LoRA than for Layer-LR on the same
+   matrices, for rows and for columns. LoRA's change has a low rank by construction, for which this rule
+   does not account.
+8. LoRA rank (methods named lora_r8, lora_r16, …): the middle rank (of an even number, the lower of the two)
+   is above the largest in accuracy, averaged over text and speech.
+
+A part with an interval holds if all of the interval is on the claimed side, fails if all of it is on the
+other, and is undecided otherwise. A claim holds if all its parts hold, fails if one fails, and is undecided
+otherwise or if a result is missing; its note lists every part. The record's value and interval are those of
+the first part.
+
+Accuracies are paired differences in the metric `METRIC`, pooled over tasks by their number of questions; the
+tasks' intervals are combined as those of independent normal estimates (root of summed squares).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from palimpsest.analysis.clustering import bootstrap_mean, log_ratios
+from palimpsest.rundir import ClaimRecord
+
+RATIO = 0.03
+REDUCTION = "per_batch_abs"  # of claims 3 and 4: the one whose layer totals have an interval
+METRIC = "token_sequence"
+DESTROYED = 10.0
+UNHARMED = 1.10
+CLUSTERED = 1.10
+NOISE_FACTOR = 2.0
+MARGIN = 0.01  # one point of accuracy
+
+Row = Mapping[str, Any]
+Results = Mapping[str, Sequence[Row]]
+
+
+class Missing(Exception):
+    """A result that a claim needs is not there; the message names it."""
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    value: float
+    low: float | None
+    high: float | None
+    verdict: str
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None or self.high is None else f" [{self.low:.4g}, {self.high:.4g}]"
+        return f"{self.name} {self.value:.4g}{interval}: {self.verdict}"
+
+
+@dataclass(frozen=True)
+class Interval:
+    value: float
+    low: float
+    high: float
+
+    def above(self, bound: float, name: str) -> Part:
+        verdict = "holds" if self.low > bound else "fails" if self.high < bound else "undecided"
+        return Part(name, self.value, self.low, self.high, verdict)
+
+    def below(self, bound: float, name: str) -> Part:
+        verdict = "holds" if self.high < bound else "fails" if self.low > bound else "undecided"
+        return Part(name, self.value, self.low, self.high, verdict)
+
+
+@dataclass(frozen=True)
+class Claim:
+    statement: str
+    measure: str
+    test: Callable[[Results], list[Part]]  # raises Missing; the first part is the record's value
+
+
+def claim_records(results: Results) -> list[ClaimRecord]:
+    """The eight claims, in order.
+
+    results: tables of `results.json` by name (deactivation, comparisons, shift, clustering; others are
+    ignored), as written or as read back. Methods are expected under the names base, full, layer_lr, lora and
+    lora_r<rank>. A table or row that is not there makes the claim undecided, with a note that names it.
+    """
+    return [_record(number, claim, results) for number, claim in enumerate(CLAIMS, start=1)]
+
+
+def _record(number: int, claim: Claim, results: Results) -> ClaimRecord:
+    first: Part | None = None
+    verdict = "undecided"
+    try:
+        parts = claim.test(results)
+    except Missing as missing:
+        note = f"Missing: {missing}."
+    else:
+        first, verdict = parts[0], _combine(parts)
+        note = "; ".join(str(part) for part in parts) + "."
+    return {
+        "claim": number,
+        "statement": claim.statement,
+        "measure": claim.measure,
+        "value": first.value if first else None,
+        "ci_low": first.low if first else None,
+        "ci_high": first.high if first else None,
+        "verdict": verdict,
+        "note": note,
+    }
+
+
+def _combine(parts: Sequence[Part]) -> str:
+    verdicts = {part.verdict for part in parts}
+    if "fails" in verdicts:
+        return "fails"
+    return "holds" if verdicts == {"holds"} else "undecided"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One function per claim
+# ------------------------------------------------------------------------------------------------------------
+def _deactivation(results: Results) -> list[Part]:
+    rows = [row for row in results.get("deactivation", []) if row["model"] == "base" and row["modality"] == "text"]
+    base = [row["loss"] for row in rows if row["condition"] == "base"]
+    if not base:
+        raise Missing("deactivation of the base model on text, condition base")
+    if any(row["loss"] is None for row in rows):
+        raise Missing("a finite loss in every deactivation row of the base model on text")
+    ratios: dict[str, list[float]] = {}
+    for condition in ("top", "bottom", "random"):
+        ratios[condition] = [
+            _exp(row["loss"] - base[0])
+            for row in rows
+            if row["condition"] == condition and math.isclose(row["ratio"], RATIO)
+        ]
+        if not ratios[condition]:
+            raise Missing(f"deactivation of the base model on text, condition {condition}, ratio {RATIO}")
+    top, bottom = min(ratios["top"]), max(ratios["bottom"])
+    between = all(bottom < ratio < top for ratio in ratios["random"])
+    return [
+        Part("top / base", top, None, None, _holds(top >= DESTROYED)),
+        Part("bottom / base", bottom, None, None, _holds(bottom <= UNHARMED)),
+        Part("random / base, mean of seeds", float(np.mean(ratios["random"])), None, None, _holds(between)),
+    ]
+
+
+def _importance_clusters(results: Results) -> list[Part]:
+    table = log_ratios(results.get("clustering", []))
+    parts = []
+    for axis in ("rows", "columns"):
+        key = ("base", "importance", f"top5_{axis}")
+        if key not in table:
+            raise Missing(f"clustering of the base model's importance, measure {key[2]}")
+        parts.append(_ratio(table[key].values(), key[2]).above(CLUSTERED, f"{axis}, times shuffled"))
+    return parts
+
+
+def _full_shifts(results: Results) -> list[Part]:
+    row = _shift(results, "full", "base", "jensen_shannon")
+    if row["noise_floor"] is None:
+        raise Missing("noise floor of the shift of full (needs the scores of each batch)")
+    bound = NOISE_FACTOR * row["noise_floor"]
+    return [_of(row).above(bound, f"divergence against {NOISE_FACTOR:g} × noise floor = {bound:.4g}")]
+
+
+def _others_shift_less(results: Results) -> list[Part]:
+    return [
+        _of(_shift(results, method, "full", "jensen_shannon_difference")).below(0.0, f"{method} − full")
+        for method in ("layer_lr", "lora")
+    ]
+
+
+def _text_retention(results: Results) -> list[Part]:
+    return [
+        _gain(results, "text", "base", "full").below(0.0, "text, full − base"),
+        _gain(results, "text", "full", "layer_lr").above(0.0, "text, layer_lr − full"),
+        _gain(results, "text", "full", "lora").above(0.0, "text, lora − full"),
+    ]
+
+
+def _speech_order(results: Results) -> list[Part]:
+    return [
+        _gain(results, "speech", "layer_lr", "lora").above(0.0, "speech, lora − layer_lr"),
+        _gain(results, "speech", "full", "layer_lr").above(0.0, "speech, layer_lr − full"),
+        _gain(results, "text", "lora", "layer_lr").above(-MARGIN, f"text, layer_lr − lora against −{MARGIN:g}"),
+    ]
+
+
+def _change_clusters(results: Results) -> list[Part]:
+    table = log_ratios(results.get("clustering", []))
+    parts = []
+    for axis in ("rows", "columns"):
+        by_method = []
+        for method in ("lora", "layer_lr"):
+            key = (method, "delta", f"top5_{axis}")
+            if key not in table:
+                raise Missing(f"clustering of the change of {method}, measure {key[2]}")
+            by_method.append(table[key])
+        lora, layer_lr = by_method
+        differences = [lora[name] - layer_lr[name] for name in lora if name in layer_lr]
+        parts.append(_ratio(differences, f"change of lora and layer_lr, {axis}").above(1.0, f"{axis}, lora / layer_lr"))
+    return parts
+
+
+def _moderate_rank(results: Results) -> list[Part]:
+    methods = {row[side] for row in results.get("comparisons", []) for side in ("method_a", "method_b")}
+    ranks = sorted(int(found[1]) for found in (re.fullmatch(r"lora_r(\d+)", name) for name in methods) if found)
+    if len(ranks) < 2:
+        raise Missing("comparisons of at least two methods named lora_r<rank>")
+    moderate, largest = ranks[(len(ranks) - 1) // 2], ranks[-1]
+    gains = [_gain(results, modality, f"lora_r{largest}", f"lora_r{moderate}") for modality in ("text", "speech")]
+    # The same questions in both modalities: averaged widths are right or too wide, whatever the correlation.
+    value, low, high = (float(np.mean([getattr(gain, field) for gain in gains])) for field in ("value", "low", "high"))
+    return [Interval(value, low, high).above(0.0, f"mean of text and speech, r {moderate} − r {largest}")]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading the tables
+# ------------------------------------------------------------------------------------------------------------
+def _holds(condition: bool) -> str:
+    return "holds" if condition else "fails"
+
+
+def _exp(difference: float) -> float:
+    """Ratio of perplexities; a destroyed model's may be beyond float range."""
+    return math.exp(min(difference, 700.0))
+
+
+def _shift(results: Results, model: str, reference: str, measure: str) -> Row:
+    fields = ("model", "reference", "measure", "modality", "reduction")
+    for row in results.get("shift", []):
+        if tuple(row[field] for field in fields) == (model, reference, measure, "text", REDUCTION):
+            return row
+    raise Missing(f"shift of {model} against {reference}, measure {measure}, text, reduction {REDUCTION}")
+
+
+def _of(row: Row) -> Interval:
+    if row["ci_low"] is None or row["ci_high"] is None:
+        raise Missing(f"interval of {row['measure']} of {row['model']} (needs the scores of each batch, at least 10)")
+    return Interval(row["value"], row["ci_low"], row["ci_high"])
+
+
+def _ratio(log_values: Any, what: str) -> Interval:
+    values = np.array([value for value in log_values if math.isfinite(value)])
+    if len(values) < 2:
+        raise Missing(f"at least two matrices with a defined value ({what})")
+    return Interval(*(math.exp(value) for value in bootstrap_mean(values)))
+
+
+def _gain(results: Results, modality: str, before: str, after: str) -> Interval:
+    """accuracy(after) − accuracy(before), pooled over tasks by number of questions."""
+    rows = [row for row in results.get("comparisons", []) if (row["modality"], row["metric"]) == (modality, METRIC)]
+    rows = [row for row in rows if {row["method_a"], row["method_b"]} == {before, after}]
+    if not rows:
+        raise Missing(f"comparison of {before} with {after}, {modality}, metric {METRIC}")
+    n = sum(row["n"] for row in rows)
+    signs = [1 if row["method_a"] == before else -1 for row in rows]
+    value = sum(sign * row["n"] * row["difference"] for sign, row in zip(signs, rows, strict=True)) / n
+    half = math.hypot(*(row["n"] * (row["ci_high"] - row["ci_low"]) / 2 for row in rows)) / n
+    return Interval(value, value - half, value + half)
+
+
+CLAIMS = (
+    Claim(
+        "Without its most important 3 % of weights the model is destroyed, without the least important "
+        "3 % it is unharmed, and without a random 3 % it is in between.",
+        "text perplexity over the unchanged model's, top 3 % removed",
+        _deactivation,
+    ),
+    Claim(
+        "Important weights gather on few rows and columns, more than the same values do in random places.",
+        "share of the top 5 % of rows over that of shuffled entries",
+        _importance_clusters,
+    ),
+    Claim(
+        "Full fine-tuning on speech changes how textual importance is spread over the layers.",
+        "Jensen–Shannon divergence of the layer shares from the base, bits",
+        _full_shifts,
+    ),
+    Claim(
+        "Layer-wise learning rates and LoRA change that spread less than full fine-tuning.",
+        "Jensen–Shannon divergence, layer_lr minus full, bits",
+        _others_shift_less,
+    ),
+    Claim(
+        "Full fine-tuning costs text accuracy; layer-wise learning rates and LoRA cost less.",
+        "text accuracy, full minus base",
+        _text_retention,
+    ),
+    Claim(
+        "From speech, LoRA answers best and full fine-tuning worst; from text, layer-wise rates do at least "
+        "as well as LoRA.",
+        "speech accuracy, lora minus layer_lr",
+        _speech_order,
+    ),
+    Claim(
+        "The weight change of LoRA gathers on rows and columns more than that of layer-wise rates.",
+        "clustering of the change, lora over layer_lr, rows",
+        _change_clusters,
+    ),
+    Claim(
+        "A LoRA rank of middle size does better than a large one.",
+        "accuracy, middle minus largest rank",
+        _moderate_rank,
+    ),
+)

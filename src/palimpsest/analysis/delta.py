@@ -1,0 +1,140 @@
+"""The parameter change of training, ΔW = W_tuned − W_base: how large, and does it hit what the text needs?
+
+An unchanged matrix (frozen, or below the resolution of the stored dtype) has relative norm 0 and no largest
+changes: its overlap is nan, written as null.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from palimpsest.models.anatomy import layer_index, module_kind
+from palimpsest.rundir import DeltaRecord, UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+
+class AbsoluteChange(Mapping[str, "Float[Tensor, '*shape']"]):
+    """|W_tuned − W_base| in float32 by name, computed on access: what clustering and maps take as "delta".
+
+    Raises UserError on access if a parameter is missing from one model or differs in shape.
+    """
+
+    def __init__(
+        self, base: Mapping[str, Float[Tensor, "*shape"]], tuned: Mapping[str, Float[Tensor, "*shape"]]
+    ) -> None:
+        self._base = base
+        self._tuned = tuned
+
+    def __getitem__(self, name: str) -> Float[Tensor, "*shape"]:
+        before, after = _pair(name, self._base, self._tuned)
+        return (after - before).abs()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+
+def largest(values: NDArray[np.float32], ratio: float) -> NDArray[np.bool_]:
+    """Mask of the largest `ratio` of the entries, at least one; of equal ones the first by position.
+
+    Zeros are never among the largest, so the mask may hold fewer: a ranking of equal zeros would be one of
+    positions.
+    """
+    flat = values.reshape(-1)
+    count = max(1, int(ratio * flat.size + 0.5))
+    threshold = np.partition(flat, flat.size - count)[flat.size - count]
+    mask = flat > threshold
+    if threshold > 0:
+        ties = np.flatnonzero(flat == threshold)
+        mask[ties[: count - int(mask.sum())]] = True
+    shaped: NDArray[np.bool_] = mask.reshape(values.shape)
+    return shaped
+
+
+def delta_records(
+    base: Mapping[str, Float[Tensor, "*shape"]],
+    tuned: Mapping[str, Float[Tensor, "*shape"]],
+    importance: Mapping[str, Float[Tensor, "*shape"]],
+    *,
+    method: str,
+    ratio: float = 0.03,
+) -> list[DeltaRecord]:
+    """One row per scored parameter of the layers: size of its change, and where its largest changes lie.
+
+    base, tuned: weights by canonical name; importance: non-negative scores of the base model, which set the
+    parameters that are compared. `overlap_with_importance` is the share of the largest `ratio` of |ΔW| that
+    falls on the most important `ratio` of weights, both within the matrix; `overlap_by_chance` is the share
+    of weights that count as most important (`ratio` up to rounding), which is what changes at random places
+    would hit.
+
+    Raises UserError if a parameter is missing, or differs in shape, in one of the three.
+    """
+    if not 0 < ratio < 1:
+        raise UserError(f"The ratio of largest changes is {ratio}; give a number between 0 and 1, such as 0.03.")
+    records: list[DeltaRecord] = []
+    for name in importance:
+        layer = layer_index(name)
+        if layer is None:
+            continue
+        before, after = _pair(name, base, tuned)
+        scores = importance[name]
+        if scores.shape != before.shape:
+            raise UserError(
+                f"Importance of {name} has shape {tuple(scores.shape)}, the weight {tuple(before.shape)}; "
+                "score the base model that was tuned."
+            )
+        change = (after - before).abs()
+        overlap, chance = _overlap(change.numpy(), scores.numpy(), ratio)
+        records.append(
+            {
+                "method": method,
+                "name": name,
+                "layer": layer,
+                "kind": module_kind(name) or "other",
+                "relative_norm": _relative_norm(change, before),
+                "overlap_with_importance": overlap,
+                "overlap_by_chance": chance,
+            }
+        )
+    return records
+
+
+def _pair(
+    name: str, base: Mapping[str, Float[Tensor, "*shape"]], tuned: Mapping[str, Float[Tensor, "*shape"]]
+) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
+    for which, weights in (("base", base), ("tuned", tuned)):
+        if name not in weights:
+            raise UserError(f"{name} is missing from the {which} model; compare a model with its own base.")
+    before, after = base[name].float(), tuned[name].float()
+    if before.shape != after.shape:
+        raise UserError(
+            f"{name} has shape {tuple(before.shape)} in the base, {tuple(after.shape)} in the tuned model; "
+            "compare a model with its own base."
+        )
+    return before, after
+
+
+def _relative_norm(change: Float[Tensor, "*shape"], before: Float[Tensor, "*shape"]) -> float:
+    """‖ΔW‖ / ‖W‖, Frobenius, summed in float64; nan if W is all zero and changed."""
+    change_norm, norm = (float(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in (change, before))
+    if change_norm == 0:
+        return 0.0
+    return change_norm / norm if norm > 0 else float("nan")
+
+
+def _overlap(change: NDArray[np.float32], scores: NDArray[np.float32], ratio: float) -> tuple[float, float]:
+    important = largest(scores, ratio)
+    changed = largest(change, ratio)
+    n_changed = int(changed.sum())
+    overlap = float((important & changed).sum() / n_changed) if n_changed else float("nan")
+    return overlap, float(important.mean())

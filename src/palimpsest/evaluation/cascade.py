@@ -1,0 +1,94 @@
+"""The cascade: a speech recogniser writes the question down, a text answerer answers what it wrote.
+
+>>> hear = partial(transcribe, whisper, whisper_processor)  # doctest: +SKIP
+>>> answer = cascade_answerer(hear, text_answerer(language_model, tokenizer))  # doctest: +SKIP
+>>> rows = answer_questions(answer, task, "cascade", model=digest, out=path)  # doctest: +SKIP
+>>> word_error_rate((row["question"], row["transcript"] or "") for row in rows)  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from palimpsest.data.records import Example
+from palimpsest.data.speech import SAMPLE_RATE, read_audio
+from palimpsest.evaluation.generate import Answer, Answerer
+from palimpsest.evaluation.scoring import number_words
+from palimpsest.rundir import Modality, UserError
+
+MULTILINGUAL_VOCABULARY = 51865  # of Whisper; English-only checkpoints have fewer tokens and take no language
+
+
+def transcribe(asr_model: Any, asr_processor: Any, examples: Sequence[Example], batch_size: int = 16) -> dict[str, str]:
+    """What a `WhisperForConditionalGeneration` hears in the examples' recordings, greedy: id -> English text.
+
+    Raises:
+        UserError: an example has no recording, or one that cannot be read.
+    """
+    multilingual = asr_model.config.vocab_size >= MULTILINGUAL_VOCABULARY
+    arguments = {"language": "en", "task": "transcribe"} if multilingual else {}
+    asr_model.eval()
+    heard: dict[str, str] = {}
+    for start in range(0, len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        waves = []
+        for example in batch:
+            if example.audio is None:
+                raise UserError(f"Question {example.id!r} has no audio; have it spoken first.")
+            waves.append(read_audio(example.audio))
+        features = asr_processor(waves, sampling_rate=SAMPLE_RATE, return_attention_mask=True, return_tensors="pt")
+        with torch.inference_mode():
+            ids = asr_model.generate(
+                features["input_features"].to(asr_model.device, asr_model.dtype),
+                attention_mask=features["attention_mask"].to(asr_model.device),
+                do_sample=False,
+                num_beams=1,
+                **arguments,
+            )
+        texts = asr_processor.batch_decode(ids, skip_special_tokens=True)
+        heard |= {example.id: text.strip() for example, text in zip(batch, texts, strict=True)}
+    return heard
+
+
+def cascade_answerer(hear: Callable[[Sequence[Example]], dict[str, str]], answer: Answerer) -> Answerer:
+    """Transcribe each batch, then answer the transcripts as text.
+
+    The gold question is not used. A recording in which nothing was heard is answered with nothing.
+    """
+
+    def answer_heard(examples: Sequence[Example], modality: Modality) -> list[Answer]:
+        transcripts = hear(examples)
+        audible = [replace(e, question=transcripts[e.id]) for e in examples if transcripts[e.id].strip()]
+        answers = answer(audible, "text") if audible else []
+        by_id = {e.id: given for e, given in zip(audible, answers, strict=True)}
+        return [by_id.get(e.id, Answer("", 0))._replace(transcript=transcripts[e.id]) for e in examples]
+
+    return answer_heard
+
+
+def word_error_rate(pairs: Iterable[tuple[str, str]]) -> float:
+    """Substitutions, insertions and deletions over all (reference, hypothesis) pairs, per reference word.
+
+    Words are those of `scoring.number_words`: case, accents, punctuation and the spelling of numbers do not
+    count.
+    """
+    counts = [(word_errors(reference, hypothesis), len(number_words(reference))) for reference, hypothesis in pairs]
+    total = sum(n for _, n in counts)
+    if total == 0:
+        raise UserError("A word error rate needs at least one reference word; pass the questions' own text.")
+    return sum(errors for errors, _ in counts) / total
+
+
+def word_errors(reference: str, hypothesis: str) -> int:
+    """Levenshtein distance in words."""
+    wanted, heard = number_words(reference), number_words(hypothesis)
+    row = list(range(len(heard) + 1))  # row[j]: distance from the first i wanted words to the first j heard ones
+    for i, word in enumerate(wanted, 1):
+        diagonal, row[0] = row[0], i
+        for j, other in enumerate(heard, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (word != other))
+    return row[-1]

@@ -1,0 +1,86 @@
+"""A task: questions with gold answers, how they are put to a model, and the rule that scores the answers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from palimpsest.data.records import Example
+from palimpsest.data.sources import load_examples
+from palimpsest.evaluation.scoring import METRIC_VERSION, METRICS, PRIMARY, words
+from palimpsest.rundir import UserError, hash_value
+
+TASK_VERSION = "1"  # raised whenever the same examples would be put to a model in another way
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked and how it is judged; everything an accuracy depends on except the model.
+
+    `instruction` is a text put in front of every question given as text (None: the question alone, as the
+    paper's T2T most likely has it). With speech the instruction belongs to the model's processor.
+    """
+
+    name: str
+    examples: tuple[Example, ...]
+    instruction: str | None = None
+    metric: str = PRIMARY  # the one that is reported first; all metrics are recorded
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    @property
+    def version(self) -> str:
+        """Changes with the questions, golds, recordings' names, instruction and scoring rules."""
+        content = [
+            [e.id, e.question, list(e.answers), None if e.audio is None else e.audio.name] for e in self.examples
+        ]
+        digest = hash_value([content, self.instruction, self.metric])[:12]
+        return f"{TASK_VERSION}.{METRIC_VERSION}-{digest}"
+
+    def require_audio(self) -> None:
+        """Raise UserError unless every question has a recording."""
+        silent = [e.id for e in self.examples if e.audio is None]
+        if silent:
+            raise UserError(
+                f"{len(silent)} of the {len(self.examples)} questions of {self.name} have no audio, the "
+                f"first of them {silent[0]!r}; have them spoken first, or evaluate from text."
+            )
+
+
+def load_task(
+    source: str,
+    *,
+    name: str | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    seed: int | None = None,
+    instruction: str | None = None,
+    metric: str = PRIMARY,
+) -> Task:
+    """The task of a question set, by name or path; see `data.sources.load_examples` for what can be read.
+
+    `name` is what the records call the task, by default the name of the file or folder without its suffix.
+    With `limit`, the first examples are taken, or a random choice where a `seed` is given.
+    """
+    examples = load_examples(source, split, limit=limit, seed=seed)
+    return Task(name or Path(source.rpartition(":")[2]).stem, tuple(examples), instruction, metric)
+
+
+def _check(task: Task) -> None:
+    if task.metric not in METRICS:
+        raise UserError(f"{task.name} asks for the unknown metric {task.metric!r}; use one of {', '.join(METRICS)}.")
+    if not task.examples:
+        raise UserError(f"{task.name} has no questions; check the file and the limit it was read with.")
+    repeated = [id for id, count in Counter(e.id for e in task.examples).items() if count > 1]
+    if repeated:
+        raise UserError(f"{task.name} has two questions with the id {repeated[0]!r}; give every question its own id.")
+    for example in task.examples:
+        if not example.question.strip():
+            raise UserError(f"Question {example.id!r} of {task.name} is empty; write it out or leave it out.")
+        if not any(words(gold) for gold in example.answers):
+            raise UserError(
+                f"Question {example.id!r} of {task.name} has no gold answer with a letter or digit; "
+                "give it one or leave it out."
+            )

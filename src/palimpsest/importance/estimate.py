@@ -1,0 +1,223 @@
+"""First-order importance of every weight (Eq. 2), streamed: gradients are folded as they appear.
+
+For each batch, one backward of the SUM of its token losses. Whenever autograd has finished the gradient of a
+weight, a hook folds it into the accumulators and frees it, so the gradients of all weights are never held at
+once. The sums are divided once, at the end, by the number of supervised tokens.
+
+Memory above weights and activations: a float32 accumulator per reduction, and the largest single gradient.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from palimpsest.importance.reduce import Accumulators, chosen_reductions
+from palimpsest.importance.scores import Scores, describe_parameters
+from palimpsest.models.anatomy import scored_parameters
+from palimpsest.models.loss import describe_ids, supervised_losses
+from palimpsest.rundir import UserError, hash_value
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def estimate_importance(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    reductions: Iterable[str] = ("signed_sum", "per_batch_abs"),
+    *,
+    parameters: Mapping[str, nn.Parameter] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Scores:
+    """Importance of the weights of `model`, or of the language model in it, on `batches`.
+
+    batches: dictionaries as `supervised_losses` takes them, on the model's device already; read once.
+    reductions: names in `reduce.REDUCTIONS`; all of them come from the same pass.
+    parameters: what to score; default `scored_parameters(model)`. A parameter that stands there under
+        several names is scored once, under the first.
+    metadata: JSON values to keep with the scores, such as the modality.
+    progress: called after every batch with (batches done, supervised tokens so far).
+
+    The scores, in nats per supervised token, lie on the devices of the weights. Meanwhile the model is in
+    eval mode; afterwards, also after an error, it is as before: weights to the bit, modes, gradient flags,
+    gradients, hooks. Gradient checkpointing, where the model has it switched on, is used (non-re-entrant).
+
+    Raises UserError: nothing to score, no batches, a batch without supervised tokens, a loss or gradient that
+    is not finite (naming batch and examples), unmerged LoRA, quantised weights, re-entrant checkpointing.
+    """
+    weights, tied = _once_each(scored_parameters(model) if parameters is None else parameters)
+    _require_plain_weights(model, weights)
+    described = describe_parameters(weights)
+    accumulators = Accumulators(weights, chosen_reductions(reductions))
+
+    data_hash = hashlib.sha256()
+    totals: list[Tensor] = []  # per batch: (n_parameters,) float64
+    tokens: list[int] = []
+    loss_sum, n_sequences = 0.0, 0
+    with_gradient: set[str] = set()
+    with _prepared(model, weights), _hooks(weights, accumulators.fold):
+        for number, batch in enumerate(batches):
+            where = f"batch {number}{describe_ids(batch)}"
+            losses, _ = supervised_losses(model, batch)
+            if not losses.requires_grad:
+                raise UserError(f"The loss of {where} depends on no scored parameter; check `parameters`.")
+            torch.autograd.backward(losses.sum())
+
+            batch_totals, firings = accumulators.take_batch()
+            loss = losses.detach().double().sum().item()
+            _require_sound(where, loss, dict(zip(weights, batch_totals.tolist(), strict=True)), firings)
+            totals.append(batch_totals)
+            tokens.append(len(losses))
+            loss_sum += loss
+            n_sequences += len(batch["labels"])
+            with_gradient.update(firings)
+            data_hash.update(_batch_bytes(batch))
+            if progress is not None:
+                progress(len(tokens), sum(tokens))
+    if not tokens:
+        raise UserError("There are no batches to estimate importance on; check the data and its filters.")
+
+    n_tokens = sum(tokens)
+    record = {
+        "reductions": {key: reduction.formula for key, reduction in accumulators.reductions.items()},
+        "normalisation": "gradients of summed token losses, divided once by n_tokens",
+        "n_tokens": n_tokens,
+        "n_sequences": n_sequences,
+        "n_batches": len(tokens),
+        "loss": loss_sum / n_tokens,  # nats per supervised token
+        "model": hash_value(described),
+        "data": data_hash.hexdigest(),
+        "versions": {package: version(package) for package in ("torch", "transformers")},
+        "tied": tied,  # name left out → name it was scored under
+        "without_gradient": [name for name in weights if name not in with_gradient],  # scored 0
+        "parameters": described,
+    }
+    for key in metadata or {}:
+        if key in record:
+            raise UserError(f"The estimation itself records {key!r} in the metadata; use another key.")
+    return Scores(
+        {**(metadata or {}), **record},
+        accumulators.finish(n_tokens),
+        torch.stack(totals).numpy(),
+        np.array(tokens, dtype=np.int64),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checks
+# ------------------------------------------------------------------------------------------------------------
+def _once_each(parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
+    """The parameters, each under its first name only, and {other name: first name}."""
+    first: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        first.setdefault(id(parameter), name)
+    weights = {name: parameters[name] for name in first.values()}
+    return weights, {name: first[id(p)] for name, p in parameters.items() if name not in weights}
+
+
+def _require_plain_weights(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
+    """Scores are of the numbers the model computes with: not of quantised ones, not without a LoRA."""
+    if not weights:
+        raise UserError("There is nothing to score, `parameters` is empty; leave it out for the default.")
+    for name, weight in weights.items():
+        if not weight.is_floating_point():
+            raise UserError(f"{name} is stored as {weight.dtype}; load the model without quantisation.")
+    for module in model.modules():
+        if getattr(module, "lora_A", None) and not getattr(module, "merged", False):
+            raise UserError(
+                "The model has an unmerged LoRA, so it does not compute with the weights to be scored; "
+                "call its merge_adapter() or merge_and_unload() first."
+            )
+
+
+def _require_sound(where: str, loss: float, totals: Mapping[str, float], firings: Counter[str]) -> None:
+    if not math.isfinite(loss):
+        raise UserError(f"The loss of {where} is {loss}; check these examples or load the model in float32.")
+    for name, total in totals.items():
+        if firings[name] > 1:
+            raise UserError(
+                f"The gradient of {name} came in {firings[name]} parts within one backward, so its absolute "
+                "value would be wrong; use non-re-entrant gradient checkpointing (use_reentrant=False)."
+            )
+        if not math.isfinite(total):
+            raise UserError(
+                f"The gradient of {name} is not finite in {where}; check these examples, or load the model in float32."
+            )
+
+
+def _batch_bytes(batch: Mapping[str, Any]) -> bytes:
+    """Ids, tokens and labels of the rows without their padding: what the data hash covers."""
+    input_ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
+    mask = batch.get("attention_mask")
+    seen = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask.cpu() != 0
+    rows = [[input_ids[i][seen[i]].tolist(), labels[i][seen[i]].tolist()] for i in range(len(labels))]
+    return json.dumps([[str(name) for name in batch.get("ids", ())], rows]).encode()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The model during the estimation
+# ------------------------------------------------------------------------------------------------------------
+@contextmanager
+def _prepared(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Eval mode and gradients for `weights` only; afterwards modes, flags and gradients are as before."""
+    parameters = list({id(p): p for p in [*model.parameters(), *weights.values()]}.values())
+    flags = [(p, p.requires_grad, p.grad) for p in parameters]
+    modes = [(module, module.training) for module in model.modules()]
+    scored = {id(p) for p in weights.values()}
+    try:
+        model.eval()
+        for p in parameters:
+            p.grad = None
+            p.requires_grad_(id(p) in scored)
+        with torch.enable_grad(), _checkpointing_in_eval_mode(model):
+            yield
+    finally:
+        for p, requires_grad, gradient in flags:
+            p.requires_grad_(requires_grad)
+            p.grad = gradient
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def _checkpointing_in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """transformers checkpoints in training mode only; here dropout must be off and memory still matters."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    own = [(layer, layer.__dict__.get("forward")) for layer in layers]  # accelerate may have set one
+    try:
+        for layer in layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        yield
+    finally:
+        for layer, forward in own:
+            layer.__dict__.pop("forward", None)
+            if forward is not None:
+                layer.forward = forward
+
+
+@contextmanager
+def _hooks(weights: Mapping[str, nn.Parameter], fold: Callable[[str, Tensor], None]) -> Iterator[None]:
+    handles = []
+    try:
+        for name, weight in weights.items():
+            register: Callable[..., Any] = weight.register_post_accumulate_grad_hook
+            handles.append(register(partial(fold, name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

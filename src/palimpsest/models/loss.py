@@ -1,0 +1,88 @@
+"""The loss of the project: cross-entropy per token, in nats, at supervised positions, never averaged here.
+
+Sums and divisions are the caller's, made once and in the open: a mean per batch would weigh short sequences
+more than long ones.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from palimpsest.models.anatomy import unwrap
+from palimpsest.rundir import UserError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int64
+    from torch import Tensor, nn
+
+IGNORED = -100  # the label of a position without a loss
+
+
+def supervised_losses(
+    model: nn.Module, batch: Mapping[str, Any]
+) -> tuple[Float[Tensor, " supervised"], Int64[Tensor, " supervised"]]:
+    """Cross-entropy of every supervised token of the batch, and the row of the batch each belongs to.
+
+    `model`: causal LM or SpeechLM; its forward(input_ids, attention_mask, …) gives an object with `.logits`.
+    `batch` holds input_ids, attention_mask and labels (batch, seq), any other tensors that forward takes, and
+    optionally "ids", the names of the rows. labels[:, t + 1] is the target of position t; −100 is ignored.
+    Everything must be on the model's device already: nothing is moved, no mode or gradient flag changed.
+
+    Returns (losses, row), ordered by row, then position: losses in nats, float32 (float64 for a float64
+    model); row int64 in [0, batch). Where forward has `logits_to_keep`, the head is computed only at the
+    columns in which some row has a target.
+
+    Raises UserError for a batch without any supervised label, for a label where attention_mask is 0, and for
+    a model whose sequence is not as long as the labels.
+    """
+    labels: Tensor = batch["labels"]
+    mask: Tensor | None = batch.get("attention_mask")
+    supervised = labels[:, 1:] != IGNORED  # (batch, seq − 1): position t has a target
+    if not supervised.any():
+        raise UserError(
+            f"No label of the batch{describe_ids(batch)} is supervised, all are {IGNORED}; "
+            "check how the labels are masked or leave these examples out."
+        )
+    if mask is not None and bool((supervised & (mask[:, 1:] == 0)).any()):
+        raise UserError(
+            f"The batch{describe_ids(batch)} has labels on padding, where attention_mask is 0; "
+            f"set these labels to {IGNORED}."
+        )
+    columns = supervised.any(dim=0).nonzero().squeeze(1)  # (kept,), ascending
+
+    inputs: dict[str, Any] = {
+        key: value for key, value in batch.items() if isinstance(value, torch.Tensor) and key != "labels"
+    }
+    accepted = inspect.signature(unwrap(model).forward).parameters
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = columns
+    if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        inputs["use_cache"] = False
+    logits: Float[Tensor, "batch kept vocabulary"] = model(**inputs).logits
+    if "logits_to_keep" not in accepted and logits.shape[1] == labels.shape[1]:
+        logits = logits[:, columns]
+    if logits.shape[1] != len(columns):
+        raise UserError(
+            f"{type(unwrap(model)).__name__} gave logits for {logits.shape[1]} positions instead of "
+            f"{len(columns)}; the labels ({labels.shape[1]} here) must be as long as the model's sequence."
+        )
+
+    wanted = supervised[:, columns]  # (batch, kept)
+    rows = wanted.nonzero()[:, 0]
+    targets = labels[:, 1:][:, columns][wanted]
+    # index_select, not logits[wanted]: its backward is a plain copy instead of a scatter with accumulation.
+    logits = logits.flatten(0, 1).index_select(0, wanted.flatten().nonzero().squeeze(1))
+    precision = torch.promote_types(logits.dtype, torch.float32)
+    return cross_entropy(logits.to(precision), targets, reduction="none"), rows
+
+
+def describe_ids(batch: Mapping[str, Any]) -> str:
+    """The rows' names for an error message, at most eight: " (q1, q2)"; empty if the batch has no "ids"."""
+    ids = [str(name) for name in batch.get("ids", ())]
+    more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
+    return f" ({', '.join(ids[:8])}{more})" if ids else ""

@@ -1,0 +1,169 @@
+"""Prompts and features: from questions (text or audio) to what SpeechLM takes, with the model's own chat template.
+
+Everything a prompt is made of is decided here, once, for training, importance, perplexity and generation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from palimpsest.models.speech_lm import SPEECH_POSITION, SpeechLength
+from palimpsest.rundir import UserError, read_json, write_json
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor
+
+SPEECH_MARK = "<speech>"  # only inside this module: where the chat template puts the speech; never tokenised
+SAMPLE_RATE = 16_000  # Hz
+SAMPLES_PER_FRAME = 320  # one encoder frame, 20 ms
+MAX_FRAMES = 1500  # 30 s
+DEFAULT_INSTRUCTION = "Answer the question asked in the speech."
+FILE = "speech_processor.json"
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """`system` None leaves the system turn to the chat template (some templates write one of their own)."""
+
+    system: str | None = None
+    speech_instruction: str = DEFAULT_INSTRUCTION
+
+
+class SpeechLMProcessor:
+    """Tokenizer, Whisper feature extractor and prompt style of a `SpeechLM`.
+
+    Args:
+        tokenizer: the language model's tokenizer.
+        feature_extractor: Whisper's.
+        stack_factor, speech_length: as in the model's config.
+        style: system turn and the instruction that goes with speech.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        feature_extractor: Any,
+        stack_factor: int = 5,
+        speech_length: SpeechLength = "trim",
+        style: PromptStyle | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.feature_extractor = feature_extractor
+        self.stack_factor = stack_factor
+        self.speech_length = speech_length
+        self.style = style or PromptStyle()
+
+    # -- prompts ------------------------------------------------------------------------------------------------------
+    def text_prompt(self, question: str) -> list[int]:
+        """Token ids of the prompt with `question` as text, up to where the answer begins."""
+        text, templated = render(self.tokenizer, question, self.style.system)
+        return encode(self.tokenizer, text, start=not templated)
+
+    def speech_prompt(self, n_positions: int) -> list[int]:
+        """The same with `n_positions` speech positions and the instruction in place of the question's text."""
+        user = f"{SPEECH_MARK}\n{self.style.speech_instruction}"
+        text, templated = render(self.tokenizer, user, self.style.system)
+        before, found, after = text.partition(SPEECH_MARK)
+        if not found:
+            raise UserError(
+                "The tokenizer's chat template drops the user's text, so speech has no place in it; use another one."
+            )
+        return [
+            *encode(self.tokenizer, before, start=not templated),
+            *[SPEECH_POSITION] * n_positions,
+            *encode(self.tokenizer, after),
+        ]
+
+    def answer(self, answer: str) -> list[int]:
+        """Token ids of the answer and its end-of-turn token: all that is ever supervised."""
+        prompt, templated = render(self.tokenizer, "q", self.style.system)
+        if not templated:
+            return [*encode(self.tokenizer, " " + answer), self.tokenizer.eos_token_id]
+        turns = messages("q", self.style.system)
+        turns.append({"role": "assistant", "content": answer})
+        whole = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        if whole.startswith(prompt):
+            return encode(self.tokenizer, whole[len(prompt) :].rstrip("\n"))
+        # Templates that render a finished assistant turn unlike an open one (reasoning models): the plain form.
+        return [*encode(self.tokenizer, answer), self.tokenizer.eos_token_id]
+
+    # -- speech -------------------------------------------------------------------------------------------------------
+    def n_frames(self, n_samples: int) -> int:
+        """Encoder frames of `n_samples` at 16 kHz: the real length rounded up to whole positions, or 1500."""
+        if self.speech_length == "pad_to_30s":
+            return MAX_FRAMES
+        step = SAMPLES_PER_FRAME * self.stack_factor
+        return min(MAX_FRAMES, -(-n_samples // step) * self.stack_factor)
+
+    def features(self, waves: Sequence[npt.NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
+        """Log-mel features (speech, mels, mel_time) and frame counts (speech,) of 16 kHz mono recordings up to 30 s."""
+        import torch
+
+        counts = [self.n_frames(len(wave)) for wave in waves]
+        frames = max(counts)
+        # The last log-mel frame looks 200 samples ahead; silence there keeps it independent of the batch.
+        margin = 0 if self.speech_length == "pad_to_30s" else 2 * SAMPLES_PER_FRAME
+        output = self.feature_extractor(
+            list(waves),
+            sampling_rate=SAMPLE_RATE,
+            padding="max_length",
+            max_length=frames * SAMPLES_PER_FRAME + margin,
+            truncation=True,
+            return_tensors="pt",
+        )
+        return output["input_features"][:, :, : 2 * frames], torch.tensor(counts)
+
+    # -- disk ---------------------------------------------------------------------------------------------------------
+    def save_pretrained(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.feature_extractor.save_pretrained(folder)
+        write_json(
+            folder / FILE,
+            {
+                "stack_factor": self.stack_factor,
+                "speech_length": self.speech_length,
+                "system": self.style.system,
+                "speech_instruction": self.style.speech_instruction,
+            },
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> SpeechLMProcessor:
+        from transformers import AutoTokenizer, WhisperFeatureExtractor
+
+        folder = Path(folder)
+        settings = read_json(folder / FILE)
+        style = PromptStyle(settings.pop("system"), settings.pop("speech_instruction"))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return cls(tokenizer, WhisperFeatureExtractor.from_pretrained(folder), style=style, **settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text: one rendering, one tokenisation
+# ---------------------------------------------------------------------------------------------------------------------
+def messages(user: str, system: str | None) -> list[dict[str, str]]:
+    turns = [{"role": "user", "content": user}]
+    return turns if system is None else [{"role": "system", "content": system}, *turns]
+
+
+def render(tokenizer: Any, user: str, system: str | None) -> tuple[str, bool]:
+    """The prompt as a string, and whether a chat template made it; without one: "Question: …\\nAnswer:"."""
+    if tokenizer.chat_template is None:
+        lead = "" if system is None else f"{system}\n"
+        return f"{lead}Question: {user}\nAnswer:", False
+    text = tokenizer.apply_chat_template(messages(user, system), add_generation_prompt=True, tokenize=False)
+    return str(text), True
+
+
+def encode(tokenizer: Any, text: str, start: bool = False) -> list[int]:
+    """Token ids. A chat template writes its own begin-of-text, so the tokenizer may add one only at a plain `start`."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if start and tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+        return [tokenizer.bos_token_id, *ids]
+    return ids

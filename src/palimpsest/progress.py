@@ -1,0 +1,69 @@
+"""Progress of long work: bars with an estimate of the time left on a terminal, one line per step in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+Advance = Callable[[int, int], None]  # (done, total)
+LOG_EVERY = 15.0  # seconds between lines of one step where there is no terminal
+
+
+class Reporter:
+    """Shows the steps of a study, one after the other, and how far the present one is."""
+
+    def __init__(self, n_steps: int, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.n_steps = n_steps
+        self.n_done = 0
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[Advance]:
+        """Yields the step's `advance(done, total)`; prints one line at its end."""
+        self.n_done += 1
+        label = f"[{self.n_done:>2}/{self.n_steps}] {name}"
+        started = time.monotonic()
+        if self.console.is_terminal:
+            with Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("ETA"),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            ) as bars:
+                task = bars.add_task(label.replace("[", r"\["), total=None)
+                yield lambda done, total: bars.update(task, completed=done, total=total)
+        else:
+            yield self._log(label, started)
+        self.console.print(f"{label}  {time.monotonic() - started:.1f} s", markup=False, highlight=False)
+
+    def skipped(self, name: str) -> None:
+        self.n_done += 1
+        self.console.print(f"[{self.n_done:>2}/{self.n_steps}] {name}  done before", markup=False, highlight=False)
+
+    def _log(self, label: str, started: float) -> Advance:
+        last = started
+
+        def advance(done: int, total: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= LOG_EVERY and done:
+                last = now
+                left = (now - started) / done * (total - done)
+                self.console.print(f"{label}  {done}/{total}, about {left:.0f} s left", markup=False, highlight=False)
+
+        return advance

@@ -1,0 +1,336 @@
+"""Charts of a run: functions of its `Inputs` that return a `Drawing`, or None where the data are missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from palimpsest.report.formats import interval, percent, significant
+from palimpsest.report.inputs import (
+    MAIN_REDUCTION,
+    Inputs,
+    main_metric,
+    method_key,
+    method_name,
+    methods_in,
+    peak_layer,
+    task_name,
+    text_layers,
+)
+from palimpsest.report.style import GREYS, INK, WIDTH, Drawing, look, no_labels, power_of_ten
+from palimpsest.rundir import DeactivationRecord, LayerRecord, QARecord
+
+CONDITIONS = {"base": "whole", "bottom": "bottom removed", "random": "random removed", "top": "top removed"}
+HATCHES = ("", "....", "////", "")
+PAPER_RATIO = 0.03
+MAX_CURVE_POINTS = 120
+LINE_HEIGHT = 2.9  # inches
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Figures 2 and 3: importance by layer
+# ----------------------------------------------------------------------------------------------------------
+def layers_before_after(inputs: Inputs) -> Drawing | None:
+    """Figure 2: layer-wise textual importance of the base and after Full-FT."""
+    return _layers(
+        inputs, "figure2", "Figure 2. Textual importance by layer, before and after Full-FT", ("base", "full")
+    )
+
+
+def layers_mitigated(inputs: Inputs) -> Drawing | None:
+    """Figure 3: the same with every method but Full-FT, on the axes of Figure 2."""
+    models = [model for model in methods_in(inputs.results) if model != "full"]
+    return _layers(inputs, "figure3", "Figure 3. Textual importance by layer with Layer-LR and LoRA", models)
+
+
+def _layers(inputs: Inputs, name: str, title: str, models: Sequence[str]) -> Drawing | None:
+    rows = text_layers(inputs.results)
+    shown = [model for model in models if any(row["model"] == model for row in rows)]
+    if not shown or shown == ["base"]:
+        return None
+    figure = Figure(figsize=(WIDTH, LINE_HEIGHT), layout="constrained")
+    share, total = figure.subplots(1, 2)
+    drawing = Drawing(name, title, "", "", figure)
+    for model in shown:
+        of = sorted((row for row in rows if row["model"] == model), key=lambda row: row["layer"])
+        _line(drawing, share, of, inputs, [100 * row["share"] for row in of], "%")
+        _line(drawing, total, of, inputs, [row["total"] for row in of], "")
+    share.set(title="Share of the model's total", xlabel="layer", ylabel="%")
+    share.set_ylim(0, 105 * max(row["share"] for row in rows))  # all models, so that Figures 2 and 3 compare
+    total.set(title="Sum over the layer", xlabel="layer", ylabel="importance")
+    totals = [row["total"] for row in rows if row["total"] is not None and row["total"] > 0]
+    if totals and max(totals) > 30 * min(totals):
+        total.set_yscale("log")
+        total.set_ylim(min(totals) / 1.3, max(totals) * 1.3)
+        _log_labels(total)
+    elif totals:
+        total.set_ylim(0, 1.05 * max(totals))
+    _model_legend(figure, shown, inputs)
+    peaks = [f"{method_name(model)} {peak_layer(rows, model)}" for model in shown]
+    drawing.caption = (
+        f"Sum of the text importance ({rows[0]['reduction']}) of each layer's weights: left as a share of "
+        f"the model's total, right as it is. Figures 2 and 3 share their scales. Largest share at layer: "
+        f"{', '.join(peaks)}."
+    )
+    drawing.alt = f"Two line charts over the layers. Largest share at layer: {', '.join(peaks)}."
+    return drawing
+
+
+def _line(
+    drawing: Drawing, axis: Axes, rows: Sequence[LayerRecord], inputs: Inputs, values: list[float], unit: str
+) -> None:
+    model = rows[0]["model"]
+    mark = look(model, methods_in(inputs.results))
+    layers = [row["layer"] for row in rows]
+    axis.plot(layers, values, color=mark.color, linestyle=mark.line)
+    for layer, value in zip(layers, values, strict=True):
+        (point,) = axis.plot([layer], [value], mark.marker, color=mark.color)
+        drawing.tip(point, f"{method_name(model)}, layer {layer}: {significant(value)} {unit}".strip())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Deactivation
+# ----------------------------------------------------------------------------------------------------------
+def deactivation(inputs: Inputs) -> Drawing | None:
+    """Perplexity whole and without the bottom, a random and the top share of the weights."""
+    rows = _paper_like(inputs.results["deactivation"])
+    if not rows:
+        return None
+    models = sorted({row["model"] for row in rows}, key=method_key)
+    modalities = [name for name in ("text", "speech") if any(row["modality"] == name for row in rows)]
+    figure = Figure(figsize=(WIDTH, LINE_HEIGHT + 0.2), layout="constrained")
+    measured = {
+        modality: [
+            model for model in models if any((row["model"], row["modality"]) == (model, modality) for row in rows)
+        ]
+        for modality in modalities
+    }
+    widths = [len(names) for names in measured.values()]
+    panels = figure.subplots(1, len(modalities), squeeze=False, sharey=True, width_ratios=widths)[0]
+    drawing = Drawing("deactivation", "Perplexity with weights set to zero", "", "", figure)
+    for axis, (modality, names) in zip(panels, measured.items(), strict=True):
+        for condition in CONDITIONS:
+            _condition_bars(drawing, axis, rows, names, modality, condition)
+        axis.set(title=f"{modality.capitalize()} input", xticks=range(len(names)), xlim=(-0.5, len(names) - 0.5))
+        axis.set_xticklabels([method_name(model) for model in names])
+        axis.set_yscale("log")
+        axis.grid(visible=False, axis="x")
+        axis.margins(y=0.18)
+        axis.set_ylim(bottom=1)  # the least a perplexity can be
+        _log_labels(axis)
+    panels[0].set_ylabel("perplexity (logarithmic)")
+    bars = [
+        Patch(facecolor=grey, edgecolor=INK, linewidth=0.7, hatch=hatch)
+        for grey, hatch in zip(GREYS, HATCHES, strict=True)
+    ]
+    figure.legend(bars, list(CONDITIONS.values()), loc="outside lower center", ncols=4)
+    example = next((row for row in rows if row["condition"] != "base"), rows[0])
+    drawing.caption = (
+        f"Perplexity of the held-out answers after setting {100 * example['ratio']:g} % of the weights to "
+        f"zero (scope {example['scope']}, scores {example['reduction']}). Random: mean over seeds, the line "
+        f"spans the smallest and the largest. {example['n_examples']} examples."
+    )
+    drawing.alt = "Bar chart: " + "; ".join(drawing.tips.values()) + "."
+    return drawing
+
+
+def _paper_like(records: Sequence[DeactivationRecord]) -> list[DeactivationRecord]:
+    """The records of one setting, the nearest to the paper's: ratio 3 %, global scope if there."""
+    removed = [row for row in records if row["condition"] != "base"]
+    if not removed:
+        return []
+    best = min(
+        removed,
+        key=lambda row: (
+            abs(row["ratio"] - PAPER_RATIO),
+            row["scope"] != "global",
+            row["reduction"] != MAIN_REDUCTION,
+        ),
+    )
+    setting = (best["ratio"], best["scope"], best["reduction"])
+    return [
+        row
+        for row in records
+        if row["condition"] == "base" or (row["ratio"], row["scope"], row["reduction"]) == setting
+    ]
+
+
+def _condition_bars(
+    drawing: Drawing,
+    axis: Axes,
+    rows: Sequence[DeactivationRecord],
+    models: Sequence[str],
+    modality: str,
+    condition: str,
+) -> None:
+    index = list(CONDITIONS).index(condition)
+    for position, model in enumerate(models):
+        wanted = (model, modality, condition)
+        found = [row["perplexity"] for row in rows if (row["model"], row["modality"], row["condition"]) == wanted]
+        if not found:
+            continue
+        x = position + (index - 1.5) * 0.2
+        label = f"{method_name(model)}, {modality}, {CONDITIONS[condition]}"
+        if any(value is None for value in found):  # beyond float range: no bar can show it
+            axis.annotate("∞", (x, 1), xytext=(0, 2), textcoords="offset points", ha="center")
+            drawing.tips[f"none{len(drawing.tips)}"] = f"{label}: not finite"
+            continue
+        mean = fmean(found)
+        bar = axis.bar([x], [mean], width=0.18, color=GREYS[index], edgecolor=INK, linewidth=0.7, hatch=HATCHES[index])
+        drawing.tip(bar.patches[0], f"{label}: {significant(mean)}")
+        if len(found) > 1:
+            axis.plot([x, x], [min(found), max(found)], color=INK, linewidth=1)
+        axis.annotate(
+            significant(mean),
+            (x, max(found)),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            fontsize=6.5,
+            rotation=90 if len(models) > 1 else 0,
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Accuracy
+# ----------------------------------------------------------------------------------------------------------
+def plane(inputs: Inputs) -> Drawing | None:
+    """T2T against S2T accuracy per task, with 95 % intervals in both directions."""
+    records = inputs.results["qa"]
+    if not records:
+        return None
+    metric = main_metric(inputs.results)
+    rows = {(row["task"], row["method"], row["modality"]): row for row in records if row["metric"] == metric}
+    tasks = [
+        task
+        for task in dict.fromkeys(task for task, _, _ in rows)
+        if any((task, method, "speech") in rows for _, method, _ in rows)
+    ]
+    if not tasks:
+        return None
+    figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
+    drawing = Drawing("t2t_s2t", "Typed against spoken questions", "", "", figure)
+    panels = figure.subplots(1, max(2, len(tasks)), squeeze=False)[0]
+    for axis, task in zip(panels, tasks, strict=False):
+        _plane_panel(drawing, axis, task, rows, inputs)
+    for axis in panels[len(tasks) :]:
+        axis.set_visible(False)
+    handles = {
+        label: handle for axis in panels for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4)
+    drawing.caption = (
+        f"Accuracy on typed (T2T) and on spoken (S2T) questions, scoring rule {metric}, with "
+        "95 % Wilson intervals. The band is the base model's T2T accuracy: a method to its left has lost "
+        "text ability."
+    )
+    drawing.alt = "Scatter chart: " + "; ".join(drawing.tips.values()) + "."
+    return drawing
+
+
+def _plane_panel(
+    drawing: Drawing, axis: Axes, task: str, rows: dict[tuple[str, str, str], QARecord], inputs: Inputs
+) -> None:
+    methods = methods_in(inputs.results)
+    base = rows.get((task, "base", "text"))
+    if base is not None:
+        axis.axvspan(100 * base["ci_low"], 100 * base["ci_high"], color=GREYS[1], alpha=0.35, linewidth=0)
+        line = axis.axvline(100 * base["accuracy"], color=INK, linewidth=1, label="Base T2T")
+        drawing.tip(line, f"{task_name(task)}, Base: T2T {_written(base)}")
+    for method in methods:
+        text = rows.get((task, method, "text"))
+        for modality in ("speech", "cascade"):
+            heard = rows.get((task, method, modality))
+            if text is None or heard is None:
+                continue
+            name = method_name(method) + (" after a speech recogniser" if modality == "cascade" else "")
+            mark = look(method, methods)
+            x, y = 100 * text["accuracy"], 100 * heard["accuracy"]
+            axis.errorbar(
+                [x],
+                [y],
+                xerr=[[x - 100 * text["ci_low"]], [100 * text["ci_high"] - x]],
+                yerr=[[y - 100 * heard["ci_low"]], [100 * heard["ci_high"] - y]],
+                color=mark.color,
+                linewidth=0.8,
+            )
+            (point,) = axis.plot(
+                [x],
+                [y],
+                mark.marker,
+                color=mark.color,
+                markersize=7,
+                markerfacecolor="none" if modality == "cascade" else mark.color,
+                linestyle="none",
+                label=name,
+            )
+            drawing.tip(point, f"{task_name(task)}, {name}: T2T {_written(text)}, spoken {_written(heard)}")
+    axis.set(title=task_name(task), xlabel="T2T accuracy, %", ylabel="S2T accuracy, %")
+    axis.set_xlim(left=0)
+    axis.set_ylim(bottom=0)
+
+
+def _written(row: QARecord) -> str:
+    return f"{percent(row['accuracy'])} % ({interval(row['ci_low'], row['ci_high'])})"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------
+def training(inputs: Inputs) -> Drawing | None:
+    """Training loss by step, averaged in windows where a run has more steps than the figure can show."""
+    records = [row for row in inputs.results["training"] if row["loss"] is not None]
+    methods = sorted({row["method"] for row in records}, key=method_key)
+    if not methods:
+        return None
+    figure = Figure(figsize=(WIDTH, LINE_HEIGHT), layout="constrained")
+    axis = figure.subplots()
+    drawing = Drawing("training", "Training loss", "", "", figure)
+    ends = []
+    for method in methods:
+        rows = sorted((row for row in records if row["method"] == method), key=lambda row: row["step"])
+        windows = np.array_split(
+            np.array([(row["step"], row["loss"]) for row in rows]), min(len(rows), MAX_CURVE_POINTS)
+        )
+        steps, losses = np.array([window.mean(axis=0) for window in windows]).T
+        mark = look(method, methods_in(inputs.results))
+        (line,) = axis.plot(
+            steps,
+            losses,
+            color=mark.color,
+            linestyle=mark.line,
+            marker=mark.marker,
+            markevery=max(1, len(steps) // 8),
+        )
+        ends.append(f"{method_name(method)} from {significant(losses[0])} to {significant(losses[-1])}")
+        drawing.tip(line, ends[-1])
+    axis.set(xlabel="step", ylabel="loss, nats per supervised token")
+    _model_legend(figure, methods, inputs)
+    drawing.caption = f"Training loss, mean of each window of steps: {'; '.join(ends)}."
+    drawing.alt = f"Line chart of the training loss: {'; '.join(ends)}."
+    return drawing
+
+
+def _model_legend(figure: Figure, models: Sequence[str], inputs: Inputs) -> None:
+    methods = methods_in(inputs.results)
+    marks = [look(model, methods) for model in models]
+    handles = [Line2D([], [], color=mark.color, marker=mark.marker, linestyle=mark.line) for mark in marks]
+    figure.legend(
+        handles,
+        [method_name(model) for model in models],
+        loc="outside lower center",
+        ncols=len(models),
+        handlelength=3.5,
+    )
+
+
+def _log_labels(axis: Axes) -> None:
+    axis.yaxis.set_major_formatter(power_of_ten())
+    axis.yaxis.set_minor_formatter(no_labels())

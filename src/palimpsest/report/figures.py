@@ -1,0 +1,66 @@
+"""The figures of a report by name, and how they are written to a run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from palimpsest.report import charts, heatmaps
+from palimpsest.report.inputs import Inputs, read_inputs
+from palimpsest.report.style import Drawing, style, to_png, to_svg
+from palimpsest.rundir import UserError, write_text
+
+FIGURES: dict[str, Callable[[Inputs], Drawing | None]] = {
+    "figure1": heatmaps.importance,
+    "figure2": charts.layers_before_after,
+    "figure3": charts.layers_mitigated,
+    "figure4": heatmaps.changes,
+    "deactivation": charts.deactivation,
+    "t2t_s2t": charts.plane,
+    "training": charts.training,
+}
+
+
+def draw(name: str, inputs: Inputs) -> Drawing | None:
+    """The figure called `name`; None where the run has no data for it.
+
+    Raises:
+        UserError: there is no such figure.
+    """
+    if name not in FIGURES:
+        raise UserError(f"There is no figure {name!r}; choose one of {', '.join(FIGURES)}.")
+    with style():
+        return FIGURES[name](inputs)
+
+
+def write_figure(run: Path, name: str) -> list[Path]:
+    """Write `run`/figures/`name`.svg and .png and return their paths; none where the run has no data for it.
+
+    Raises:
+        UserError: there is no such figure, or `run` is not a folder.
+    """
+    return _write(run, name, read_inputs(run))
+
+
+def write_figures(run: Path) -> list[Path]:
+    """Write every figure the run has data for, as SVG and PNG, to `run`/figures; return the paths.
+
+    Raises:
+        UserError: `run` is not a folder.
+    """
+    inputs = read_inputs(run)
+    return [path for name in FIGURES for path in _write(run, name, inputs)]
+
+
+def _write(run: Path, name: str, inputs: Inputs) -> list[Path]:
+    drawing = draw(name, inputs)
+    svg, png = (run / "figures" / f"{name}.{kind}" for kind in ("svg", "png"))
+    if drawing is None:
+        svg.unlink(missing_ok=True)  # of an earlier state of the run
+        png.unlink(missing_ok=True)
+        return []
+    write_text(svg, to_svg(drawing))
+    temporary = png.with_name(f".{png.name}.tmp")
+    temporary.write_bytes(to_png(drawing))
+    temporary.replace(png)
+    return [svg, png]

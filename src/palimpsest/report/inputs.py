@@ -1,0 +1,344 @@
+"""What a report reads of a run directory, checked once, so that nothing after it has to ask again.
+
+A report is also made of runs that failed half-way. So nothing here raises for a file that is absent or
+damaged: every such thing is one line of `Inputs.missing`, which the report shows in one box.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+import zlib
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, NotRequired, TypedDict, cast, get_args, get_origin, get_type_hints
+
+import numpy as np
+import numpy.typing as npt
+import yaml
+
+from palimpsest import rundir
+
+METHOD_ORDER = ("base", "full", "layer_lr", "lora")
+METHOD_NAMES = {"base": "Base", "full": "Full-FT", "layer_lr": "Layer-LR", "lora": "LoRA"}
+TASK_NAMES = {"llama_questions": "Llama Questions", "web_questions": "Web Questions"}
+MODALITIES = ("text", "speech", "cascade")
+MODALITY_NAMES = {"text": "T2T", "speech": "S2T", "cascade": "Cascade"}
+MAIN_METRIC = "token_sequence"  # the scoring rule and the reduction that the claims are decided on;
+MAIN_REDUCTION = "per_batch_abs"  # a run without them is shown by the first it has
+# Where a null stands for a number that was not finite. Anywhere else a null is a damaged record.
+MAY_BE_NULL = {
+    "deactivation": {"loss", "perplexity"},
+    "shift": {"value"},
+    "clustering": {"value", "null_mean", "null_std", "z"},
+    "delta": {"relative_norm", "overlap_with_importance", "overlap_by_chance"},
+    "training": {"loss", "learning_rate"},
+}
+MAX_SAMPLES_BYTES = 64 * 2**20  # of one samples.jsonl
+
+
+class Results(TypedDict):
+    """results.json, every table present (empty where the run has none)."""
+
+    deactivation: list[rundir.DeactivationRecord]
+    qa: list[rundir.QARecord]
+    comparisons: list[rundir.ComparisonRecord]
+    layers: list[rundir.LayerRecord]
+    shift: list[rundir.ShiftRecord]
+    clustering: list[rundir.ClusteringRecord]
+    delta: list[rundir.DeltaRecord]
+    training: list[rundir.TrainingRecord]
+    claims: list[rundir.ClaimRecord]
+    timings: list[rundir.TimingRecord]
+
+
+class Sample(TypedDict):
+    """One answered question of one method."""
+
+    id: str
+    question: str
+    response: str
+    answers: list[str]
+    verdicts: dict[str, bool]
+    n_new_tokens: int
+    failed: bool
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A run directory as read. `samples` is keyed (method, task, modality)."""
+
+    path: Path
+    results: Results
+    provenance: dict[str, Any]
+    config: dict[str, Any]
+    config_text: str
+    importance_maps: Mapping[tuple[str, str], npt.NDArray[np.float32]]  # (model, parameter) -> (rows, columns)
+    delta_maps: Mapping[tuple[str, str], npt.NDArray[np.float32]]
+    samples: dict[tuple[str, str, str], list[Sample]]
+    missing: tuple[str, ...]
+
+
+def read_inputs(run: Path) -> Inputs:
+    """Read the run directory `run`.
+
+    Raises:
+        UserError: `run` is not a folder.
+    """
+    if not run.is_dir():
+        raise rundir.UserError(f"{run} is not a folder; give the run directory of a study.")
+    missing: list[str] = []
+    results = _read_results(run / "results.json", missing)
+    provenance = _read_mapping(run / "provenance.json", missing)
+    config = _read_mapping(run / "study.yaml", missing)
+    config_text = ""
+    if config:
+        config_text = (run / "study.yaml").read_text(encoding="utf-8")
+    return Inputs(
+        path=run,
+        results=results,
+        provenance=provenance or {},
+        config=config or {},
+        config_text=config_text,
+        importance_maps=_read_maps(run / "maps" / "importance.npz", missing),
+        delta_maps=_read_maps(run / "maps" / "delta.npz", missing),
+        samples=_read_samples(run, results, missing),
+        missing=tuple(missing),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Order and names, the same everywhere in a report
+# ----------------------------------------------------------------------------------------------------------
+def method_key(method: str) -> tuple[int, str]:
+    """Sort key: base and the paper's methods first, in its order; then the others by name."""
+    rank = lora_rank(method)
+    if rank is not None:
+        return (len(METHOD_ORDER), f"{rank:06d}")
+    return (METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER) + 1, method)
+
+
+def method_name(method: str) -> str:
+    rank = lora_rank(method)
+    return METHOD_NAMES.get(method, method) if rank is None else f"LoRA rank {rank}"
+
+
+def lora_rank(method: str) -> int | None:
+    """The rank in a name such as `lora_r8`."""
+    match = re.fullmatch(r"lora_r(\d{1,6})", method)
+    return int(match[1]) if match else None
+
+
+def task_name(task: str) -> str:
+    return TASK_NAMES.get(task, task)
+
+
+def modality_key(modality: str) -> tuple[int, str]:
+    return (MODALITIES.index(modality) if modality in MODALITIES else len(MODALITIES), modality)
+
+
+def at(value: Any, *keys: str) -> Any:
+    """The value under nested `keys`, None where there is none."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def main_metric(results: Results) -> str:
+    """The scoring rule of the summary and the main tables."""
+    metrics = [row["metric"] for row in results["qa"]]
+    return MAIN_METRIC if MAIN_METRIC in metrics or not metrics else metrics[0]
+
+
+def main_reduction(results: Results) -> str:
+    """The reduction of the importance scores in the summary and the layer figures."""
+    reductions = [row["reduction"] for row in results["layers"]]
+    return MAIN_REDUCTION if MAIN_REDUCTION in reductions or not reductions else reductions[0]
+
+
+def text_layers(results: Results) -> list[rundir.LayerRecord]:
+    """The records of the layer figures: text input, whole layers, the main reduction."""
+    wanted = ("text", "all", main_reduction(results))
+    return [row for row in results["layers"] if (row["modality"], row["kind"], row["reduction"]) == wanted]
+
+
+def peak_layer(rows: list[rundir.LayerRecord], model: str) -> int:
+    """The layer with the largest share of the model's importance, by its number from 0."""
+    return max((row for row in rows if row["model"] == model), key=lambda row: row["share"])["layer"]
+
+
+def methods_in(results: Results) -> list[str]:
+    """Every method named anywhere in the records, in the report's order."""
+    names = {row["method"] for row in results["qa"]} | {row["method"] for row in results["training"]}
+    names |= {row["method"] for row in results["delta"]} | {row["model"] for row in results["layers"]}
+    return sorted(names, key=method_key)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Reading
+# ----------------------------------------------------------------------------------------------------------
+def _read_mapping(path: Path, missing: list[str]) -> dict[str, Any] | None:
+    """The mapping in a JSON or YAML file; None, with a line in `missing`, where there is none."""
+    if not path.exists():
+        missing.append(f"{path.name} is not there.")
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        missing.append(f"{path.name} cannot be read ({_first_line(error)}).")
+        return None
+    if not isinstance(value, dict):
+        missing.append(f"{path.name} does not hold a mapping.")
+        return None
+    return value
+
+
+def _read_results(path: Path, missing: list[str]) -> Results:
+    raw = _read_mapping(path, missing)
+    if raw is not None and raw.get("schema") != rundir.SCHEMA:
+        missing.append(
+            f"{path.name} says schema {raw.get('schema')!r}, this version reads {rundir.SCHEMA}; "
+            "what it does not know is left out."
+        )
+    types = get_type_hints(Results)
+    tables: dict[str, list[Any]] = {}
+    for table in rundir.RESULT_TABLES:
+        (record,) = get_args(types[table])
+        rows = None if raw is None else raw.get(table)
+        tables[table] = []
+        if rows is None or rows == []:
+            if raw is not None:
+                missing.append(f"{path.name} has no records in “{table}”.")
+            continue
+        if not isinstance(rows, list):
+            missing.append(f"{path.name}: “{table}” is not a list.")
+            continue
+        faults = [_fault(row, record, MAY_BE_NULL.get(table, set())) for row in rows]
+        tables[table] = [row for row, fault in zip(rows, faults, strict=True) if fault is None]
+        bad = [fault for fault in faults if fault is not None]
+        if bad:
+            missing.append(f"{path.name}: {len(bad)} of {len(rows)} records of “{table}” are left out ({bad[0]}).")
+    return cast(Results, tables)
+
+
+def _fault(row: object, record: type, nullable: Set[str] = frozenset()) -> str | None:
+    """Why `row` is not a `record`, or None."""
+    if not isinstance(row, dict):
+        return "not a mapping"
+    for key, hint in get_type_hints(record, include_extras=True).items():
+        optional = get_origin(hint) is NotRequired
+        if key not in row:
+            if optional:
+                continue
+            return f"“{key}” is missing"
+        (hint,) = get_args(hint) if optional else (hint,)
+        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        if float in kinds:
+            kinds = (*kinds, int)
+        value = row[key]
+        if value is None and key in nullable:
+            continue
+        if isinstance(value, bool) or not isinstance(value, tuple(get_origin(kind) or kind for kind in kinds)):
+            return f"“{key}” is {str(value)[:40]!r}"
+    return None
+
+
+def _read_maps(path: Path, missing: list[str]) -> dict[tuple[str, str], npt.NDArray[np.float32]]:
+    where = f"maps/{path.name}"
+    if not path.exists():
+        missing.append(f"{where} is not there.")
+        return {}
+    maps: dict[tuple[str, str], npt.NDArray[np.float32]] = {}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            for key in sorted(file.files):
+                model, separator, name = key.partition("|")
+                array = file[key]
+                if not separator or array.ndim != 2 or array.size == 0 or array.dtype.kind != "f":
+                    missing.append(f"{where}: “{key}” is not a two-dimensional map named MODEL|PARAMETER.")
+                else:
+                    maps[model, name] = array.astype(np.float32)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        missing.append(f"{where} cannot be read ({_first_line(error)}).")
+    return maps
+
+
+def _read_samples(run: Path, results: Results, missing: list[str]) -> dict[tuple[str, str, str], list[Sample]]:
+    samples: dict[tuple[str, str, str], list[Sample]] = {}
+    folders = {"base": run / "base"}
+    if (run / "methods").is_dir():
+        folders |= {folder.name: folder for folder in (run / "methods").iterdir() if folder.is_dir()}
+    for method in sorted(folders, key=method_key):
+        for file in sorted(folders[method].glob("samples/*/samples.jsonl")):
+            task, _, modality = file.parent.name.rpartition("-")
+            where = str(file.relative_to(run))
+            if not task:
+                missing.append(f"{where}: the folder is not named TASK-MODALITY.")
+                continue
+            rows = _read_sample_file(file, where, missing)
+            if rows:
+                samples[method, task, modality] = rows
+    expected = {(row["method"], row["task"], row["modality"]) for row in results["qa"]}
+    for method, task, modality in sorted(expected - set(samples)):
+        missing.append(f"There are no sample answers of {method} for {task}, {modality}.")
+    if not samples and not expected:
+        missing.append("There are no sample answers.")
+    return samples
+
+
+def _read_sample_file(file: Path, where: str, missing: list[str]) -> list[Sample]:
+    if file.stat().st_size > MAX_SAMPLES_BYTES:
+        missing.append(f"{where} is larger than {MAX_SAMPLES_BYTES // 2**20} MiB and is not shown.")
+        return []
+    rows: list[Sample] = []
+    n_bad = 0
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        missing.append(f"{where} cannot be read ({_first_line(error)}).")
+        return []
+    for line in filter(str.strip, lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            n_bad += 1
+            continue
+        if _fault(_without_containers(row), _SampleScalars) is None:
+            rows.append(_sample(row))
+        else:
+            n_bad += 1
+    if n_bad:
+        missing.append(f"{where}: {n_bad} damaged lines are left out.")
+    return rows
+
+
+class _SampleScalars(TypedDict):
+    id: str
+    question: str
+    response: str
+    n_new_tokens: int
+
+
+def _without_containers(row: object) -> object:
+    return {key: row[key] for key in _SampleScalars.__annotations__ if key in row} if isinstance(row, dict) else row
+
+
+def _sample(row: dict[str, Any]) -> Sample:
+    answers, verdicts = row.get("answers"), row.get("verdicts")
+    return {
+        "id": row["id"],
+        "question": row["question"],
+        "response": row["response"],
+        "answers": [str(answer) for answer in answers] if isinstance(answers, list) else [],
+        "verdicts": {str(key): value is True for key, value in verdicts.items()} if isinstance(verdicts, dict) else {},
+        "n_new_tokens": row["n_new_tokens"],
+        "failed": row.get("failed") is True,
+    }
+
+
+def _first_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()[:160]

@@ -1,0 +1,173 @@
+"""How the figures look and how they become files: one style, deterministic SVG and PNG.
+
+Colours are Okabe and Ito's, safe for the colour-blind; every model also has a marker and a line style of its
+own, so that the figures read in grey. Ink and rules are two fixed greys, which the report swaps for its own.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from html import escape
+
+import matplotlib
+from matplotlib.artist import Artist
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from palimpsest.report.inputs import METHOD_ORDER
+
+INK = "#1c1e21"
+RULE = "#d4d7db"
+GREYS = ("#f2f3f5", "#c3c7cd", "#878d96", "#3d4249")  # four steps, told apart in print
+COLOR_MAP = "cividis"  # even in lightness, hence readable in grey
+WIDTH = 7.2  # inches, a two-column page
+
+_RC = {
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "hatch.color": INK,
+    "hatch.linewidth": 0.5,
+    "grid.color": RULE,
+    "grid.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.7,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 8.5,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.fontsize": 8.5,
+    "legend.frameon": False,
+    "font.size": 8.5,
+    "font.family": ["DejaVu Sans"],
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4.5,
+    "text.parse_math": False,  # names of models and parameters may hold a $
+    "svg.fonttype": "none",  # text stays text: searchable, readable aloud
+    "svg.hashsalt": "palimpsest",
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    color: str
+    marker: str
+    line: str | tuple[int, tuple[int, ...]]
+
+
+_LOOKS = {
+    "base": Look(INK, "o", "solid"),
+    "full": Look("#D55E00", "s", (0, (5, 2))),
+    "layer_lr": Look("#0072B2", "^", (0, (6, 2, 1, 2))),
+    "lora": Look("#009E73", "D", (0, (1, 1))),
+}
+_OTHERS = (
+    Look("#CC79A7", "v", (0, (3, 1, 1, 1, 1, 1))),
+    Look("#E69F00", "P", (0, (8, 2))),
+    Look("#56B4E9", "X", (0, (2, 2))),
+    Look(GREYS[2], "*", (0, (4, 1, 1, 1))),
+)
+
+
+def look(method: str, methods: Sequence[str]) -> Look:
+    """The look of `method` among all `methods` of the run, the same in every figure."""
+    if method in _LOOKS:
+        return _LOOKS[method]
+    others = [name for name in methods if name not in METHOD_ORDER]
+    return _OTHERS[others.index(method) % len(_OTHERS)]
+
+
+@dataclass
+class Drawing:
+    """A figure with what a reader who cannot see it needs; `tips` are shown when pointing at a mark."""
+
+    name: str
+    title: str
+    caption: str
+    alt: str
+    figure: Figure
+    tips: dict[str, str] = field(default_factory=dict)  # SVG id -> text
+
+    def tip(self, artist: Artist, text: str) -> None:
+        gid = f"tip{len(self.tips)}"
+        artist.set_gid(gid)
+        self.tips[gid] = text
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The style, for drawing and for writing; the caller's own matplotlib settings come back afterwards."""
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_RC)
+        yield
+
+
+def to_png(drawing: Drawing) -> bytes:
+    """On white, 200 dots per inch, without date or program version."""
+    buffer = io.BytesIO()
+    with style():
+        drawing.figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def to_svg(drawing: Drawing) -> str:
+    """A standalone SVG on white with a title, a description and the tips; the same bytes every time."""
+    buffer = io.BytesIO()
+    empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    with style():
+        drawing.figure.savefig(buffer, format="svg", dpi=200, facecolor="white", metadata=empty)
+    svg = buffer.getvalue().decode()
+    about = f"<title>{escape(drawing.title)}</title><desc>{escape(drawing.alt)}</desc>"
+    svg = re.sub(r"(<svg [^>]*>)", lambda match: match[1] + about, svg, count=1)
+    for gid, tip in drawing.tips.items():
+        svg = svg.replace(f'<g id="{gid}">', f'<g id="{gid}"><title>{escape(tip)}</title>', 1)
+    return svg
+
+
+def to_inline_svg(drawing: Drawing) -> str:
+    """An `<svg>` element for a page: transparent, ids of its own, ink and rules in the page's colours."""
+    svg = to_svg(drawing)
+    svg = svg[svg.index("<svg ") :]
+    svg = re.sub(r"<(metadata|defs)>\s*(<style.*?</style>)?\s*</\1>", "", svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r"<title>.*?</desc>", "", svg, count=1, flags=re.DOTALL)  # the page's alt text says it
+    svg = re.sub(r'(<g id="patch_1">.*?fill: )#ffffff', r"\1none", svg, count=1, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|href="#|url\(#)(?=[A-Za-z])', rf"\g<1>{drawing.name}-", svg)
+    svg = svg.replace(INK, "currentColor").replace(RULE, "var(--rule)")
+    alt = escape(drawing.alt, quote=True)
+    return svg.replace("<svg ", f'<svg class="drawing" role="img" aria-label="{alt}" ', 1)
+
+
+def power_of_ten() -> FuncFormatter:
+    """10⁵ without mathematical markup, which is switched off."""
+    digits = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+    def written(value: float, _position: object) -> str:
+        if value <= 0:
+            return ""
+        mantissa, exponent = f"{value:.0e}".split("e")
+        power = int(exponent)
+        if -2 <= power <= 3:
+            return f"{value:g}"
+        return ("" if mantissa == "1" else f"{mantissa}·") + "10" + str(power).translate(digits)
+
+    return FuncFormatter(written)
+
+
+def no_labels() -> NullFormatter:
+    return NullFormatter()

@@ -1,0 +1,272 @@
+"""The summary of a run in plain sentences: how small it is, what was lost, where, and what keeps it.
+
+Every sentence is made of records alone and says so where they do not decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from palimpsest.report.formats import interval, p_value, percent, points, significant
+from palimpsest.report.inputs import (
+    Inputs,
+    at,
+    main_metric,
+    main_reduction,
+    method_key,
+    method_name,
+    peak_layer,
+    task_name,
+    text_layers,
+)
+from palimpsest.rundir import ComparisonRecord, QARecord
+
+NO_SPEECH = 0.10  # an S2T accuracy whose whole 95 % interval lies below this is called no understanding
+LEVEL = 0.05
+BETTER, ALIKE, UNPAIRED = "Better than", "Not distinguishable from", "Not compared question by question with"
+LARGE_MODEL = 10**9  # parameters of the paper's smaller model
+LARGE_DATA = 10**5  # training examples; the paper's sets have several 10⁵
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence of the summary and what belongs under it."""
+
+    sentence: str
+    details: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Point:
+    """One question of the summary and its answers."""
+
+    question: str
+    findings: tuple[Finding, ...]
+
+
+def scale(inputs: Inputs) -> str:
+    """How small the run is: model, training examples and steps, as far as the run directory says.
+
+    Read from provenance.json: `models.language_model.{name, n_parameters}` and `data.train.n`; steps from the
+    training records, and without a parameter count the scored weights of the layer records.
+    """
+    parameters = at(inputs.provenance, "models", "language_model", "n_parameters")
+    scored = sum(row["n_parameters"] for row in text_layers(inputs.results) if row["model"] == "base")
+    examples = at(inputs.provenance, "data", "train", "n")
+    steps = max((row["step"] for row in inputs.results["training"]), default=None)
+    if not any(row["method"] != "base" for table in ("training", "qa") for row in inputs.results[table]):
+        return "This run has not trained a model yet."
+    what = model_name(inputs) or "a language model"
+    if isinstance(parameters, int):
+        what += f" ({_millions(parameters)} parameters)"
+    elif scored:
+        what += f" ({_millions(scored)} weights in its layers)"
+    on = f"{examples:,} spoken questions".replace(",", "\u202f") if isinstance(examples, int) else "spoken questions"
+    sentence = f"This run trained {what} on {on}" + (f" for up to {steps} steps" if steps is not None else "")
+    known_large = (
+        isinstance(parameters, int)
+        and isinstance(examples, int)
+        and parameters >= LARGE_MODEL
+        and examples >= LARGE_DATA
+    )
+    if known_large:
+        return sentence + "."
+    return sentence + "; read it as a demonstration of the method, not as evidence about large models."
+
+
+def model_name(inputs: Inputs) -> str | None:
+    """The language model's name as provenance.json has it, None if it has none."""
+    name = at(inputs.provenance, "models", "language_model", "name")
+    return str(name) if name else None
+
+
+def points_of(inputs: Inputs) -> list[Point]:
+    """The summary's questions with their answers, in reading order."""
+    return [
+        Point("What was lost?", tuple(_lost(inputs))),
+        Point("Where in the model?", tuple(_where(inputs))),
+        Point("Which training keeps the text?", tuple(_keeps(inputs))),
+        Point("Do the models understand speech?", tuple(_hears(inputs))),
+    ]
+
+
+def _lost(inputs: Inputs) -> list[Finding]:
+    rows = _accuracies(inputs, "text")
+    findings: list[Finding] = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        base, trained = _base(rows, task), _trained(rows, task)
+        if base is None or not trained:
+            continue
+        details: list[str] = []
+        alone: list[str] = []
+        for row in trained:
+            paired = _paired(inputs, task, "base", row["method"])
+            if paired is None:
+                alone.append(_named(row))
+            else:
+                details.append(f"{_named(row)}: {_difference(paired)}")
+        if alone:
+            details.append(f"Not compared with the base question by question: {', '.join(alone)}.")
+        findings.append(
+            Finding(
+                f"{task_name(task)}: the base answers {_share(base['accuracy'])} of {base['n']} typed "
+                "questions; the trained models:",
+                tuple(details),
+            )
+        )
+    nothing = Finding("Not known: the run has no accuracy of the base and a trained model on typed questions.")
+    return findings or [nothing]
+
+
+def _where(inputs: Inputs) -> list[Finding]:
+    layers = text_layers(inputs.results)
+    wanted = ("base", "text", main_reduction(inputs.results), "jensen_shannon")
+    details: list[str] = []
+    for row in inputs.results["shift"]:
+        of = (row["reference"], row["modality"], row["reduction"], row["measure"])
+        if of != wanted or row["value"] is None:
+            continue
+        spread = interval(row["ci_low"], row["ci_high"], "significant")
+        detail = f"{method_name(row['model'])}: {significant(row['value'])} bits"
+        detail += f" (95 % interval {spread})" if spread else ""
+        if row["noise_floor"]:
+            noise = significant(row["value"] / row["noise_floor"], 2)
+            detail += f", {noise} times what two halves of the data differ by on the base alone"
+        details.append(detail + ".")
+    findings: list[Finding] = []
+    if details:
+        lead = "How far training moved the spread of text importance over the layers (Jensen–Shannon divergence):"
+        findings.append(Finding(lead, tuple(details)))
+    models = {row["model"] for row in layers}
+    if "base" in models and len(models) > 1:
+        peaks = [
+            f"{peak_layer(layers, model)} in {method_name(model)}"
+            for model in sorted(models - {"base"}, key=method_key)
+        ]
+        depth = max(row["layer"] for row in layers)
+        findings.append(
+            Finding(
+                f"The layer with the largest share is {peak_layer(layers, 'base')} in the base "
+                f"(layers 0 to {depth}), {', '.join(peaks)}."
+            )
+        )
+    return findings or [Finding("Not known: the run has no layer-wise importance of a trained model.")]
+
+
+def _keeps(inputs: Inputs) -> list[Finding]:
+    rows = _accuracies(inputs, "text")
+    findings: list[Finding] = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        trained = _trained(rows, task)
+        if len(trained) < 2:
+            continue
+        best = max(trained, key=lambda row: row["accuracy"])
+        others: dict[str, list[str]] = {BETTER: [], ALIKE: [], UNPAIRED: []}
+        for row in trained:
+            if row is not best:
+                others[_relation(_paired(inputs, task, row["method"], best["method"]))].append(_named(row))
+        findings.append(
+            Finding(
+                f"{task_name(task)}: of the trained models {method_name(best['method'])} answers the most typed "
+                f"questions, {_share(best['accuracy'])}.",
+                tuple(f"{relation} {', '.join(names)}." for relation, names in others.items() if names),
+            )
+        )
+    nothing = Finding("Not known: the run has no two trained models that answered the same typed questions.")
+    return findings or [nothing]
+
+
+def _relation(paired: ComparisonRecord | None) -> str:
+    if paired is None:
+        return UNPAIRED
+    return BETTER if paired["p_holm"] < LEVEL and paired["difference"] > 0 else ALIKE
+
+
+def _hears(inputs: Inputs) -> list[Finding]:
+    rows = [row for row in _accuracies(inputs, "speech") if row["method"] != "base"]
+    if not rows:
+        return [Finding("Not known: the run has no answers to spoken questions.")]
+    best = max(rows, key=lambda row: row["accuracy"])
+    highest = max(row["ci_high"] for row in rows)
+    if highest < NO_SPEECH:
+        return [
+            Finding(
+                "No. The models do not yet understand speech: the best S2T accuracy is "
+                f"{_share(best['accuracy'])} ({method_name(best['method'])}, {task_name(best['task'])}), and "
+                f"no 95 % interval reaches above {_share(highest)}. At that level, differences in S2T between "
+                "the methods say nothing about how well they understand."
+            )
+        ]
+    findings = [
+        Finding(
+            f"{task_name(task)}, spoken questions:",
+            tuple(
+                f"{_named(row)}, 95 % interval {interval(row['ci_low'], row['ci_high'])}"
+                + (": no understanding of speech shown." if row["ci_high"] < NO_SPEECH else ".")
+                for row in rows
+                if row["task"] == task
+            ),
+        )
+        for task in dict.fromkeys(row["task"] for row in rows)
+    ]
+    return findings
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Records
+# ----------------------------------------------------------------------------------------------------------
+def _accuracies(inputs: Inputs, modality: str) -> list[QARecord]:
+    metric = main_metric(inputs.results)
+    rows = [row for row in inputs.results["qa"] if row["modality"] == modality and row["metric"] == metric]
+    return sorted(rows, key=lambda row: method_key(row["method"]))
+
+
+def _base(rows: Sequence[QARecord], task: str) -> QARecord | None:
+    return next((row for row in rows if row["task"] == task and row["method"] == "base"), None)
+
+
+def _trained(rows: Sequence[QARecord], task: str) -> list[QARecord]:
+    return [row for row in rows if row["task"] == task and row["method"] != "base"]
+
+
+def _paired(inputs: Inputs, task: str, before: str, after: str) -> ComparisonRecord | None:
+    """The comparison on typed questions, turned so that `difference` = accuracy(after) − accuracy(before)."""
+    for row in inputs.results["comparisons"]:
+        if (row["task"], row["modality"], row["metric"]) != (task, "text", main_metric(inputs.results)):
+            continue
+        if (row["method_a"], row["method_b"]) == (before, after):
+            return row
+        if (row["method_a"], row["method_b"]) == (after, before):
+            return {
+                **row,
+                "method_a": before,
+                "method_b": after,
+                "only_a": row["only_b"],
+                "only_b": row["only_a"],
+                "difference": -row["difference"],
+                "ci_low": -row["ci_high"],
+                "ci_high": -row["ci_low"],
+            }
+    return None
+
+
+def _difference(row: ComparisonRecord) -> str:
+    spread = interval(row["ci_low"], row["ci_high"], "points")
+    p = p_value(row["p_holm"])
+    evidence = f"95 % interval {spread}; paired p {p if p.startswith('<') else f'= {p}'}, Holm-corrected"
+    if row["p_holm"] >= LEVEL:
+        return f"no difference shown: {points(row['difference'])} points ({evidence})."
+    return f"a {'gain' if row['difference'] > 0 else 'loss'}: {points(row['difference'])} points ({evidence})."
+
+
+def _named(row: QARecord) -> str:
+    return f"{method_name(row['method'])} ({_share(row['accuracy'])})"
+
+
+def _share(value: float) -> str:
+    return f"{percent(value)}\u00a0%"
+
+
+def _millions(n: int) -> str:
+    return f"{significant(n / 1e9)} billion" if n >= 10**9 else f"{n / 1e6:.0f} million"

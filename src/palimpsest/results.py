@@ -1,0 +1,53 @@
+"""From the steps' own files to results.json: every table as flat records, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from palimpsest.analysis.claims import claim_records
+from palimpsest.data.records import read_manifest
+from palimpsest.evaluation.generate import summarise, verdicts_by_id
+from palimpsest.evaluation.scoring import PRIMARY
+from palimpsest.evaluation.stats import compare, with_holm
+from palimpsest.evaluation.tasks import Task
+from palimpsest.rundir import RESULT_TABLES, SCHEMA, ComparisonRecord, RunDir, read_json, read_jsonl
+
+if TYPE_CHECKING:
+    from palimpsest.config import StudyConfig
+
+MODALITIES = ("text", "speech", "cascade")
+
+
+def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -> dict[str, Any]:
+    """The value of results.json for a run whose `steps` are done; `seed` is the bootstrap's."""
+    names = ["base", *config.methods]
+    tables: dict[str, Any] = {"schema": SCHEMA} | {table: [] for table in RESULT_TABLES}
+    for name in names:
+        folder = run.path / ("base" if name == "base" else f"methods/{name}")
+        tables["deactivation"] += read_json(folder / "deactivation" / "records.json")
+        if name != "base":
+            tables["training"] += read_json(folder / "checkpoint" / "training.json")
+    for table in ("layers", "shift", "clustering", "delta"):
+        tables[table] = read_json(run.path / "analysis" / f"{table}.json")
+
+    comparisons: list[ComparisonRecord] = []
+    for task_config in config.evaluation.tasks:
+        examples = read_manifest(run.path / "data" / f"task-{task_config.name}.jsonl")
+        task = Task(task_config.name, tuple(examples))
+        for modality in MODALITIES:
+            verdicts: dict[str, dict[str, bool]] = {}
+            for name in names:
+                folder = run.path / ("base" if name == "base" else f"methods/{name}")
+                file = folder / "samples" / f"{task.name}-{modality}" / "samples.jsonl"
+                if not file.exists():
+                    continue
+                rows: Any = read_jsonl(file)
+                tables["qa"] += summarise(rows, name, task, modality)  # type: ignore[arg-type]
+                verdicts[name] = verdicts_by_id(rows, PRIMARY)
+            if len(verdicts) > 1:
+                comparisons += compare(verdicts, task=task.name, modality=modality, metric=PRIMARY, seed=seed)
+    tables["comparisons"] = with_holm(comparisons)
+    tables["claims"] = claim_records(tables)
+    tables["timings"] = run.timings(steps)
+    return tables

@@ -1,0 +1,370 @@
+"""A study from data to report: the steps in order, each written once and skipped when nothing it depends on changed.
+
+data → features → base (importance, deactivation, answers) → each method (train, importance, deactivation, answers)
+→ analysis → results.json, figures, report.html
+
+`Study.run` reads from top to bottom; every step is a method that writes one folder of the run directory.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from palimpsest.config import EvaluationTask, StudyConfig, dump_config
+from palimpsest.data.collate import batches
+from palimpsest.data.features import compute_features
+from palimpsest.data.records import check_audio, write_manifest
+from palimpsest.data.sources import load_examples
+from palimpsest.data.speech import speak
+from palimpsest.progress import Advance, Reporter
+from palimpsest.results import collect
+from palimpsest.rundir import hash_file, hash_value, require_disk, write_json, write_text
+from palimpsest.workspace import BASE, Modality, Workspace, folder_of
+
+if TYPE_CHECKING:
+    from palimpsest.evaluation.generate import Answerer
+
+
+def run_study(config: StudyConfig, folder: Path, reporter: Reporter | None = None) -> Path:
+    """Run or resume a study in `folder`; returns the path of its report.
+
+    Raises UserError for bad input, before the long work where it can be known.
+    """
+    return Study(config, folder, reporter).run()
+
+
+class Study:
+    def __init__(self, config: StudyConfig, folder: Path, reporter: Reporter | None = None) -> None:
+        n_tasks = len(config.evaluation.tasks)
+        per_task_base = 2 if config.models.asr else 1  # text, cascade
+        n_steps = 5 + (2 + per_task_base * n_tasks) + len(config.methods) * (3 + 2 * n_tasks)
+        self.config = config
+        self.ws = Workspace(config, folder, reporter or Reporter(n_steps))
+
+    # -- the whole study ----------------------------------------------------------------------------------------------
+    def run(self) -> Path:
+        started = time.time()
+        self.check()
+        self.data()
+        self.features()
+        self.importance(BASE)
+        self.deactivation(BASE)
+        for task in self.config.evaluation.tasks:
+            self.answers(BASE, task, "text")
+            if self.config.models.asr:
+                self.cascade(task)
+        for name in self.config.methods:
+            self.train(name)
+            self.importance(name)
+            self.deactivation(name)
+            for task in self.config.evaluation.tasks:
+                self.answers(name, task, "text")
+                self.answers(name, task, "speech")
+        self.ws.forget()
+        self.analysis()
+        return self.report(started)
+
+    def check(self) -> None:
+        """What can be known to be wrong before the long work: sources, audio, models, disk; then study.yaml."""
+        from palimpsest.models.loading import resolve, weight_bytes
+
+        for split in (self.config.data.train, self.config.data.heldout, *self.config.evaluation.tasks):
+            check_audio(load_examples(split.source, split.split, split.limit))
+        models = self.config.models
+        for model in (models.language_model, models.encoder, models.asr):
+            if model is not None:
+                resolve(model)
+        folder = self.ws.dir.path
+        weights = weight_bytes(models.language_model)
+        # Per model a checkpoint and two reductions of importance; while one trains, its optimizer's state.
+        need = 3 * weights * (len(self.config.methods) + 2)
+        have = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        require_disk(folder, max(0, need - have), f"The study {self.config.name}")
+        write_text(folder / "study.yaml", dump_config(self.config))
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+    def data(self) -> None:
+        """data/: manifests of training, held-out and task questions, spoken where there was no recording."""
+        splits: dict[str, Any] = {"train": self.config.data.train, "heldout": self.config.data.heldout}
+        splits |= {f"task-{task.name}": task for task in self.config.evaluation.tasks}
+        seed = self.ws.seed("data")
+        groups = {key: load_examples(s.source, s.split, s.limit, seed=seed) for key, s in splits.items()}
+        recordings = {str(e.audio): hash_file(e.audio) for group in groups.values() for e in group if e.audio}
+        inputs = {
+            "voice": self.config.speech.voice,
+            "examples": {
+                key: hash_value([[e.id, e.question, e.answer, list(e.answers), str(e.audio)] for e in group])
+                for key, group in groups.items()
+            },
+            "recordings": hash_value(recordings),
+        }
+
+        def write(folder: Path, advance: Advance) -> None:
+            flat = [example for group in groups.values() for example in group]
+            spoken = iter(speak(flat, folder / "audio", self.config.speech.voice, progress=advance))
+            for key, group in groups.items():
+                write_manifest(folder / f"{key}.jsonl", [next(spoken) for _ in group])
+
+        self.ws.step("data", "data", inputs, write)
+
+    def features(self) -> None:
+        """features/: encoder frames of every recording, computed once for all methods, epochs and measurements."""
+        inputs = {
+            "data": self.ws.fingerprint("data"),
+            "encoder": self.ws.encoder_hash,
+            "length": self.config.speech.length,
+            "stack_factor": self.config.speech.stack_factor,
+        }
+
+        def write(folder: Path, advance: Advance) -> None:
+            from palimpsest.models.loading import load_encoder
+
+            encoder, _ = load_encoder(self.config.models.encoder, device=self.ws.device)
+            total, before = sum(map(len, self.ws.groups.values())), 0
+            for key, group in self.ws.groups.items():
+
+                def group_advance(done: int, _: int, before: int = before) -> None:
+                    advance(before + done, total)
+
+                compute_features(encoder, self.ws.processor, group, folder / key, progress=group_advance)
+                before += len(group)
+
+        self.ws.step("features", "features", inputs, write)
+
+    # -- importance and deactivation ----------------------------------------------------------------------------------
+    def importance(self, name: str) -> None:
+        """NAME/importance/: Eq. 2 on training questions given as text, by two reductions in one pass."""
+        options = self.config.importance
+        inputs = {
+            "model": self.ws.model_inputs(name),
+            "data": self.ws.fingerprint("data"),
+            "options": options.model_dump(exclude={"reduction"}),
+            "prompt": self.config.prompt.model_dump(),
+            "seed": self.ws.seed("importance"),
+        }
+
+        def write(folder: Path, advance: Advance) -> None:
+            from palimpsest.importance.estimate import estimate_importance
+
+            pool = self.ws.groups["train"]
+            n_examples = min(len(pool), options.n_examples or max(2, len(pool) // 30))
+            chosen = random.Random(self.ws.seed("importance")).sample(pool, n_examples)
+            total = -(-n_examples // options.batch_size)
+            collator = self.ws.collator("text", "train")
+            scores = estimate_importance(
+                self.ws.language_model(name),
+                # In random order: batches sorted by length would not be alike, and the bootstrap draws batches.
+                batches(collator, chosen, options.batch_size, self.ws.device, by_length=False),
+                ("signed_sum", "per_batch_abs"),
+                metadata={"scored_model": name, "modality": "text"},
+                progress=lambda done, _: advance(done, total),
+            )
+            scores.save(folder)
+
+        self.ws.step(f"{folder_of(name)}/importance", "importance", inputs, write)
+
+    def deactivation(self, name: str) -> None:
+        """NAME/deactivation/: perplexity of held-out answers with the top, bottom and random weights set to zero."""
+        inputs = {
+            "model": self.ws.model_inputs(name),
+            "importance": self.ws.fingerprint(f"{folder_of(name)}/importance"),
+            "reduction": self.config.importance.reduction,
+            "features": self.ws.fingerprint("features"),
+            "options": self.config.deactivation.model_dump(),
+            "prompt": self.config.prompt.model_dump(),
+            "seed": self.ws.seed("deactivation"),
+        }
+
+        def write(folder: Path, advance: Advance) -> None:
+            from palimpsest.evaluation.deactivation import deactivation_records
+
+            options, reduction = self.config.deactivation, self.config.importance.reduction
+            heldout = self.ws.groups["heldout"][: options.n_examples]
+            # The base model has no adaptor, so it cannot be asked in speech.
+            modalities: list[Modality] = ["text"] if name == BASE else ["text", "speech"]
+            collators = {modality: self.ws.collator(modality, "heldout") for modality in modalities}
+            records = deactivation_records(
+                name,
+                self.ws.base if name == BASE else self.ws.speech_lm(name),
+                self.ws.scores(name).tensors(reduction),
+                {
+                    modality: partial(batches, collator, heldout, options.batch_size, self.ws.device)
+                    for modality, collator in collators.items()
+                },
+                ratio=options.ratio,
+                scope=options.scope,
+                random_seeds=[self.ws.seed(f"deactivation/{i}") for i in range(options.random_seeds)],
+                reduction=reduction,
+                progress=advance,
+            )
+            write_json(folder / "records.json", records)
+
+        self.ws.step(f"{folder_of(name)}/deactivation", "deactivation", inputs, write)
+
+    # -- training -----------------------------------------------------------------------------------------------------
+    def train(self, name: str) -> None:
+        """methods/NAME/checkpoint/: the SpeechLM after training, its processor and its loss curve."""
+        options, method = self.config.training, self.config.methods[name]
+        inputs = {
+            "base": self.ws.base_hash,
+            "encoder": self.ws.encoder_hash,
+            "dtype": self.config.models.dtype,
+            "features": self.ws.fingerprint("features"),
+            "speech": self.config.speech.model_dump(),
+            "prompt": self.config.prompt.model_dump(),
+            "method": method.model_dump(),
+            "training": options.model_dump(),
+            "seeds": [self.ws.seed("adaptor"), self.ws.seed("train")],
+        }
+        if method.kind == "layer_lr":
+            inputs["scores"] = self.ws.fingerprint(f"{BASE}/importance")
+            inputs["reduction"] = self.config.importance.reduction
+
+        def write(folder: Path, advance: Advance) -> None:
+            from palimpsest.training.methods import Method, layer_scales
+            from palimpsest.training.train import Settings, train
+
+            scales = None
+            if method.kind == "layer_lr":
+                scales = layer_scales(self.ws.scores(BASE), method.lambda_, self.config.importance.reduction)
+                write_json(folder / "layer_scales.json", {str(layer): scale for layer, scale in scales.items()})
+            model = self.ws.new_speech_lm()
+            records = train(
+                model,
+                self.ws.groups["train"],
+                self.ws.collator("speech", "train"),
+                Method(**method.model_dump()),
+                Settings(**options.model_dump(), seed=self.ws.seed("train")),
+                folder,
+                name=name,
+                scales=scales,
+                progress=advance,
+            )
+            model.save_pretrained(folder)
+            self.ws.processor.save_pretrained(folder)
+            write_json(folder / "training.json", records)
+            self.ws.keep(name, model)
+
+        self.ws.step(f"methods/{name}/checkpoint", "train", inputs, write)
+
+    # -- evaluation ---------------------------------------------------------------------------------------------------
+    def answers(self, name: str, task: EvaluationTask, modality: Modality) -> None:
+        """NAME/samples/TASK-MODALITY/: an answer to every question, as text or as speech."""
+
+        def make() -> Answerer:
+            from palimpsest.evaluation.generate import text_answerer
+            from palimpsest.evaluation.speech import speech_answerer
+
+            limit = self.config.evaluation.max_new_tokens
+            if modality == "speech":
+                return speech_answerer(self.ws.speech_lm(name), self.ws.collator("speech", f"task-{task.name}"), limit)
+            return text_answerer(
+                self.ws.language_model(name), self.ws.processor.tokenizer, limit, self.config.prompt.system
+            )
+
+        self._answer(name, task, modality, make, {"features": self.ws.fingerprint("features")})
+
+    def cascade(self, task: EvaluationTask) -> None:
+        """base/samples/TASK-cascade/: the recogniser's transcript answered by the base model, the reference for S2T."""
+
+        def make() -> Answerer:
+            from palimpsest.evaluation.cascade import cascade_answerer, transcribe
+            from palimpsest.evaluation.generate import text_answerer
+            from palimpsest.models.loading import load_asr
+
+            asr, asr_processor = load_asr(str(self.config.models.asr), device=self.ws.device)
+            limit = self.config.evaluation.max_new_tokens
+            base = text_answerer(self.ws.base, self.ws.processor.tokenizer, limit, self.config.prompt.system)
+            return cascade_answerer(lambda group: transcribe(asr, asr_processor, group), base)
+
+        self._answer(BASE, task, "cascade", make, {"asr": self.ws.model_hash(str(self.config.models.asr))})
+
+    def _answer(self, name: str, task: EvaluationTask, modality: Any, make: Any, more: dict[str, Any]) -> None:
+        options = self.config.evaluation
+        inputs = {
+            "model": self.ws.model_inputs(name),
+            "data": self.ws.fingerprint("data"),
+            "task": task.name,
+            "options": options.model_dump(exclude={"tasks"}),
+            "prompt": self.config.prompt.model_dump(),
+            **more,
+        }
+
+        def write(folder: Path, advance: Advance) -> None:
+            from palimpsest.evaluation.generate import answer_questions
+
+            answer_questions(
+                make(),
+                self.ws.task(task),
+                modality,
+                model=hash_value(inputs["model"]),
+                out=folder / "samples.jsonl",
+                max_new_tokens=options.max_new_tokens,
+                batch_size=options.batch_size,
+                progress=advance,
+            )
+
+        self.ws.step(f"{folder_of(name)}/samples/{task.name}-{modality}", "samples", inputs, write)
+
+    # -- analysis and report ------------------------------------------------------------------------------------------
+    def analysis(self) -> None:
+        """analysis/: layer distribution, shift, clustering, parameter change; maps/: their heat maps."""
+        names = [BASE, *self.config.methods]
+        inputs = {
+            "importance": {name: self.ws.fingerprint(f"{folder_of(name)}/importance") for name in names},
+            "checkpoints": {name: self.ws.fingerprint(f"methods/{name}/checkpoint") for name in self.config.methods},
+            "options": self.config.analysis.model_dump(),
+            "reduction": self.config.importance.reduction,
+            "ratio": self.config.deactivation.ratio,
+            "seed": self.ws.seed("analysis"),
+        }
+
+        def tables(folder: Path, advance: Advance) -> None:
+            from palimpsest.analysis.tables import write_tables
+
+            write_tables(
+                folder,
+                scores={name: self.ws.scores(name) for name in names},
+                weights={name: self.ws.weights(name) for name in names},
+                reduction=self.config.importance.reduction,
+                ratio=self.config.deactivation.ratio,
+                n_shuffles=self.config.analysis.shuffles,
+                n_draws=self.config.analysis.bootstrap,
+                seed=self.ws.seed("analysis"),
+                progress=advance,
+            )
+
+        def maps(folder: Path, advance: Advance) -> None:
+            from palimpsest.analysis.tables import write_study_maps
+
+            write_study_maps(
+                folder,
+                scores={name: self.ws.scores(name) for name in names},
+                weights={name: self.ws.weights(name) for name in names},
+                reduction=self.config.importance.reduction,
+            )
+            advance(1, 1)
+
+        self.ws.step("analysis", "analysis", inputs, tables)
+        self.ws.step("maps", "analysis", inputs, maps)
+
+    def report(self, started: float) -> Path:
+        """results.json, provenance.json, figures/ and report.html, from what the steps left."""
+        from palimpsest.report.figures import write_figures
+        from palimpsest.report.html import write_report
+
+        folder = self.ws.dir.path
+        with self.ws.reporter.step("report") as advance:
+            results = collect(self.ws.dir, self.config, [s.name for s in self.ws.done], self.ws.seed("results"))
+            write_json(folder / "results.json", results)
+            write_json(folder / "provenance.json", self.ws.provenance(started))
+            advance(1, 3)
+            write_figures(folder)
+            advance(2, 3)
+            report = write_report(folder)
+            advance(3, 3)
+        return report

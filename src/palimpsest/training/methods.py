@@ -1,0 +1,107 @@
+"""The training methods as rules: what each trains, and how fast.
+
+| method     | trained                                   | learning-rate scale                                  |
+|------------|-------------------------------------------|------------------------------------------------------|
+| `full`     | adaptor, whole language model             | 1                                                    |
+| `layer_lr` | adaptor, whole language model             | Eq. 3 per layer; 1 for embedding, head and final norm |
+| `lora`     | adaptor, low-rank updates (peft)          | 1                                                    |
+
+The encoder is frozen in all of them; the adaptor has a learning rate of its own if one is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from palimpsest.models.anatomy import layer_index, scored_parameters
+from palimpsest.rundir import UserError
+from palimpsest.training.rules import Rule, layer_rules
+
+if TYPE_CHECKING:
+    from palimpsest.importance.scores import Scores
+    from palimpsest.models.speech_lm import SpeechLM
+
+MethodKind = Literal["full", "layer_lr", "lora"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train. `alpha` None means 2·rank (the paper); `adaptor_learning_rate` None means `learning_rate`."""
+
+    kind: MethodKind
+    learning_rate: float = 2e-5
+    adaptor_learning_rate: float | None = None
+    lambda_: float = 0.4  # layer_lr: Eq. 3
+    rank: int = 8  # lora
+    alpha: int | None = None  # lora
+    dropout: float = 0.0  # lora
+
+
+def layer_totals(scores: Scores, reduction: str) -> dict[int, float]:
+    """Sum of importance over each layer, in float64."""
+    totals: dict[int, float] = {}
+    for name, tensor in scores.tensors(reduction).items():
+        layer = layer_index(name)
+        if layer is not None:
+            totals[layer] = totals.get(layer, 0.0) + float(tensor.double().sum())
+    return dict(sorted(totals.items()))
+
+
+def layer_scales(
+    scores: Scores | Mapping[int, float], lambda_: float = 0.4, reduction: str = "signed_sum"
+) -> dict[int, float]:
+    """Eq. 3: scale_l = 1 − λ·(I_l − min I)/(max I − min I), so 1 for the least and 1 − λ for the most important layer.
+
+    Args:
+        scores: importance of the *pre-trained* model, or its sums per layer.
+        lambda_: λ in [0, 1]; the paper's is 0.4.
+        reduction: which of the scores' reductions to sum.
+
+    Raises UserError for λ outside [0, 1] and for importance that is the same in all layers.
+    """
+    totals = scores if isinstance(scores, Mapping) else layer_totals(scores, reduction)
+    if not 0.0 <= lambda_ <= 1.0:
+        raise UserError(f"λ is {lambda_}; Eq. 3 needs a value from 0 to 1 (the paper's is 0.4).")
+    if not totals:
+        raise UserError(
+            "The scores name no layers, so there is nothing to scale; score the weights of the transformer layers."
+        )
+    low, high = min(totals.values()), max(totals.values())
+    if not high > low:
+        raise UserError(f"All {len(totals)} layers have the same importance ({low:g}); Eq. 3 cannot tell them apart.")
+    return {layer: 1.0 - lambda_ * (total - low) / (high - low) for layer, total in totals.items()}
+
+
+def rules_for(method: Method, scales: Mapping[int, float] | None = None) -> list[Rule]:
+    """The ordered rules of a method for a SpeechLM's parameter names; `scales` (Eq. 3) for layer_lr."""
+    adaptor_rate = method.adaptor_learning_rate if method.adaptor_learning_rate is not None else method.learning_rate
+    start: list[Rule] = [(r"^encoder\.", None), (r"^adaptor\.", adaptor_rate / method.learning_rate)]
+    if method.kind == "full":
+        return [*start, (r".*", 1.0)]
+    if method.kind == "lora":
+        return [*start, (r"\.lora_", 1.0), (r".*", None)]
+    if scales is None:
+        raise UserError("layer_lr needs the importance of the pre-trained model; estimate it first (base/importance).")
+    return [*start, *layer_rules(scales)]
+
+
+def add_lora(model: SpeechLM, method: Method) -> None:
+    """Wrap the language model with peft's LoRA on all its attention and MLP projections, in place."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = sorted({name.split(".")[-2] for name in scored_parameters(model)})
+    config = LoraConfig(
+        r=method.rank,
+        lora_alpha=2 * method.rank if method.alpha is None else method.alpha,
+        lora_dropout=method.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    model.language_model = get_peft_model(model.language_model, config)
+
+
+def merge_lora(model: SpeechLM) -> None:
+    """Fold the low-rank updates into the weights, in place: from here on a plain language model."""
+    model.language_model = model.language_model.merge_and_unload()

@@ -1,0 +1,235 @@
+"""What the steps of a study share: the run directory, seeds, fingerprints, the data and the loaded models."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from palimpsest.config import EvaluationTask, StudyConfig
+from palimpsest.data.collate import Collator
+from palimpsest.data.features import Features
+from palimpsest.data.records import Example, read_manifest
+from palimpsest.progress import Advance, Reporter
+from palimpsest.rundir import RunDir, Step, code_version, hash_file, hash_value, provenance
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from palimpsest.importance.scores import Scores
+    from palimpsest.models.processor import SpeechLMProcessor
+    from palimpsest.models.speech_lm import SpeechLM
+
+Modality = Literal["text", "speech"]
+BASE = "base"
+# What code each kind of step depends on: a change there runs the step again.
+CODE = {
+    "data": ("data/records", "data/sources", "data/speech"),
+    "features": ("data/features", "models/speech_lm", "models/processor"),
+    "train": ("training", "models", "data/collate"),
+    "importance": ("importance", "models", "data/collate"),
+    "deactivation": (
+        "importance",
+        "models",
+        "data/collate",
+        "evaluation/perplexity",
+        "evaluation/deactivation",
+    ),
+    "samples": ("evaluation", "models", "data/collate"),
+    "analysis": ("analysis", "importance"),
+}
+
+
+def folder_of(name: str) -> str:
+    """Where a model's steps live inside the run directory."""
+    return BASE if name == BASE else f"methods/{name}"
+
+
+class Workspace:
+    """State of one study in progress; at most one tuned model is in memory at a time."""
+
+    def __init__(self, config: StudyConfig, folder: Path, reporter: Reporter) -> None:
+        self.config = config
+        self.dir = RunDir(folder)
+        self.reporter = reporter
+        self.done: list[Step] = []
+        self._tuned: tuple[str, SpeechLM] | None = None
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+    def step(self, name: str, kind: str, inputs: Mapping[str, Any], write: Callable[[Path, Advance], None]) -> None:
+        """Run `write(folder, advance)` unless the step is there with the same inputs and code."""
+        full = {**inputs, "code": code_version(*CODE[kind])}
+        step = self.dir.finished(name, full)
+        if step is not None:
+            self.reporter.skipped(name)
+        else:
+            with self.reporter.step(name) as advance:
+                step = self.dir.step(name, full, lambda folder: write(folder, advance))
+        self.done.append(step)
+
+    def fingerprint(self, step: str) -> str:
+        return next(s.fingerprint for s in self.done if s.name == step)
+
+    def seed(self, purpose: str) -> int:
+        """Every seed of a study derives from its one seed and the purpose it serves."""
+        return int(hash_value([self.config.seed, purpose])[:8], 16) % (2**31)
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+    @cached_property
+    def groups(self) -> dict[str, list[Example]]:
+        """The examples of data/, with audio, by manifest: train, heldout, task-NAME."""
+        return {path.stem: read_manifest(path) for path in sorted((self.dir.path / "data").glob("*.jsonl"))}
+
+    def collator(self, modality: Modality, group: str) -> Collator:
+        features = Features(self.dir.path / "features" / group) if modality == "speech" else None
+        return Collator(self.processor, modality, features)
+
+    def task(self, task: EvaluationTask) -> Any:
+        from palimpsest.evaluation.tasks import Task
+
+        return Task(task.name, tuple(self.groups[f"task-{task.name}"]))
+
+    # -- models -------------------------------------------------------------------------------------------------------
+    @cached_property
+    def device(self) -> str:
+        import torch
+
+        wanted = self.config.models.device
+        return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+    @cached_property
+    def processor(self) -> SpeechLMProcessor:
+        from transformers import AutoTokenizer, WhisperFeatureExtractor
+
+        from palimpsest.models.loading import resolve
+        from palimpsest.models.processor import PromptStyle, SpeechLMProcessor
+
+        speech, prompt = self.config.speech, self.config.prompt
+        return SpeechLMProcessor(
+            AutoTokenizer.from_pretrained(resolve(self.config.models.language_model)),
+            WhisperFeatureExtractor.from_pretrained(resolve(self.config.models.encoder)),
+            stack_factor=speech.stack_factor,
+            speech_length=speech.length,
+            style=PromptStyle(prompt.system, prompt.speech_instruction),
+        )
+
+    @cached_property
+    def base(self) -> PreTrainedModel:
+        from palimpsest.models.loading import load_language_model
+
+        models = self.config.models
+        return load_language_model(models.language_model, dtype=models.dtype, device=self.device)[0]
+
+    def new_speech_lm(self) -> SpeechLM:
+        """The base language model behind a fresh adaptor, the same for every method."""
+        from palimpsest.models.loading import load_encoder, load_language_model
+        from palimpsest.models.speech_lm import SpeechLM
+
+        models, speech = self.config.models, self.config.speech
+        self.forget()
+        encoder, _ = load_encoder(models.encoder, dtype=models.dtype)
+        language_model, _ = load_language_model(models.language_model, dtype=models.dtype)
+        model = SpeechLM.from_parts(
+            encoder,
+            language_model,
+            stack_factor=speech.stack_factor,
+            adaptor_hidden_size=speech.adaptor_hidden_size,
+            speech_length=speech.length,
+            seed=self.seed("adaptor"),
+        )
+        if speech.calibrate_adaptor:
+            import torch
+
+            features = Features(self.dir.path / "features" / "train")
+            sample = torch.cat([features[example.id] for example in self.groups["train"][:64]])
+            spread = language_model.get_input_embeddings().weight.detach().float().std()
+            model.adaptor.calibrate(sample[None], float(spread))
+        model.to(self.device)
+        return model
+
+    def keep(self, name: str, model: SpeechLM) -> None:
+        """Remember a model that was just trained, so that it need not be read back."""
+        self._tuned = (name, model)
+
+    def forget(self) -> None:
+        self._tuned = None
+        gc.collect()
+
+    def speech_lm(self, name: str) -> SpeechLM:
+        from palimpsest.models.loading import load_speech_lm
+
+        if self._tuned is None or self._tuned[0] != name:
+            self.forget()
+            folder = self.dir.path / "methods" / name / "checkpoint"
+            self._tuned = (name, load_speech_lm(folder, dtype=self.config.models.dtype, device=self.device)[0])
+        return self._tuned[1]
+
+    def language_model(self, name: str) -> PreTrainedModel:
+        return self.base if name == BASE else self.speech_lm(name).language_model
+
+    def scores(self, name: str) -> Scores:
+        from palimpsest.importance.scores import Scores
+
+        return Scores.open(self.dir.path / folder_of(name) / "importance")
+
+    def weights(self, name: str) -> Mapping[str, Tensor]:
+        """The scored weights by canonical name; a tuned model's are read from its checkpoint as needed."""
+        from palimpsest.models.anatomy import scored_parameters
+        from palimpsest.models.loading import StoredLanguageModel
+
+        if name == BASE:
+            return {key: parameter.detach() for key, parameter in scored_parameters(self.base).items()}
+        return StoredLanguageModel(self.dir.path / "methods" / name / "checkpoint")
+
+    # -- what went in -------------------------------------------------------------------------------------------------
+    @cached_property
+    def base_hash(self) -> str:
+        return self.model_hash(self.config.models.language_model)
+
+    @cached_property
+    def encoder_hash(self) -> str:
+        return self.model_hash(self.config.models.encoder)
+
+    @staticmethod
+    def model_hash(name: str) -> str:
+        from palimpsest.models.loading import fingerprint
+
+        return fingerprint(name)
+
+    def model_inputs(self, name: str) -> dict[str, Any]:
+        dtype = self.config.models.dtype
+        if name == BASE:
+            return {"base": self.base_hash, "dtype": dtype}
+        return {"checkpoint": self.fingerprint(f"methods/{name}/checkpoint"), "dtype": dtype}
+
+    def provenance(self, started: float) -> dict[str, Any]:
+        models = self.config.models
+        return {
+            **provenance(),
+            "study": self.config.name,
+            "seed": self.config.seed,
+            "models": {
+                "language_model": {
+                    "name": models.language_model,
+                    "hash": self.base_hash,
+                    "n_parameters": self.base.num_parameters(),
+                },
+                "encoder": {"name": models.encoder, "hash": self.encoder_hash},
+                "asr": {"name": models.asr},
+            },
+            "data": {
+                name: {
+                    "n": len(group),
+                    "sha256": hash_file(self.dir.path / "data" / f"{name}.jsonl"),
+                    "voices": sorted({example.voice or "recording" for example in group}),
+                }
+                for name, group in self.groups.items()
+            },
+            "steps": {s.name: {"fingerprint": s.fingerprint, "skipped": s.skipped} for s in self.done},
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+            "seconds": time.time() - started,
+        }

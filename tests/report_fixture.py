@@ -1,0 +1,349 @@
+"""A run directory with invented numbers, for the tests of the report. Nothing in it was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from palimpsest.rundir import write_json, write_jsonl, write_text
+
+HOSTILE = '<script>alert("palimpsest")</script>"><img src=x onerror=alert(1)>'
+METHODS = ("full", "layer_lr", "lora", "lora_r8", "lora_r16")
+N_LAYERS = 16
+SCALE = {
+    "full": 1.0,
+    "layer_lr": 0.5,
+    "lora": 0.3,
+    "lora_r8": 0.25,
+    "lora_r16": 0.3,
+}  # of the invented damage
+PEAK = {"base": 12.0, "full": 3.0, "layer_lr": 10.0, "lora": 11.0}
+
+
+def make_run(path: Path, *, hostile: bool = False, without: Collection[str] = (), n_questions: int = 25) -> Path:
+    """Write an invented run to `path`.
+
+    without: names of files, folders or tables of results.json to leave out, e.g. {"study.yaml", "shift"}.
+    """
+    results = invented_results()
+    for table in without:
+        results.pop(table, None)
+    if "results.json" not in without:
+        write_json(path / "results.json", {"schema": 1, **results})
+    if "provenance.json" not in without:
+        write_json(path / "provenance.json", invented_provenance(hostile))
+    if "study.yaml" not in without:
+        write_text(
+            path / "study.yaml",
+            f"name: invented\nseed: 7\nnote: {json.dumps(HOSTILE if hostile else 'none')}\n",
+        )
+    if "maps" not in without:
+        _write_maps(path / "maps")
+    if "samples" not in without:
+        _write_samples(path, hostile, n_questions)
+    return path
+
+
+def invented_provenance(hostile: bool = False) -> dict[str, Any]:
+    return {
+        "python": "3.11.0",
+        "platform": HOSTILE if hostile else "Invented-OS 1.0",
+        "versions": {"torch": "0.0-invented", "numpy": "0.0-invented"},
+        "hardware": {"cpu": "Invented CPU", "cores": 2, "gpus": []},
+        "code": "0123456789abcdef",
+        "seed": 7,
+        "steps": {"base/importance": {"fingerprint": "ab12", "skipped": False}},
+        "started": "2000-01-01T00:00:00Z",
+        "finished": "2000-01-01T01:00:00Z",
+        "models": {"language_model": {"name": "Invented-LM-135M", "n_parameters": 134_515_008}},
+        "data": {"train": {"n": 1200, "voices": ["invented"]}, "heldout": {"n": 100}},
+    }
+
+
+def invented_results() -> dict[str, list[dict[str, Any]]]:
+    rng = np.random.default_rng(0)
+    return {
+        "deactivation": _deactivation(),
+        "qa": _qa(),
+        "comparisons": _comparisons(),
+        "layers": _layers(),
+        "shift": _shift(),
+        "clustering": _clustering(rng),
+        "delta": _delta(rng),
+        "training": _training(rng),
+        "claims": _claims(),
+        "timings": [
+            {"step": "data", "seconds": 41.5, "peak_rss_bytes": 900_000_000},
+            {"step": "methods/full/checkpoint", "seconds": 1405.0, "peak_rss_bytes": 3_100_000_000},
+            {"step": "report", "seconds": 7405.0, "peak_rss_bytes": 3_100_000_000},
+        ],
+    }
+
+
+def _deactivation() -> list[dict[str, Any]]:
+    rows = []
+    for model, factor in (("base", 1.0), ("full", 1.2), ("layer_lr", 1.1), ("lora", 1.05)):
+        for modality, whole in (("text", 4.0), ("speech", 3.0)):
+            if (model, modality) == ("base", "speech"):
+                continue
+            common = {
+                "model": model,
+                "modality": modality,
+                "scope": "global",
+                "reduction": "per_batch_abs",
+                "n_examples": 100,
+                "n_tokens": 4321,
+            }
+            for condition, times, seeds in (
+                ("base", 1.0, (None,)),
+                ("top", 30_000.0, (None,)),
+                ("bottom", 1.05, (None,)),
+                ("random", 2.0, (1, 2, 3)),
+            ):
+                for seed in seeds:
+                    perplexity = whole * factor * times + (0.5 * (seed - 2) if seed else 0.0)
+                    rows.append(
+                        {
+                            **common,
+                            "condition": condition,
+                            "ratio": 0.0 if condition == "base" else 0.03,
+                            "seed": seed,
+                            "n_removed": 0 if condition == "base" else 3_000_000,
+                            "loss": float(np.log(perplexity)),
+                            "perplexity": perplexity,
+                        }
+                    )
+    return rows
+
+
+def accuracy_row(method: str, task: str, modality: str, correct: int, n: int = 300) -> dict[str, Any]:
+    """A qa record with a Wilson interval."""
+    share, z = correct / n, 1.959964
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return {
+        "method": method,
+        "task": task,
+        "modality": modality,
+        "n": n,
+        "correct": correct,
+        "accuracy": share,
+        "ci_low": float(max(0.0, middle - half)),
+        "ci_high": float(min(1.0, middle + half)),
+        "metric": "token_sequence",
+        "metric_version": "1",
+        "n_empty": 2,
+        "n_failed": 1,
+    }
+
+
+def _qa() -> list[dict[str, Any]]:
+    rows = []
+    for task, typed in (("llama_questions", 79), ("facts", 120)):
+        rows += [accuracy_row("base", task, "text", typed), accuracy_row("base", task, "cascade", typed - 14)]
+        for method in METHODS:
+            rows.append(accuracy_row(method, task, "text", typed - round(60 * SCALE[method])))
+            rows.append(accuracy_row(method, task, "speech", round(10 - 6 * SCALE[method])))
+    return rows
+
+
+def comparison_row(task: str, before: str, after: str, difference: float, p: float) -> dict[str, Any]:
+    return {
+        "task": task,
+        "modality": "text",
+        "metric": "token_sequence",
+        "method_a": before,
+        "method_b": after,
+        "n": 300,
+        "only_a": 40,
+        "only_b": 10,
+        "difference": difference,
+        "ci_low": difference - 0.05,
+        "ci_high": difference + 0.05,
+        "p_value": p / 4,
+        "p_holm": p,
+    }
+
+
+def _comparisons() -> list[dict[str, Any]]:
+    rows = []
+    for task in ("llama_questions", "facts"):
+        rows += [
+            comparison_row(task, "base", "full", -0.2, 0.0001),
+            comparison_row(task, "layer_lr", "base", 0.1, 0.003),  # the other way round on purpose
+            comparison_row(task, "base", "lora", -0.06, 0.2),
+            comparison_row(task, "full", "lora", 0.14, 0.001),
+            comparison_row(task, "layer_lr", "lora", 0.04, 0.5),
+        ]
+    return rows
+
+
+def _layers() -> list[dict[str, Any]]:
+    rows = []
+    for model, peak in PEAK.items():
+        depth = np.arange(N_LAYERS)
+        totals = 5.0 + 20.0 * np.exp(-((depth - peak) ** 2) / 12.0)
+        for layer, total in enumerate(totals):
+            rows.append(
+                {
+                    "model": model,
+                    "modality": "text",
+                    "reduction": "per_batch_abs",
+                    "layer": layer,
+                    "kind": "all",
+                    "total": float(total),
+                    "mean": float(total / 3_538_944),
+                    "share": float(total / totals.sum()),
+                    "n_parameters": 3_538_944,
+                }
+            )
+    return rows
+
+
+def _shift() -> list[dict[str, Any]]:
+    return [
+        {
+            "model": method,
+            "reference": "base",
+            "modality": "text",
+            "reduction": "per_batch_abs",
+            "measure": measure,
+            "value": 0.08 * SCALE[method] * factor,
+            "ci_low": 0.07 * SCALE[method] * factor,
+            "ci_high": 0.09 * SCALE[method] * factor,
+            "noise_floor": 0.004 * factor,
+        }
+        for method in ("full", "layer_lr", "lora")
+        for measure, factor in (("jensen_shannon", 1.0), ("wasserstein_1", 2.0))
+    ]
+
+
+def _clustering(rng: np.random.Generator) -> list[dict[str, Any]]:
+    return [
+        {
+            "model": model,
+            "of": of,
+            "name": f"model.layers.{layer}.{kind}.weight",
+            "layer": layer,
+            "kind": kind,
+            "measure": measure,
+            "value": float(0.3 + 0.1 * rng.random()),
+            "null_mean": 0.07,
+            "null_std": 0.001,
+            "z": None if layer == 15 else float(rng.normal(20, 5)),
+        }
+        for model, of in (("base", "importance"), ("layer_lr", "delta"), ("lora", "delta"))
+        for layer in (0, 8, 15)
+        for kind in ("q", "down")
+        for measure in ("top5_rows", "top5_columns")
+    ]
+
+
+def _delta(rng: np.random.Generator) -> list[dict[str, Any]]:
+    return [
+        {
+            "method": method,
+            "name": f"model.layers.{layer}.{kind}.weight",
+            "layer": layer,
+            "kind": kind,
+            "relative_norm": float(0.02 * SCALE[method] * (1 + rng.random())),
+            "overlap_with_importance": float(0.05 + 0.01 * rng.random()),
+            "overlap_by_chance": 0.03,
+        }
+        for method in ("full", "layer_lr", "lora")
+        for layer in (0, 8, 15)
+        for kind in ("q", "down")
+    ]
+
+
+def _training(rng: np.random.Generator) -> list[dict[str, Any]]:
+    return [
+        {
+            "method": method,
+            "step": step,
+            "epoch": step / 120,
+            "loss": float(2.0 + 2.5 * np.exp(-step / (60 / SCALE[method])) + 0.05 * rng.normal()),
+            "learning_rate": 2e-5,
+        }
+        for method in ("full", "layer_lr", "lora")
+        for step in range(1, 361)
+    ]
+
+
+def _claims() -> list[dict[str, Any]]:
+    verdicts = ("holds", "holds", "holds", "undecided", "fails", "undecided", "holds", "undecided")
+    return [
+        {
+            "claim": claim,
+            "statement": f"An invented statement of claim {claim}, long enough to fill more than one line.",
+            "measure": "an invented measure",
+            "value": None if claim == 8 else 0.123 * claim,
+            "ci_low": None if claim == 8 else 0.1 * claim,
+            "ci_high": None if claim == 8 else 0.15 * claim,
+            "verdict": verdict,
+            "note": "An invented note.",
+        }
+        for claim, verdict in enumerate(verdicts, start=1)
+    ]
+
+
+def _write_maps(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(1)
+    names = {
+        f"model.layers.{layer}.{kind}.weight": shape
+        for layer in (0, 8, 15)
+        for kind, shape in (
+            ("self_attn.q_proj", (96, 96)),
+            ("self_attn.o_proj", (96, 96)),
+            ("mlp.up_proj", (128, 96)),
+            ("mlp.down_proj", (96, 128)),
+        )
+    }
+
+    def banded(shape: tuple[int, int], strength: float) -> Any:
+        rows, columns = (np.exp(strength * rng.normal(size=size)) for size in shape)
+        return (np.outer(rows, columns) * np.abs(rng.normal(size=shape))).astype(np.float32)
+
+    importance = {f"base|{name}": 1e-4 * banded(shape, 1.0) for name, shape in names.items()}
+    delta = {
+        f"{method}|{name}": np.float32(1e-4 * SCALE[method]) * banded(shape, 1.0 if method == "lora" else 0.2)
+        for method in ("full", "layer_lr", "lora")
+        for name, shape in names.items()
+    }
+    np.savez_compressed(folder / "importance.npz", **{k: v.astype(np.float32) for k, v in importance.items()})  # type: ignore[arg-type]
+    np.savez_compressed(folder / "delta.npz", **{k: v.astype(np.float32) for k, v in delta.items()})  # type: ignore[arg-type]
+
+
+def _write_samples(path: Path, hostile: bool, n_questions: int) -> None:
+    for method in ("base", *METHODS):
+        folder = path / "base" if method == "base" else path / "methods" / method
+        for task in ("llama_questions", "facts"):
+            for modality in ("text", "cascade") if method == "base" else ("text", "speech"):
+                rows = [
+                    {
+                        "id": f"q{index}",
+                        "question": f"Invented question {index}: what is the capital of Inventia?",
+                        "response": _response(index, method, hostile),
+                        "answers": ["Invent City", "the Invented City"],
+                        "verdicts": {"token_sequence": index % 3 == 0, "substring": index % 2 == 0},
+                        "n_new_tokens": 12,
+                        "failed": index == 4,
+                    }
+                    for index in range(n_questions)
+                ]
+                write_jsonl(folder / "samples" / f"{task}-{modality}" / "samples.jsonl", rows)
+
+
+def _response(index: int, method: str, hostile: bool) -> str:
+    if index == 0 and hostile:
+        return HOSTILE
+    if index == 1:
+        return ""
+    if index == 2:
+        return "an answer that loops " * 200
+    return f"The capital of Inventia is Invent City, says {method}.\n\nIt is number {index}."

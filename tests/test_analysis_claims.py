@@ -1,0 +1,284 @@
+"""The eight decision rules, each shown to hold, to fail and to stay undecided."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from palimpsest.analysis.claims import claim_records
+from palimpsest.rundir import ClaimRecord
+
+Tables = dict[str, list[dict[str, Any]]]
+
+
+def deactivated(condition: str, factor: float, seed: int | None = None) -> dict[str, Any]:
+    loss = 1.0 + math.log(factor)
+    return {
+        "model": "base",
+        "modality": "text",
+        "condition": condition,
+        "ratio": 0.0 if condition == "base" else 0.03,
+        "scope": "global",
+        "seed": seed,
+        "reduction": "per_batch_abs",
+        "loss": loss,
+        "perplexity": math.exp(loss),
+    }
+
+
+def compared(
+    modality: str, a: str, b: str, difference: float, half: float = 0.02, task: str = "facts", n: int = 300
+) -> dict[str, Any]:
+    return {
+        "task": task,
+        "modality": modality,
+        "metric": "token_sequence",
+        "method_a": a,
+        "method_b": b,
+        "n": n,
+        "difference": difference,
+        "ci_low": difference - half,
+        "ci_high": difference + half,
+    }
+
+
+def shifted(model: str, reference: str, measure: str, value: float, half: float, floor: float | None) -> dict[str, Any]:
+    return {
+        "model": model,
+        "reference": reference,
+        "modality": "text",
+        "reduction": "per_batch_abs",
+        "measure": measure,
+        "value": value,
+        "ci_low": value - half,
+        "ci_high": value + half,
+        "noise_floor": floor,
+    }
+
+
+def clustered(model: str, of: str, ratio: float) -> list[dict[str, Any]]:
+    """Twelve matrices whose ratios scatter by 10 % around `ratio`."""
+    return [
+        {
+            "model": model,
+            "of": of,
+            "name": f"model.layers.{i}.mlp.up_proj.weight",
+            "measure": f"top5_{axis}",
+            "value": 0.06 * ratio * (1.1 if i % 2 else 1 / 1.1),
+            "null_mean": 0.06,
+        }
+        for axis in ("rows", "columns")
+        for i in range(12)
+    ]
+
+
+def results() -> Tables:
+    """A study in which every claim of the paper holds."""
+    difference = "jensen_shannon_difference"
+    return {
+        "deactivation": [
+            deactivated("base", 1.0),
+            deactivated("top", 1e5),
+            deactivated("bottom", 1.04),
+            deactivated("random", 1.7, seed=0),
+            deactivated("random", 1.9, seed=1),
+        ],
+        "comparisons": [
+            compared("text", "base", "full", -0.06),
+            compared("text", "full", "layer_lr", 0.04),
+            compared("text", "full", "lora", 0.03),
+            compared("text", "layer_lr", "lora", -0.02, half=0.01),
+            compared("speech", "full", "layer_lr", 0.03),
+            compared("speech", "layer_lr", "lora", 0.05),
+            *(compared(modality, "lora_r8", "lora_r16", 0.01) for modality in ("text", "speech")),
+            *(compared(modality, "lora_r16", "lora_r24", -0.04) for modality in ("text", "speech")),
+        ],
+        "shift": [
+            shifted("full", "base", "jensen_shannon", 0.02, 0.004, 0.003),
+            shifted("layer_lr", "full", difference, -0.01, 0.004, None),
+            shifted("lora", "full", difference, -0.015, 0.004, None),
+        ],
+        "clustering": [
+            *clustered("base", "importance", 2.0),
+            *clustered("lora", "delta", 3.0),
+            *clustered("layer_lr", "delta", 1.5),
+        ],
+    }
+
+
+def claim(number: int, tables: Tables) -> ClaimRecord:
+    record = claim_records(tables)[number - 1]
+    assert record["claim"] == number
+    return record
+
+
+def find(tables: Tables, table: str, **fields: Any) -> dict[str, Any]:
+    (row,) = [row for row in tables[table] if all(row[name] == value for name, value in fields.items())]
+    return row
+
+
+def set_interval(row: dict[str, Any], value: float, half: float) -> None:
+    row.update(
+        {
+            "difference" if "difference" in row else "value": value,
+            "ci_low": value - half,
+            "ci_high": value + half,
+        }
+    )
+
+
+def test_all_hold_in_a_study_like_the_papers() -> None:
+    records = claim_records(results())
+    assert [record["claim"] for record in records] == list(range(1, 9))
+    assert {record["verdict"] for record in records} == {"holds"}, [record["note"] for record in records]
+    assert all(record["value"] is not None for record in records)
+
+
+def test_values_by_hand() -> None:
+    assert claim(1, results())["value"] == pytest.approx(1e5)
+    assert claim(2, results())["value"] == pytest.approx(2.0)  # geometric mean of 2.2 and 2 / 1.1, six each
+    assert claim(7, results())["value"] == pytest.approx(2.0)  # 3 over 1.5 on every matrix
+    assert (claim(5, results())["ci_low"], claim(5, results())["ci_high"]) == pytest.approx((-0.08, -0.04))
+    assert claim(6, results())["value"] == pytest.approx(0.05)
+    assert claim(8, results())["value"] == pytest.approx(0.04)  # stored as 24 minus 16, asked as 16 minus 24
+
+
+Change = Callable[[Tables], None]
+
+
+def edit(table: str, where: dict[str, Any], value: float, half: float) -> Change:
+    return lambda tables: set_interval(find(tables, table, **where), value, half)
+
+
+def replace_loss(condition: str, factor: float, seed: int | None = None) -> Change:
+    return lambda tables: find(tables, "deactivation", condition=condition, seed=seed).update(
+        loss=1.0 + math.log(factor)
+    )
+
+
+def replace_clusters(model: str, of: str, ratio: float) -> Change:
+    def change(tables: Tables) -> None:
+        kept = [row for row in tables["clustering"] if (row["model"], row["of"]) != (model, of)]
+        tables["clustering"] = kept + clustered(model, of, ratio)
+
+    return change
+
+
+TEXT, SPEECH = {"modality": "text"}, {"modality": "speech"}
+FULL_SHIFT = {"model": "full"}
+LORA_SHIFT = {"model": "lora"}
+
+
+@pytest.mark.parametrize(
+    ("number", "change", "verdict"),
+    [
+        (1, replace_loss("top", 9.9), "fails"),
+        (1, replace_loss("top", 10.1), "holds"),
+        (1, replace_loss("bottom", 1.11), "fails"),
+        (1, replace_loss("random", 1.03, seed=1), "fails"),  # one random mask below the bottom one
+        (2, replace_clusters("base", "importance", 1.0), "fails"),
+        (2, replace_clusters("base", "importance", 1.11), "undecided"),
+        (3, edit("shift", FULL_SHIFT, 0.004, 0.001), "fails"),  # the bar is 0.006
+        (3, edit("shift", FULL_SHIFT, 0.007, 0.002), "undecided"),
+        (4, edit("shift", LORA_SHIFT, 0.01, 0.004), "fails"),
+        (4, edit("shift", LORA_SHIFT, -0.001, 0.004), "undecided"),
+        (4, edit("shift", LORA_SHIFT, 0.001, 0.004), "undecided"),
+        (5, edit("comparisons", {**TEXT, "method_a": "base"}, 0.05, 0.02), "fails"),
+        (5, edit("comparisons", {**TEXT, "method_a": "base"}, -0.01, 0.02), "undecided"),
+        (5, edit("comparisons", {**TEXT, "method_a": "full", "method_b": "lora"}, 0.0, 0.02), "undecided"),
+        (5, edit("comparisons", {**TEXT, "method_a": "full", "method_b": "lora"}, -0.05, 0.02), "fails"),
+        (6, edit("comparisons", {**SPEECH, "method_a": "full"}, -0.03, 0.02), "fails"),
+        (6, edit("comparisons", {**SPEECH, "method_a": "layer_lr"}, 0.01, 0.02), "undecided"),
+        # Text, lora − layer_lr: 0.5 ± 0.4 points lower is no worse than the margin of one point; 3 ± 1 is.
+        (6, edit("comparisons", {**TEXT, "method_a": "layer_lr"}, 0.005, 0.004), "holds"),
+        (6, edit("comparisons", {**TEXT, "method_a": "layer_lr"}, 0.03, 0.01), "fails"),
+        (6, edit("comparisons", {**TEXT, "method_a": "layer_lr"}, 0.005, 0.02), "undecided"),
+        (7, replace_clusters("lora", "delta", 1.2), "fails"),
+        (8, edit("comparisons", {**TEXT, "method_b": "lora_r24"}, 0.07, 0.02), "undecided"),  # −0.015 ± 0.02
+        (8, edit("comparisons", {**TEXT, "method_b": "lora_r24"}, 0.10, 0.02), "fails"),  # −0.03 ± 0.02
+    ],
+)
+def test_rules_both_ways(number: int, change: Change, verdict: str) -> None:
+    tables = results()
+    change(tables)
+    records = claim_records(tables)
+    assert records[number - 1]["verdict"] == verdict, records[number - 1]["note"]
+    untouched = [record for record in records if record["verdict"] == "holds"]
+    assert len(untouched) >= 7 - (number == 7)
+
+
+@pytest.mark.parametrize(
+    ("number", "table", "words"),
+    [
+        (1, "deactivation", "deactivation of the base model"),
+        (2, "clustering", "clustering of the base model's importance"),
+        (3, "shift", "shift of full against base"),
+        (4, "shift", "shift of layer_lr against full"),
+        (5, "comparisons", "comparison of base with full, text"),
+        (6, "comparisons", "comparison of layer_lr with lora, speech"),
+        (7, "clustering", "clustering of the change of lora"),
+        (8, "comparisons", "lora_r"),
+    ],
+)
+def test_missing_tables_are_named(number: int, table: str, words: str) -> None:
+    tables = results()
+    del tables[table]
+    record = claim(number, tables)
+    assert (record["verdict"], record["value"], record["ci_low"]) == ("undecided", None, None)
+    assert words in record["note"]
+
+
+def test_nothing_at_all() -> None:
+    assert {record["verdict"] for record in claim_records({})} == {"undecided"}
+
+
+def test_missing_interval_noise_floor_and_ratio() -> None:
+    tables = results()
+    tables["shift"][0]["noise_floor"] = None
+    assert "noise floor" in claim(3, tables)["note"]
+    tables = results()
+    tables["shift"][0].update(ci_low=None, ci_high=None)
+    assert "interval" in claim(3, tables)["note"]
+    tables = results()
+    for row in tables["deactivation"]:
+        row["ratio"] = 0.05
+    assert "ratio 0.03" in claim(1, tables)["note"]
+    tables = results()
+    find(tables, "deactivation", condition="top")["loss"] = None  # not a number when it was written
+    assert "finite loss" in claim(1, tables)["note"]
+
+
+def test_deactivation_must_hold_for_every_reduction() -> None:
+    tables = results()
+    tables["deactivation"].append({**deactivated("top", 5.0), "reduction": "signed_sum"})
+    record = claim(1, tables)
+    assert record["verdict"] == "fails"
+    assert record["value"] == pytest.approx(5.0)
+
+
+def test_undefined_matrices_are_left_out() -> None:
+    tables = results()
+    broken = copy.deepcopy(tables["clustering"][0])
+    broken.update(name="model.layers.99.mlp.up_proj.weight", value=None, null_mean=None)
+    tables["clustering"].append(broken)
+    assert claim(2, tables)["value"] == pytest.approx(claim(2, results())["value"])
+
+
+def test_tasks_are_pooled_by_their_questions() -> None:
+    tables = results()
+    tables["comparisons"].append(compared("text", "full", "base", 0.0, half=0.01, task="web", n=900))
+    record = claim(5, tables)
+    assert record["value"] == pytest.approx(-0.06 / 4)
+    half = math.hypot(0.25 * 0.02, 0.75 * 0.01)
+    assert (record["ci_low"], record["ci_high"]) == pytest.approx((-0.015 - half, -0.015 + half))
+
+
+def test_other_metrics_do_not_count() -> None:
+    tables = results()
+    wrong = compared("text", "base", "full", 0.5)
+    tables["comparisons"].append({**wrong, "metric": "substring"})
+    assert claim(5, tables)["value"] == pytest.approx(-0.06)

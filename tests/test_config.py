@@ -1,0 +1,89 @@
+"""Recipes: every one builds; an unknown key names the nearest; values out of range name the key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from palimpsest.config import StudyConfig, dump_config, load_config, parse_config
+from palimpsest.rundir import UserError
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+MINIMAL: dict[str, Any] = {
+    "name": "x",
+    "models": {"language_model": "a", "encoder": "b"},
+    "data": {"train": {"source": "facts", "split": "train"}, "heldout": {"source": "facts", "split": "heldout"}},
+    "methods": {"full": {"kind": "full"}},
+    "evaluation": {"tasks": [{"name": "facts", "source": "facts", "split": "heldout"}]},
+}
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load(yaml.safe_dump(MINIMAL))
+    *parents, last = path.split(".")
+    section: Any = config
+    for parent in parents:
+        section = section.setdefault(parent, {})
+    section[last] = value
+    return config
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_builds_and_says_how_it_is_run(path: Path) -> None:
+    config = load_config(path)
+    header = path.read_text().split("\nname:")[0]
+    assert "command" in header
+    assert "hardware" in header
+    assert parse_config(yaml.safe_load(dump_config(config)), "dump") == config
+
+
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [
+        ("sed", "seed"),
+        ("training.epoch", "epochs"),
+        ("methods.full.learning_rat", "learning_rate"),
+        ("data.train.sorce", "source"),
+        ("importance.reducton", "reduction"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest_one(path: str, near: str) -> None:
+    with pytest.raises(UserError, match=f"there is no key '{path}'; the nearest known key is '{near}'"):
+        parse_config(changed(path, 1), "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("deactivation.ratio", 1.5), ("methods.full.lambda_", 2), ("training.batch_size", 0), ("methods", {})],
+)
+def test_values_out_of_range_name_the_key(path: str, value: Any) -> None:
+    with pytest.raises(UserError, match=path.replace(".", r"\.")):
+        parse_config(changed(path, value), "recipe.yaml")
+
+
+def test_no_method_is_called_base_and_no_task_comes_twice() -> None:
+    with pytest.raises(UserError, match="not 'base'"):
+        parse_config(changed("methods.base", {"kind": "full"}), "r")
+    task = MINIMAL["evaluation"]["tasks"][0]
+    with pytest.raises(UserError, match="twice"):
+        parse_config(changed("evaluation.tasks", [task, task]), "r")
+
+
+def test_a_config_cannot_be_changed() -> None:
+    config = StudyConfig.model_validate(MINIMAL)
+    with pytest.raises(Exception, match="frozen"):
+        config.seed = 1  # type: ignore[misc]
+
+
+def test_unreadable_recipes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1\n")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_config(tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match="mapping"):
+        load_config(tmp_path / "list.yaml")

@@ -1,0 +1,342 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from palimpsest.data.records import Example
+from palimpsest.evaluation import generate
+from palimpsest.evaluation.generate import (
+    Answer,
+    answer_questions,
+    decode_new,
+    end_ids,
+    pad_left,
+    summarise,
+    text_answerer,
+    verdicts_by_id,
+)
+from palimpsest.evaluation.scoring import METRIC_VERSION, METRICS
+from palimpsest.evaluation.tasks import Task, load_task
+from palimpsest.models.embedded import checkpoint
+from palimpsest.rundir import UserError, read_json, read_jsonl
+from tiny import tiny_llama, tiny_tokenizer
+
+CITIES = ["Paris", "Rome", "Madrid", "Lisbon", "Vienna", "Bern", "Oslo"]
+TASK = Task(
+    "capitals",
+    tuple(Example(f"q{i}", f"Capital {'very ' * (3 * i % 7)}{i}?", (c,), c) for i, c in enumerate(CITIES)),
+)
+TIMELESS = {"seconds": 0.0}
+
+
+class Oracle:
+    """Answers with the gold answer, or "London" for the ids in `wrong`; counts what it was asked."""
+
+    def __init__(self, wrong: Sequence[str] = (), broken: Sequence[str] = (), stop_after: int = 99) -> None:
+        self.wrong, self.broken, self.stop_after = wrong, broken, stop_after
+        self.asked: list[list[str]] = []
+
+    def __call__(self, examples: Sequence[Example], modality: str) -> list[Answer]:
+        if len(self.asked) >= self.stop_after:
+            raise KeyboardInterrupt
+        self.asked.append([e.id for e in examples])
+        for example in examples:
+            if example.id in self.broken:
+                raise UserError(f"The recording of {example.id} cannot be read.")
+        return [Answer("London" if e.id in self.wrong else f"It is {e.answer}.", 3) for e in examples]
+
+
+def run(answer: generate.Answerer, out: Path, batch_size: int = 2, **changes: object) -> list[generate.SampleRow]:
+    arguments = {
+        "task": TASK,
+        "modality": "text",
+        "model": "m",
+        "out": out,
+        "batch_size": batch_size,
+        **changes,
+    }
+    return answer_questions(answer, **arguments)  # type: ignore[arg-type]
+
+
+def timeless(rows: Sequence[generate.SampleRow]) -> list[dict]:
+    return [{**row, **TIMELESS} for row in rows]
+
+
+# -- the loop ------------------------------------------------------------------------------------------------
+def test_rows_come_in_the_task_s_order_whatever_the_batch_size(tmp_path: Path) -> None:
+    reference = run(Oracle(wrong=["q2"]), tmp_path / "1.jsonl", batch_size=1)
+    assert [row["id"] for row in reference] == [e.id for e in TASK.examples]
+    assert [row["verdicts"]["token_sequence"] for row in reference] == [i != 2 for i in range(7)]
+    for size in (2, 3, 7, 50):
+        rows = run(Oracle(wrong=["q2"]), tmp_path / f"{size}.jsonl", batch_size=size)
+        assert timeless(rows) == timeless(reference) == timeless(read_jsonl(tmp_path / f"{size}.jsonl"))
+
+
+def test_longest_questions_come_first_and_progress_is_told(tmp_path: Path) -> None:
+    oracle, told = Oracle(), []
+    run(oracle, tmp_path / "a.jsonl", batch_size=3, progress=lambda *counts: told.append(counts))
+    lengths = [len(e.question) for ids in oracle.asked for i in ids for e in TASK.examples if e.id == i]
+    assert lengths == sorted(lengths, reverse=True)
+    assert told == [(0, 7), (3, 7), (6, 7), (7, 7)]
+
+
+def test_a_killed_run_continues_and_ends_the_same(tmp_path: Path) -> None:
+    whole = run(Oracle(), tmp_path / "whole.jsonl")
+    out = tmp_path / "killed.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(Oracle(stop_after=2), out)
+    assert len(read_jsonl(out)) == 4  # two batches of two were written before the kill
+    second = Oracle()
+    assert timeless(run(second, out)) == timeless(whole)
+    assert sum(map(len, second.asked)) == 3
+    third = Oracle()
+    assert timeless(run(third, out)) == timeless(whole)
+    assert third.asked == []
+
+
+def test_a_line_cut_by_a_kill_is_asked_again(tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    whole = run(Oracle(), out)
+    lines = out.read_bytes().splitlines(keepends=True)
+    for cut in (1, len(lines[3]) // 2, len(lines[3]) - 1):  # the last: the whole row but its line feed
+        out.write_bytes(b"".join(lines[:3]) + lines[3][:cut])
+        oracle = Oracle()
+        assert timeless(run(oracle, out)) == timeless(whole)
+        assert sorted(i for ids in oracle.asked for i in ids) == ["q3", "q4", "q5", "q6"]
+
+
+def test_a_second_kill_after_a_cut_line_does_not_spoil_the_file(tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    whole = run(Oracle(), out)
+    lines = out.read_bytes().splitlines(keepends=True)
+    out.write_bytes(lines[0] + lines[1][:20])
+    with pytest.raises(KeyboardInterrupt):
+        run(Oracle(stop_after=1), out)
+    assert len(read_jsonl(out)) == 3
+    assert timeless(run(Oracle(), out)) == timeless(whole)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"garbage\n", "a.jsonl:2 is not JSON"),
+        (b'{"id": "q1"}\n', "a.jsonl:2 is not a row of answers"),
+        (b"\xff\xfe\n", "a.jsonl:2 is not JSON"),
+        (b"[1]\n", "a.jsonl:2 is not a row"),
+        (b"\n", "a.jsonl:2 is not JSON"),
+    ],
+)
+def test_garbage_before_the_last_line_is_refused_and_nothing_is_lost(tmp_path: Path, line: bytes, message: str) -> None:
+    out = tmp_path / "a.jsonl"
+    run(Oracle(), out)
+    lines = out.read_bytes().splitlines(keepends=True)
+    damaged = lines[0] + line + b"".join(lines[2:]) + b'{"id": "q'
+    out.write_bytes(damaged)
+    with pytest.raises(UserError, match=message):
+        run(Oracle(), out)
+    assert out.read_bytes() == damaged
+
+
+def test_rows_twice_or_of_other_questions_are_refused(tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    run(Oracle(), out)
+    lines = out.read_text("utf-8").splitlines(keepends=True)
+    out.write_text("".join([*lines, lines[0]]))
+    with pytest.raises(UserError, match=r":8: the id 'q0' is there a second time"):
+        run(Oracle(), out)
+    out.write_text(lines[0].replace('"q0"', '"q9"'))
+    with pytest.raises(UserError, match="'q9' is not in the task"):
+        run(Oracle(), out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model": "other"}, "model 'm' instead of 'other'"),
+        ({"modality": "speech"}, "modality 'text' instead of 'speech'"),
+        ({"max_new_tokens": 64}, "max_new_tokens 32 instead of 64"),
+        ({"task": Task("capitals", TASK.examples, instruction="Be short.")}, "task_version"),
+        ({"task": Task("capitals", TASK.examples[:3])}, "n 7 instead of 3"),
+    ],
+)
+def test_samples_of_another_evaluation_are_refused(tmp_path: Path, changes: dict, named: str) -> None:
+    out = tmp_path / "a.jsonl"
+    run(Oracle(), out)
+    before = out.read_bytes()
+    with pytest.raises(UserError, match=named):
+        run(Oracle(), out, **changes)
+    assert out.read_bytes() == before
+
+
+def test_samples_without_their_binding_are_refused(tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    run(Oracle(), out)
+    assert read_json(tmp_path / "a.json")["task_version"] == TASK.version
+    (tmp_path / "a.json").unlink()
+    with pytest.raises(UserError, match=r"a\.json does not exist"):
+        run(Oracle(), out)
+
+
+# -- failures ------------------------------------------------------------------------------------------------
+def test_a_failed_sample_is_listed_and_counted_wrong(tmp_path: Path) -> None:
+    rows = run(Oracle(broken=["q1", "q4"]), tmp_path / "a.jsonl", batch_size=3)
+    assert [row["id"] for row in rows if row["failed"]] == ["q1", "q4"]
+    assert rows[1]["error"] == "The recording of q1 cannot be read."
+    records = summarise(rows, "base", TASK, "text")
+    assert {r["metric"]: (r["n"], r["correct"], r["n_failed"], r["n_empty"]) for r in records} == dict.fromkeys(
+        METRICS, (7, 5, 2, 0)
+    )
+    assert verdicts_by_id(rows, "substring")["q4"] is False
+
+
+def test_a_run_in_which_everything_fails_is_an_error_not_zero_percent(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"None of the 7 questions .* The recording of q0 cannot be read"):
+        run(Oracle(broken=[e.id for e in TASK.examples]), tmp_path / "a.jsonl")
+
+
+def test_defects_stop_the_run(tmp_path: Path) -> None:
+    def defective(examples: Sequence[Example], modality: str) -> list[Answer]:
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(defective, tmp_path / "a.jsonl")
+    with pytest.raises(RuntimeError, match="1 answers to 2 examples"):
+        run(lambda examples, modality: [Answer("Paris", 1)], tmp_path / "b.jsonl")
+
+
+def test_empty_refused_and_looping_answers_are_flagged(tmp_path: Path) -> None:
+    said = {"q0": " … ", "q1": "I'm sorry, I can't.", "q2": "Madrid Madrid Madrid Madrid Madrid Madrid"}
+    rows = run(lambda batch, _: [Answer(said.get(e.id, e.answer), 1) for e in batch], tmp_path / "a.jsonl")
+    flags = {name: [row["id"] for row in rows if row[name]] for name in ("empty", "refusal", "loop", "failed")}
+    assert flags == {"empty": ["q0"], "refusal": ["q1"], "loop": ["q2"], "failed": []}
+    assert summarise(rows, "base", TASK, "text")[0]["n_empty"] == 1
+
+
+def test_summary_by_hand(tmp_path: Path) -> None:
+    rows = run(Oracle(wrong=["q0", "q1"]), tmp_path / "a.jsonl")
+    first = summarise(rows, "lora", TASK, "cascade")[0]
+    assert first == {
+        "method": "lora",
+        "task": "capitals",
+        "modality": "cascade",
+        "n": 7,
+        "correct": 5,
+        "accuracy": pytest.approx(5 / 7),
+        "ci_low": pytest.approx(0.3589, abs=1e-4),  # Wilson, (p̂ + z²/2n ± z·sqrt(p̂q̂/n + z²/4n²)) / (1 + z²/n)
+        "ci_high": pytest.approx(0.9178, abs=1e-4),
+        "metric": "token_sequence",
+        "metric_version": METRIC_VERSION,
+        "n_empty": 0,
+        "n_failed": 0,
+    }
+    with pytest.raises(UserError, match="6 answers of lora"):
+        summarise(rows[1:], "lora", TASK, "cascade")
+
+
+# -- a language model as an answerer -------------------------------------------------------------------------
+@pytest.mark.parametrize("chat", [True, False])
+def test_answers_of_a_model_do_not_depend_on_the_batch_size(tmp_path: Path, chat: bool) -> None:
+    model, tokenizer = tiny_llama(eos_token_id=3), tiny_tokenizer(chat)
+    answer = text_answerer(model, tokenizer, max_new_tokens=12)
+    reference = run(answer, tmp_path / "1.jsonl", batch_size=1)
+    assert any(row["response"] for row in reference)
+    assert len({row["response"] for row in reference}) > 1
+    for size in (3, 7):
+        assert timeless(run(answer, tmp_path / f"{size}.jsonl", batch_size=size)) == timeless(reference)
+
+
+def test_a_model_s_answer_is_the_greedy_continuation_of_its_template() -> None:
+    """Token by token from the logits, without generate, cache or padding."""
+    model, tokenizer = tiny_llama(eos_token_id=3), tiny_tokenizer()
+    model.generation_config.repetition_penalty = 5.0  # a checkpoint's own taste must not leak in
+    model.generation_config.do_sample = True
+    (given,) = text_answerer(model, tokenizer, max_new_tokens=6, system="Be short.")(TASK.examples[:1], "text")
+    prompt = "<s><system>Be short.<end>\n<user>Capital 0?<end>\n<assistant>"
+    assert given.prompt == prompt
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert given.prompt_tokens == len(ids)
+    new: list[int] = []
+    while len(new) < 6 and new[-1:] not in ([2], [3]):
+        with torch.no_grad():
+            new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
+    assert given.n_new_tokens == len(new)
+    assert given.response == tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_instruction_and_plain_prompt() -> None:
+    model = tiny_llama()
+    templated = text_answerer(model, tiny_tokenizer(), 2, instruction="One word.")(TASK.examples[:1], "text")
+    assert templated[0].prompt == "<s><user>One word.\nCapital 0?<end>\n<assistant>"
+    plain = text_answerer(model, tiny_tokenizer(chat=False), 2)(TASK.examples[:1], "text")
+    assert plain[0].prompt == "Question: Capital 0?\nAnswer:"
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_exactly_one_begin_of_text_with_a_tokenizer_that_adds_its_own(chat: bool) -> None:
+    tokenizer, seen = tiny_tokenizer(chat), []
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    model = tiny_llama()
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs["input_ids"]), with_kwargs=True)
+    text_answerer(model, tokenizer, 1)(TASK.examples[:1], "text")
+    assert tokenizer("a")["input_ids"][0] == 1
+    assert seen[0][0].tolist().count(1) == 1
+    assert seen[0][0, 0] == 1
+
+
+def test_every_end_id_ends_an_answer_and_a_missing_pad_id_is_no_problem() -> None:
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    model.generation_config.eos_token_id = [2, 50]
+    assert end_ids(model, tokenizer) == [3, 2, 50]
+    tokenizer.pad_token = None
+    assert tokenizer.pad_token_id is None
+    answer = text_answerer(model, tokenizer, 8)
+    together = answer(TASK.examples, "text")
+    assert together == [answer([example], "text")[0] for example in TASK.examples]
+
+
+def test_decoding_stops_at_the_first_end_id() -> None:
+    tokenizer = tiny_tokenizer()
+    a, b = tokenizer("ab", add_special_tokens=False)["input_ids"]
+    new = torch.tensor([[a, b, 3, 0], [a, 2, b, b], [3, 0, 0, 0], [a, b, a, b]])
+    assert decode_new(tokenizer, new, [3, 2]) == [("ab", 3), ("a", 2), ("", 1), ("abab", 4)]
+
+
+def test_pad_left_by_hand() -> None:
+    input_ids, mask = pad_left([[5], [6, 7, 8]], pad=9)
+    assert input_ids.tolist() == [[9, 9, 5], [6, 7, 8]]
+    assert mask.tolist() == [[0, 0, 1], [1, 1, 1]]
+
+
+def test_a_language_model_answers_text_only_and_within_its_positions(tmp_path: Path) -> None:
+    answer = text_answerer(tiny_llama(max_position_embeddings=50), tiny_tokenizer(), max_new_tokens=8)
+    with pytest.raises(UserError, match="from text only"):
+        answer(TASK.examples[:1], "speech")
+    rows = run(answer, tmp_path / "a.jsonl", batch_size=7)  # the longer questions fail, the others are answered
+    assert {row["failed"] for row in rows} == {True, False}
+    assert all("does not fit" in str(row["error"]) for row in rows if row["failed"])
+    assert json.loads((tmp_path / "a.jsonl").read_text("utf-8").splitlines()[0])["id"] == "q0"
+
+
+# -- the reference number ------------------------------------------------------------------------------------
+DATA = Path(os.environ.get("PALIMPSEST_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.mark.slow
+@pytest.mark.data
+@pytest.mark.skipif(not (DATA / "llama_questions").is_dir(), reason="needs the Llama Questions folder")
+def test_the_embedded_model_on_llama_questions(tmp_path: Path) -> None:
+    """79 of 300 under plain token-sequence containment, counted by an independent script beforehand."""
+    folder = checkpoint("embedded:smollm2-135m-instruct")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    task = load_task(str(DATA / "llama_questions"))
+    rows = answer_questions(text_answerer(model, tokenizer), task, "text", model="x", out=tmp_path / "a.jsonl")
+    correct = {record["metric"]: record["correct"] for record in summarise(rows, "base", task, "text")}
+    assert correct == {"token_sequence": 79, "token_sequence_numbers": 92, "substring": 87, "any_order": 80}

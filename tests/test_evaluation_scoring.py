@@ -1,0 +1,162 @@
+"""The scoring rules, against hand-judged cases and properties.
+
+evaluation_scoring_cases.jsonl: response, gold answers, a human verdict (`correct`), and in `wrong` the metrics
+that are known to get the case wrong. It is part of the documentation: a metric that improves must shorten it.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from palimpsest.evaluation.number_words import digits
+from palimpsest.evaluation.scoring import METRICS, PRIMARY, normalise, score, unrelated_floor, words
+from palimpsest.rundir import UserError
+
+CASES = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "evaluation_scoring_cases.jsonl").read_text("utf-8").splitlines()
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["note"])
+def test_hand_judged_case(case: dict) -> None:
+    verdicts = score(case["response"], case["answers"], case.get("question"))
+    assert sorted(m for m, right in verdicts.items() if right != case["correct"]) == sorted(case["wrong"])
+
+
+def test_the_cases_are_many_and_not_only_easy() -> None:
+    assert len(CASES) >= 60
+    assert sum(case["correct"] for case in CASES) >= 30
+    assert sum(not case["correct"] for case in CASES) >= 30
+    assert all(any(m in case["wrong"] for case in CASES) for m in METRICS), "every metric has known failures"
+
+
+def test_number_equivalence_helps_more_than_it_hurts() -> None:
+    errors = {metric: sum(metric in case["wrong"] for case in CASES) for metric in METRICS}
+    assert errors["token_sequence_numbers"] == min(errors.values())
+
+
+def test_primary_is_a_metric() -> None:
+    assert PRIMARY in METRICS
+    assert list(score("Paris", ["Paris"])) == list(METRICS)
+
+
+@pytest.mark.parametrize("answers", [[], [""], ["?", "…"]])
+def test_golds_without_a_word_are_refused(answers: list[str]) -> None:
+    with pytest.raises(UserError, match="letter or digit"):
+        score("Paris", answers)
+
+
+def test_a_gold_without_a_word_never_matches() -> None:
+    assert not any(score("anything at all", ["?", "Paris"]).values())
+
+
+@given(st.text(max_size=40), st.text(max_size=40), st.text(max_size=40))
+def test_a_response_that_holds_the_gold_verbatim_between_blanks_is_right(before: str, gold: str, after: str) -> None:
+    if words(gold):
+        verdicts = score(f"{before} {gold} {after}", [gold])
+        assert verdicts["token_sequence"]
+        assert verdicts["substring"]
+        assert verdicts["any_order"]
+
+
+@given(st.text(max_size=60))
+def test_normalising_is_stable_under_repetition_and_case(text: str) -> None:
+    assert words(normalise(text)) == words(text)
+    assert score(text, ["gold"]) == score(normalise(text), ["gold"])
+
+
+LETTERS = st.sampled_from(["a", "b", "c", "d"])
+
+
+@given(st.lists(LETTERS, max_size=8), st.lists(LETTERS, min_size=1, max_size=3))
+def test_rules_are_ordered_by_strictness(response: list[str], gold: list[str]) -> None:
+    verdicts = score(" ".join(response), [" ".join(gold)])
+    assert verdicts["any_order"] >= verdicts["token_sequence"]
+    assert verdicts["substring"] >= verdicts["token_sequence"]
+
+
+# -- numbers -------------------------------------------------------------------------------------------------
+NAMES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen"
+)
+UNITS = NAMES.split()
+TENS = ["", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+
+
+def spell(n: int, hyphen: str, joiner: str) -> str:
+    """n < 10^9 in words, an independent speller."""
+    if n < 20:
+        return UNITS[n]
+    if n < 100:
+        return TENS[n // 10] + (hyphen + UNITS[n % 10] if n % 10 else "")
+    for size, name in ((10**6, "million"), (10**3, "thousand"), (10**2, "hundred")):
+        if n >= size:
+            rest = n % size
+            tail = joiner + spell(rest, hyphen, joiner) if rest and size == 100 else ""
+            tail = tail or (" " + spell(rest, hyphen, joiner) if rest else "")
+            return f"{spell(n // size, hyphen, joiner)} {name}{tail}"
+    raise AssertionError
+
+
+@given(st.integers(0, 10**9 - 1), st.sampled_from(["-", " ", "\u2010"]), st.sampled_from([" ", " and "]))
+def test_every_spelt_number_becomes_its_digits(n: int, hyphen: str, joiner: str) -> None:
+    assert digits(spell(n, hyphen, joiner)) == str(n)
+    assert digits(f"about {spell(n, hyphen, joiner)}, or so") == f"about {n}, or so"
+
+
+@given(st.integers(0, 10**12))
+def test_digits_stay_and_lose_their_separators(n: int) -> None:
+    assert digits(str(n)) == str(n)
+    assert digits(f"{n:,}") == str(n)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("twenty, thirty", "20, 30"),
+        ("two three", "2 3"),
+        ("between one hundred and two hundred", "between 100 and 200"),
+        ("5 million and 3 others", "5000000 and 3 others"),
+        ("a hundred", "100"),
+        ("a man", "a man"),
+        ("hundreds of sevens, tenor, often, someone", "hundreds of sevens, tenor, often, someone"),
+        ("1.5 million", "1500000"),
+        ("nineteen hundred", "1900"),
+        ("nineteen oh five", "1905"),
+        ("twenty ten", "2010"),
+        ("twenty-second", "22nd"),
+        ("eleventh, twelfth, thirteenth", "11th, 12th, 13th"),
+        ("one third", "1 3rd"),
+        ("1,00 and 12,34", "1,00 and 12,34"),
+    ],
+)
+def test_number_phrases(text: str, expected: str) -> None:
+    assert digits(text) == expected
+
+
+# -- the floor -----------------------------------------------------------------------------------------------
+def test_unrelated_floor_by_hand() -> None:
+    """Three responses, each scored against the two golds of the other questions."""
+    responses = ["Because it is so.", "bread", "nothing here"]
+    floor = unrelated_floor(responses, [["Paris"], ["Au"], ["B"]])
+    # substring: "au" in "because", "b" in "because", "b" in "bread"; not in "nothing here"
+    assert floor["substring"] == pytest.approx(3 / 6)
+    assert floor["token_sequence"] == floor["any_order"] == 0
+
+
+def test_unrelated_floor_leaves_out_questions_with_the_same_gold() -> None:
+    floor = unrelated_floor(["two", "2", "Rome"], [["two"], ["2"], ["Rome"]])
+    assert floor == dict.fromkeys(METRICS, 0.0)
+
+
+@pytest.mark.parametrize("responses", [[], ["a"], ["a", "b", "c"]])
+def test_unrelated_floor_needs_one_response_per_question(responses: list[str]) -> None:
+    with pytest.raises(UserError, match="one response per question"):
+        unrelated_floor(responses, [["x"], ["y"]])

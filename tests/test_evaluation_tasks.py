@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from palimpsest.data.records import Example
+from palimpsest.evaluation.tasks import Task, load_task
+from palimpsest.rundir import UserError
+
+PARIS = Example("q1", "What is the capital of France?", ("Paris",), "Paris")
+ROME = Example("q2", "What is the capital of Italy?", ("Rome",), "Rome", audio=Path("audio/rome.flac"))
+
+
+def test_a_manifest_becomes_a_task(tmp_path: Path) -> None:
+    manifest = tmp_path / "capitals.jsonl"
+    rows = [{"id": e.id, "question": e.question, "answers": list(e.answers)} for e in (PARIS, ROME)]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = load_task(str(manifest))
+    assert task.name == "capitals"
+    assert [e.id for e in task.examples] == ["q1", "q2"]
+    assert load_task(f"manifest:{manifest}").name == "capitals"
+    assert load_task(str(manifest), name="mine", limit=1) == Task("mine", task.examples[:1])
+
+
+def test_the_version_follows_everything_an_answer_depends_on() -> None:
+    task = Task("t", (PARIS, ROME))
+    others = [
+        replace(task, examples=(ROME, PARIS)),
+        replace(task, examples=(PARIS,)),
+        replace(task, examples=(replace(PARIS, question="Capital of France?"), ROME)),
+        replace(task, examples=(replace(PARIS, answers=("Paris", "Lutetia")), ROME)),
+        replace(task, examples=(replace(PARIS, audio=Path("paris.flac")), ROME)),
+        replace(task, instruction="Answer in one word."),
+    ]
+    assert len({task.version, *(other.version for other in others)}) == 7
+    moved = replace(task, examples=(PARIS, replace(ROME, audio=Path("elsewhere/rome.flac"))))
+    assert moved.version == task.version == replace(task, name="other").version
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ((), "no questions"),
+        ((PARIS, PARIS), "two questions with the id 'q1'"),
+        ((replace(PARIS, answers=()),), "no gold answer"),
+        ((replace(PARIS, answers=("?",)),), "no gold answer"),
+        ((replace(PARIS, question=" "),), "is empty"),
+    ],
+)
+def test_a_task_that_could_give_a_wrong_number_is_refused(examples: tuple, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Task("t", examples)
+
+
+def test_unknown_metric() -> None:
+    with pytest.raises(UserError, match="unknown metric 'exact'"):
+        Task("t", (PARIS,), metric="exact")
+
+
+def test_require_audio_names_the_first_silent_question() -> None:
+    Task("t", (ROME,)).require_audio()
+    with pytest.raises(UserError, match=r"1 of the 2 questions .* 'q1'"):
+        Task("t", (PARIS, ROME)).require_audio()

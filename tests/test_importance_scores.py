@@ -1,0 +1,134 @@
+"""Scores on disk: nothing lost, nothing loaded early, nothing damaged accepted."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.tiny import tiny_llama
+from torch import Tensor
+
+from palimpsest.importance import scores as scores_module
+from palimpsest.importance.estimate import estimate_importance
+from palimpsest.importance.scores import Scores, model_digest
+from palimpsest.rundir import UserError
+
+
+def estimated() -> Scores:
+    input_ids = torch.randint(5, 300, (2, 6), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "labels": input_ids}
+    return estimate_importance(tiny_llama(), [batch, batch], metadata={"modality": "text"})
+
+
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 10_000])
+def test_save_and_open(tmp_path: Path, shard_bytes: int) -> None:
+    scores = estimated()
+    scores.save(tmp_path / "scores", shard_bytes)
+    opened = Scores.open(tmp_path / "scores", verify=True)
+    assert opened.metadata == scores.metadata
+    assert opened.reductions == ("signed_sum", "per_batch_abs")
+    assert opened.names == scores.names
+    for reduction in scores.reductions:
+        assert list(opened.tensors(reduction)) == list(scores.tensors(reduction))  # model order, not the files'
+        for name, tensor in scores.tensors(reduction).items():
+            assert torch.equal(opened.tensors(reduction)[name], tensor)
+    assert np.array_equal(opened.batch_totals, scores.batch_totals)
+    assert np.array_equal(opened.batch_tokens, scores.batch_tokens)
+    files = len(list((tmp_path / "scores").glob("signed_sum-*.safetensors")))
+    assert files == 1 if shard_bytes > 10_000 else files > 1
+    assert not list((tmp_path / "scores").glob(".*"))
+
+
+def test_opening_loads_no_tensor_and_access_loads_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    estimated().save(tmp_path)
+    loaded: list[str] = []
+    original = scores_module._StoredTensors.__getitem__
+
+    def spy(self: scores_module._StoredTensors, name: str) -> Tensor:
+        loaded.append(name)
+        return original(self, name)
+
+    monkeypatch.setattr(scores_module._StoredTensors, "__getitem__", spy)
+    tensors = Scores.open(tmp_path).tensors("signed_sum")
+    name = list(tensors)[3]
+    assert (len(tensors), loaded) == (14, [])
+    _ = tensors[name]
+    assert loaded == [name]
+
+
+def test_an_interrupted_save_does_not_pass_for_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = estimated()
+    scores.save(tmp_path)
+
+    def fail(*args: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(scores_module, "save_file", fail)
+    with pytest.raises(OSError, match="no space left"):
+        scores.save(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        Scores.open(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["signed_sum-00000.safetensors", "batches.npz"])
+def test_missing_and_truncated_files(tmp_path: Path, name: str) -> None:
+    estimated().save(tmp_path)
+    path = tmp_path / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-4])
+    with pytest.raises(UserError, match=rf"{name} has {len(whole) - 4} bytes instead of {len(whole)}"):
+        Scores.open(tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        Scores.open(tmp_path)
+
+
+def test_a_flipped_bit_is_found_by_verify(tmp_path: Path) -> None:
+    estimated().save(tmp_path)
+    path = tmp_path / "signed_sum-00000.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    Scores.open(tmp_path)
+    with pytest.raises(UserError, match="checksum"):
+        Scores.open(tmp_path, verify=True)
+
+
+def test_a_folder_without_scores_and_a_reduction_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"scores.json does not exist"):
+        Scores.open(tmp_path)
+    with pytest.raises(UserError, match="no reduction 'fisher', only signed_sum, per_batch_abs"):
+        estimated().tensors("fisher")
+
+
+def test_check_model_names_the_first_difference(tmp_path: Path) -> None:
+    estimated().save(tmp_path)
+    scores = Scores.open(tmp_path)
+    model = tiny_llama()
+    scores.check_model(model)
+
+    with pytest.raises(UserError, match=r"model.layers.1.self_attn.q_proj.weight was scored"):
+        scores.check_model(tiny_llama(num_hidden_layers=1))
+    with pytest.raises(UserError, match=r"model.layers.2.self_attn.q_proj.weight of this model was not scored"):
+        scores.check_model(tiny_llama(num_hidden_layers=3))
+    with pytest.raises(UserError, match=r"gate_proj.weight has shape \(48, 32\) when scored, \(40, 32\) now"):
+        scores.check_model(tiny_llama(intermediate_size=40))
+    changed = copy.deepcopy(model)
+    with torch.no_grad():
+        changed.model.layers[1].mlp.down_proj.weight[0, 0] += 1e-6
+    with pytest.raises(UserError, match=rf"{tmp_path}.*weights of model.layers.1.mlp.down_proj.weight differ"):
+        scores.check_model(changed)
+
+
+def test_the_model_digest_is_of_the_scored_weights() -> None:
+    model = tiny_llama()
+    digest = model_digest(model)
+    assert digest == estimated().metadata["model"]
+    assert model_digest(model.bfloat16()) != digest
+    other = tiny_llama()
+    with torch.no_grad():
+        other.model.norm.weight += 1  # not scored
+    assert model_digest(other) == digest

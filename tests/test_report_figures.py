@@ -1,0 +1,163 @@
+"""The figures: all drawn from a whole run, the same bytes twice, none from an empty one."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from palimpsest.report.charts import _paper_like
+from palimpsest.report.figures import FIGURES, draw, write_figure, write_figures
+from palimpsest.report.heatmaps import _representative, short_name
+from palimpsest.report.inputs import Inputs, read_inputs
+from palimpsest.report.style import _LOOKS, _OTHERS, look, to_inline_svg, to_svg
+from palimpsest.rundir import UserError, write_json
+from report_fixture import invented_results, make_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("run"), n_questions=1)
+
+
+@pytest.fixture(scope="module")
+def inputs(run: Path) -> Inputs:
+    return read_inputs(run)
+
+
+def test_every_figure_is_written_as_svg_and_png(run: Path) -> None:
+    paths = write_figures(run)
+    assert [path.name for path in paths] == [f"{name}.{kind}" for name in FIGURES for kind in ("svg", "png")]
+    for path in paths:
+        if path.suffix == ".svg":
+            assert ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+        else:
+            assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_same_run_gives_the_same_bytes(run: Path) -> None:
+    first = [path.read_bytes() for path in write_figure(run, "figure2")]
+    second = [path.read_bytes() for path in write_figure(run, "figure2")]
+    assert first == second
+    assert b"<dc:date>" not in first[0]
+
+
+def test_without_data_there_is_no_figure_and_an_old_one_goes(tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "training.svg").write_text("of an earlier state of the run")
+    assert write_figures(tmp_path) == []
+    assert not (tmp_path / "figures" / "training.svg").exists()
+
+
+def test_an_unknown_name_lists_the_known_ones(run: Path) -> None:
+    with pytest.raises(UserError, match="figure1, figure2"):
+        write_figure(run, "figure9")
+
+
+@pytest.mark.parametrize("name", ["figure2", "deactivation"])
+def test_tips_carry_the_values(inputs: Inputs, name: str) -> None:
+    drawing = draw(name, inputs)
+    assert drawing is not None
+    svg = to_svg(drawing)
+    assert drawing.tips
+    for tip in drawing.tips.values():
+        assert f"<title>{tip}</title>" in svg
+
+
+def test_figure_2_names_its_peaks(inputs: Inputs) -> None:
+    drawing = draw("figure2", inputs)
+    assert drawing is not None
+    assert "Base 12, Full-FT 3" in drawing.caption
+    assert "Base, layer 12: " in "".join(drawing.tips.values())
+
+
+def test_inline_figures_take_the_colours_of_the_page(inputs: Inputs) -> None:
+    drawing = draw("figure2", inputs)
+    assert drawing is not None
+    svg = to_inline_svg(drawing)
+    assert svg.startswith('<svg class="drawing" role="img" aria-label="Two line charts')
+    assert "currentColor" in svg
+    assert "#1c1e21" not in svg
+    assert "#ffffff" not in svg
+    assert "<metadata" not in svg
+    assert "<style" not in svg
+    identifiers = [part.split('"')[0] for part in svg.split('id="')[1:]]
+    assert all(identifier.startswith("figure2-") for identifier in identifiers)
+    assert len(set(identifiers)) == len(identifiers)
+
+
+def test_hostile_names_stay_text_and_dollars_are_not_mathematics(tmp_path: Path) -> None:
+    results = invented_results()
+    hostile = "<script>alert(1)</script> $\\frac{$"
+    for table in ("layers", "training"):
+        for row in results[table]:
+            for key in ("model", "method"):
+                if row.get(key) == "lora":
+                    row[key] = hostile
+    write_json(tmp_path / "results.json", {"schema": 1, **results})
+    for name in ("figure3", "training"):
+        drawing = draw(name, read_inputs(tmp_path))
+        assert drawing is not None
+        svg = to_inline_svg(drawing)
+        assert "<script" not in svg
+        assert "$\\frac{$" in svg
+
+
+def test_a_perplexity_beyond_float_range_is_shown_as_infinite(tmp_path: Path) -> None:
+    results = invented_results()
+    for row in results["deactivation"]:
+        if row["condition"] == "top":
+            row["perplexity"] = row["loss"] = None
+    write_json(tmp_path / "results.json", {"schema": 1, **results})
+    drawing = draw("deactivation", read_inputs(tmp_path))
+    assert drawing is not None
+    assert "Base, text, top removed: not finite" in drawing.alt
+    assert "∞" in to_svg(drawing)
+
+
+def test_maps_of_zeros_can_be_drawn(tmp_path: Path) -> None:
+    (tmp_path / "maps").mkdir()
+    name = "model.layers.0.mlp.up_proj.weight"
+    zeros = np.zeros((8, 8), np.float32)
+    np.savez(tmp_path / "maps" / "delta.npz", **{f"full|{name}": zeros, f"lora|{name}": zeros + np.nan})
+    np.savez(tmp_path / "maps" / "importance.npz", **{f"base|{name}": zeros})
+    inputs = read_inputs(tmp_path)
+    for figure in ("figure1", "figure4"):
+        drawing = draw(figure, inputs)
+        assert drawing is not None
+        assert "<image" in to_svg(drawing)
+
+
+def test_the_deactivation_figure_shows_one_setting_nearest_the_papers() -> None:
+    rows = invented_results()["deactivation"]
+    others = [row | {"scope": "per_layer"} for row in rows] + [row | {"ratio": 0.01} for row in rows]
+    chosen = _paper_like([row for row in [*others, *rows] if row["condition"] != "base"])  # type: ignore[list-item]
+    assert {(row["ratio"], row["scope"]) for row in chosen} == {(0.03, "global")}
+
+
+def test_matrices_are_chosen_by_kind_near_the_middle() -> None:
+    names = [
+        f"model.layers.{layer}.{kind}.weight"
+        for layer in range(11)
+        for kind in ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
+    ]
+    assert _representative(names) == [
+        "model.layers.5.self_attn.q_proj.weight",
+        "model.layers.5.mlp.down_proj.weight",
+        "model.layers.5.self_attn.k_proj.weight",
+        "model.layers.4.mlp.down_proj.weight",
+    ]
+    assert _representative([]) == []
+    assert short_name(names[0]) == "layer 0, q_proj"
+    assert short_name("transformer.h.0.attn") == "transformer.h.0.attn"
+
+
+def test_every_method_has_a_look_of_its_own() -> None:
+    looks = [*_LOOKS.values(), *_OTHERS]
+    for part in ("color", "marker", "line"):
+        assert len({getattr(one, part) for one in looks}) == len(looks)
+    methods = ["base", "full", "x", "y"]
+    assert look("x", methods) != look("y", methods)
+    assert look("full", methods) == look("full", ["full"])

@@ -1,0 +1,134 @@
+"""How numbers are written, and that a table says the same in all four renderings."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from palimpsest.report.formats import (
+    Cell,
+    Column,
+    Table,
+    interval,
+    p_value,
+    percent,
+    points,
+    seconds,
+    significant,
+    to_csv,
+    to_html,
+    to_latex,
+    to_markdown,
+)
+
+
+class _Cells(HTMLParser):
+    """The texts of a table's cells, and every tag seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.tags: list[str] = []
+        self._open = False
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+            self._open = True
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th"):
+            self._open = False
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            self.rows[-1][-1] += data
+
+
+@pytest.mark.parametrize(
+    ("value", "written"),
+    [
+        (2.08, "2.08"),
+        (3.0, "3.00"),
+        (114_000.0, "1.14e5"),
+        (99_999.0, "1.00e5"),
+        (12_345.0, "12300"),
+        (0.0123456, "0.0123"),
+        (0.000123, "1.23e-4"),
+        (-0.5, "-0.500"),
+        (0.0, "0"),
+        (None, "not finite"),
+        (math.inf, "not finite"),
+    ],
+)
+def test_three_significant_digits(value: float | None, written: str) -> None:
+    assert significant(value) == written
+
+
+@given(st.floats(min_value=1e-30, max_value=1e30))
+def test_significant_is_within_half_a_unit_of_the_third_digit(value: float) -> None:
+    assert float(significant(value)) == pytest.approx(value, rel=0.00501)
+
+
+def test_shares_differences_and_p_values() -> None:
+    assert percent(0.26333) == "26.3"
+    assert points(-0.2) == "−20.0"
+    assert points(0.041) == "+4.1"
+    assert points(-0.0001) == "0.0"
+    assert (p_value(0.00099), p_value(0.05), p_value(None)) == ("< 0.001", "0.050", "–")
+    assert interval(0.1, 0.25) == "10.0 to 25.0"
+    assert interval(None, 0.25) == ""
+    assert (seconds(3.21), seconds(200), seconds(7500)) == ("3.2 s", "3 min 20 s", "2 h 05 min")
+
+
+def _table(*rows: tuple[Cell, ...]) -> Table:
+    return Table("name", "Title", (Column("A|B"), Column("x %", numeric=True)), rows, "A note & more.")
+
+
+@given(st.text(max_size=30))
+@example('<script>x</script>"><img src=x onerror=y>')
+@example("&lt; &amp;")
+def test_html_shows_any_text_as_text(text: str) -> None:
+    parser = _Cells()
+    parser.feed(str(to_html(_table((Cell(text), Cell("1", text, 1.0))))))
+    assert set(parser.tags) <= {"table", "caption", "thead", "tbody", "tr", "th", "td", "small"}
+    if "\r" not in text and "\0" not in text:  # HTML parsers change these two
+        assert parser.rows[1][0] == text
+
+
+def test_html_has_caption_scopes_and_sort_keys() -> None:
+    html = str(to_html(_table((Cell("a", sort="a"), Cell("1.5", "1 to 2", 1.5)))))
+    assert "<caption>Title</caption>" in html
+    assert html.count('scope="col"') == 2
+    assert '<th scope="row" data-sort="a">a</th>' in html
+    assert '<td class="number" data-sort="1.5">1.5 <small>1 to 2</small></td>' in html
+
+
+def test_markdown_keeps_its_columns() -> None:
+    lines = to_markdown(_table((Cell("a|b\nc"), Cell("1", "2 to 3")))).splitlines()
+    assert lines[2:5] == [r"| A\|B | x % |", "| --- | ---: |", r"| a\|b c | 1 \[2 to 3\] |"]
+
+
+def test_latex_escapes() -> None:
+    latex = to_latex(_table((Cell(r"50_000 \input{x} $y$"), Cell("−3.0 %"))))
+    assert r"50\_000 \textbackslash{}input\{x\} \$y\$ & $-$3.0 \% \\" in latex
+    assert r"\caption{Title. A note \& more.}" in latex
+
+
+def test_csv_is_read_back_with_ranges_in_their_own_column() -> None:
+    rows = list(csv.reader(io.StringIO(to_csv(_table((Cell('say "a", b'), Cell("−1.0", "−2.0 to 0.0")))))))
+    assert rows == [["A|B", "x %", "x %, range"], ['say "a", b', "-1.0", "-2.0 to 0.0"]]
+
+
+def test_a_row_of_the_wrong_length_is_an_error() -> None:
+    with pytest.raises(ValueError, match="1 cells, not 2"):
+        _table((Cell("a"),))

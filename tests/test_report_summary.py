@@ -1,0 +1,142 @@
+"""The summary's sentences: what they say follows from the records, and they say so where nothing follows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from palimpsest.report.inputs import read_inputs
+from palimpsest.report.summary import points_of, scale
+from palimpsest.rundir import write_json
+from report_fixture import accuracy_row, comparison_row, invented_provenance, make_run
+
+LOST, WHERE, KEEPS, HEARS = range(4)
+
+
+def _answers(path: Path, question: int, **tables: Any) -> str:
+    write_json(path / "results.json", {"schema": 1, **tables})
+    point = points_of(read_inputs(path))[question]
+    return "\n".join(line for finding in point.findings for line in (finding.sentence, *finding.details))
+
+
+def test_scale_says_how_small_the_run_is(tmp_path: Path) -> None:
+    sentence = scale(read_inputs(make_run(tmp_path)))
+    for part in ("Invented-LM-135M (135 million parameters)", "1\u202f200 spoken questions", "up to 360 steps"):
+        assert part in sentence
+    assert sentence.endswith("not as evidence about large models.")
+
+
+def test_scale_without_provenance_counts_the_scored_weights(tmp_path: Path) -> None:
+    sentence = scale(read_inputs(make_run(tmp_path, without={"provenance.json", "training"})))
+    # 16 layers × 3 538 944 weights
+    assert sentence.startswith("This run trained a language model (57 million weights in its layers) on spoken")
+
+
+def test_scale_of_a_large_run_has_no_reservation(tmp_path: Path) -> None:
+    large = invented_provenance() | {
+        "models": {"language_model": {"name": "Big", "n_parameters": 8_030_000_000}},
+        "data": {"train": {"n": 450_000}},
+    }
+    write_json(tmp_path / "provenance.json", large)
+    qa = [accuracy_row("full", "facts", "text", 60)]
+    write_json(tmp_path / "results.json", {"schema": 1, "qa": qa})
+    assert scale(read_inputs(tmp_path)) == (
+        "This run trained Big (8.03 billion parameters) on 450\u202f000 spoken questions."
+    )
+
+
+@pytest.mark.parametrize(
+    ("difference", "p", "verdict"),
+    [(-0.1, 0.01, "a loss: −10.0 points"), (0.1, 0.01, "a gain: +10.0"), (-0.1, 0.05, "no difference shown: −10.0")],
+)
+def test_lost_reads_the_paired_test(tmp_path: Path, difference: float, p: float, verdict: str) -> None:
+    qa = [accuracy_row("base", "facts", "text", 60), accuracy_row("full", "facts", "text", 30)]
+    there = _answers(tmp_path, LOST, qa=qa, comparisons=[comparison_row("facts", "base", "full", difference, p)])
+    back = _answers(tmp_path, LOST, qa=qa, comparisons=[comparison_row("facts", "full", "base", -difference, p)])
+    assert there == back  # the order in which the two were compared does not matter
+    assert f"Full-FT (10.0\u00a0%): {verdict}" in there
+
+
+def test_lost_without_a_comparison_draws_no_conclusion(tmp_path: Path) -> None:
+    qa = [accuracy_row("base", "facts", "text", 60), accuracy_row("full", "facts", "text", 0)]
+    answer = _answers(tmp_path, LOST, qa=qa)
+    assert "Not compared with the base question by question: Full-FT (0.0\u00a0%)." in answer
+    assert "loss" not in answer
+
+
+def test_where_needs_the_divergence_from_the_base(tmp_path: Path) -> None:
+    answer = _answers(
+        make_run(tmp_path),
+        WHERE,
+        shift=[
+            {
+                "model": "full",
+                "reference": reference,
+                "modality": "text",
+                "reduction": "per_batch_abs",
+                "measure": measure,
+                "value": value,
+                "ci_low": None,
+                "ci_high": None,
+                "noise_floor": 0.01,
+            }
+            for reference, measure, value in (
+                ("base", "jensen_shannon", 0.05),
+                ("base", "cosine", 0.99),
+                ("lora", "jensen_shannon", 0.77),
+            )
+        ],
+        layers=[],
+    )
+    assert "Full-FT: 0.0500 bits, 5.0 times what" in answer
+    assert "0.99" not in answer
+    assert "0.77" not in answer
+
+
+def test_where_names_the_peak_layers(tmp_path: Path) -> None:
+    point = points_of(read_inputs(make_run(tmp_path)))[WHERE]
+    assert point.findings[-1].sentence == (
+        "The layer with the largest share is 12 in the base (layers 0 to 15), 3 in Full-FT, 10 in Layer-LR, 11 in LoRA."
+    )
+
+
+def test_keeps_tells_better_from_alike(tmp_path: Path) -> None:
+    qa = [accuracy_row(method, "facts", "text", n) for method, n in (("full", 30), ("layer_lr", 60), ("lora", 63))]
+    comparisons = [
+        comparison_row("facts", "full", "lora", 0.11, 0.001),
+        comparison_row("facts", "lora", "layer_lr", -0.01, 0.9),
+    ]
+    answer = _answers(tmp_path, KEEPS, qa=qa, comparisons=comparisons)
+    assert "LoRA answers the most typed questions, 21.0\u00a0%." in answer
+    assert "Better than Full-FT (10.0\u00a0%)." in answer
+    assert "Not distinguishable from Layer-LR (20.0\u00a0%)." in answer
+
+
+def test_speech_near_zero_is_said_plainly(tmp_path: Path) -> None:
+    qa = [accuracy_row("full", "facts", "speech", 3), accuracy_row("lora", "facts", "speech", 6)]
+    answer = _answers(tmp_path, HEARS, qa=qa)
+    assert answer.startswith("No. The models do not yet understand speech: the best S2T accuracy is 2.0\u00a0% (LoRA")
+    # the upper Wilson bound of 6 of 300 is 4.3 %
+    assert "no 95 % interval reaches above 4.3\u00a0%" in answer
+
+
+def test_speech_that_is_understood_is_not_denied(tmp_path: Path) -> None:
+    qa = [accuracy_row("full", "facts", "speech", 3), accuracy_row("lora", "facts", "speech", 150)]
+    answer = _answers(tmp_path, HEARS, qa=qa)
+    assert not answer.startswith("No.")
+    assert "LoRA (50.0\u00a0%), 95 % interval 44.4 to 55.6." in answer
+    assert "Full-FT (1.0\u00a0%), 95 % interval 0.3 to 2.9: no understanding of speech shown." in answer
+
+
+def test_few_questions_do_not_prove_deafness(tmp_path: Path) -> None:
+    # none of 20: the upper Wilson bound is 16 %
+    answer = _answers(tmp_path, HEARS, qa=[accuracy_row("full", "facts", "speech", 0, n=20)])
+    assert not answer.startswith("No.")
+
+
+def test_an_empty_run_answers_no_question(tmp_path: Path) -> None:
+    assert scale(read_inputs(tmp_path)) == "This run has not trained a model yet."
+    for point in points_of(read_inputs(tmp_path)):
+        assert [finding.sentence[:10] for finding in point.findings] == ["Not known:"]

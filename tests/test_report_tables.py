@@ -1,0 +1,212 @@
+"""The tables of the report against records written by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from palimpsest.paper import SOURCE_LABEL
+from palimpsest.report import analysis_tables, tables
+from palimpsest.report.formats import Table, to_csv, to_latex, to_markdown
+from report_fixture import accuracy_row, comparison_row, invented_results
+
+
+def _deactivation(condition: str, perplexity: float | None, seed: int | None = None) -> Any:
+    return {
+        "model": "base",
+        "modality": "text",
+        "condition": condition,
+        "ratio": 0.0 if condition == "base" else 0.03,
+        "scope": "global",
+        "seed": seed,
+        "reduction": "signed_sum",
+        "n_removed": 0,
+        "n_examples": 10,
+        "n_tokens": 99,
+        "loss": 1.0,
+        "perplexity": perplexity,
+    }
+
+
+def _row(table: Table, index: int) -> list[str]:
+    return [cell.plain for cell in table.rows[index]]
+
+
+def test_deactivation_averages_the_random_masks_and_shows_their_range() -> None:
+    records = [
+        _deactivation("base", 4.0),
+        _deactivation("top", 120_000.0),
+        _deactivation("bottom", None),
+        _deactivation("random", 7.0, seed=1),
+        _deactivation("random", 8.0, seed=2),
+        _deactivation("random", 12.0, seed=3),
+    ]
+    table = tables.deactivation(records)
+    assert _row(table, 0) == [
+        "this run",
+        "Base",
+        "text",
+        "3",
+        "global, signed_sum",
+        "4.00",
+        "1.20e5",
+        "not finite",
+        "9.00 [7.00 to 12.0; 3 seeds]",  # (7 + 8 + 12) / 3
+    ]
+    assert "text: 10 examples, 99 tokens." in table.note
+
+
+def test_published_rows_are_marked_in_the_page_and_in_every_copy() -> None:
+    results: Any = invented_results()
+    for table in (
+        tables.deactivation(results["deactivation"]),
+        tables.accuracy(results["qa"], "token_sequence"),
+        tables.lora_rank(results["qa"], "token_sequence", {"lora_r8": 8}),
+    ):
+        assert table.published
+        for index, row in enumerate(table.rows):
+            assert row[0].text == (SOURCE_LABEL if index in table.published else tables.OURS)
+        for copy in (to_csv(table), to_markdown(table), to_latex(table)):
+            assert copy.count("published (Wang et al.)") == len(table.published)
+
+
+def test_numbers_from_the_digest_carry_their_mark() -> None:
+    top = [row[6].text for row in tables.deactivation([]).rows]
+    assert top == ["1.14e5 *", "2.68e5 *", "2.72e5 *", "2.60e5 *"]
+    assert "* from a secondary digest" in tables.deactivation([]).note
+
+
+def test_accuracy_puts_modalities_side_by_side_under_one_scoring_rule() -> None:
+    other: Any = accuracy_row("base", "facts", "text", 299) | {"metric": "substring"}
+    records: Any = [
+        other,
+        accuracy_row("base", "facts", "text", 60),
+        accuracy_row("full", "facts", "text", 30),
+        accuracy_row("full", "facts", "speech", 0),
+    ]
+    table = tables.accuracy(records, "token_sequence", "Some-LM")
+    base, full = _row(table, 0), _row(table, 1)
+    # Wilson, 60 of 300: centre (0.2 + 0.0064) / 1.0128, half-width 0.0452
+    assert base == ["this run", "facts", "Some-LM", "Base", "20.0 [15.9 to 24.9; n 300]", "–", "–"]
+    assert full[3:6] == ["Full-FT", "10.0 [7.1 to 13.9; n 300]", "0.0 [0.0 to 1.3; n 300]"]
+    assert len(table.rows) - len(table.published) == 2
+
+
+def test_accuracy_details_keep_every_scoring_rule_and_count_failures() -> None:
+    records: Any = [
+        accuracy_row("base", "facts", "text", 60),
+        accuracy_row("base", "facts", "text", 90) | {"metric": "a"},
+    ]
+    table = tables.accuracy_details(records)
+    assert _row(table, 0)[3:] == ["a 1", "300", "90", "30.0 [25.1 to 35.4]", "2", "1"]
+    assert _row(table, 1)[3:5] == ["token_sequence 1", "300"]
+
+
+def test_lora_ranks_show_only_methods_with_a_rank() -> None:
+    records: Any = [accuracy_row("lora_r8", "facts", "text", 60), accuracy_row("full", "facts", "text", 60)]
+    table = tables.lora_rank(records, "token_sequence", {"lora_r8": 8})
+    ours = [_row(table, index) for index in range(len(table.rows)) if index not in table.published]
+    assert ours == [["this run", "facts", "–", "8", "20.0 [15.9 to 24.9; n 300]", "–"]]
+    assert len(table.published) == 6
+
+
+def test_comparisons_write_points_and_both_p_values() -> None:
+    table = tables.comparisons([comparison_row("facts", "base", "full", -0.2, 0.0001)])  # type: ignore[list-item]
+    assert _row(table, 0)[3:] == [
+        "Base",
+        "Full-FT",
+        "300",
+        "40",
+        "10",
+        "−20.0 [−25.0 to −15.0]",
+        "< 0.001",
+        "< 0.001",
+    ]
+
+
+def test_clustering_takes_medians_and_leaves_out_undefined_scores() -> None:
+    records: Any = [
+        {
+            "model": "base",
+            "of": "importance",
+            "name": f"m{index}",
+            "layer": index,
+            "kind": "q",
+            "measure": "top5_rows",
+            "value": value,
+            "null_mean": 0.1,
+            "null_std": 0.01,
+            "z": z,
+        }
+        for index, (value, z) in enumerate(((0.2, 2.0), (0.3, 20.0), (0.9, None)))
+    ]
+    # median of 0.2, 0.3, 0.9; median of 2, 20; one of the two defined z is above 3
+    assert _row(analysis_tables.clustering(records), 0)[4:] == ["3", "0.300", "0.100", "11.0", "50"]
+
+
+def test_delta_summarises_by_method_and_kind() -> None:
+    records: Any = [
+        {
+            "method": "lora",
+            "name": f"m{index}",
+            "layer": index,
+            "kind": "q",
+            "relative_norm": norm,
+            "overlap_with_importance": overlap,
+            "overlap_by_chance": 0.03,
+        }
+        for index, (norm, overlap) in enumerate(((0.01, 0.1), (0.02, 0.2), (0.06, 0.3)))
+    ]
+    row = _row(analysis_tables.delta(records), 0)
+    assert row == ["LoRA", "q", "3", "0.0200 [0.0100 to 0.0600]", "20.0", "3.0"]
+
+
+def test_layers_show_one_reduction_of_whole_layers() -> None:
+    def record(model: str, layer: int, kind: str, reduction: str, share: float) -> Any:
+        return {
+            "model": model,
+            "modality": "text",
+            "reduction": reduction,
+            "layer": layer,
+            "kind": kind,
+            "total": 10 * share,
+            "mean": 1.0,
+            "share": share,
+            "n_parameters": 5,
+        }
+
+    records = [
+        record("full", 0, "all", "fisher", 0.25),
+        record("base", 1, "all", "fisher", 0.75),
+        record("base", 0, "q", "fisher", 0.1),
+        record("base", 0, "all", "signed_sum", 0.5),
+    ]
+    table = analysis_tables.layers(records, "text", "fisher")
+    assert [column.title for column in table.columns] == ["Layer", "Base, %", "Base, sum", "Full-FT, %", "Full-FT, sum"]
+    assert _row(table, 0) == ["0", "–", "–", "25.00", "2.50"]
+    assert _row(table, 1) == ["1", "75.00", "7.50", "–", "–"]
+
+
+def test_claims_stand_beside_the_papers_evidence_with_a_worded_verdict() -> None:
+    claim: Any = {
+        "claim": 5,
+        "statement": "s",
+        "measure": "m",
+        "value": None,
+        "ci_low": None,
+        "ci_high": None,
+        "verdict": "undecided",
+    }
+    row = _row(tables.claims([claim]), 0)
+    assert row[:6] == ["5", "s", "? undecided", "m", "–", ""]
+    assert row[6].startswith("Table 2 (published):")
+
+
+def test_timings_add_up() -> None:
+    table = analysis_tables.timings(
+        [
+            {"step": "a", "seconds": 30.0, "peak_rss_bytes": 1_500_000_000},
+            {"step": "b", "seconds": 60.0, "peak_rss_bytes": 2_000_000_000},
+        ]
+    )
+    assert _row(table, 0) == ["a", "30.0 s", "1.50"]
+    assert table.note.startswith("1 min 30 s in all.")

@@ -1,0 +1,93 @@
+"""Steps: written once, skipped when nothing changed, run again when something did, never half there."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from palimpsest.rundir import RunDir, UserError, hash_value, read_json, require_disk, write_json, write_text
+
+
+def test_a_step_runs_once_and_again_when_its_inputs_change(tmp_path: Path) -> None:
+    run, calls = RunDir(tmp_path / "run"), []
+
+    def write(folder: Path) -> None:
+        calls.append(folder)
+        write_text(folder / "out.txt", str(len(calls)))
+
+    first = run.step("a/b", {"x": 1}, write)
+    again = run.step("a/b", {"x": 1}, write)
+    assert (first.skipped, again.skipped, len(calls)) == (False, True, 1)
+    assert first.fingerprint == again.fingerprint
+    changed = run.step("a/b", {"x": 2}, write)
+    assert not changed.skipped
+    assert (run.path / "a/b/out.txt").read_text() == "2"
+    assert not (run.path / ".working").exists()
+
+
+def test_a_step_that_fails_leaves_no_output_and_continues_where_it_was(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+
+    def fail(folder: Path) -> None:
+        write_text(folder / "part.txt", "half")
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        run.step("s", {"x": 1}, fail)
+    assert not (tmp_path / "s").exists()
+    seen = []
+    run.step("s", {"x": 1}, lambda folder: seen.append((folder / "part.txt").read_text()))
+    assert seen == ["half"]  # the same step with the same inputs finds what it had
+
+
+def test_a_failed_step_with_other_inputs_starts_empty(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    with pytest.raises(RuntimeError):
+        run.step("s", {"x": 1}, _leave_and_fail)
+    seen = []
+    run.step("s", {"x": 2}, lambda folder: seen.extend(folder.iterdir()))
+    assert seen == []
+
+
+def _leave_and_fail(folder: Path) -> None:
+    write_text(folder / "stale.txt", "stale")
+    raise RuntimeError
+
+
+def test_the_old_output_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.step("s", {"x": 1}, lambda folder: write_text(folder / "out.txt", "old"))
+    with pytest.raises(RuntimeError):
+        run.step("s", {"x": 2}, _leave_and_fail)
+    assert (tmp_path / "s" / "out.txt").read_text() == "old"
+
+
+def test_json_is_strict(tmp_path: Path) -> None:
+    write_json(tmp_path / "x.json", {"a": [math.nan, math.inf, 1.5], "b": {"c": -math.inf}})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": [None, None, 1.5], "b": {"c": None}}
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UserError, match=r"bad\.json is not valid JSON"):
+        read_json(tmp_path / "bad.json")
+    with pytest.raises(UserError, match="does not exist"):
+        read_json(tmp_path / "none.json")
+
+
+@given(st.dictionaries(st.text(max_size=5), st.integers(), max_size=5))
+def test_a_hash_does_not_depend_on_the_order_of_keys(value: dict[str, int]) -> None:
+    assert hash_value(value) == hash_value(dict(reversed(value.items())))
+
+
+def test_a_full_disk_is_told_with_numbers(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"needs 1000000000\.00 GB but .* GB free"):
+        require_disk(tmp_path, 10**18, "The cache")
+
+
+def test_a_file_is_no_run_directory(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be used as a run directory"):
+        RunDir(tmp_path / "file")

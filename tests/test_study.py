@@ -1,0 +1,190 @@
+"""A whole study on tiny models: complete tables, resumable after SIGKILL in different steps, clear errors first."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+from tiny import tiny_encoder, tiny_llama, tiny_tokenizer
+from transformers import WhisperFeatureExtractor, WhisperModel
+
+from palimpsest.config import parse_config
+from palimpsest.rundir import RESULT_TABLES, UserError
+from palimpsest.study import run_study
+
+METHODS = ("full", "layer_lr", "lora")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny checkpoints and manifests with noise for speech."""
+    folder = tmp_path_factory.mktemp("inputs")
+    language_model = tiny_llama(eos_token_id=3)
+    language_model.save_pretrained(folder / "llm")
+    tiny_tokenizer().save_pretrained(folder / "llm")
+    encoder = tiny_encoder()
+    whisper = WhisperModel(encoder.config)
+    whisper.encoder.load_state_dict(encoder.state_dict())
+    whisper.save_pretrained(folder / "whisper")
+    WhisperFeatureExtractor(feature_size=80).save_pretrained(folder / "whisper")
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 24), ("heldout", 6)):
+        rows = []
+        for i in range(n):
+            name = f"{split}{i}.wav"
+            soundfile.write(folder / name, rng.normal(0, 0.1, 6_400 + 800 * (i % 5)), 16_000)
+            rows.append({"id": f"{split}{i}", "question": f"What is {i}?", "answer": f"It is {i}.", "audio": name})
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def recipe(inputs: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "name": "tiny",
+        "models": {"language_model": str(inputs / "llm"), "encoder": str(inputs / "whisper")},
+        "speech": {"adaptor_hidden_size": 24, "calibrate_adaptor": True},
+        "data": {
+            "train": {"source": str(inputs / "train.jsonl"), "split": "train"},
+            "heldout": {"source": str(inputs / "heldout.jsonl"), "split": "heldout"},
+        },
+        "methods": {kind: {"kind": kind, "learning_rate": 1e-3, "rank": 2} for kind in METHODS},
+        "training": {"epochs": 1, "batch_size": 4, "checkpoint_every": 2},
+        "importance": {"n_examples": 20, "batch_size": 2},
+        "deactivation": {"random_seeds": 2},
+        "analysis": {"shuffles": 1, "bootstrap": 100},
+        "evaluation": {
+            "tasks": [{"name": "numbers", "source": str(inputs / "heldout.jsonl"), "split": "heldout"}],
+            "max_new_tokens": 4,
+            "batch_size": 2,
+        },
+        **changes,
+    }
+
+
+def results(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    del found["timings"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    run_study(parse_config(recipe(inputs), "test"), folder)
+    return folder
+
+
+def test_every_table_is_there_for_every_model(finished: Path) -> None:
+    found = json.loads((finished / "results.json").read_text())
+    assert found["schema"] == 1
+    assert set(found) == {"schema", *RESULT_TABLES}
+    assert all(found[table] for table in RESULT_TABLES)
+    models = {"base", *METHODS}
+    assert {r["model"] for r in found["deactivation"]} == models
+    assert {(r["method"], r["modality"]) for r in found["qa"]} == {("base", "text")} | {
+        (method, modality) for method in METHODS for modality in ("text", "speech")
+    }
+    assert {r["model"] for r in found["layers"]} == models
+    assert {r["model"] for r in found["shift"]} == set(METHODS)
+    assert {(r["model"], r["of"]) for r in found["clustering"]} == {(m, "importance") for m in models} | {
+        (m, "delta") for m in METHODS
+    }
+    assert {r["method"] for r in found["delta"]} == set(METHODS)
+    assert [r["claim"] for r in found["claims"]] == list(range(1, 9))
+    conditions = [(r["condition"], r["seed"]) for r in found["deactivation"] if r["model"] == "base"]
+    assert [c for c, _ in conditions] == ["base", "top", "bottom", "random", "random"]
+    n_weights = sum(r["n_parameters"] for r in found["layers"] if r["kind"] == "all" and r["model"] == "base") // 2
+    assert {r["n_removed"] for r in found["deactivation"] if r["condition"] != "base"} == {round(0.03 * n_weights)}
+
+
+def test_the_run_directory_is_complete(finished: Path) -> None:
+    for name in ("study.yaml", "provenance.json", "report.html", "data/train.jsonl", "maps/importance.npz"):
+        assert (finished / name).is_file(), name
+    assert list((finished / "figures").glob("*.svg"))
+    assert not (finished / ".working").exists()
+    assert yaml.safe_load((finished / "study.yaml").read_text())["seed"] == 0
+    provenance = json.loads((finished / "provenance.json").read_text())
+    assert provenance["data"]["train"]["n"] == 24
+    assert provenance["models"]["language_model"]["n_parameters"] > 0
+    scales = json.loads((finished / "methods/layer_lr/checkpoint/layer_scales.json").read_text())
+    assert sorted(scales.values()) == pytest.approx([0.6, 1.0])
+
+
+def test_a_second_run_skips_every_step_and_gives_the_same(finished: Path, inputs: Path) -> None:
+    before = results(finished)
+    steps = {path: path.stat().st_mtime_ns for path in finished.rglob("step.json")}
+    run_study(parse_config(recipe(inputs), "test"), finished)
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("step.json")} == steps
+    assert results(finished) == before
+
+
+def test_a_changed_method_runs_only_what_depends_on_it(finished: Path, inputs: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    steps = {path.relative_to(copy): path.read_text() for path in copy.rglob("step.json")}
+    changed = recipe(inputs)
+    changed["methods"]["lora"]["rank"] = 3
+    run_study(parse_config(changed, "test"), copy)
+    again = {path.relative_to(copy): path.read_text() for path in copy.rglob("step.json")}
+    differing = {str(path.parent) for path in steps if steps[path] != again[path]}
+    assert differing == {
+        "methods/lora/checkpoint",
+        "methods/lora/importance",
+        "methods/lora/deactivation",
+        "methods/lora/samples/numbers-text",
+        "methods/lora/samples/numbers-speech",
+        "analysis",
+        "maps",
+    }
+
+
+@pytest.mark.slow
+def test_killed_in_different_steps_it_continues_and_ends_the_same(finished: Path, inputs: Path, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(inputs)))
+    command = [sys.executable, "-m", "palimpsest.cli", "study", str(path), "--out", str(tmp_path / "run")]
+    markers = [
+        "base__importance-*",
+        "methods__full__checkpoint-*/trainer/checkpoint-*",
+        "methods__lora__samples__numbers-speech-*/samples.jsonl",
+    ]
+    for marker in markers:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "run" / ".working").glob(marker)):
+            assert process.poll() is None, f"the study ended before {marker}"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        assert not (tmp_path / "run" / "results.json").exists()
+    subprocess.run(command, check=True, capture_output=True)
+    assert results(tmp_path / "run") == results(finished)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": {"train": {"source": "none.jsonl", "split": "x"}, "heldout": {"source": "facts", "split": "heldout"}}},
+         r"none\.jsonl"),
+        ({"models": {"language_model": "./nowhere", "encoder": "./nowhere"}}, "nowhere is not a folder"),
+        ({"models": {"language_model": "embedded:none", "encoder": "embedded:none"}}, "no embedded model"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_told_before_the_work_starts(inputs: Path, tmp_path: Path, change: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run_study(parse_config(recipe(inputs, **change), "test"), tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("step.json"))
+    assert not (tmp_path / "run" / "study.yaml").exists()

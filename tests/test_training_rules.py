@@ -1,0 +1,118 @@
+"""Learning-rate rules: every parameter once, no rule in vain; Eq. 3 by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import tiny_llama, tiny_speech_lm
+
+from palimpsest.rundir import UserError
+from palimpsest.training.methods import Method, add_lora, layer_scales, merge_lora, rules_for
+from palimpsest.training.rules import assign, parameter_groups
+
+
+def test_the_first_rule_that_matches_decides() -> None:
+    rules = [(r"^a\.", None), (r"b$", 0.5), (r".*", 1.0)]
+    assert assign(["a.b", "x.b", "x.c"], rules) == {"a.b": None, "x.b": 0.5, "x.c": 1.0}
+
+
+def test_uncovered_parameters_and_idle_rules_are_errors() -> None:
+    with pytest.raises(UserError, match=r"covers the parameter y"):
+        assign(["x", "y"], [("^x$", 1.0)])
+    with pytest.raises(UserError, match="takes no parameter"):
+        assign(["x"], [("^x$", 1.0), ("^z$", 1.0)])
+    with pytest.raises(UserError, match="negative"):
+        assign(["x"], [("x", -1.0)])
+
+
+@pytest.mark.parametrize("kind", ["full", "layer_lr", "lora"])
+def test_every_parameter_is_in_exactly_one_group_or_frozen(kind: str) -> None:
+    model, _ = tiny_speech_lm()
+    method = Method(kind, learning_rate=1e-4, adaptor_learning_rate=1e-3)
+    if kind == "lora":
+        add_lora(model, method)
+    groups = parameter_groups(model, rules_for(method, {0: 1.0, 1: 0.6}), lr=1e-4)
+    grouped = [id(p) for group in groups for p in group["params"]]
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == trainable
+    by_name = {name: group["lr"] for group in groups for name in group["names"]}
+    assert not any(name.startswith("encoder.") for name in by_name)
+    assert all(lr == pytest.approx(1e-3) for name, lr in by_name.items() if name.startswith("adaptor."))
+    if kind == "layer_lr":
+        assert by_name["language_model.model.layers.1.mlp.up_proj.weight"] == pytest.approx(0.6e-4)
+        assert by_name["language_model.model.layers.0.mlp.up_proj.weight"] == pytest.approx(1e-4)
+        assert by_name["language_model.model.embed_tokens.weight"] == pytest.approx(1e-4)
+        assert by_name["language_model.model.norm.weight"] == pytest.approx(1e-4)
+    if kind == "lora":
+        assert all(".lora_" in name or name.startswith("adaptor.") for name in by_name)
+
+
+def test_a_tied_head_is_in_one_group_only() -> None:
+    model = tiny_llama()
+    groups = parameter_groups(model, [(".*", 1.0)], lr=1.0)
+    names = [name for group in groups for name in group["names"]]
+    assert "lm_head.weight" not in names
+    assert sum(p.numel() for group in groups for p in group["params"]) == sum(p.numel() for p in model.parameters())
+
+
+def test_layer_scales_for_a_plain_model_and_decay() -> None:
+    model = tiny_llama()
+    groups = parameter_groups(model, {0: 0.7, 1: 1.0}, lr=2.0, weight_decay=0.1)
+    by_name = {name: group for group in groups for name in group["names"]}
+    assert by_name["model.layers.0.self_attn.q_proj.weight"]["lr"] == pytest.approx(1.4)
+    assert by_name["model.layers.0.self_attn.q_proj.weight"]["weight_decay"] == 0.1
+    assert by_name["model.layers.0.input_layernorm.weight"]["weight_decay"] == 0.0
+    assert by_name["model.norm.weight"]["weight_decay"] == 0.0
+
+
+def test_all_frozen_is_an_error() -> None:
+    with pytest.raises(UserError, match="nothing would be trained"):
+        parameter_groups(tiny_llama(), [(".*", None)], lr=1.0)
+
+
+def test_equation_3_by_hand() -> None:
+    # (I − min)/(max − min) of 2, 6, 4, 10 is 0, 1/2, 1/4, 1; times 0.4, from 1
+    assert layer_scales({0: 2.0, 1: 6.0, 2: 4.0, 3: 10.0}, 0.4) == pytest.approx({0: 1.0, 1: 0.8, 2: 0.9, 3: 0.6})
+
+
+@given(
+    st.lists(st.floats(0, 1e6, allow_subnormal=False), min_size=2, max_size=20).filter(lambda v: max(v) > min(v)),
+    st.floats(0, 1),
+)
+def test_equation_3_stays_between_its_bounds_and_orders_inversely(totals: list[float], lambda_: float) -> None:
+    scales = layer_scales(dict(enumerate(totals)), lambda_)
+    assert max(scales.values()) == pytest.approx(1.0)
+    assert min(scales.values()) == pytest.approx(1.0 - lambda_)
+    order = sorted(range(len(totals)), key=lambda i: totals[i])
+    ordered = [scales[i] for i in order]
+    assert all(a >= b - 1e-12 for a, b in zip(ordered, ordered[1:], strict=False))
+
+
+def test_equation_3_refuses_what_it_cannot_scale() -> None:
+    with pytest.raises(UserError, match="same importance"):
+        layer_scales({0: 1.0, 1: 1.0})
+    with pytest.raises(UserError, match="λ"):
+        layer_scales({0: 1.0, 1: 2.0}, 1.5)
+    with pytest.raises(UserError, match="no layers"):
+        layer_scales({})
+
+
+def test_lora_covers_all_projections_and_merges_into_the_same_function() -> None:
+    model, processor = tiny_speech_lm()
+    add_lora(model, Method("lora", rank=4))
+    config = model.language_model.peft_config["default"]
+    assert set(config.target_modules) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert (config.r, config.lora_alpha) == (4, 8)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.tensor([processor.text_prompt("hello")])
+    with torch.no_grad():
+        before = model(ids).logits
+        merge_lora(model)
+        after = model(ids).logits
+    assert type(model.language_model).__name__ == "LlamaForCausalLM"
+    assert torch.allclose(before, after, atol=1e-4)

@@ -1,0 +1,125 @@
+"""Training: the loss falls, the same seed gives the same weights, interrupted and resumed gives the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from tiny import tiny_speech_lm
+
+from palimpsest.data.collate import Collator
+from palimpsest.data.features import Features, compute_features
+from palimpsest.data.records import Example
+from palimpsest.models.speech_lm import SpeechLM
+from palimpsest.rundir import UserError
+from palimpsest.training.methods import Method
+from palimpsest.training.train import Settings, n_steps, train
+
+SCALES = {0: 1.0, 1: 0.6}
+SETTINGS = Settings(epochs=2, batch_size=3, warmup_ratio=0.0, checkpoint_every=2, seed=1)
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Example], Collator]:
+    folder = tmp_path_factory.mktemp("audio")
+    rng = np.random.default_rng(0)
+    examples = []
+    for i in range(8):
+        soundfile.write(folder / f"{i}.wav", rng.normal(0, 0.1, 8_000 + 1_600 * i), 16_000)
+        examples.append(Example(f"e{i}", f"Question {i}?", (f"A{i}",), f"Answer A{i}.", folder / f"{i}.wav"))
+    model, processor = tiny_speech_lm()
+    compute_features(model.encoder, processor, examples, folder / "features")
+    return examples, Collator(processor, "speech", Features(folder / "features"))
+
+
+def run(setup, folder: Path, kind: str, settings: Settings = SETTINGS, progress=None, lr: float = 1e-2):
+    examples, collator = setup
+    model, _ = tiny_speech_lm()
+    folder.mkdir(exist_ok=True)
+    records = train(
+        model, examples, collator, Method(kind, learning_rate=lr, rank=2), settings, folder,
+        name=kind, scales=SCALES, progress=progress,
+    )  # fmt: skip
+    return model, records
+
+
+def state(model: SpeechLM) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", ["full", "layer_lr", "lora"])
+def test_what_is_trained_and_what_is_not(setup, tmp_path: Path, kind: str) -> None:
+    fresh = state(tiny_speech_lm()[0])
+    model, records = run(setup, tmp_path / "run", kind)
+    after = state(model)
+    moved = {name for name in fresh if not torch.equal(fresh[name], after[name])}
+    assert after.keys() == fresh.keys()  # LoRA is merged: a plain model again
+    assert not any(name.startswith("encoder.") for name in moved)
+    assert "adaptor.linear1.weight" in moved
+    assert "language_model.model.layers.0.mlp.down_proj.weight" in moved
+    assert ("language_model.model.embed_tokens.weight" in moved) == (kind != "lora")
+    assert [r["step"] for r in records] == list(range(1, n_steps(8, SETTINGS) + 1))
+    assert records[-1]["loss"] < records[0]["loss"]
+    assert (tmp_path / "run" / "adapter").exists() == (kind == "lora")
+    assert not (tmp_path / "run" / "trainer").exists()
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_interrupted_and_resumed_gives_the_same_weights(setup, tmp_path: Path, kind: str) -> None:
+    whole, whole_records = run(setup, tmp_path / "whole", kind)
+
+    def stop_at_5(done: int, total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(setup, tmp_path / "cut", kind, progress=stop_at_5)
+    # A kill while a later checkpoint is being written leaves half of one; it must not be taken.
+    (tmp_path / "cut" / "trainer" / "checkpoint-5").mkdir()
+    (tmp_path / "cut" / "trainer" / "checkpoint-5" / "model.safetensors").write_bytes(b"half")
+    steps: list[int] = []
+    resumed, resumed_records = run(setup, tmp_path / "cut", kind, progress=lambda done, _: steps.append(done))
+    assert steps == [5, 6]  # from the checkpoint at step 4 on
+    expected = state(whole)
+    assert all(torch.equal(expected[name], value) for name, value in state(resumed).items())
+    assert resumed_records == whole_records
+
+
+def test_the_loss_is_per_supervised_token_over_the_whole_step(setup, tmp_path: Path) -> None:
+    # One batch of 8 and two accumulated batches of 4 are the same step.
+    big, _ = run(setup, tmp_path / "big", "full", Settings(epochs=1, batch_size=8, seed=3), lr=1e-3)
+    settings = Settings(epochs=1, batch_size=4, accumulation=2, seed=3)
+    small, _ = run(setup, tmp_path / "small", "full", settings, lr=1e-3)
+    expected = state(big)
+    for name, value in state(small).items():
+        assert torch.allclose(expected[name], value, atol=2e-4), name
+
+
+def test_layer_lr_with_all_scales_one_is_full(setup, tmp_path: Path) -> None:
+    examples, collator = setup
+    full, _ = run(setup, tmp_path / "full", "full")
+    model, _ = tiny_speech_lm()
+    (tmp_path / "layer").mkdir()
+    train(
+        model, examples, collator, Method("layer_lr", learning_rate=1e-2), SETTINGS, tmp_path / "layer",
+        name="layer_lr", scales={0: 1.0, 1: 1.0},
+    )  # fmt: skip
+    assert all(torch.equal(state(full)[name], value) for name, value in state(model).items())
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_examples_names(setup, tmp_path: Path) -> None:
+    examples, collator = setup
+    model, _ = tiny_speech_lm()
+    with torch.no_grad():
+        model.adaptor.linear2.bias.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"loss is nan at step 1 \(e\d"):
+        train(model, examples, collator, Method("full"), SETTINGS, tmp_path, name="full")
+
+
+def test_no_examples_is_said(setup, tmp_path: Path) -> None:
+    model, _ = tiny_speech_lm()
+    with pytest.raises(UserError, match="no training examples"):
+        train(model, [], setup[1], Method("full"), SETTINGS, tmp_path, name="full")
