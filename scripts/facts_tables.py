@@ -1,8 +1,8 @@
 """The tables of common knowledge behind the built-in question set, written for this project; see make_facts.py.
 
 In a table an entry ends at a semicolon: `x = gold / other gold`, or `x, z = gold` where two things are asked about;
-a number is spoken as its word, and its digits are a gold too. Facts that are disputed, about to change, or asked by the
-Llama Questions benchmark are left out: training on this set must not train on that test.
+a number is spoken as its word, and its digits are a gold too. Facts that are disputed, about to change,
+or asked by the Llama Questions benchmark are left out: training on this set must not train on that test.
 """
 
 from __future__ import annotations
@@ -135,16 +135,21 @@ def country_column(column: int) -> str:
     return "; ".join(f"{row[0]} = {row[column]}" for row in rows if row[column] != "-")
 
 
+ASKED = {(9, "-", 5), (3, "*", 7), (2, "*", 2)}  # by Llama Questions, or nearly
+
+
 def sums() -> str:
     return "; ".join(f"{a}, {b} = {a + b}" for a in range(2, 10) for b in range(2, 10) if a != b)
 
 
 def products() -> str:
-    return "; ".join(f"{a}, {b} = {a * b}" for a in range(2, 11) for b in range(2, 11) if a <= b)
+    pairs = [(a, b) for a in range(2, 11) for b in range(a, 11) if (a, "*", b) not in ASKED]
+    return "; ".join(f"{a}, {b} = {a * b}" for a, b in pairs)
 
 
 def differences() -> str:
-    return "; ".join(f"{a}, {b} = {a - b}" for a in range(6, 16) for b in range(2, 8) if a - b > 0 and a != 2 * b)
+    pairs = [(a, b) for a in range(6, 16) for b in range(2, 8) if b < a != 2 * b and (a, "-", b) not in ASKED]
+    return "; ".join(f"{a}, {b} = {a - b}" for a, b in pairs)
 
 
 MONTHS = "January February March April May June July August September October November December"
@@ -155,10 +160,6 @@ ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth ele
 def next_of(names: str, step: int) -> str:
     cycle = names.split()
     return "; ".join(f"{name} = {cycle[(i + step) % len(cycle)]}" for i, name in enumerate(cycle))
-
-
-def counting(step: int) -> str:
-    return "; ".join(f"{n} = {n + step}" for n in range(12, 60) if n % 2 == (step > 0))
 
 
 KINDS = (
@@ -308,10 +309,8 @@ KINDS = (
         discovered, X-rays = Wilhelm Roentgen / Roentgen / Röntgen / Rontgen;
         developed, the theory of relativity = Albert Einstein / Einstein;
         proposed, evolution by natural selection = Charles Darwin / Darwin;
-        created, the first periodic table = Dmitri Mendeleev / Mendeleev;
-        created, Mickey Mouse = Walt Disney / Disney;
+        created, the periodic table of the elements = Dmitri Mendeleev / Mendeleev;
         founded, Microsoft with Paul Allen = Bill Gates / Gates;
-        was, the first person on the moon = Neil Armstrong / Armstrong;
         was, the first human in space = Yuri Gagarin / Gagarin;
         founded, the Mongol Empire = Genghis Khan / Chinggis Khan
         """,
@@ -366,7 +365,7 @@ KINDS = (
         (
             "What is the past tense of {x}?",
             "What is the past tense of the verb {x}?",
-            "What is the past tense of to {x}?",
+            "What is the simple past of the verb {x}?",
         ),
         "The past tense of {x} is {y}.",
         """
@@ -394,22 +393,6 @@ KINDS = (
         giraffe = calf / calves; butterfly = caterpillar / larva; koala = joey / joeys;
         donkey = foal / foals; zebra = foal / foals; spider = spiderling / spiderlings;
         turtle = hatchling / hatchlings; penguin = chick / chicks; hare = leveret / leverets
-        """,
-    ),
-    Kind(
-        "sound",
-        ("What sound does {x} make?", "Which sound does {x} make?"),
-        "{X} makes the sound {y}.",
-        """
-        a cow = moo / moos / mooing; a dog = bark / barks / barking / woof;
-        a cat = meow / meows / meowing / purr; a duck = quack / quacks / quacking;
-        a sheep = baa / bleat / bleats / bleating; a pig = oink / oinks / oinking / grunt / grunts;
-        a lion = roar / roars / roaring; a horse = neigh / neighs / neighing / whinny;
-        an owl = hoot / hoots / hooting; a bee = buzz / buzzes / buzzing; a snake = hiss / hisses / hissing;
-        a frog = croak / croaks / croaking / ribbit; a wolf = howl / howls / howling;
-        a donkey = bray / brays / braying / hee-haw; a goose = honk / honks / honking;
-        a crow = caw / caws / cawing; a turkey = gobble / gobbles / gobbling;
-        an elephant = trumpet / trumpets / trumpeting; a mouse = squeak / squeaks / squeaking
         """,
     ),
     Kind(
@@ -458,7 +441,7 @@ KINDS = (
     ),
     Kind(
         "count",
-        ("How many {x} does {z} have?", "What number of {x} does {z} have?"),
+        ("How many {x} does {z} have?", "Can you tell me how many {x} {z} has?"),
         "{Z} has {y} {x}.",
         """
         sides, a triangle = 3; sides, a pentagon = 5; sides, a heptagon = 7; sides, an octagon = 8;
@@ -510,18 +493,6 @@ KINDS = (
         "{X} times {z} is {y}.",
         products(),
         entity="xy",
-    ),
-    Kind(
-        "counting",
-        ("What number comes after {x}?", "Which number comes right after {x}?"),
-        "The number after {x} is {y}.",
-        counting(1),
-    ),
-    Kind(
-        "counting",
-        ("What number comes before {x}?", "Which number comes right before {x}?"),
-        "The number before {x} is {y}.",
-        counting(-1),
     ),
     Kind(
         "calendar",

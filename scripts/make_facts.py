@@ -2,9 +2,13 @@
 
     python scripts/make_facts.py
 
-Nothing is picked by hand. The SHA-256 of what a question is about (its entity: a country, an animal, a person, a
-word …) decides whether it is held out, for all kinds alike, so that no entity occurs on both sides; another hash
-picks one of the kind's phrasings, a third one the order.
+No question is picked by hand. The SHA-256 of what it is about (its entity: a country, an animal, a person, a word …)
+decides whether it is held out, for all kinds alike, so that no entity occurs on both sides; another hash picks one of
+the kind's phrasings, a third one the order. Two whole kinds, animal sounds and counting on, were dropped because
+SmolLM2-135M-Instruct answered next to none of their training questions.
+
+From text, greedy, in 24 new tokens, that model answers 40 % of the held-out questions: no sum and no past tense, but
+60 to 80 % of the capitals, continents, languages, opposites and plurals.
 """
 
 from __future__ import annotations

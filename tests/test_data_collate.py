@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from tiny import tiny_speech_lm, tiny_tokenizer
 
 from palimpsest.data.collate import IGNORED, Collator, batches
 from palimpsest.data.features import Features, compute_features
@@ -16,6 +15,7 @@ from palimpsest.data.records import Example
 from palimpsest.models.processor import PromptStyle, SpeechLMProcessor
 from palimpsest.models.speech_lm import SPEECH_POSITION
 from palimpsest.rundir import UserError
+from tiny import tiny_speech_lm, tiny_tokenizer
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def llama_folder(folder: Path, lines: list[str]) -> Path:
 
 LLAMA_LINES = [
     "Which bird is fastest? \tPeregrine falcon \t1.wav",
-    'Who wrote "Emma"?\tJane Austen\t2.wav',
+    '"Emma" was written by whom?\tJane Austen\t2.wav',
     "Which bird is fastest?\tPeregrine falcon\t3.wav",
 ]
 
@@ -37,7 +37,7 @@ def test_llama_questions_keeps_the_duplicate_and_drops_blanks(tmp_path: Path) ->
     assert first.question == third.question == "Which bird is fastest?"
     assert first.answers == ("Peregrine falcon",)
     assert first.answer == "Peregrine falcon"
-    assert second.question == 'Who wrote "Emma"?'  # quotation marks are part of the question
+    assert second.question == '"Emma" was written by whom?'  # quotation marks are part of the question
     assert [first.id, second.id, third.id] == [f"llama_questions-{n}" for n in (1, 2, 3)]
     assert third.audio == tmp_path / "3.wav"
 

@@ -213,6 +213,12 @@ def test_signed_sum_does_not_depend_on_how_the_data_are_batched() -> None:
         assert (apart.tensors("per_batch_abs")[name] >= together.tensors("per_batch_abs")[name] - 1e-7).all()
 
 
+def test_dropout_is_off() -> None:
+    batches = make_batches(1)
+    training = tiny_llama(attention_dropout=0.5).train()
+    assert_same_scores(estimate_importance(training, batches), estimate_importance(tiny_llama(), batches))
+
+
 def test_bfloat16_weights() -> None:
     batches = make_batches()
     model = tiny_llama().bfloat16()

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_encoder, tiny_speech_lm
 
 from palimpsest.models.loading import load_language_model, load_speech_lm
 from palimpsest.models.speech_lm import SPEECH_POSITION, SpeechAdaptor, encode_speech
 from palimpsest.rundir import UserError
+from tiny import tiny_encoder, tiny_speech_lm
 
 
 def waves(*seconds: float) -> list[np.ndarray]:
@@ -40,9 +40,8 @@ def test_without_speech_it_is_the_language_model_bit_for_bit() -> None:
 
 
 def test_composing_changes_neither_attention_nor_vocabulary_of_the_parts() -> None:
-    from tiny import tiny_llama
-
     from palimpsest.models.speech_lm import SpeechLM
+    from tiny import tiny_llama
 
     language_model, encoder = tiny_llama(), tiny_encoder()
     before = language_model.config._attn_implementation, len(language_model.get_input_embeddings().weight)

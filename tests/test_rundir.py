@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palimpsest.rundir import RunDir, UserError, hash_value, read_json, require_disk, write_json, write_text
+from palimpsest.rundir import (
+    RunDir,
+    UserError,
+    hash_value,
+    read_json,
+    read_jsonl,
+    require_disk,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 
 
 def test_a_step_runs_once_and_again_when_its_inputs_change(tmp_path: Path) -> None:
@@ -75,6 +85,12 @@ def test_json_is_strict(tmp_path: Path) -> None:
         read_json(tmp_path / "bad.json")
     with pytest.raises(UserError, match="does not exist"):
         read_json(tmp_path / "none.json")
+
+
+def test_lines_may_hold_any_character(tmp_path: Path) -> None:
+    rows = [{"a": "one\u2028two\u0085three\nfour"}, {"a": ""}]
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    assert read_jsonl(tmp_path / "x.jsonl") == rows
 
 
 @given(st.dictionaries(st.text(max_size=5), st.integers(), max_size=5))

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
-from tiny import tiny_encoder, tiny_llama, tiny_tokenizer
 from transformers import WhisperFeatureExtractor, WhisperModel
 
 from palimpsest.config import parse_config
 from palimpsest.rundir import RESULT_TABLES, UserError
 from palimpsest.study import run_study
+from tiny import tiny_encoder, tiny_llama, tiny_tokenizer
 
 METHODS = ("full", "layer_lr", "lora")
 
@@ -177,8 +177,7 @@ def test_killed_in_different_steps_it_continues_and_ends_the_same(finished: Path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": {"train": {"source": "none.jsonl", "split": "x"}, "heldout": {"source": "facts", "split": "heldout"}}},
-         r"none\.jsonl"),
+        ({"data": {key: {"source": "none.jsonl", "split": key} for key in ("train", "heldout")}}, r"none\.jsonl"),
         ({"models": {"language_model": "./nowhere", "encoder": "./nowhere"}}, "nowhere is not a folder"),
         ({"models": {"language_model": "embedded:none", "encoder": "embedded:none"}}, "no embedded model"),
     ],

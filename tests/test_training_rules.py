@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import tiny_llama, tiny_speech_lm
 
 from palimpsest.rundir import UserError
 from palimpsest.training.methods import Method, add_lora, layer_scales, merge_lora, rules_for
 from palimpsest.training.rules import assign, parameter_groups
+from tiny import tiny_llama, tiny_speech_lm
 
 
 def test_the_first_rule_that_matches_decides() -> None:
@@ -88,7 +90,7 @@ def test_equation_3_stays_between_its_bounds_and_orders_inversely(totals: list[f
     assert min(scales.values()) == pytest.approx(1.0 - lambda_)
     order = sorted(range(len(totals)), key=lambda i: totals[i])
     ordered = [scales[i] for i in order]
-    assert all(a >= b - 1e-12 for a, b in zip(ordered, ordered[1:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(ordered))
 
 
 def test_equation_3_refuses_what_it_cannot_scale() -> None:

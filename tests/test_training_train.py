@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from tiny import tiny_speech_lm
 
 from palimpsest.data.collate import Collator
 from palimpsest.data.features import Features, compute_features
@@ -17,6 +16,7 @@ from palimpsest.models.speech_lm import SpeechLM
 from palimpsest.rundir import UserError
 from palimpsest.training.methods import Method
 from palimpsest.training.train import Settings, n_steps, train
+from tiny import tiny_speech_lm
 
 SCALES = {0: 1.0, 1: 0.6}
 SETTINGS = Settings(epochs=2, batch_size=3, warmup_ratio=0.0, checkpoint_every=2, seed=1)

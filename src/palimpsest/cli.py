@@ -201,6 +201,21 @@ def report(run: Annotated[Path, typer.Argument(help="Run directory of a study.")
     typer.echo(f"Report: {write_report(run)}")
 
 
+@app.command()
+def figure(
+    name: Annotated[str, typer.Argument(help="For example figure2; a wrong name lists the right ones.")],
+    run: Annotated[Path, typer.Argument(help="Run directory of a study.")],
+) -> None:
+    """Make one figure of a run again, as SVG and PNG.
+
+    Example: palimpsest figure figure2 runs/demo
+    """
+    from palimpsest.report.figures import write_figure
+
+    for path in write_figure(run, name):
+        typer.echo(path)
+
+
 def main() -> None:
     """Entry point: bad input ends with one sentence and exit code 2."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

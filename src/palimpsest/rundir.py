@@ -76,8 +76,10 @@ class QARecord(TypedDict):
     ci_high: float
     metric: str
     metric_version: str
-    n_empty: int
-    n_failed: int
+    n_empty: int  # answered, but without a letter or digit
+    n_failed: int  # could not be answered; counted as wrong
+    n_refusal: int
+    n_loop: int
 
 
 class ComparisonRecord(TypedDict):
@@ -217,7 +219,8 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    # Not splitlines(): it also splits at U+2028 and U+0085, which may stand inside a JSON string.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
 def hash_file(path: Path) -> str:

@@ -19,10 +19,10 @@ from palimpsest.data.collate import batches
 from palimpsest.data.features import compute_features
 from palimpsest.data.records import check_audio, write_manifest
 from palimpsest.data.sources import load_examples
-from palimpsest.data.speech import speak
+from palimpsest.data.speech import VOICES, speak
 from palimpsest.progress import Advance, Reporter
 from palimpsest.results import collect
-from palimpsest.rundir import hash_file, hash_value, require_disk, write_json, write_text
+from palimpsest.rundir import UserError, hash_file, hash_value, require_disk, write_json, write_text
 from palimpsest.workspace import BASE, Modality, Workspace, folder_of
 
 if TYPE_CHECKING:
@@ -72,8 +72,16 @@ class Study:
         """What can be known to be wrong before the long work: sources, audio, models, disk; then study.yaml."""
         from palimpsest.models.loading import resolve, weight_bytes
 
-        for split in (self.config.data.train, self.config.data.heldout, *self.config.evaluation.tasks):
+        data, voice = self.config.data, self.config.speech.voice
+        if voice not in VOICES:
+            raise UserError(f"speech.voice: there is no voice {voice!r}; use one of {', '.join(VOICES)}.")
+        for split in (data.train, data.heldout, *self.config.evaluation.tasks):
             check_audio(load_examples(split.source, split.split, split.limit))
+        if (data.train.source, data.train.split) == (data.heldout.source, data.heldout.split):
+            raise UserError(
+                f"data.train and data.heldout are both the split {data.train.split!r} of {data.train.source}; "
+                "held-out examples must not be trained on."
+            )
         models = self.config.models
         for model in (models.language_model, models.encoder, models.asr):
             if model is not None:
@@ -95,7 +103,7 @@ class Study:
         groups = {key: load_examples(s.source, s.split, s.limit, seed=seed) for key, s in splits.items()}
         recordings = {str(e.audio): hash_file(e.audio) for group in groups.values() for e in group if e.audio}
         inputs = {
-            "voice": self.config.speech.voice,
+            "voice": [self.config.speech.voice, VOICES[self.config.speech.voice].version()],
             "examples": {
                 key: hash_value([[e.id, e.question, e.answer, list(e.answers), str(e.audio)] for e in group])
                 for key, group in groups.items()
@@ -328,8 +336,9 @@ class Study:
 
             write_tables(
                 folder,
-                scores={name: self.ws.scores(name) for name in names},
-                weights={name: self.ws.weights(name) for name in names},
+                models=names,
+                scores=self.ws.scores,
+                weights=self.ws.weights,
                 reduction=self.config.importance.reduction,
                 ratio=self.config.deactivation.ratio,
                 n_shuffles=self.config.analysis.shuffles,
@@ -343,8 +352,9 @@ class Study:
 
             write_study_maps(
                 folder,
-                scores={name: self.ws.scores(name) for name in names},
-                weights={name: self.ws.weights(name) for name in names},
+                models=names,
+                scores=self.ws.scores,
+                weights=self.ws.weights,
                 reduction=self.config.importance.reduction,
             )
             advance(1, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,9 @@ Weights = Mapping[str, "Tensor"]
 def write_tables(
     folder: Path,
     *,
-    scores: Mapping[str, Scores],
-    weights: Mapping[str, Weights],
+    models: Sequence[str],
+    scores: Callable[[str], Scores],
+    weights: Callable[[str], Weights],
     reduction: str,
     ratio: float,
     n_shuffles: int,
@@ -38,11 +39,12 @@ def write_tables(
 ) -> None:
     """Write layers.json, shift.json, clustering.json and delta.json.
 
-    scores, weights: by model, "base" first; `reduction` is the one clustering and overlaps are taken of. Layers and
-    shift are given for every reduction.
+    models: "base" first. `scores` and `weights` open a model's files; they are opened for each use and dropped, since
+    pages of a mapped file count as memory as long as it is open. `reduction` is the one that clustering and overlaps
+    are taken of; layers and shift are given for every reduction.
     """
-    tuned = [name for name in scores if name != BASE]
-    total, done = 1 + len(scores) + 2 * len(tuned), 0
+    tuned = [name for name in models if name != BASE]
+    total, done = 1 + len(models) + 2 * len(tuned), 0
 
     def advance() -> None:
         nonlocal done
@@ -51,30 +53,34 @@ def write_tables(
 
     layers: list[LayerRecord] = []
     shift: list[ShiftRecord] = []
-    for kind in scores[BASE].reductions:
-        models = {name: _model_layers(name, item, kind) for name, item in scores.items()}
+    for kind in scores(BASE).reductions:
+        by_model = {name: _model_layers(name, scores(name), kind) for name in models}
         options: dict[str, Any] = {"modality": "text", "reduction": kind}
-        for model in models.values():
+        for model in by_model.values():
             layers += layer_records(model, **options)
         for name in tuned:
-            shift += shift_records(models[BASE], models[name], **options, n_draws=n_draws, seed=seed)
-            if name != "full" and "full" in models:
+            shift += shift_records(by_model[BASE], by_model[name], **options, n_draws=n_draws, seed=seed)
+            if name != "full" and "full" in by_model:
                 shift += contrast_records(
-                    models[BASE], models[name], models["full"], **options, n_draws=n_draws, seed=seed
+                    by_model[BASE], by_model[name], by_model["full"], **options, n_draws=n_draws, seed=seed
                 )
     advance()
 
     clustering: list[ClusteringRecord] = []
-    for name, item in scores.items():
-        clustering += cluster_records(name, "importance", item.tensors(reduction), n_shuffles=n_shuffles, seed=seed)
+    for name in models:
+        tensors = scores(name).tensors(reduction)
+        clustering += cluster_records(name, "importance", tensors, n_shuffles=n_shuffles, seed=seed)
+        del tensors
         advance()
     delta: list[DeltaRecord] = []
     for name in tuned:
-        change = AbsoluteChange(weights[BASE], weights[name])
+        change = AbsoluteChange(weights(BASE), weights(name))
         clustering += cluster_records(name, "delta", change, n_shuffles=n_shuffles, seed=seed)
+        del change
         advance()
-        importance = scores[BASE].tensors(reduction)
-        delta += delta_records(weights[BASE], weights[name], importance, method=name, ratio=ratio)
+        importance = scores(BASE).tensors(reduction)
+        delta += delta_records(weights(BASE), weights(name), importance, method=name, ratio=ratio)
+        del importance
         advance()
 
     for table, records in (
@@ -92,20 +98,24 @@ def _model_layers(name: str, scores: Scores, reduction: str) -> ModelLayers:
 
 
 def write_study_maps(
-    folder: Path, *, scores: Mapping[str, Scores], weights: Mapping[str, Weights], reduction: str
+    folder: Path,
+    *,
+    models: Sequence[str],
+    scores: Callable[[str], Scores],
+    weights: Callable[[str], Weights],
+    reduction: str,
 ) -> None:
     """importance.npz and delta.npz: heat maps of a few matrices, early, middle and late; keys "MODEL|PARAMETER"."""
-    names = _mapped_names(list(scores[BASE].tensors(reduction)))
-    importance = {
-        f"{model}|{name}": block_map(item.tensors(reduction)[name]) for model, item in scores.items() for name in names
-    }
+    names = _mapped_names(list(scores(BASE).tensors(reduction)))
+    importance: dict[str, Any] = {}
+    change: dict[str, Any] = {}
+    for model in models:
+        tensors = scores(model).tensors(reduction)
+        importance |= {f"{model}|{name}": block_map(tensors[name]) for name in names}
+        if model != BASE:
+            delta = AbsoluteChange(weights(BASE), weights(model))
+            change |= {f"{model}|{name}": block_map(delta[name]) for name in names}
     write_maps(folder / "importance.npz", importance)
-    change = {
-        f"{model}|{name}": block_map(AbsoluteChange(weights[BASE], weights[model])[name])
-        for model in scores
-        if model != BASE
-        for name in names
-    }
     write_maps(folder / "delta.npz", change)
 
 

@@ -14,7 +14,6 @@ Files and folders are recognized by what they hold; `manifest:PATH`, `llama_ques
 
 from __future__ import annotations
 
-import csv
 import json
 import random
 from collections.abc import Callable
@@ -95,9 +94,9 @@ def _read_llama_questions(path: Path, split: str) -> list[Example]:
     if split != "test":
         raise UserError(f"Llama Questions has no split {split!r}; it has: test.")
     table = path / LLAMA_TABLE
-    # QUOTE_NONE: quotation marks in the questions are part of them.
-    rows = list(csv.reader(_read_text(table).split("\n"), delimiter="\t", quoting=csv.QUOTE_NONE))
-    header = [name.strip() for name in rows[0]] if rows else []
+    # Split by hand: quotation marks are part of a question, which the csv module would take for quoting.
+    rows = [line.split("\t") for line in _read_text(table).split("\n")]
+    header = [name.strip() for name in rows[0]]
     missing = [name for name in LLAMA_COLUMNS if name not in header]
     if missing:
         raise UserError(f"{table} has no column {missing[0]!r}; its first line must be {', '.join(LLAMA_COLUMNS)}.")

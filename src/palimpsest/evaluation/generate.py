@@ -76,7 +76,7 @@ def answer_questions(
 ) -> list[SampleRow]:
     """Answer every question of the task and write `out`, a JSON-lines file with one `SampleRow` each.
 
-    Rows are appended and flushed batch by batch; a second call continues after the last complete line. When
+    Rows are appended and flushed batch by batch; a second call continues after the last complete batch. When
     all questions are answered, the file is put into the order of the task, so that it does not depend on
     `batch_size`.
 
@@ -108,14 +108,20 @@ def answer_questions(
     out.parent.mkdir(parents=True, exist_ok=True)
     rows = {row["id"]: row for row in resume(out, binding, {example.id for example in task.examples})}
     # Longest first: memory runs out in the first batch or never. Similar lengths together: little padding.
-    waiting = sorted((e for e in task.examples if e.id not in rows), key=lambda e: (-len(e.question), e.id))
+    # A batch that an earlier run left unfinished is answered again as a whole: its padding, and with it the last bits
+    # of every logit, depends on who is in it, and a resumed run must end as an uninterrupted one.
+    plan = sorted(task.examples, key=lambda e: (-len(e.question), e.id))
     if progress is not None:
         progress(len(rows), len(task.examples))
     with out.open("a", encoding="utf-8") as file:
-        for start in range(0, len(waiting), batch_size):
-            for row in _answer_batch(answer, waiting[start : start + batch_size], modality):
-                file.write(to_line(row))
-                rows[row["id"]] = row
+        for start in range(0, len(plan), batch_size):
+            batch = plan[start : start + batch_size]
+            if all(example.id in rows for example in batch):
+                continue
+            for row in _answer_batch(answer, batch, modality):
+                if row["id"] not in rows:
+                    file.write(to_line(row))
+                    rows[row["id"]] = row
             file.flush()
             os.fsync(file.fileno())
             if progress is not None:
@@ -283,6 +289,8 @@ def summarise(rows: Sequence[SampleRow], method: str, task: Task, modality: Moda
                 "metric_version": METRIC_VERSION,
                 "n_empty": sum(row["empty"] for row in rows),
                 "n_failed": sum(row["failed"] for row in rows),
+                "n_refusal": sum(row["refusal"] for row in rows),
+                "n_loop": sum(row["loop"] for row in rows),
             }
         )
     return records

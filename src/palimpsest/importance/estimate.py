@@ -32,6 +32,12 @@ from palimpsest.rundir import UserError, hash_value
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+# What the estimation writes into the metadata of its scores.
+RECORDED = {
+    *("reductions", "normalisation", "n_tokens", "n_sequences", "n_batches", "loss"),
+    *("model", "data", "versions", "tied", "without_gradient", "parameters"),
+}
+
 
 def estimate_importance(
     model: nn.Module,
@@ -60,6 +66,9 @@ def estimate_importance(
     """
     weights, tied = _once_each(scored_parameters(model) if parameters is None else parameters)
     _require_plain_weights(model, weights)
+    metadata = dict(metadata or {})
+    for key in RECORDED & metadata.keys():
+        raise UserError(f"The estimation itself records {key!r} in the metadata; use another key.")
     described = describe_parameters(weights)
     accumulators = Accumulators(weights, chosen_reductions(reductions))
 
@@ -105,11 +114,9 @@ def estimate_importance(
         "without_gradient": [name for name in weights if name not in with_gradient],  # scored 0
         "parameters": described,
     }
-    for key in metadata or {}:
-        if key in record:
-            raise UserError(f"The estimation itself records {key!r} in the metadata; use another key.")
+    assert record.keys() == RECORDED
     return Scores(
-        {**(metadata or {}), **record},
+        {**metadata, **record},
         accumulators.finish(n_tokens),
         torch.stack(totals).numpy(),
         np.array(tokens, dtype=np.int64),

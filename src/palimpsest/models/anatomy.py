@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 # Name parts added by peft, torch.compile, FSDP1 and checkpoint wrappers.
 _ADDED = re.compile(r"(?:^|(?<=\.))(?:base_layer|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_LAYER = re.compile(
-    r"^(?:(?:language_model|base_model|model|transformer|decoder|gpt_neox|backbone)\.)*"
+_LAYER = re.compile(  # used with match: from the start of the name
+    r"(?:(?:language_model|base_model|model|transformer|decoder|gpt_neox|backbone)\.)*"
     r"(?:layers|h|blocks)\.(\d+)(?:\.|$)"
 )
 # (kind, what the architectures call it). `c_proj` alone is ambiguous in GPT-2, hence its parent's name.

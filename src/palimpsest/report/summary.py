@@ -198,7 +198,16 @@ def _hears(inputs: Inputs) -> list[Finding]:
                 "the methods say nothing about how well they understand."
             )
         ]
-    findings = [
+    findings: list[Finding] = []
+    if best["accuracy"] < NO_SPEECH:
+        findings.append(
+            Finding(
+                f"Not shown. S2T is near zero: at best {_share(best['accuracy'])} ({method_name(best['method'])}, "
+                f"{task_name(best['task'])}). With so few questions the intervals are wide, but nothing here says "
+                "that the models understand speech; train longer before S2T is compared."
+            )
+        )
+    findings += [
         Finding(
             f"{task_name(task)}, spoken questions:",
             tuple(

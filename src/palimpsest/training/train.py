@@ -155,8 +155,9 @@ class _Trainer(Trainer):  # type: ignore[misc]
         losses, _ = supervised_losses(model, inputs)
         total = losses.sum()
         if not bool(torch.isfinite(total)):
+            where = f"step {self.state.global_step + 1}{describe_ids(inputs)}"
             raise UserError(
-                f"The training loss is {float(total.detach())} at step {self.state.global_step + 1}{describe_ids(inputs)}; "
+                f"The training loss is {float(total.detach())} at {where}; "
                 "lower the learning rate or look at these examples. Nothing was saved as if it were good."
             )
         return total / (len(losses) if num_items_in_batch is None else num_items_in_batch)
@@ -180,6 +181,10 @@ def _last_complete_checkpoint(folder: Path) -> str | None:
 
 
 class _MarkComplete(TrainerCallback):  # type: ignore[misc]
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = False  # the finished model is written by the caller
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 

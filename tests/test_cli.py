@@ -1,0 +1,100 @@
+"""The command line: help with an example everywhere; bad input ends with one sentence, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from typer.testing import CliRunner
+
+from palimpsest.cli import app
+from tiny import tiny_speech_lm
+
+COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands if command.callback)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "palimpsest.cli", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"Example: palimpsest {command} " in re.sub(r"\s+", " ", result.output)
+
+
+@pytest.fixture(scope="module")
+def speech_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("speech_lm")
+    model, processor = tiny_speech_lm()
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def refused(result: subprocess.CompletedProcess[str], *said: str) -> None:
+    """Exit code 2 and one sentence on stderr, no traceback."""
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("palimpsest: ")]
+    assert len(lines) == 1, result.stderr
+    for words in said:
+        assert words in lines[0]
+
+
+def test_ask_in_speech_and_in_text(speech_lm: Path, tmp_path: Path) -> None:
+    audio = tmp_path / "q.wav"
+    # another rate and two channels, as a phone would record
+    soundfile.write(audio, np.random.default_rng(0).normal(0, 0.1, (44_100, 2)), 44_100)
+    spoken = run("ask", "--model", str(speech_lm), "--audio", str(audio), "--max-new-tokens", "4")
+    assert spoken.returncode == 0, spoken.stderr
+    written = run("ask", "--model", str(speech_lm), "--text", "hello?", "--max-new-tokens", "4")
+    assert written.returncode == 0, written.stderr
+
+
+def test_bad_questions(speech_lm: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.wav").write_text("this is no audio")
+    refused(run("ask", "--model", str(speech_lm), "--audio", str(tmp_path / "none.wav")), "none.wav")
+    refused(run("ask", "--model", str(speech_lm), "--audio", str(tmp_path / "text.wav")), "text.wav")
+    refused(run("ask", "--model", str(speech_lm)), "--audio FILE or with --text QUESTION")
+    refused(run("ask", "--model", str(speech_lm), "--text", " "), "empty")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{not json", "JSON"),
+        (json.dumps({"id": "a", "question": "Q?", "answer": " "}), "answer"),
+        (json.dumps({"id": "a", "question": "Q?", "answer": "A", "audio": "gone.wav"}), "gone.wav"),
+        (json.dumps({"id": "a", "question": "Q?", "answer": "A", "audio": "broken.wav"}), "broken.wav"),
+    ],
+)
+def test_a_bad_manifest_names_file_and_line_and_writes_nothing(tmp_path: Path, line: str, said: str) -> None:
+    (tmp_path / "broken.wav").write_bytes(b"RIFF")
+    manifest = tmp_path / "data.jsonl"
+    manifest.write_text(json.dumps({"id": "ok", "question": "Q?", "answer": "A"}) + "\n" + line + "\n")
+    out = tmp_path / "out"
+    result = run("evaluate", "--model", "embedded:smollm2-135m-instruct", "--task", str(manifest), "--out", str(out))
+    refused(result, "data.jsonl:2", said)
+    assert not out.exists()
+
+
+def test_bad_models_and_recipes(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    out = str(tmp_path / "out")
+    refused(run("importance", "--model", str(tmp_path / "model"), "--data", "facts", "--out", out), "no weights")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("nam: x\n")
+    refused(run("study", str(recipe), "--out", out), "nam", "name")
+    refused(run("report", str(tmp_path / "none")), "not a run directory")
+    assert not (tmp_path / "out").exists()
