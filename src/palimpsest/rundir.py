@@ -78,8 +78,8 @@ class QARecord(TypedDict):
     metric_version: str
     n_empty: int  # answered, but without a letter or digit
     n_failed: int  # could not be answered; counted as wrong
-    n_refusal: int
-    n_loop: int
+    n_refusal: NotRequired[int]  # added after the first results were written
+    n_loop: NotRequired[int]
 
 
 class ComparisonRecord(TypedDict):

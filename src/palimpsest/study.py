@@ -41,7 +41,7 @@ class Study:
     def __init__(self, config: StudyConfig, folder: Path, reporter: Reporter | None = None) -> None:
         n_tasks = len(config.evaluation.tasks)
         per_task_base = 2 if config.models.asr else 1  # text, cascade
-        n_steps = 5 + (2 + per_task_base * n_tasks) + len(config.methods) * (3 + 2 * n_tasks)
+        n_steps = 6 + (2 + per_task_base * n_tasks) + len(config.methods) * (3 + 2 * n_tasks)
         self.config = config
         self.ws = Workspace(config, folder, reporter or Reporter(n_steps))
 
@@ -83,9 +83,11 @@ class Study:
                 "held-out examples must not be trained on."
             )
         models = self.config.models
-        for model in (models.language_model, models.encoder, models.asr):
-            if model is not None:
-                resolve(model)
+        used = [name for name in (models.language_model, models.encoder, models.asr) if name is not None]
+        with self.ws.reporter.step("models") as advance:
+            for i, name in enumerate(used):
+                resolve(name)  # converts an embedded model on its first use
+                advance(i + 1, len(used))
         folder = self.ws.dir.path
         weights = weight_bytes(models.language_model)
         # Per model a checkpoint and two reductions of importance; while one trains, its optimizer's state.

@@ -105,7 +105,11 @@ def write_study_maps(
     weights: Callable[[str], Weights],
     reduction: str,
 ) -> None:
-    """importance.npz and delta.npz: heat maps of a few matrices, early, middle and late; keys "MODEL|PARAMETER"."""
+    """importance.npz and delta.npz: heat maps of a few matrices, early, middle and late; keys "MODEL|PARAMETER".
+
+    Importance by the largest entry of each block; changes by the mean, since an optimizer such as Adam moves nearly
+    every weight by about its learning rate, and the largest of a block says nothing then.
+    """
     names = _mapped_names(list(scores(BASE).tensors(reduction)))
     importance: dict[str, Any] = {}
     change: dict[str, Any] = {}
@@ -114,7 +118,7 @@ def write_study_maps(
         importance |= {f"{model}|{name}": block_map(tensors[name]) for name in names}
         if model != BASE:
             delta = AbsoluteChange(weights(BASE), weights(model))
-            change |= {f"{model}|{name}": block_map(delta[name]) for name in names}
+            change |= {f"{model}|{name}": block_map(delta[name], reduce="mean") for name in names}
     write_maps(folder / "importance.npz", importance)
     write_maps(folder / "delta.npz", change)
 
