@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from palimpsest.cli import app
 from tiny import tiny_speech_lm
 
-COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands if command.callback)
+COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands if command.callback)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -372,16 +372,16 @@ def test_bad_input() -> None:
         estimate_importance(model, batches, parameters={"layers.0.x.weight": quantised})
 
 
-def test_lora_must_be_merged_first() -> None:
+def test_lora_counts_as_part_of_the_weights() -> None:
     from peft import LoraConfig, get_peft_model
 
     batches = make_batches(1)
     adapted = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
-    with pytest.raises(UserError, match="merge_adapter"):
-        estimate_importance(adapted, batches)
-    adapted.merge_adapter()
-    scores = estimate_importance(adapted, batches)
-    assert_same_scores(scores, estimate_importance(adapted.merge_and_unload(), batches))
+    before = {name: p.detach().clone() for name, p in adapted.named_parameters()}
+    reductions = ["signed_sum", "per_batch_abs", "per_sequence_abs", "fisher"]
+    scores = estimate_importance(adapted, batches, reductions)
+    assert all(torch.equal(p, before[name]) for name, p in adapted.named_parameters())
+    assert_same_scores(scores, estimate_importance(adapted.merge_and_unload(), batches, reductions))
 
 
 def test_progress_is_told_batches_and_tokens() -> None:

@@ -34,6 +34,7 @@ def test_set_operations_by_hand() -> None:
     assert (a - b).tensor("w0").tolist() == [False, True, False]
     assert (a - b).counts == {"w0": 1, "w1": 0}
     assert (a | b).count == 4
+    assert a.shares == pytest.approx({"w0": 2 / 3, "w1": 1 / 3})
 
 
 def test_overlap_by_hand() -> None:

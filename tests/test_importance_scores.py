@@ -132,3 +132,19 @@ def test_the_model_digest_is_of_the_scored_weights() -> None:
     with torch.no_grad():
         other.model.norm.weight += 1  # not scored
     assert model_digest(other) == digest
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of mapped files")
+def test_a_file_stays_mapped_only_as_long_as_its_tensors_live(tmp_path: Path) -> None:
+    estimated().save(tmp_path)
+    tensors = Scores.open(tmp_path).tensors("signed_sum")
+
+    def mapped() -> bool:
+        return str(tmp_path) in Path("/proc/self/maps").read_text()
+
+    tensor = next(iter(tensors.values()))
+    assert mapped()
+    total = tensor.sum().item()
+    del tensor
+    assert total > 0
+    assert not mapped()

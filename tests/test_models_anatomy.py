@@ -44,6 +44,10 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], set[str]]] = {
     ),
     "opt": ({**SMALL, "ffn_dim": 16, "word_embed_proj_dim": 4}, {"q", "k", "v", "o", "up", "down"}),
     "mixtral": ({**SMALL, "num_local_experts": 2}, {"q", "k", "v", "o", "gate_up", "down", "router"}),
+    "qwen3_moe": (
+        {**SMALL, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8},
+        {"q", "k", "v", "o", "gate_up", "down", "router"},
+    ),
 }
 
 
@@ -97,6 +101,14 @@ def test_peft_and_compile_do_not_change_names_or_parameters() -> None:
     assert list(after) == list(before)
     assert all(after[name] is before[name] for name in before)
     assert not any("lora" in name for name in named_parameters(find_language_model(adapted)))
+
+
+def test_a_data_parallel_wrapper_is_looked_through() -> None:
+    llama = tiny("llama")
+    wrapper = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(wrapper)
+    wrapper.module = llama  # without the process group that a working one needs
+    assert find_language_model(wrapper) is llama
 
 
 def test_tied_parameters_are_named_once() -> None:

@@ -39,6 +39,11 @@ class Modality(StrEnum):
     cascade = "cascade"
 
 
+class Precision(StrEnum):
+    float32 = "float32"
+    float64 = "float64"
+
+
 @app.command()
 def study(
     recipe: Annotated[Path, typer.Argument(help="YAML file of the study; see recipes/.")], out: OutOption
@@ -130,7 +135,13 @@ def importance(
     split: Annotated[str, typer.Option(help="Split of the data.")] = "train",
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many examples.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
-    reductions: Annotated[str, typer.Option(help="Comma-separated.")] = "signed_sum,per_batch_abs",
+    reductions: Annotated[
+        str, typer.Option(help="Comma-separated: signed_sum, per_batch_abs, per_sequence_abs, fisher.")
+    ] = "signed_sum,per_batch_abs",
+    offload: Annotated[
+        str | None,
+        typer.Option(help="Keep the sums in host memory (cpu) or in a memory-mapped file (a folder)."),
+    ] = None,
 ) -> None:
     """Score every weight of the transformer layers on questions given as text: |θ·∂L/∂θ| (Eq. 2).
 
@@ -146,6 +157,7 @@ def importance(
         limit=limit,
         batch_size=batch_size,
         reductions=tuple(reductions.split(",")),
+        offload="cpu" if offload == "cpu" else Path(offload) if offload else None,
     ):
         typer.echo(line)
 
@@ -158,15 +170,17 @@ def deactivate(
     out: Annotated[Path, typer.Option(help="Folder for records.json.")],
     split: Annotated[str, typer.Option(help="Split of the data.")] = "heldout",
     limit: Annotated[int | None, typer.Option(min=1)] = None,
-    ratio: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of the weights to zero.")] = 0.03,
-    scope: Annotated[str, typer.Option(help="global, per_layer or per_matrix.")] = "global",
+    ratios: Annotated[str, typer.Option(help="Shares of the weights to zero, ascending, comma-separated.")] = "0.03",
+    scopes: Annotated[
+        str, typer.Option(help="Where the shares are counted: global, per_layer, per_matrix; comma-separated.")
+    ] = "global",
     reduction: Annotated[str, typer.Option(help="Which of the scores.")] = "signed_sum",
     random_seeds: Annotated[int, typer.Option(min=0)] = 3,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
 ) -> None:
-    """Perplexity with the top, bottom and random weights set to zero (Table 1).
+    """Perplexity with the top, bottom and random weights set to zero (Table 1); several ratios give a curve.
 
-    Example: palimpsest deactivate --model MODEL --scores runs/scores --data facts --out runs/off
+    Example: palimpsest deactivate --model MODEL --scores runs/scores --data facts --ratios 0.01,0.1 --out runs/off
     """
     from palimpsest.measure import deactivate_model
 
@@ -177,12 +191,53 @@ def deactivate(
         out,
         split=split,
         limit=limit,
-        ratio=ratio,
-        scope=scope,
+        ratios=ratios.split(","),
+        scopes=scopes.split(","),
         reduction=reduction,
         random_seeds=random_seeds,
         batch_size=batch_size,
     ):
+        typer.echo(line)
+
+
+@app.command("validate-importance")
+def validate_importance(
+    model: Annotated[str, typer.Option(help="Causal LM or speech LLM: embedded: name, folder, or hub name.")],
+    data: Annotated[str, typer.Option(help="Question set with answers: facts or a manifest.")],
+    out: Annotated[Path, typer.Option(help="Folder for the measurements and records.json; started again, continues.")],
+    splits: Annotated[str, typer.Option(help="Scored on the first, ablated on each; comma-separated.")] = (
+        "train,heldout"
+    ),
+    limit: Annotated[int, typer.Option(min=1, help="Questions per split to ablate on; time grows with it.")] = 8,
+    score_limit: Annotated[int | None, typer.Option(min=1, help="Also score on so many questions.")] = None,
+    weights: Annotated[int, typer.Option(min=1, help="Weights to ablate, one by one.")] = 2000,
+    reductions: Annotated[str, typer.Option(help="Comma-separated.")] = (
+        "signed_sum,per_batch_abs,per_sequence_abs,fisher"
+    ),
+    batch_size: Annotated[int, typer.Option(min=1, help="Of the scores; matters to per_batch_abs.")] = 4,
+    dtype: Annotated[Precision, typer.Option(help="Of the ablations.")] = Precision.float32,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Ablate a stratified sample of weights exactly (Eq. 1) and say how well each reduction ranks them.
+
+    Example: palimpsest validate-importance --model embedded:smollm2-135m-instruct --data facts --out runs/validation
+    """
+    from palimpsest import validation
+
+    records = validation.validate_importance(
+        model,
+        data,
+        out,
+        splits=splits.split(","),
+        limit=limit,
+        score_limit=score_limit,
+        n_weights=weights,
+        reductions=reductions.split(","),
+        batch_size=batch_size,
+        dtype=dtype.value,
+        seed=seed,
+    )
+    for line in validation.table(records):
         typer.echo(line)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Batches = Callable[[], Iterable[Mapping[str, Any]]]
 Scope = Literal["global", "per_layer", "per_matrix"]
+Condition = Literal["base", "top", "bottom", "random"]
 
 
 def deactivation_records(
@@ -27,9 +28,10 @@ def deactivation_records(
     scope: Scope,
     random_seeds: Sequence[int],
     reduction: str,
+    conditions: Sequence[Condition] = ("base", "top", "bottom", "random"),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[DeactivationRecord]:
-    """One record per condition (base, top, bottom, random per seed) and modality.
+    """One record per condition (random: per seed) and modality.
 
     Args:
         name: what the records call the model.
@@ -38,14 +40,11 @@ def deactivation_records(
         data: modality → function that yields the same batches at every call.
         ratio: share of the scored weights to zero, within each `scope`.
     """
-    conditions: list[tuple[Literal["base", "top", "bottom", "random"], int | None]] = [
-        ("base", None),
-        ("top", None),
-        ("bottom", None),
-        *(("random", seed) for seed in random_seeds),
-    ]
+    masks: list[tuple[Condition, int | None]] = []
+    for condition in conditions:
+        masks += [("random", seed) for seed in random_seeds] if condition == "random" else [(condition, None)]
     records: list[DeactivationRecord] = []
-    for condition, seed in conditions:
+    for condition, seed in masks:
         removed = 0.0 if condition == "base" else ratio
         mask = select(tensors, removed, "bottom" if condition == "base" else condition, scope, seed or 0)
         with deactivate(model, mask):
@@ -68,5 +67,5 @@ def deactivation_records(
                     }
                 )
                 if progress is not None:
-                    progress(len(records), len(conditions) * len(data))
+                    progress(len(records), len(masks) * len(data))
     return records

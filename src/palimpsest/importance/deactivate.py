@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from palimpsest.importance.distributed import local, local_part_like, reshard
+from palimpsest.importance.lora import unmerged_adapters
 from palimpsest.models.anatomy import find_language_model, named_parameters
+from palimpsest.rundir import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -22,27 +25,36 @@ def deactivate(model: nn.Module, mask: Mask, parameters: Mapping[str, nn.Paramet
 
     Works in place and keeps only the removed values. Afterwards, also if the block raises, they are back
     bit for bit. `parameters`: what the names of the mask stand for; default: the language model's parameters.
+    A model sharded by `fully_shard` takes the whole mask on every rank; each rank zeroes its own part.
 
-    Raises UserError, before anything is changed, if the mask does not fit the model.
+    Raises UserError, before anything is changed, if the mask does not fit the model, or if LoRA adapters would
+    add to the zeros.
 
     >>> with deactivate(model, select(scores.tensors("signed_sum"), 0.03)):  # doctest: +SKIP
     ...     losses, _ = supervised_losses(model, batch)
     """
+    if unmerged_adapters(model):
+        raise UserError(
+            "The model has active LoRA adapters, which would add to the weights set to zero; "
+            "use merge_and_unload(), or open importance.lora.merged_adapters(model) around the block."
+        )
+    reshard(model)
     if parameters is None:
         parameters = named_parameters(find_language_model(model))
     mask.check_shapes({name: tuple(p.shape) for name, p in parameters.items()}, "the model")
 
-    removed: dict[str, Tensor] = {}  # name → values at the masked positions, row-major
+    removed: dict[str, Tensor] = {}  # name → values at the masked positions (of this rank), row-major
     try:
         with torch.no_grad():
             for name in mask.names:
-                weight = parameters[name]
-                flags = mask.tensor(name).to(weight.device)
+                weight = local(parameters[name])
+                flags = local_part_like(mask.tensor(name), parameters[name])
                 removed[name] = weight[flags]  # a copy
                 weight.masked_fill_(flags, 0)
         yield
     finally:
+        reshard(model)
         with torch.no_grad():
             for name, values in removed.items():
-                weight = parameters[name]
-                weight.masked_scatter_(mask.tensor(name).to(weight.device), values)
+                flags = local_part_like(mask.tensor(name), parameters[name])
+                local(parameters[name]).masked_scatter_(flags, values)

@@ -2,7 +2,8 @@
 
 For each batch, one backward of the SUM of its token losses. Whenever autograd has finished the gradient of a
 weight, a hook folds it into the accumulators and frees it, so the gradients of all weights are never held at
-once. The sums are divided once, at the end, by the number of supervised tokens.
+once. For reductions over sequences, linear layers fold the gradient of each sequence in that same backward
+(per_sequence.py). The sums are divided once, at the end, by the number of supervised tokens.
 
 Memory above weights and activations: a float32 accumulator per reduction, and the largest single gradient.
 """
@@ -12,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -23,8 +25,11 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from palimpsest.importance.reduce import Accumulators, chosen_reductions
-from palimpsest.importance.scores import Scores, describe_parameters
+from palimpsest.importance import distributed as ranks
+from palimpsest.importance.lora import merged_adapters
+from palimpsest.importance.per_sequence import SequenceGradients, require_whole
+from palimpsest.importance.reduce import Accumulators, Offload, chosen_reductions
+from palimpsest.importance.scores import Scores
 from palimpsest.models.anatomy import scored_parameters
 from palimpsest.models.loss import describe_ids, supervised_losses
 from palimpsest.rundir import UserError, hash_value
@@ -35,7 +40,7 @@ if TYPE_CHECKING:
 # What the estimation writes into the metadata of its scores.
 RECORDED = {
     *("reductions", "normalisation", "n_tokens", "n_sequences", "n_batches", "loss"),
-    *("model", "data", "versions", "tied", "without_gradient", "parameters"),
+    *("model", "data", "versions", "tied", "without_gradient", "one_by_one", "parameters"),
 }
 
 
@@ -45,8 +50,10 @@ def estimate_importance(
     reductions: Iterable[str] = ("signed_sum", "per_batch_abs"),
     *,
     parameters: Mapping[str, nn.Parameter] | None = None,
+    offload: Offload = None,
     metadata: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    distributed: bool = False,
 ) -> Scores:
     """Importance of the weights of `model`, or of the language model in it, on `batches`.
 
@@ -54,72 +61,110 @@ def estimate_importance(
     reductions: names in `reduce.REDUCTIONS`; all of them come from the same pass.
     parameters: what to score; default `scored_parameters(model)`. A parameter that stands there under
         several names is scored once, under the first.
+    offload: where the accumulators live: None, on the devices of the weights; "cpu", in host memory; a folder
+        (Path), in memory-mapped files there, which vanish with the scores that are not saved.
     metadata: JSON values to keep with the scores, such as the modality.
-    progress: called after every batch with (batches done, supervised tokens so far).
+    progress: called after every batch with (batches done, supervised tokens so far), of this process.
+    distributed: the ranks of the initialised process group estimate together, each on its own batches, with
+        replicas of the model or with a model sharded by fully_shard; see `importance.distributed`.
 
-    The scores, in nats per supervised token, lie on the devices of the weights. Meanwhile the model is in
-    eval mode; afterwards, also after an error, it is as before: weights to the bit, modes, gradient flags,
-    gradients, hooks. Gradient checkpointing, where the model has it switched on, is used (non-re-entrant).
+    The scores are in nats per supervised token (`fisher`: see reduce.py). Reductions over sequences fall back to
+    one backward per sequence for parameters that are not used by exactly one linear layer, once; a warning and
+    the metadata's "one_by_one" say which and why. Active LoRA adapters count as part of the weights.
+
+    Meanwhile the model is in eval mode; afterwards, also after an error, it is as before: weights to the bit,
+    modes, gradient flags, gradients, hooks. Gradient checkpointing, where the model has it switched on, is used
+    (non-re-entrant).
 
     Raises UserError: nothing to score, no batches, a batch without supervised tokens, a loss or gradient that
-    is not finite (naming batch and examples), unmerged LoRA, quantised weights, re-entrant checkpointing.
+    is not finite (naming batch and examples), quantised weights, re-entrant checkpointing.
     """
+    ranks.reshard(model)
     weights, tied = _once_each(scored_parameters(model) if parameters is None else parameters)
-    _require_plain_weights(model, weights)
+    _require_plain_weights(weights)
     metadata = dict(metadata or {})
     for key in RECORDED & metadata.keys():
         raise UserError(f"The estimation itself records {key!r} in the metadata; use another key.")
-    described = describe_parameters(weights)
-    accumulators = Accumulators(weights, chosen_reductions(reductions))
+    chosen = chosen_reductions(reductions)
+    layout = ranks.layout_of(model, weights, chosen, distributed)
+    with merged_adapters(model):
+        accumulators = Accumulators({name: ranks.local(weight) for name, weight in weights.items()}, chosen, offload)
+        return _scores(model, batches, weights, tied, accumulators, layout, metadata, progress)
 
-    data_hash = hashlib.sha256()
-    totals: list[Tensor] = []  # per batch: (n_parameters,) float64
-    tokens: list[int] = []
-    loss_sum, n_sequences = 0.0, 0
-    with_gradient: set[str] = set()
-    with _prepared(model, weights), _hooks(weights, accumulators.fold):
-        for number, batch in enumerate(batches):
+
+def _scores(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    weights: Mapping[str, nn.Parameter],
+    tied: Mapping[str, str],
+    accumulators: Accumulators,
+    layout: ranks.Layout,
+    metadata: Mapping[str, Any],
+    progress: Callable[[int, int], None] | None,
+) -> Scores:
+    """The pass over the data, once everything that can be checked before it has been."""
+    device = next(iter(weights.values())).device
+    described = ranks.describe_weights(weights, layout)
+    sequences = SequenceGradients(model, weights, accumulators) if accumulators.by_sequence else None
+
+    mine: list[ranks.BatchRecord] = []
+    installed = sequences.installed() if sequences else nullcontext()
+    with _prepared(model, weights), _hooks(weights, accumulators.fold), installed:
+        for number, batch in enumerate(ranks.in_step(batches, layout, device)):
             where = f"batch {number}{describe_ids(batch)}"
+            if sequences:
+                sequences.expect(batch)
             losses, _ = supervised_losses(model, batch)
             if not losses.requires_grad:
                 raise UserError(f"The loss of {where} depends on no scored parameter; check `parameters`.")
-            torch.autograd.backward(losses.sum())
+            if sequences:
+                sequences.settle(losses)
+            torch.autograd.backward(losses.sum() * ranks.loss_factor(layout))
 
             batch_totals, firings = accumulators.take_batch()
             loss = losses.detach().double().sum().item()
             _require_sound(where, loss, dict(zip(weights, batch_totals.tolist(), strict=True)), firings)
-            totals.append(batch_totals)
-            tokens.append(len(losses))
-            loss_sum += loss
-            n_sequences += len(batch["labels"])
-            with_gradient.update(firings)
-            data_hash.update(_batch_bytes(batch))
+            if sequences:
+                sequences.complete(model, batch, firings)
+            digest = hashlib.sha256(_batch_bytes(batch)).hexdigest()
+            mine.append(ranks.BatchRecord(batch_totals, len(losses), len(batch["labels"]), loss, digest, set(firings)))
             if progress is not None:
-                progress(len(tokens), sum(tokens))
-    if not tokens:
+                progress(len(mine), sum(record.n_tokens for record in mine))
+    done = ranks.all_batches(mine, layout)
+    if not done:
         raise UserError("There are no batches to estimate importance on; check the data and its filters.")
+    if layout == "replicas":
+        ranks.sum_over_replicas((total for sums in accumulators.sums.values() for total in sums.values()), device)
 
-    n_tokens = sum(tokens)
+    one_by_one = sequences.one_by_one if sequences else {}
+    _warn_of(one_by_one)
+
+    n_tokens = sum(batch.n_tokens for batch in done)
+    with_gradient = set().union(*(batch.with_gradient for batch in done))
     record = {
         "reductions": {key: reduction.formula for key, reduction in accumulators.reductions.items()},
         "normalisation": "gradients of summed token losses, divided once by n_tokens",
         "n_tokens": n_tokens,
-        "n_sequences": n_sequences,
-        "n_batches": len(tokens),
-        "loss": loss_sum / n_tokens,  # nats per supervised token
+        "n_sequences": sum(batch.n_sequences for batch in done),
+        "n_batches": len(done),
+        "loss": math.fsum(batch.loss for batch in done) / n_tokens,  # nats per supervised token
         "model": hash_value(described),
-        "data": data_hash.hexdigest(),
+        "data": hash_value([batch.digest for batch in done]),
         "versions": {package: version(package) for package in ("torch", "transformers")},
         "tied": tied,  # name left out → name it was scored under
         "without_gradient": [name for name in weights if name not in with_gradient],  # scored 0
+        "one_by_one": one_by_one,  # name → why its sequences went through the model one by one
         "parameters": described,
     }
     assert record.keys() == RECORDED
+    tensors: dict[str, Mapping[str, Tensor]] = dict(accumulators.finish(n_tokens))
+    if layout == "sharded":
+        tensors = {key: ranks.GatheredTensors(parts, weights) for key, parts in tensors.items()}
     return Scores(
         {**metadata, **record},
-        accumulators.finish(n_tokens),
-        torch.stack(totals).numpy(),
-        np.array(tokens, dtype=np.int64),
+        tensors,
+        torch.stack([batch.totals for batch in done]).numpy(),
+        np.array([batch.n_tokens for batch in done], dtype=np.int64),
     )
 
 
@@ -135,34 +180,36 @@ def _once_each(parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, nn.Par
     return weights, {name: first[id(p)] for name, p in parameters.items() if name not in weights}
 
 
-def _require_plain_weights(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
-    """Scores are of the numbers the model computes with: not of quantised ones, not without a LoRA."""
+def _require_plain_weights(weights: Mapping[str, nn.Parameter]) -> None:
+    """Scores are of the numbers the model computes with: not of quantised ones."""
     if not weights:
         raise UserError("There is nothing to score, `parameters` is empty; leave it out for the default.")
     for name, weight in weights.items():
         if not weight.is_floating_point():
             raise UserError(f"{name} is stored as {weight.dtype}; load the model without quantisation.")
-    for module in model.modules():
-        if getattr(module, "lora_A", None) and not getattr(module, "merged", False):
-            raise UserError(
-                "The model has an unmerged LoRA, so it does not compute with the weights to be scored; "
-                "call its merge_adapter() or merge_and_unload() first."
-            )
 
 
 def _require_sound(where: str, loss: float, totals: Mapping[str, float], firings: Counter[str]) -> None:
     if not math.isfinite(loss):
         raise UserError(f"The loss of {where} is {loss}; check these examples or load the model in float32.")
+    require_whole(firings)
     for name, total in totals.items():
-        if firings[name] > 1:
-            raise UserError(
-                f"The gradient of {name} came in {firings[name]} parts within one backward, so its absolute "
-                "value would be wrong; use non-re-entrant gradient checkpointing (use_reentrant=False)."
-            )
         if not math.isfinite(total):
             raise UserError(
                 f"The gradient of {name} is not finite in {where}; check these examples, or load the model in float32."
             )
+
+
+def _warn_of(one_by_one: Mapping[str, str]) -> None:
+    """One line about the slow path, if it was taken."""
+    if one_by_one:
+        reasons = Counter(one_by_one.values())
+        why = "; ".join(f"{count} {reason}" for reason, count in reasons.items())
+        warnings.warn(
+            f"The gradients per sequence of {len(one_by_one)} parameters, {next(iter(one_by_one))} among them, took "
+            f"one more backward for every sequence ({why}).",
+            stacklevel=4,
+        )
 
 
 def _batch_bytes(batch: Mapping[str, Any]) -> bytes:

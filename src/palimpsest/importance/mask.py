@@ -72,6 +72,11 @@ class Mask:
         return {name: int(np.bitwise_count(bits).sum(dtype=np.int64)) for name, bits in self.packed.items()}
 
     @property
+    def shares(self) -> dict[str, float]:
+        """Marked share of each parameter. Far above the ratio in a few parameters, a mask is not spread out."""
+        return {name: _ratio(count, math.prod(self.shapes[name])) for name, count in self.counts.items()}
+
+    @property
     def count(self) -> int:
         """Marked weights."""
         return sum(self.counts.values())

@@ -169,24 +169,29 @@ def model_digest(model: nn.Module) -> str:
 
 
 class _StoredTensors(Mapping[str, "Tensor"]):
-    """The tensors of one reduction in their files, memory-mapped; iterates in model order."""
+    """The tensors of one reduction in their files, memory-mapped; iterates in model order.
+
+    A file is mapped anew for each tensor, and as long as the tensor lives: pages of tensors that are no longer
+    used would otherwise stay resident, and going through all of them would fill the memory.
+    """
 
     def __init__(self, paths: list[Path], names: list[str]) -> None:
-        self._file: dict[str, Any] = {}
+        self._path: dict[str, Path] = {}
         for path in paths:
             try:
-                file: Any = safe_open(path, framework="pt")
+                with safe_open(path, framework="pt") as file:
+                    self._path.update(dict.fromkeys(file.keys(), path))
             except SafetensorError as error:
                 raise UserError(f"{path} is damaged ({error}); estimate the importance again.") from error
-            self._file.update(dict.fromkeys(file.keys(), file))
-        if set(self._file) != set(names):
+        if set(self._path) != set(names):
             raise UserError(
                 f"{paths[0].parent} does not hold the tensors its {SCORES_FILE} lists; estimate the importance again."
             )
         self._names = names
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._file[name].get_tensor(name)
+        with safe_open(self._path[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
         return tensor
 
     def __iter__(self) -> Iterator[str]:

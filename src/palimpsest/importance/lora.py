@@ -1,0 +1,66 @@
+"""Adapters of peft (LoRA and its relatives) as part of the weights, for a while, without any loss.
+
+peft's own merge and unmerge add the update and subtract it again, which in floating point does not give the
+old weights back. Here the merge happens in copies; the original storage is set aside untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from palimpsest.rundir import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def unmerged_adapters(model: nn.Module) -> list[Any]:
+    """peft's layers in `model` that add an active update to their base layer instead of having it in the weights."""
+    modules: list[Any] = list(model.modules())
+    return [
+        module
+        for module in modules
+        if hasattr(module, "merged_adapters")
+        and hasattr(module, "get_base_layer")
+        and not (module.merged or module.disable_adapters)
+        and any(len(getattr(module, part, ())) for part in module.adapter_layer_names)
+    ]
+
+
+@contextmanager
+def merged_adapters(model: nn.Module) -> Iterator[None]:
+    """Within the block, the active adapters of `model` are part of its weights; afterwards all is as before.
+
+    Weights come back bit for bit, in the same storage, also if the block raises; adapters that were merged or
+    disabled before stay so. Meanwhile the adapted matrices exist twice. Does nothing to a model without peft.
+
+    Raises UserError, with everything as before, if peft cannot merge an adapter (quantised or sharded weights,
+    or a kind of adapter that has no merged form).
+    """
+    layers = unmerged_adapters(model)
+    originals: dict[int, tuple[nn.Parameter, Tensor]] = {}  # id → (parameter, its own storage)
+    try:
+        for layer in layers:
+            for parameter in layer.get_base_layer().parameters(recurse=False):
+                if id(parameter) not in originals:
+                    originals[id(parameter)] = (parameter, parameter.data)
+                    parameter.data = parameter.data.clone()
+        for layer in layers:
+            try:
+                with torch.no_grad():
+                    layer.merge()
+            except (NotImplementedError, RuntimeError, ValueError) as error:
+                raise UserError(
+                    f"The adapter in {type(layer).__name__} could not be merged for scoring ({error}); "
+                    "call the model's merge_and_unload() or disable the adapter first."
+                ) from error
+        yield
+    finally:
+        for layer in layers:
+            layer.merged_adapters.clear()
+        for parameter, original in originals.values():
+            parameter.data = original
