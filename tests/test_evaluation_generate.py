@@ -103,13 +103,16 @@ def test_a_killed_run_continues_and_ends_the_same(tmp_path: Path) -> None:
 
 def test_a_line_cut_by_a_kill_is_asked_again(tmp_path: Path) -> None:
     out = tmp_path / "a.jsonl"
-    whole = run(Oracle(), out)
+    plan = Oracle()
+    whole = run(plan, out)
     lines = out.read_bytes().splitlines(keepends=True)
+    missing = {"q3", "q4", "q5", "q6"}
     for cut in (1, len(lines[3]) // 2, len(lines[3]) - 1):  # the last: the whole row but its line feed
         out.write_bytes(b"".join(lines[:3]) + lines[3][:cut])
         oracle = Oracle()
         assert timeless(run(oracle, out)) == timeless(whole)
-        assert sorted(i for ids in oracle.asked for i in ids) == ["q3", "q4", "q5", "q6"]
+        # In the batches of an uninterrupted run, those that lack an answer: padding then is the same to the last bit.
+        assert oracle.asked == [ids for ids in plan.asked if missing & set(ids)]
 
 
 def test_a_second_kill_after_a_cut_line_does_not_spoil_the_file(tmp_path: Path) -> None:
@@ -235,6 +238,8 @@ def test_summary_by_hand(tmp_path: Path) -> None:
         "metric_version": METRIC_VERSION,
         "n_empty": 0,
         "n_failed": 0,
+        "n_refusal": 0,
+        "n_loop": 0,
     }
     with pytest.raises(UserError, match="6 answers of lora"):
         summarise(rows[1:], "lora", TASK, "cascade")
