@@ -4,8 +4,8 @@
     python benchmarks/importance.py --repeats 3 --skip-memory
 
 Time: seconds from batch to batch, over a bare forward + backward on the same batches, for the same weights,
-gradients thrown away after each batch. Every repeat runs all variants one after the other; a batch's ratio is
-taken within the repeat, then the median over batches and repeats. "Once" is what a call of `estimate_importance`
+gradients thrown away after each batch. Every variant runs between two bare passes over the batches; a batch's ratio
+is to the mean of the two, then the median over batches and repeats. "Once" is what a call of `estimate_importance`
 takes besides its batches, however many they are: hashing the weights, making and finishing the accumulators.
 
 Memory: peak resident memory of a process that only does this, above one whose gradients are freed as they
@@ -80,36 +80,47 @@ def print_times(model: Any, rows: int, options: argparse.Namespace) -> None:
     clock = time.perf_counter if options.clock == "wall" else time.process_time
     data = make_batches(model, rows, options.tokens, options.batches)
     variants: dict[str, list[str]] = {
-        "bare forward + backward": [],
         "signed_sum": ["signed_sum"],
+        "per_batch_abs": ["per_batch_abs"],
         "signed_sum, per_batch_abs": ["signed_sum", "per_batch_abs"],
         "per_sequence_abs": ["per_sequence_abs"],
         "all four": ["signed_sum", "per_batch_abs", "per_sequence_abs", "fisher"],
         ONE_BY_ONE: ["per_sequence_abs"],
     }
     times: dict[str, list[float]] = {name: [] for name in variants}  # seconds of every batch of every repeat
+    ratios: dict[str, list[float]] = {name: [] for name in variants}
     once: dict[str, list[float]] = {name: [] for name in variants}
+
+    def seconds(name: str | None) -> list[float]:
+        """Of each batch; with None, of the bare passes."""
+        marks: list[float] = []
+        start = clock()
+        batches = marked(data, marks, clock, split=name == ONE_BY_ONE)
+        if name is None:
+            bare(model, batches)
+        else:
+            estimate_importance(model, batches, variants[name])
+            once[name].append(clock() - start - (marks[-1] - marks[0]))
+        return [b - a for a, b in itertools.pairwise(marks)]
+
     bare(model, data[:1])  # warm up
+    reference = [seconds(None)]
     for _ in range(options.repeats):
-        for name, reductions in variants.items():
-            marks: list[float] = []
-            start = clock()
-            batches = marked(data, marks, clock, split=name == ONE_BY_ONE)
-            if reductions:
-                estimate_importance(model, batches, reductions)
-            else:
-                bare(model, batches)
-            whole = clock() - start
-            times[name] += [b - a for a, b in itertools.pairwise(marks)]
-            once[name].append(whole - (marks[-1] - marks[0]))
-    reference = times["bare forward + backward"]
-    print(f"\n{rows} × {options.tokens} tokens, medians of {len(reference)} batches, {options.clock} time")
-    print(f"{'':34} {'s per batch':>11} {'over bare':>9}  {'least to most':14} {'once, s':>8}")
+        for name in variants:
+            mine = seconds(name)
+            before, after = reference[-1], seconds(None)
+            reference.append(after)
+            times[name] += mine
+            ratios[name] += [2 * m / (b + a) for m, b, a in zip(mine, before, after, strict=True)]
+    plain = [value for values in reference for value in values]
+    print(f"\n{rows} × {options.tokens} tokens, {options.repeats} × {options.batches} batches, {options.clock} time")
+    print(f"{'':34} {'s per batch':>11} {'over bare':>9}  {'quartiles':14} {'once, s':>8}")
+    print(f"{'bare forward + backward':34} {statistics.median(plain):11.2f}")
     for name, values in times.items():
-        ratios = sorted(value / base for value, base in zip(values, reference, strict=True))
-        print(f"{name:34} {statistics.median(values):11.2f} {statistics.median(ratios):8.2f}×  "
-              f"{ratios[0]:.2f} to {ratios[-1]:.2f}   {statistics.median(once[name]):8.2f}")  # fmt: skip
-    gain = statistics.median(a / b for a, b in zip(times[ONE_BY_ONE], times["per_sequence_abs"], strict=True))
+        low, middle, high = statistics.quantiles(ratios[name], n=4)
+        print(f"{name:34} {statistics.median(values):11.2f} {middle:8.2f}×  "
+              f"{low:.2f} to {high:.2f}   {statistics.median(once[name]):8.2f}")  # fmt: skip
+    gain = statistics.median(ratios[ONE_BY_ONE]) / statistics.median(ratios["per_sequence_abs"])
     print(f"{ONE_BY_ONE} over per_sequence_abs: {gain:.2f}×")
 
 

@@ -301,6 +301,21 @@ def test_a_batch_that_cannot_be_divided_is_refused() -> None:
         estimate_importance(TakesMore(torch.ones(2, 2)), [batch], BY_SEQUENCE)
 
 
+def test_a_layer_with_a_forward_of_its_own_keeps_it() -> None:
+    """As accelerate's hooks give it one: what that forward does must stay part of the model."""
+    model = tiny_llama()
+    layer = model.model.layers[0].mlp.up_proj
+    plain = layer.forward
+    own = layer.forward = lambda input: 2 * plain(input)
+    batches = make_batches()
+    weights = scored_parameters(model)
+    with pytest.warns(UserWarning, match="1 parameters"):
+        scores = estimate_importance(model, batches, BY_SEQUENCE)
+    assert layer.__dict__["forward"] is own
+    assert scores.metadata["one_by_one"] == {"model.layers.0.mlp.up_proj.weight": NOT_LINEAR}
+    assert_equals_loop(scores, model, weights, batches)
+
+
 def test_the_model_comes_back_as_it_was() -> None:
     model = tiny_llama().train()
     before = state_of(model)

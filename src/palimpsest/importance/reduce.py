@@ -37,28 +37,28 @@ PIECE = {"cpu": 1 << 17, "cuda": 1 << 24}
 
 @dataclass(frozen=True)
 class Reduction:
-    """`fold` works in place and element by element, so that it can be given a piece of a weight."""
+    """`fold` works in place and element by element, so that it can be given a piece of a weight.
+
+    `fold(total, g)` where `signed`, else `fold(total, |g|)`.
+    """
 
     formula: str
     unit: Unit
-    fold: Callable[[Float[Tensor, " piece"], Float[Tensor, " piece"], Float[Tensor, " piece"]], object]  # (sum, g, |g|)
+    fold: Callable[[Float[Tensor, " piece"], Float[Tensor, " piece"]], object]
+    signed: bool = False
     times_weight: bool = True
 
 
 REDUCTIONS: dict[str, Reduction] = {
     # Eq. 2 with the data set as one loss. Near convergence on its own training data the sum goes to 0.
-    "signed_sum": Reduction("|θ · Σ_b g_b| / n_tokens", "batch", lambda total, g, magnitude: total.add_(g)),
+    "signed_sum": Reduction("|θ · Σ_b g_b| / n_tokens", "batch", lambda total, g: total.add_(g), signed=True),
     # Eq. 2 batch by batch. Depends on how the data are split into batches.
-    "per_batch_abs": Reduction("Σ_b |θ · g_b| / n_tokens", "batch", lambda total, g, magnitude: total.add_(magnitude)),
+    "per_batch_abs": Reduction("Σ_b |θ · g_b| / n_tokens", "batch", lambda total, g: total.add_(g)),
     # Eq. 2 sequence by sequence, whatever the batches.
-    "per_sequence_abs": Reduction(
-        "Σ_s |θ · g_s| / n_tokens", "sequence", lambda total, g, magnitude: total.add_(magnitude)
-    ),
+    "per_sequence_abs": Reduction("Σ_s |θ · g_s| / n_tokens", "sequence", lambda total, g: total.add_(g)),
     # The diagonal of the empirical Fisher information, the penalty weights of EWC (Kirkpatrick et al., 2017):
     # nats² per token and squared weight unit. Times n_tokens / n_sequences it is the mean over sequences.
-    "fisher": Reduction(
-        "Σ_s g_s² / n_tokens", "sequence", lambda total, g, magnitude: total.addcmul_(g, g), times_weight=False
-    ),
+    "fisher": Reduction("Σ_s g_s² / n_tokens", "sequence", lambda total, g: total.addcmul_(g, g), times_weight=False),
 }
 
 
@@ -118,7 +118,7 @@ class Accumulators:
         self.firings[name] += 1
 
     def fold_sequences(self, name: str, start: int, gradients: Iterable[Float[Tensor, " piece"]]) -> None:
-        """Fold one piece of the gradients of all sequences of a batch, given one after the other.
+        """Fold one piece of the gradients of all sequences of a batch, given one after the other and overwritten.
 
         `start` is the row-major position of the piece. The sequences are summed up beside the accumulator, which
         may be on another device; their sum is the gradient of the batch. Count `firings` yourself.
@@ -127,13 +127,13 @@ class Accumulators:
         sums: dict[str, Tensor] = {}
         for gradient in gradients:
             gradient = gradient.to(_precision(gradient))
-            magnitude = gradient.abs()
             if batch_gradient is None:
                 batch_gradient = torch.zeros_like(gradient)
                 sums = {key: torch.zeros_like(gradient) for key, r in self.reductions.items() if r.unit == "sequence"}
             batch_gradient += gradient
+            gradient.abs_()  # in place: with one buffer less, all of them stay in the core's cache
             for key, total in sums.items():
-                self.reductions[key].fold(total, gradient, magnitude)
+                self.reductions[key].fold(total, gradient)
         assert batch_gradient is not None
         for key, total in sums.items():
             accumulator = self._piece(key, name, start, len(total))
@@ -164,14 +164,18 @@ class Accumulators:
         return self.sums
 
     def _fold_piece(self, name: str, start: int, gradient: Float[Tensor, " piece"], units: frozenset[Unit]) -> None:
-        magnitude = gradient.abs()
-        for key, reduction in self.reductions.items():
-            if reduction.unit in units:
-                accumulator = self._piece(key, name, start, len(gradient))
-                reduction.fold(accumulator, gradient.to(accumulator.device), magnitude.to(accumulator.device))
+        """`gradient` is overwritten: each buffer that is not needed leaves room in the core's cache."""
+        wanted = {key: reduction for key, reduction in self.reductions.items() if reduction.unit in units}
+        for signed in (True, False):
+            if not signed:
+                gradient.abs_()
+            for key, reduction in wanted.items():
+                if reduction.signed is signed:
+                    accumulator = self._piece(key, name, start, len(gradient))
+                    reduction.fold(accumulator, gradient.to(accumulator.device))
         if "batch" in units:
             values = self._weights[name].detach().flatten()[start : start + len(gradient)]
-            self._magnitudes[gradient.device][self._row[name]] += magnitude.mul_(values).abs_().sum()
+            self._magnitudes[gradient.device][self._row[name]] += gradient.mul_(values).abs_().sum()
 
     def _piece(self, key: str, name: str, start: int, length: int) -> Float[Tensor, " piece"]:
         return self.sums[key][name].view(-1)[start : start + length]
