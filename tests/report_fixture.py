@@ -73,7 +73,21 @@ def invented_results() -> dict[str, list[dict[str, Any]]]:
         "layers": _layers(),
         "shift": _shift(),
         "clustering": _clustering(rng),
+        "clustering_summary": _clustering_summary(),
         "delta": _delta(rng),
+        "mask_overlap": _mask_overlap(),
+        "correlations": [
+            {
+                "measure": "jensen_shannon",
+                "reduction": "per_batch_abs",
+                "metric": "token_sequence",
+                "n_models": 3,
+                "models": ["full", "layer_lr", "lora"],
+                "kendall_tau": 1.0,
+                "p_value": 1 / 3,
+                "note": "",
+            }
+        ],
         "training": _training(rng),
         "claims": _claims(),
         "timings": [
@@ -240,6 +254,51 @@ def _clustering(rng: np.random.Generator) -> list[dict[str, Any]]:
         for layer in (0, 8, 15)
         for kind in ("q", "down")
         for measure in ("top5_rows", "top5_columns")
+    ]
+
+
+def _clustering_summary() -> list[dict[str, Any]]:
+    return [
+        {
+            "model": model,
+            "of": of,
+            "kind": kind,
+            "measure": measure,
+            "n_matrices": 6,
+            "n_undefined": 0,
+            "ratio": ratio,
+            "ci_low": 0.9 * ratio,
+            "ci_high": 1.1 * ratio,
+        }
+        for model, of, ratio in (
+            ("base", "importance", 5.0),
+            ("layer_lr", "delta", 1.5),
+            ("lora", "delta", 2.5),
+            ("layer_lr", "delta_rank8", 1.2),
+            ("lora", "delta_rank8", 1.4),
+        )
+        for kind in ("all", "q", "down")
+        for measure in ("top5_rows", "top5_columns")
+    ]
+
+
+def _mask_overlap() -> list[dict[str, Any]]:
+    return [
+        {
+            "model": model,
+            "reference": "base",
+            "name": name,
+            "layer": layer,
+            "kind": kind,
+            "ratio": 0.03,
+            "overlap": overlap,
+            "overlap_by_chance": 0.03,
+            "ci_low": overlap - 0.05 if layer is None else None,
+            "ci_high": overlap + 0.05 if layer is None else None,
+            "noise_floor": 0.6,
+        }
+        for model, overlap in (("full", 0.4), ("layer_lr", 0.5), ("lora", 0.55))
+        for name, layer, kind in (("model.layers.0.q.weight", 0, "q"), ("all", None, "all"))
     ]
 
 

@@ -106,6 +106,8 @@ def results() -> Tables:
             *clustered("base", "importance", 2.0),
             *clustered("lora", "delta", 3.0),
             *clustered("layer_lr", "delta", 1.5),
+            *clustered("lora", "delta_rank8", 1.3),
+            *clustered("layer_lr", "delta_rank8", 1.1),
         ],
     }
 

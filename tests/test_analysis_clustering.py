@@ -12,17 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palimpsest.analysis.clustering import (
-    DEALS,
     cluster_records,
     concentration,
+    effective_rank,
     log_ratios,
     null_draws,
-    summary,
+    summary_records,
 )
+from palimpsest.analysis.nulls import DEALS, shuffled_within_columns, shuffled_within_rows
 from palimpsest.rundir import UserError
 
 Q0, Q1 = (f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1))
-MEASURES = {f"{measure}_{axis}" for measure in ("top1", "top5", "gini") for axis in ("rows", "columns")}
+SUMS = {f"{measure}_{axis}" for measure in ("top1", "top5", "gini") for axis in ("rows", "columns")}
+MEASURES = SUMS | {"effective_rank"}
 
 
 def noise(seed: int, shape: tuple[int, int] = (200, 150)) -> torch.Tensor:
@@ -82,11 +84,15 @@ def test_planted_lines_in_heavy_noise_are_found(axis: str) -> None:
 
 def test_noise_is_not_clustered() -> None:
     """z of 40 noise matrices: centred, of unit size, within ±3 but for the 1 % that skewed nulls allow."""
-    z = np.array([[row["z"] for row in measured(noise(seed), n_shuffles=3).values()] for seed in range(40)])
-    assert abs(z.mean()) < 0.3
-    assert 0.8 < z.std() < 1.25
-    assert (abs(z) > 3).mean() <= 0.015
-    assert abs(z).max() < 4.5
+    rows = [row for seed in range(40) for row in measured(noise(seed), n_shuffles=3, rank_draws=5).values()]
+    for field in ("z", "within_rows_z", "within_columns_z"):
+        z = np.array([row[field] for row in rows if row[field] is not None])
+        assert len(z) == 40 * (7 if field == "z" else 4)
+        assert np.isfinite(z).all()
+        assert abs(z.mean()) < 0.3, field
+        assert 0.8 < z.std() < 1.25, field
+        assert (abs(z) > 3).mean() <= 0.015, field
+        assert abs(z).max() < 4.5, field
 
 
 def test_deals_are_draws_of_the_full_shuffle() -> None:
@@ -94,13 +100,13 @@ def test_deals_are_draws_of_the_full_shuffle() -> None:
     matrix = noise(1, (96, 80)).numpy()
     rng = np.random.default_rng(0)
     entries = matrix.flatten()
-    full: dict[str, list[float]] = {name: [] for name in MEASURES}
+    full: dict[str, list[float]] = {name: [] for name in SUMS}
     for _ in range(800):
         rng.shuffle(entries)
         for axis, dimension in (("rows", 1), ("columns", 0)):
             for name, value in concentration(entries.reshape(96, 80).sum(axis=dimension, dtype=np.float64)).items():
                 full[f"{name}_{axis}"].append(float(value))
-    dealt = null_draws(matrix, 40, np.random.default_rng(1))
+    dealt = null_draws(matrix, "everywhere", 40, np.random.default_rng(1))
     for name, values in full.items():
         assert abs(dealt[name].mean() - np.mean(values)) < 0.25 * np.std(values), name
         assert dealt[name].std() / np.std(values) == pytest.approx(1.0, abs=0.2), name
@@ -112,15 +118,15 @@ def test_a_deal_keeps_every_entry() -> None:
     """Gini and shares do not show a lost entry, so look at one that must stay: a single non-zero one."""
     matrix = np.zeros((7, 37), dtype=np.float32)
     matrix[2, 5] = 4.0
-    draws = null_draws(matrix, 2, np.random.default_rng(0))
+    draws = null_draws(matrix, "everywhere", 2, np.random.default_rng(0))
     assert draws["top1_rows"] == pytest.approx(1.0)
     assert draws["gini_columns"] == pytest.approx(1 - 1 / 37)
 
 
 def test_numbers_depend_on_seed_and_name_only() -> None:
     tensors = {Q0: noise(0, (40, 30)), Q1: noise(1, (40, 30))}
-    both = cluster_records("base", "importance", tensors, seed=5)
-    assert cluster_records("base", "importance", tensors, layers={1}, seed=5) == both[6:]
+    both = cluster_records("base", "importance", tensors, rank_draws=3, seed=5)
+    assert cluster_records("base", "importance", tensors, layers={1}, rank_draws=3, seed=5) == both[7:]
     assert cluster_records("base", "importance", tensors, seed=6) != both
     assert {(row["name"], row["layer"], row["kind"]) for row in both} == {(Q0, 0, "q"), (Q1, 1, "q")}
     assert {row["measure"] for row in both} == MEASURES
@@ -153,12 +159,64 @@ def test_bad_entries_are_refused() -> None:
         measured(torch.ones(2, 2), n_shuffles=0)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Effective rank, and the nulls that keep one side's sums
+# ------------------------------------------------------------------------------------------------------------
+def test_effective_rank_by_hand() -> None:
+    assert effective_rank(np.eye(6, 9, dtype=np.float32)) == pytest.approx(6)
+    assert effective_rank(np.outer([1.0, 2.0, 3.0], [4.0, 5.0]).astype(np.float32)) == pytest.approx(1)
+    assert effective_rank(np.diag([2.0, 1.0]).astype(np.float32)) == pytest.approx(25 / 17)  # (4 + 1)² / (16 + 1)
+    assert effective_rank(np.diag([2.0, 1.0]).astype(np.float32) * np.float32(1e-18)) == pytest.approx(25 / 17)
+    assert math.isnan(effective_rank(np.zeros((3, 2), dtype=np.float32)))
+
+
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 5))
+def test_effective_rank_is_that_of_the_singular_values(rows: int, columns: int, seed: int) -> None:
+    matrix = np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)
+    energy = np.linalg.svd(matrix.astype(np.float64), compute_uv=False) ** 2
+    assert effective_rank(matrix) == pytest.approx(energy.sum() ** 2 / (energy**2).sum(), rel=1e-4)
+
+
+def test_clustering_lowers_the_effective_rank() -> None:
+    matrix = noise(3)
+    matrix[:6] *= 20
+    row = measured(matrix, rank_draws=6)["effective_rank"]
+    assert row["value"] < 0.9 * row["null_mean"]
+    assert row["z"] < -3
+    assert measured(matrix)["effective_rank"]["value"] == row["value"]
+    assert math.isnan(measured(matrix, rank_draws=2)["effective_rank"]["z"])  # two draws have no spread worth a name
+
+
+def test_shuffling_within_one_side_keeps_its_entries() -> None:
+    matrix = noise(4, (9, 7)).numpy()
+    rng = np.random.default_rng(0)
+    for shuffle, axis in ((shuffled_within_rows, 1), (shuffled_within_columns, 0)):
+        moved = shuffle(matrix, rng)
+        assert not np.array_equal(moved, matrix)
+        assert np.array_equal(np.sort(moved, axis=axis), np.sort(matrix, axis=axis))
+
+
+def test_what_rows_explain_is_no_clustering_of_columns() -> None:
+    """Equal columns on unequal rows: against entries anywhere the columns are too even, within rows they are not."""
+    rows = torch.linspace(0.1, 3, 200)[:, None]
+    noisy = rows * noise(5)
+    columns = measured(noisy)["gini_columns"]
+    assert columns["within_columns_z"] is None  # column sums stay when columns are shuffled
+    assert abs(columns["within_rows_z"]) < 4
+    planted = noisy.clone()
+    planted[:, :4] *= 4
+    assert measured(planted)["top5_columns"]["within_rows_z"] > 10
+    assert measured(planted)["top5_rows"]["within_rows_z"] is None
+    assert measured(planted)["top5_rows"]["within_columns_z"] > 10
+
+
 def row(name: str, value: float | None, null: float | None, model: str = "base") -> dict[str, Any]:
     return {
         "model": model,
         "of": "delta",
         "measure": "top5_rows",
         "name": name,
+        "kind": "q" if name in "ab" else "up",
         "value": value,
         "null_mean": null,
     }
@@ -171,10 +229,14 @@ def test_summary_by_hand() -> None:
         row("c", None, None),
         row("d", float("nan"), float("nan")),
     ]
-    (one,) = summary(rows)
-    assert (one.n_matrices, one.n_undefined) == (2, 2)
-    assert one.mean_log_ratio == pytest.approx(math.log(4))  # geometric mean of 2 and 8
-    assert (one.ci_low, one.ci_high) == pytest.approx((math.log(2), math.log(8)))
+    by_kind = {record["kind"]: record for record in summary_records(rows)}
+    assert list(by_kind) == ["all", "q", "up"]
+    one = by_kind["all"]
+    assert (one["n_matrices"], one["n_undefined"]) == (2, 2)
+    assert one["ratio"] == pytest.approx(4)  # geometric mean of 2 and 8
+    assert (one["ci_low"], one["ci_high"]) == pytest.approx((2, 8))
+    assert by_kind["q"]["ratio"] == pytest.approx(4)
+    assert math.isnan(by_kind["up"]["ratio"])
     assert log_ratios(rows)["base", "delta", "top5_rows"]["a"] == pytest.approx(math.log(2))
 
 
@@ -185,7 +247,7 @@ def test_summary_keeps_models_apart_and_repeats() -> None:
         for model, shift in (("full", 0.0), ("lora", 0.5))
         for i in range(60)
     ]
-    full, lora = summary(rows)
-    assert full.ci_low < 0 < full.ci_high < lora.ci_low < 0.5 < lora.ci_high
-    assert summary(rows) == [full, lora]
-    assert math.isnan(summary(rows[:1])[0].ci_low)
+    full, lora = [record for record in summary_records(rows) if record["kind"] == "all"]
+    assert full["ci_low"] < 1 < full["ci_high"] < lora["ci_low"] < math.exp(0.5) < lora["ci_high"]
+    assert summary_records(rows) == summary_records(rows)
+    assert math.isnan(summary_records(rows[:1])[0]["ci_low"])

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "src" / "palimpsest"
 # Each part may import the parts in front of it, and parts of its own group.
 ORDER: list[set[str]] = [
-    {"rundir", "config", "paper", "progress"},
+    {"rundir", "schema", "config", "paper", "progress"},
     {"data", "models"},
     {"importance", "training"},
     {"analysis", "evaluation"},
@@ -20,7 +20,7 @@ ORDER: list[set[str]] = [
     {"study"},
     {"cli"},
 ]
-REPORT_MAY_IMPORT = {"rundir", "paper", "report"}
+REPORT_MAY_IMPORT = {"rundir", "schema", "paper", "report"}
 
 
 def part_of(path: Path) -> str:

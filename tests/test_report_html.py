@@ -190,4 +190,7 @@ def test_importing_the_report_imports_no_torch_and_nothing_else_of_the_package()
         "print(sorted(m for m in sys.modules if m.startswith('palimpsest.') and m.count('.') == 1))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["[]", "['palimpsest.paper', 'palimpsest.report', 'palimpsest.rundir']"]
+    assert done.stdout.splitlines() == [
+        "[]",
+        "['palimpsest.paper', 'palimpsest.report', 'palimpsest.rundir', 'palimpsest.schema']",
+    ]

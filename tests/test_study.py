@@ -96,9 +96,14 @@ def test_every_table_is_there_for_every_model(finished: Path) -> None:
     }
     assert {r["model"] for r in found["layers"]} == models
     assert {r["model"] for r in found["shift"]} == set(METHODS)
-    assert {(r["model"], r["of"]) for r in found["clustering"]} == {(m, "importance") for m in models} | {
-        (m, "delta") for m in METHODS
+    assert {(r["model"], r["of"]) for r in found["clustering"]} == {
+        *((m, of) for m in models for of in ("importance", "mask")),
+        *((m, of) for m in METHODS for of in ("delta", "delta_rank2")),
     }
+    assert {r["model"] for r in found["mask_overlap"]} == set(METHODS)
+    against_base = [r for r in found["mask_overlap"] + found["shift"] if r["reference"] == "base"]
+    assert {r["model"] for r in against_base} == set(METHODS)
+    assert all(r["noise_floor"] is not None for r in against_base)
     assert {r["method"] for r in found["delta"]} == set(METHODS)
     assert [r["claim"] for r in found["claims"]] == list(range(1, 9))
     conditions = [(r["condition"], r["seed"]) for r in found["deactivation"] if r["model"] == "base"]

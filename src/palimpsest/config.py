@@ -94,7 +94,8 @@ class Deactivation(_Strict):
 
 
 class Analysis(_Strict):
-    shuffles: int = Field(3, ge=1)  # of the null of rank clustering
+    shuffles: int = Field(3, ge=1)  # of each null of rank clustering
+    rank_draws: int = Field(5, ge=0)  # shuffles for the nulls of the effective rank; 0: it has none
     bootstrap: int = Field(1000, ge=100)
 
 

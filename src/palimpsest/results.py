@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from palimpsest.analysis.claims import claim_records
+from palimpsest.analysis.correlation import correlation_records
+from palimpsest.analysis.tables import TABLES
 from palimpsest.data.records import read_manifest
 from palimpsest.evaluation.generate import summarise, verdicts_by_id
 from palimpsest.evaluation.scoring import PRIMARY
@@ -28,7 +30,7 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
         tables["deactivation"] += read_json(folder / "deactivation" / "records.json")
         if name != "base":
             tables["training"] += read_json(folder / "checkpoint" / "training.json")
-    for table in ("layers", "shift", "clustering", "delta"):
+    for table in TABLES:
         tables[table] = read_json(run.path / "analysis" / f"{table}.json")
 
     comparisons: list[ComparisonRecord] = []
@@ -48,6 +50,7 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
             if len(verdicts) > 1:
                 comparisons += compare(verdicts, task=task.name, modality=modality, metric=PRIMARY, seed=seed)
     tables["comparisons"] = with_holm(comparisons)
+    tables["correlations"] = correlation_records(tables["shift"], tables["qa"], metric=PRIMARY)
     tables["claims"] = claim_records(tables)
     tables["timings"] = run.timings(steps)
     return tables

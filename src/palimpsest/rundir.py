@@ -30,7 +30,10 @@ RESULT_TABLES = (
     "layers",
     "shift",
     "clustering",
+    "clustering_summary",
     "delta",
+    "mask_overlap",
+    "correlations",
     "training",
     "claims",
     "timings",
@@ -123,22 +126,28 @@ class ShiftRecord(TypedDict):
     value: float
     ci_low: float | None
     ci_high: float | None
-    noise_floor: float | None  # the same measure between two halves of the data on the reference model
+    noise_floor: float | None  # the same measure between the reference and itself scored on other data
 
 
 class ClusteringRecord(TypedDict):
     """Concentration of one matrix on rows or columns, beside what the same entries give when shuffled."""
 
     model: str
-    of: str  # importance | delta
+    of: str  # importance | mask (its top ratio) | delta | delta_rank<r> (best approximation of rank r)
     name: str
     layer: int
     kind: str
     measure: str
     value: float
-    null_mean: float
+    null_mean: float  # entries shuffled; of delta_rank<r>: random singular vectors
     null_std: float
     z: float
+    within_rows_mean: NotRequired[float | None]  # entries shuffled within their rows; None where that changes nothing
+    within_rows_std: NotRequired[float | None]
+    within_rows_z: NotRequired[float | None]
+    within_columns_mean: NotRequired[float | None]
+    within_columns_std: NotRequired[float | None]
+    within_columns_z: NotRequired[float | None]
 
 
 class DeltaRecord(TypedDict):
@@ -149,6 +158,10 @@ class DeltaRecord(TypedDict):
     relative_norm: float  # ‖W_tuned − W_base‖ / ‖W_base‖, Frobenius
     overlap_with_importance: float  # share of the largest changes that hit the base model's most important weights
     overlap_by_chance: float
+    effective_rank: NotRequired[float]  # of the change, see ClusteringRecord's measure of that name
+    energy_top1: NotRequired[float]  # share of ‖ΔW‖² in its largest singular direction
+    energy_top8: NotRequired[float]
+    energy_top24: NotRequired[float]
 
 
 class TrainingRecord(TypedDict):

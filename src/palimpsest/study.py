@@ -41,7 +41,7 @@ class Study:
     def __init__(self, config: StudyConfig, folder: Path, reporter: Reporter | None = None) -> None:
         n_tasks = len(config.evaluation.tasks)
         per_task_base = 2 if config.models.asr else 1  # text, cascade
-        n_steps = 6 + (2 + per_task_base * n_tasks) + len(config.methods) * (3 + 2 * n_tasks)
+        n_steps = 7 + (2 + per_task_base * n_tasks) + len(config.methods) * (3 + 2 * n_tasks)
         self.config = config
         self.ws = Workspace(config, folder, reporter or Reporter(n_steps))
 
@@ -52,6 +52,7 @@ class Study:
         self.data()
         self.features()
         self.importance(BASE)
+        self.importance(BASE, other=True)
         self.deactivation(BASE)
         for task in self.config.evaluation.tasks:
             self.answers(BASE, task, "text")
@@ -146,8 +147,11 @@ class Study:
         self.ws.step("features", "features", inputs, write)
 
     # -- importance and deactivation ----------------------------------------------------------------------------------
-    def importance(self, name: str) -> None:
-        """NAME/importance/: Eq. 2 on training questions given as text, by two reductions in one pass."""
+    def importance(self, name: str, other: bool = False) -> None:
+        """NAME/importance/: Eq. 2 on training questions given as text, by two reductions in one pass.
+
+        NAME/importance_other/: the same on as many other questions, which tells how much the choice of data matters.
+        """
         options = self.config.importance
         inputs = {
             "model": self.ws.model_inputs(name),
@@ -162,8 +166,12 @@ class Study:
 
             pool = self.ws.groups["train"]
             n_examples = min(len(pool), options.n_examples or max(2, len(pool) // 30))
-            chosen = random.Random(self.ws.seed("importance")).sample(pool, n_examples)
-            total = -(-n_examples // options.batch_size)
+            order = random.Random(self.ws.seed("importance")).sample(pool, len(pool))
+            chosen = order[:n_examples]
+            if other:  # the rest of the training data, or held-out questions where most of it was needed
+                rest = order[n_examples:]
+                chosen = (rest if len(rest) >= n_examples else self.ws.groups["heldout"])[:n_examples]
+            total = -(-len(chosen) // options.batch_size)
             collator = self.ws.collator("text", "train")
             scores = estimate_importance(
                 self.ws.language_model(name),
@@ -175,7 +183,7 @@ class Study:
             )
             scores.save(folder)
 
-        self.ws.step(f"{folder_of(name)}/importance", "importance", inputs, write)
+        self.ws.step(f"{folder_of(name)}/importance{'_other' * other}", "importance", inputs, write)
 
     def deactivation(self, name: str) -> None:
         """NAME/deactivation/: perplexity of held-out answers with the top, bottom and random weights set to zero."""
@@ -326,6 +334,7 @@ class Study:
         names = [BASE, *self.config.methods]
         inputs = {
             "importance": {name: self.ws.fingerprint(f"{folder_of(name)}/importance") for name in names},
+            "other": self.ws.fingerprint(f"{BASE}/importance_other"),
             "checkpoints": {name: self.ws.fingerprint(f"methods/{name}/checkpoint") for name in self.config.methods},
             "options": self.config.analysis.model_dump(),
             "reduction": self.config.importance.reduction,
@@ -341,9 +350,12 @@ class Study:
                 models=names,
                 scores=self.ws.scores,
                 weights=self.ws.weights,
+                other=lambda: self.ws.scores(BASE, other=True),
                 reduction=self.config.importance.reduction,
                 ratio=self.config.deactivation.ratio,
+                rank=next((m.rank for m in self.config.methods.values() if m.kind == "lora"), 8),
                 n_shuffles=self.config.analysis.shuffles,
+                rank_draws=self.config.analysis.rank_draws,
                 n_draws=self.config.analysis.bootstrap,
                 seed=self.ws.seed("analysis"),
                 progress=advance,

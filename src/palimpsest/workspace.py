@@ -171,10 +171,11 @@ class Workspace:
     def language_model(self, name: str) -> PreTrainedModel:
         return self.base if name == BASE else self.speech_lm(name).language_model
 
-    def scores(self, name: str) -> Scores:
+    def scores(self, name: str, other: bool = False) -> Scores:
+        """Of a model; `other`: on other questions than the models are compared on."""
         from palimpsest.importance.scores import Scores
 
-        return Scores.open(self.dir.path / folder_of(name) / "importance")
+        return Scores.open(self.dir.path / folder_of(name) / f"importance{'_other' * other}")
 
     def weights(self, name: str) -> Mapping[str, Tensor]:
         """The scored weights by canonical name; a tuned model's are read from its checkpoint as needed."""

@@ -1,19 +1,21 @@
 """Rank clustering: do a matrix's large entries lie on few rows and columns (the paper's Figures 1 and 4)?
 
-Any non-negative matrix with a heavy tail looks concentrated, so every measure stands beside its null: the
-same entries in random places. Measures, of the row sums and of the column sums (n of them):
+Any non-negative matrix with a heavy tail looks concentrated, so every measure stands beside its nulls
+(nulls.py): the same entries in random places; within their rows; within their columns. Measures, of the row
+sums and of the column sums (n of them):
 
     top1_rows, top1_columns     share of the matrix's total held by the largest 1 % of rows (columns)
     top5_rows, top5_columns     the same for 5 %; the number of rows is rounded to the nearest, at least one
     gini_rows, gini_columns     Gini coefficient of the sums: 0 all equal, 1 − 1/n all on one row
 
-The null, and why it is dealt. Shuffling a matrix costs about 16 ns an entry, so only a few shuffles are
-affordable, and a standard deviation from five shuffles would send 5 % of pure-noise z scores beyond ±3. So
-each shuffled matrix is used `DEALS` times: its rows are cut into `SEGMENTS` pieces, and each column of pieces
-is rotated by a random number of rows. Moving the places of a uniformly shuffled matrix leaves it uniformly
-shuffled, so every deal is an exact draw of the null, at the cost of adding up pieces. Deals of one shuffle
-share their pieces and are thus not quite independent; about 1/`SEGMENTS` of the null's variance lies between
-shuffles. Checked against 600 full shuffles: standard deviation within 8 %, |z| > 3 in about 1 % of noise.
+and of the whole matrix
+
+    effective_rank              (Σ σ²)² / Σ σ⁴ over the singular values σ: k for k equal ones. The participation
+                                ratio of the spectrum's energy; needs one product of matrices, no decomposition.
+
+Clustered entries raise the first six over their nulls and lower the effective rank under its own. Shuffling within
+rows leaves the row sums alone, so row measures have no such null, and column measures none within columns: what
+remains asks whether the columns are concentrated beyond what the rows' sums bring with them.
 
 An all-zero matrix (an unchanged weight) has no shares: its rows hold nan, written as null.
 """
@@ -23,25 +25,30 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from scipy import stats
 
+from palimpsest.analysis.nulls import SHUFFLES, Matrix, Values, row_sums_of_deals
 from palimpsest.models.anatomy import layer_index, module_kind
 from palimpsest.rundir import ClusteringRecord, UserError
+from palimpsest.schema import ClusteringSummaryRecord
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-Matrix = NDArray[np.float32]
-Values = NDArray[np.float64]
-
-SEGMENTS = 16
-DEALS = 20
 AXES = ("rows", "columns")
+EFFECTIVE_RANK = "effective_rank"
+NO_DRAWS: Values = np.array([])
+FEW_DRAWS = 20  # with fewer, z allows for the uncertain standard deviation
+# null → the fields of a record that hold its mean, its standard deviation and z
+FIELDS = {
+    "everywhere": ("null_mean", "null_std", "z"),
+    "within_rows": ("within_rows_mean", "within_rows_std", "within_rows_z"),
+    "within_columns": ("within_columns_mean", "within_columns_std", "within_columns_z"),
+}
 
 
 def concentration(sums: Values) -> dict[str, Values]:
@@ -62,40 +69,48 @@ def _top_count(n: int, ratio: float) -> int:
     return max(1, int(n * ratio + 0.5))
 
 
+def effective_rank(matrix: Matrix) -> float:
+    """(Σ σ²)² / Σ σ⁴ of the singular values of a matrix, from 1 to its rank; nan if it is all zero."""
+    largest = float(np.abs(matrix).max(initial=0.0))
+    if largest == 0:
+        return float("nan")
+    scaled = matrix / np.float32(largest)  # fourth powers of small scores would leave float32's range
+    gram = scaled @ scaled.T if matrix.shape[0] <= matrix.shape[1] else scaled.T @ scaled
+    energy = float(np.trace(gram, dtype=np.float64))
+    return energy**2 / float(np.square(gram, dtype=np.float64).sum())
+
+
 def measure_matrix(matrix: Matrix) -> dict[str, float]:
-    """The six measures of one non-negative matrix (rows, columns)."""
-    return {
+    """All measures of one non-negative matrix (rows, columns)."""
+    values = {
         f"{measure}_{axis}": float(value)
         for axis, dimension in zip(AXES, (1, 0), strict=True)
         for measure, value in concentration(matrix.sum(axis=dimension, dtype=np.float64)).items()
     }
+    return {**values, EFFECTIVE_RANK: effective_rank(matrix)}
 
 
-def null_draws(matrix: Matrix, n_shuffles: int, rng: np.random.Generator) -> dict[str, Values]:
-    """The six measures with the entries in random places, (n_shuffles · DEALS,) draws each."""
+def null_draws(
+    matrix: Matrix, null: str, n_shuffles: int, rng: np.random.Generator, *, rank_draws: int = 0
+) -> dict[str, Values]:
+    """The measures with the entries moved as `null` says (`nulls.SHUFFLES`).
+
+    (n_shuffles · DEALS,) draws each of those that the null can move; (rank_draws,) of the effective rank, if any.
+    """
+    axes = [axis for axis in AXES if null != f"within_{axis}"]
     draws: dict[str, list[Values]] = defaultdict(list)
-    entries = matrix.reshape(-1).copy()
-    for _ in range(n_shuffles):
-        rng.shuffle(entries)
-        shuffled = entries.reshape(matrix.shape)
-        for axis, view in zip(AXES, (shuffled, shuffled.T), strict=True):
-            for measure, values in concentration(_deal(view, rng)).items():
-                draws[f"{measure}_{axis}"].append(values)
-    return {measure: np.concatenate(values) for measure, values in draws.items()}
-
-
-def _deal(shuffled: Matrix, rng: np.random.Generator) -> Values:
-    """Row sums (DEALS, n_rows) of a shuffled matrix, its pieces rotated anew each time."""
-    n_rows, n_columns = shuffled.shape
-    n_pieces = min(SEGMENTS, n_columns)
-    piece = np.arange(n_columns) * n_pieces // n_columns
-    membership = (piece[:, None] == np.arange(n_pieces)).astype(np.float32)  # (n_columns, n_pieces)
-    pieces = (shuffled @ membership).T.astype(np.float64)  # (n_pieces, n_rows)
-    twice = np.concatenate([pieces, pieces], axis=1)
-    rotated = np.lib.stride_tricks.sliding_window_view(twice, n_rows, axis=1)  # (n_pieces, n_rows + 1, n_rows)
-    turns = rng.integers(n_rows, size=(DEALS, n_pieces))
-    dealt: Values = rotated[np.arange(n_pieces), turns].sum(axis=1)
-    return dealt
+    ranks: list[float] = []
+    for number in range(max(n_shuffles, rank_draws)):
+        shuffled = SHUFFLES[null](matrix, rng)
+        if number < rank_draws:
+            ranks.append(effective_rank(shuffled))
+        if number < n_shuffles:
+            for axis in axes:
+                view = shuffled if axis == "rows" else shuffled.T
+                for measure, values in concentration(row_sums_of_deals(view, rng)).items():
+                    draws[f"{measure}_{axis}"].append(values)
+    result = {measure: np.concatenate(values) for measure, values in draws.items()}
+    return {**result, EFFECTIVE_RANK: np.array(ranks)} if ranks else result
 
 
 def cluster_records(
@@ -105,16 +120,22 @@ def cluster_records(
     *,
     layers: Collection[int] | None = None,
     n_shuffles: int = 5,
+    rank_draws: int = 0,
     seed: int = 0,
 ) -> list[ClusteringRecord]:
-    """Six rows per weight matrix of the layers, one matrix in memory at a time.
+    """Seven rows per weight matrix of the layers, one matrix in memory at a time.
 
-    of: what the entries are, "importance" or "delta" (|ΔW|, see `delta.AbsoluteChange`).
+    of: what the entries are, "importance", "mask" (0 and 1) or "delta" (|ΔW|, see `delta.AbsoluteChange`).
     layers: only these; the numbers of a matrix do not depend on which others are measured.
+    rank_draws: shuffles for the nulls of the effective rank, each a product of matrices for each null; with less
+        than 3 it has no null (null_mean and so on are nan).
 
     Only two-dimensional weights of the layers are measured; norms and stacked experts are left out. Rows and
     columns are as stored: outputs and inputs in most models, inputs and outputs in GPT-2.
-    `z` = (value − null_mean) / null_std; nan if the null does not vary, as for a matrix of equal entries.
+    `z` = (value − null_mean) / null_std; nan if the null does not vary, as for a matrix of equal entries. From fewer
+    than `FEW_DRAWS` draws, it is the normal quantile as far out as Student's t puts the value.
+    `null_*` and `z`: entries shuffled; `within_rows_*`, `within_columns_*`: shuffled there only, None where that
+    moves nothing.
 
     Raises UserError if entries are negative or not finite, or if n_shuffles < 1.
     """
@@ -132,44 +153,46 @@ def cluster_records(
             raise UserError(f"{name} ({of} of {model}) holds negative or non-finite entries; pass absolute values.")
         # Seeded by name, so that a subset of layers gives the same numbers.
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-        draws = null_draws(matrix, n_shuffles, rng)
+        varies = bool(matrix.min() < matrix.max())  # of equal entries, rounding is all that varies
+        draws = {
+            null: null_draws(matrix, null, n_shuffles, rng, rank_draws=rank_draws if rank_draws > 2 else 0)
+            for null in SHUFFLES
+        }
         for measure, value in measure_matrix(matrix).items():
-            null_mean, null_std = float(draws[measure].mean()), float(draws[measure].std(ddof=1))
-            varies = matrix.min() < matrix.max() and null_std > 0  # of equal entries, rounding is all that varies
-            records.append(
-                {
-                    "model": model,
-                    "of": of,
-                    "name": name,
-                    "layer": layer,
-                    "kind": module_kind(name) or "other",
-                    "measure": measure,
-                    "value": value,
-                    "null_mean": null_mean,
-                    "null_std": null_std,
-                    "z": (value - null_mean) / null_std if varies else float("nan"),
-                }
-            )
+            record: Any = {
+                "model": model,
+                "of": of,
+                "name": name,
+                "layer": layer,
+                "kind": module_kind(name) or "other",
+                "measure": measure,
+                "value": value,
+            }
+            for null, fields in FIELDS.items():
+                moves_nothing = measure.endswith(null.removeprefix("within"))  # top1_rows within_rows
+                mean, std, z = against(value, draws[null].get(measure, NO_DRAWS))
+                found = (None, None, None) if moves_nothing else (mean, std, z if varies else float("nan"))
+                record |= dict(zip(fields, found, strict=True))
+            records.append(record)
     return records
+
+
+def against(value: float, draws: Values) -> tuple[float, float, float]:
+    """(mean, standard deviation, z) of a value against draws of its null."""
+    if len(draws) < 2:
+        return float("nan"), float("nan"), float("nan")
+    mean, std = float(draws.mean()), float(draws.std(ddof=1))
+    if not std > 0:
+        return mean, std, float("nan")
+    if len(draws) >= FEW_DRAWS:
+        return mean, std, (value - mean) / std
+    t = (value - mean) / (std * (1 + 1 / len(draws)) ** 0.5)  # of one more draw
+    return mean, std, float(np.sign(t) * stats.norm.isf(stats.t.sf(abs(t), len(draws) - 1)))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Over all matrices of a model
 # ------------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class ClusteringSummary:
-    """The mean over matrices of ln(value / null_mean): 0 is no clustering; exp of it is a typical ratio."""
-
-    model: str
-    of: str
-    measure: str
-    n_matrices: int
-    n_undefined: int  # left out: all-zero matrices
-    mean_log_ratio: float
-    ci_low: float
-    ci_high: float
-
-
 def log_ratios(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], dict[str, float]]:
     """ln(value / null_mean) by (model, of, measure) and matrix name; nan where undefined.
 
@@ -184,19 +207,39 @@ def log_ratios(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str, str], 
     return dict(table)
 
 
-def summary(rows: Iterable[Mapping[str, Any]], *, n_draws: int = 2000, seed: int = 0) -> list[ClusteringSummary]:
-    """One summary per model, `of` and measure, with a 95 % percentile bootstrap interval over matrices.
+def summary_records(
+    rows: Iterable[ClusteringRecord], *, n_draws: int = 2000, seed: int = 0
+) -> list[ClusteringSummaryRecord]:
+    """The typical ratio value / null_mean (geometric mean over matrices) per model, `of`, measure and module kind.
 
-    The interval says how much the number depends on which matrices are looked at. Matrices of one model are
-    not independent of each other, and the interval knows nothing of other data or training seeds.
+    One row for each kind and one for "all"; 95 % percentile bootstrap interval over matrices, which says how much
+    the number depends on which matrices are looked at. Matrices of one model are not independent of each other, and
+    the interval knows nothing of other data or training seeds.
     """
-    summaries = []
-    for (model, of, measure), by_name in log_ratios(rows).items():
-        ratios = np.array(list(by_name.values()))
-        mean, low, high = bootstrap_mean(ratios[np.isfinite(ratios)], n_draws=n_draws, seed=seed)
-        n_defined = int(np.isfinite(ratios).sum())
-        summaries.append(ClusteringSummary(model, of, measure, n_defined, len(ratios) - n_defined, mean, low, high))
-    return summaries
+    by_kind: dict[str, list[ClusteringRecord]] = defaultdict(list)
+    for row in rows:
+        by_kind["all"].append(row)
+        by_kind[row["kind"]].append(row)
+    records: list[ClusteringSummaryRecord] = []
+    for kind, members in by_kind.items():
+        for (model, of, measure), by_name in log_ratios(members).items():
+            ratios = np.array(list(by_name.values()))
+            defined = ratios[np.isfinite(ratios)]
+            mean, low, high = (float(np.exp(x)) for x in bootstrap_mean(defined, n_draws=n_draws, seed=seed))
+            records.append(
+                {
+                    "model": model,
+                    "of": of,
+                    "kind": kind,
+                    "measure": measure,
+                    "n_matrices": len(defined),
+                    "n_undefined": len(ratios) - len(defined),
+                    "ratio": mean,
+                    "ci_low": low,
+                    "ci_high": high,
+                }
+            )
+    return records
 
 
 def bootstrap_mean(values: Values, *, n_draws: int = 2000, seed: int = 0) -> tuple[float, float, float]:

@@ -7,12 +7,14 @@ changes: its overlap is nan, written as null.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from palimpsest.analysis.clustering import effective_rank
+from palimpsest.analysis.low_rank import leading
 from palimpsest.models.anatomy import layer_index, module_kind
 from palimpsest.rundir import DeltaRecord, UserError
 
@@ -21,8 +23,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class AbsoluteChange(Mapping[str, "Float[Tensor, '*shape']"]):
-    """|W_tuned − W_base| in float32 by name, computed on access: what clustering and maps take as "delta".
+ENERGY_RANKS = (1, 8, 24)
+
+
+class Change(Mapping[str, "Float[Tensor, '*shape']"]):
+    """W_tuned − W_base in float32 by name, computed on access.
 
     Raises UserError on access if a parameter is missing from one model or differs in shape.
     """
@@ -35,13 +40,20 @@ class AbsoluteChange(Mapping[str, "Float[Tensor, '*shape']"]):
 
     def __getitem__(self, name: str) -> Float[Tensor, "*shape"]:
         before, after = _pair(name, self._base, self._tuned)
-        return (after - before).abs()
+        return after - before
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._base)
 
     def __len__(self) -> int:
         return len(self._base)
+
+
+class AbsoluteChange(Change):
+    """|W_tuned − W_base|: what clustering and maps take as "delta"."""
+
+    def __getitem__(self, name: str) -> Float[Tensor, "*shape"]:
+        return super().__getitem__(name).abs()
 
 
 def largest(values: NDArray[np.float32], ratio: float) -> NDArray[np.bool_]:
@@ -81,7 +93,7 @@ def delta_records(
     """
     if not 0 < ratio < 1:
         raise UserError(f"The ratio of largest changes is {ratio}; give a number between 0 and 1, such as 0.03.")
-    records: list[DeltaRecord] = []
+    records: list[Any] = []
     for name in importance:
         layer = layer_index(name)
         if layer is None:
@@ -93,8 +105,8 @@ def delta_records(
                 f"Importance of {name} has shape {tuple(scores.shape)}, the weight {tuple(before.shape)}; "
                 "score the base model that was tuned."
             )
-        change = (after - before).abs()
-        overlap, chance = _overlap(change.numpy(), scores.numpy(), ratio)
+        change = after - before
+        overlap, chance = _overlap(change.abs().numpy(), scores.numpy(), ratio)
         records.append(
             {
                 "method": method,
@@ -104,9 +116,23 @@ def delta_records(
                 "relative_norm": _relative_norm(change, before),
                 "overlap_with_importance": overlap,
                 "overlap_by_chance": chance,
+                "effective_rank": effective_rank(change.numpy()) if change.ndim == 2 else float("nan"),
+                **_energies(change),
             }
         )
     return records
+
+
+def _energies(change: Float[Tensor, "*shape"]) -> dict[str, float]:
+    """Shares of ‖ΔW‖² in the largest singular directions; nan where there is no change, or no matrix."""
+    values: Tensor | None = None
+    if change.ndim == 2 and bool(change.any()):
+        values = leading(change, max(ENERGY_RANKS))[1].double().square()
+    total = float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
+    return {
+        f"energy_top{rank}": float("nan") if values is None else min(1.0, float(values[:rank].sum()) / total)
+        for rank in ENERGY_RANKS
+    }
 
 
 def _pair(

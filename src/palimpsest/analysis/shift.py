@@ -10,10 +10,11 @@ interval. It covers the choice of data, not the choice of training seed.
 What the interval is not. `jensen_shannon` and `wasserstein_1` cannot be negative: sampling noise pushes the
 estimate up, and resampling pushes it up once more, so the interval lies too high and never holds 0. "Excludes
 0" therefore says nothing; compare the lower end with the noise floor, which is the same measure between the
-even and the odd batches of the reference model (half the data each and no pairing, hence itself on the high
-side, and a single draw, hence noisy). In simulations with 10 to 60 batches the 95 % intervals held the true
-value 85 to 95 % of the time (99 % for the peak) when there was a shift; with none, those of `centre_shift`
-and `magnitude_ratio` did so 90 to 95 % of the time and those of the two distances, of course, never.
+reference model's scores and its scores on other data. Where there are none, the even and the odd batches of
+the reference stand for the two (half the data each, hence on the high side). Either is a single draw, hence
+noisy. In simulations with 10 to 60 batches the 95 % intervals held the true value 85 to 95 % of the time (99 %
+for the peak) when there was a shift; with none, those of `centre_shift` and `magnitude_ratio` did so 90 to 95 %
+of the time and those of the two distances, of course, never.
 
 Which reductions have one. Only `per_batch_abs` adds up over batches. `signed_sum` takes the absolute value
 after the sum over the data, so its batches cannot be resampled from totals: its interval and noise floor are
@@ -128,20 +129,23 @@ def shift_records(
     *,
     modality: str,
     reduction: str,
+    other: ModelLayers | None = None,
     n_draws: int = 2000,
     seed: int = 0,
 ) -> list[ShiftRecord]:
     """One row per measure: how far the layer distribution of `model` lies from that of `reference`.
 
+    other: the reference model scored on other data, for the noise floor.
+
     The interval needs the batches of both models, `MIN_BATCHES` of them, and an additive reduction; the noise
-    floor needs the batches of the reference. Where they are missing the fields are None.
+    floor needs `other`, or the batches of the reference. Where they are missing the fields are None.
 
     Raises UserError if the two models differ in layers or batches.
     """
     _check_comparable(reference, model)
     totals = [scored.distribution.layer_totals for scored in (reference, model)]
     draws = _resampled([reference, model], reduction, n_draws, seed)
-    halves = _halves(reference, reduction)
+    floor = _halves(reference, reduction) if other is None else [totals[0], other.distribution.layer_totals]
     records: list[ShiftRecord] = []
     for name, measure in MEASURES.items():
         low, high = _interval(measure(*draws)) if draws else (None, None)
@@ -155,7 +159,7 @@ def shift_records(
                 "value": float(measure(*totals)),
                 "ci_low": low,
                 "ci_high": high,
-                "noise_floor": float(measure(*halves)) if halves else None,
+                "noise_floor": float(measure(*floor)) if floor else None,
             }
         )
     return records

@@ -1,18 +1,23 @@
-"""All measures of a study, model by model: the tables `layers`, `shift`, `clustering`, `delta`, and the heat maps."""
+"""All measures of a study, model by model: and the heat maps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palimpsest.analysis.clustering import cluster_records
-from palimpsest.analysis.delta import AbsoluteChange, delta_records
+from palimpsest.analysis.clustering import cluster_records, summary_records
+from palimpsest.analysis.delta import AbsoluteChange, Change, delta_records
 from palimpsest.analysis.layers import ModelLayers, layer_batches, layer_distribution, layer_records
+from palimpsest.analysis.low_rank import low_rank_records
 from palimpsest.analysis.maps import block_map, write_maps
+from palimpsest.analysis.overlap import overlap_records
 from palimpsest.analysis.shift import ADDITIVE_OVER_BATCHES, contrast_records, shift_records
+from palimpsest.importance.mask import Mask
+from palimpsest.importance.select import select
 from palimpsest.models.anatomy import layer_index, module_kind
 from palimpsest.rundir import ClusteringRecord, DeltaRecord, LayerRecord, ShiftRecord, write_json
+from palimpsest.schema import MaskOverlapRecord
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,27 +29,34 @@ MAP_KINDS = ("q", "o", "up", "down")  # one attention input, one output, and bot
 Weights = Mapping[str, "Tensor"]
 
 
+TABLES = ("layers", "shift", "clustering", "clustering_summary", "delta", "mask_overlap")
+
+
 def write_tables(
     folder: Path,
     *,
     models: Sequence[str],
     scores: Callable[[str], Scores],
     weights: Callable[[str], Weights],
+    other: Callable[[], Scores] | None = None,
     reduction: str,
     ratio: float,
+    rank: int = 8,
     n_shuffles: int,
+    rank_draws: int = 0,
     n_draws: int,
     seed: int,
     progress: Callable[[int, int], None],
 ) -> None:
-    """Write layers.json, shift.json, clustering.json and delta.json.
+    """Write TABLE.json for each of `TABLES`.
 
-    models: "base" first. `scores` and `weights` open a model's files; they are opened for each use and dropped, since
-    pages of a mapped file count as memory as long as it is open. `reduction` is the one that clustering and overlaps
-    are taken of; layers and shift are given for every reduction.
+    models: "base" first. `scores`, `weights` and `other` open a model's files; they are opened for each use and
+    dropped, since pages of a mapped file count as memory as long as it is open. other: the base's scores on other
+    data, for noise floors. `reduction` is the one that clustering and overlaps are taken of; layers and shift are
+    given for every reduction. rank: to which changes are cut for the clustering that low rank does not explain.
     """
     tuned = [name for name in models if name != BASE]
-    total, done = 1 + len(models) + 2 * len(tuned), 0
+    total, done = 1 + 2 * len(models) + 3 * len(tuned), 0
 
     def advance() -> None:
         nonlocal done
@@ -55,41 +67,73 @@ def write_tables(
     shift: list[ShiftRecord] = []
     for kind in scores(BASE).reductions:
         by_model = {name: _model_layers(name, scores(name), kind) for name in models}
+        elsewhere = _model_layers(BASE, other(), kind) if other else None
         options: dict[str, Any] = {"modality": "text", "reduction": kind}
+        draws: dict[str, Any] = {"n_draws": n_draws, "seed": seed}
         for model in by_model.values():
             layers += layer_records(model, **options)
         for name in tuned:
-            shift += shift_records(by_model[BASE], by_model[name], **options, n_draws=n_draws, seed=seed)
+            shift += shift_records(by_model[BASE], by_model[name], **options, **draws, other=elsewhere)
             if name != "full" and "full" in by_model:
-                shift += contrast_records(
-                    by_model[BASE], by_model[name], by_model["full"], **options, n_draws=n_draws, seed=seed
-                )
+                shift += contrast_records(by_model[BASE], by_model[name], by_model["full"], **options, **draws)
     advance()
 
+    cluster: dict[str, Any] = {"n_shuffles": n_shuffles, "rank_draws": rank_draws, "seed": seed}
     clustering: list[ClusteringRecord] = []
     for name in models:
         tensors = scores(name).tensors(reduction)
-        clustering += cluster_records(name, "importance", tensors, n_shuffles=n_shuffles, seed=seed)
+        clustering += cluster_records(name, "importance", tensors, **cluster)
+        advance()
+        clustering += cluster_records(name, "mask", _Unpacked(select(tensors, ratio)), **cluster)
         del tensors
         advance()
     delta: list[DeltaRecord] = []
+    overlap: list[MaskOverlapRecord] = []
     for name in tuned:
-        change = AbsoluteChange(weights(BASE), weights(name))
-        clustering += cluster_records(name, "delta", change, n_shuffles=n_shuffles, seed=seed)
-        del change
+        clustering += cluster_records(name, "delta", AbsoluteChange(weights(BASE), weights(name)), **cluster)
         advance()
-        importance = scores(BASE).tensors(reduction)
-        delta += delta_records(weights(BASE), weights(name), importance, method=name, ratio=ratio)
-        del importance
+        clustering += low_rank_records(name, Change(weights(BASE), weights(name)), rank, seed=seed)
+        advance()
+        base_scores = scores(BASE).tensors(reduction)
+        delta += delta_records(weights(BASE), weights(name), base_scores, method=name, ratio=ratio)
+        overlap += overlap_records(
+            name,
+            scores(name).tensors(reduction),
+            BASE,
+            base_scores,
+            other=other().tensors(reduction) if other else None,
+            ratio=ratio,
+            seed=seed,
+        )
+        del base_scores
         advance()
 
-    for table, records in (
-        ("layers", layers),
-        ("shift", shift),
-        ("clustering", clustering),
-        ("delta", delta),
-    ):
-        write_json(folder / f"{table}.json", records)
+    tables: dict[str, Any] = {
+        "layers": layers,
+        "shift": shift,
+        "clustering": clustering,
+        "clustering_summary": summary_records(clustering, seed=seed),
+        "delta": delta,
+        "mask_overlap": overlap,
+    }
+    for table in TABLES:
+        write_json(folder / f"{table}.json", tables[table])
+
+
+class _Unpacked(Mapping[str, "Tensor"]):
+    """The matrices of a mask as float32 zeros and ones, unpacked on access."""
+
+    def __init__(self, mask: Mask) -> None:
+        self._mask = mask
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._mask.tensor(name).float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._mask.names)
+
+    def __len__(self) -> int:
+        return len(self._mask.names)
 
 
 def _model_layers(name: str, scores: Scores, reduction: str) -> ModelLayers:

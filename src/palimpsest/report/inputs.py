@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from palimpsest import rundir
+from palimpsest import rundir, schema
 
 METHOD_ORDER = ("base", "full", "layer_lr", "lora")
 METHOD_NAMES = {"base": "Base", "full": "Full-FT", "layer_lr": "Layer-LR", "lora": "LoRA"}
@@ -33,8 +33,18 @@ MAIN_REDUCTION = "per_batch_abs"  # a run without them is shown by the first it 
 MAY_BE_NULL = {
     "deactivation": {"loss", "perplexity"},
     "shift": {"value"},
-    "clustering": {"value", "null_mean", "null_std", "z"},
-    "delta": {"relative_norm", "overlap_with_importance", "overlap_by_chance"},
+    "clustering": {
+        *("value", "null_mean", "null_std", "z"),
+        *("within_rows_mean", "within_rows_std", "within_rows_z"),
+        *("within_columns_mean", "within_columns_std", "within_columns_z"),
+    },
+    "clustering_summary": {"ratio", "ci_low", "ci_high"},
+    "delta": {
+        *("relative_norm", "overlap_with_importance", "overlap_by_chance"),
+        *("effective_rank", "energy_top1", "energy_top8", "energy_top24"),
+    },
+    "mask_overlap": {"layer", "overlap", "ci_low", "ci_high", "noise_floor"},
+    "correlations": {"kendall_tau", "p_value"},
     "training": {"loss", "learning_rate"},
 }
 MAX_SAMPLES_BYTES = 64 * 2**20  # of one samples.jsonl
@@ -49,7 +59,10 @@ class Results(TypedDict):
     layers: list[rundir.LayerRecord]
     shift: list[rundir.ShiftRecord]
     clustering: list[rundir.ClusteringRecord]
+    clustering_summary: list[schema.ClusteringSummaryRecord]
     delta: list[rundir.DeltaRecord]
+    mask_overlap: list[schema.MaskOverlapRecord]
+    correlations: list[schema.CorrelationRecord]
     training: list[rundir.TrainingRecord]
     claims: list[rundir.ClaimRecord]
     timings: list[rundir.TimingRecord]

@@ -1,0 +1,94 @@
+"""Do the same weights stay the most important ones after training? Per-matrix overlap of top-k masks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from palimpsest.analysis.clustering import bootstrap_mean
+from palimpsest.analysis.delta import largest
+from palimpsest.models.anatomy import layer_index, module_kind
+from palimpsest.rundir import UserError
+from palimpsest.schema import MaskOverlapRecord
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+Scores = Mapping[str, "Float[Tensor, '*shape']"]
+
+
+def overlap_records(
+    model: str,
+    scores: Scores,
+    reference: str,
+    reference_scores: Scores,
+    *,
+    other: Scores | None = None,
+    ratio: float = 0.03,
+    n_draws: int = 2000,
+    seed: int = 0,
+) -> list[MaskOverlapRecord]:
+    """One row per parameter of the layers and one over all of them, matrices weighing the same.
+
+    The masks hold the most important `ratio` of each matrix's weights, so that the number says where inside a matrix
+    importance lies; shifts between matrices are the business of shift.py. `overlap` is the share of the model's mask
+    that is also in the reference's, `overlap_by_chance` the reference mask's share of the matrix.
+
+    other: the reference model scored on other data; gives `noise_floor`, the overlap that change of data alone leaves.
+
+    Raises UserError if a parameter is missing from one of them.
+    """
+    records: list[MaskOverlapRecord] = []
+    for name in reference_scores:
+        layer = layer_index(name)
+        if layer is None:
+            continue
+        for which, tensors in ((model, scores), (reference, other)):
+            if tensors is not None and name not in tensors:
+                raise UserError(f"{name} is missing from the scores of {which}; score the same parameters of both.")
+        mask = largest(reference_scores[name].numpy(), ratio)
+        records.append(
+            {
+                "model": model,
+                "reference": reference,
+                "name": name,
+                "layer": layer,
+                "kind": module_kind(name) or "other",
+                "ratio": ratio,
+                "overlap": _share(largest(scores[name].numpy(), ratio), mask),
+                "overlap_by_chance": float(mask.mean()),
+                "ci_low": None,
+                "ci_high": None,
+                "noise_floor": None if other is None else _share(largest(other[name].numpy(), ratio), mask),
+            }
+        )
+    return [*records, _over_all(records, n_draws, seed)] if records else []
+
+
+def _share(mask: np.ndarray, reference: np.ndarray) -> float:
+    """Share of `mask` that is in `reference`; nan if it is empty (all scores zero)."""
+    count = int(mask.sum())
+    return float((mask & reference).sum()) / count if count else float("nan")
+
+
+def _over_all(records: list[MaskOverlapRecord], n_draws: int, seed: int) -> MaskOverlapRecord:
+    def column(field: str) -> np.ndarray:
+        values = np.array([row[field] for row in records], dtype=np.float64)  # type: ignore[literal-required]
+        return values[np.isfinite(values)]
+
+    mean, low, high = bootstrap_mean(column("overlap"), n_draws=n_draws, seed=seed)
+    floors = column("noise_floor")
+    return {
+        **records[0],
+        "name": "all",
+        "layer": None,
+        "kind": "all",
+        "overlap": mean,
+        "overlap_by_chance": float(column("overlap_by_chance").mean()),
+        "ci_low": low,
+        "ci_high": high,
+        "noise_floor": float(floors.mean()) if len(floors) else None,
+    }
