@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from palimpsest.paper import SOURCE_LABEL
-from palimpsest.report import analysis_tables, tables
+from palimpsest.report import analysis_tables, structure_tables, tables
 from palimpsest.report.formats import Table, to_csv, to_latex, to_markdown
 from report_fixture import accuracy_row, comparison_row, invented_results
 
@@ -157,7 +157,7 @@ def test_delta_summarises_by_method_and_kind() -> None:
         for index, (norm, overlap) in enumerate(((0.01, 0.1), (0.02, 0.2), (0.06, 0.3)))
     ]
     row = _row(analysis_tables.delta(records), 0)
-    assert row == ["LoRA", "q", "3", "0.0200 [0.0100 to 0.0600]", "20.0", "3.0"]
+    assert row == ["LoRA", "q", "3", "0.0200 [0.0100 to 0.0600]", "20.0", "3.0", "–", "–"]
 
 
 def test_layers_show_one_reduction_of_whole_layers() -> None:
@@ -210,3 +210,15 @@ def test_timings_add_up() -> None:
     )
     assert _row(table, 0) == ["a", "30.0 s", "1.50"]
     assert table.note.startswith("1 min 30 s in all.")
+
+
+def test_structure_tables_show_whole_models_with_their_intervals() -> None:
+    results: Any = invented_results()
+    summary = structure_tables.clustering_summary(results["clustering_summary"])
+    assert [column.title for column in summary.columns] == ["Of", "Model", "top5_rows", "top5_columns"]
+    assert _row(summary, 0) == ["importance", "Base", "5.00 [4.50 to 5.50]", "5.00 [4.50 to 5.50]"]
+    assert [_row(summary, i)[0] for i in range(1, 5)] == ["change", "change", "change of rank 8", "change of rank 8"]
+    overlap = structure_tables.mask_overlap(results["mask_overlap"])
+    assert _row(overlap, 0) == ["Full-FT", "Base", "3", "40.0 [35.0 to 45.0]", "60.0", "3.0"]
+    assert len(overlap.rows) == 3
+    assert _row(structure_tables.correlations(results["correlations"]), 0)[2:5] == ["3", "1.00", "0.333"]

@@ -84,7 +84,7 @@ def shift(records: Sequence[ShiftRecord]) -> Table:
         "Shift of the layer-wise importance",
         columns,
         rows,
-        "Noise floor: the same measure between two halves of the data on the reference model. Brackets: 95 % interval.",
+        "Noise floor: the same measure between the reference and itself scored on other data. Brackets: 95 % interval.",
     )
 
 
@@ -135,7 +135,10 @@ def delta(records: Sequence[DeltaRecord]) -> Table:
         Column("Kind"),
         *(
             Column(name, numeric=True)
-            for name in ("Matrices", "Relative change", "Overlap with importance %", "Overlap by chance %")
+            for name in (
+                *("Matrices", "Relative change", "Overlap with importance %", "Overlap by chance %"),
+                *("Effective rank", "Energy in 8 directions, %"),
+            )
         ),
     )
     groups: dict[tuple[str, str], list[DeltaRecord]] = defaultdict(list)
@@ -147,6 +150,7 @@ def delta(records: Sequence[DeltaRecord]) -> Table:
         change = _finite(row["relative_norm"] for row in group)
         overlap = _finite(row["overlap_with_importance"] for row in group)
         chance = _finite(row["overlap_by_chance"] for row in group)
+        energy = _finite(row.get("energy_top8") for row in group)
         detail = interval(min(change), max(change), "significant") if change else ""
         rows.append(
             (
@@ -155,6 +159,8 @@ def delta(records: Sequence[DeltaRecord]) -> Table:
                 count(len(group)),
                 Cell(significant(median(change)), detail, median(change)) if change else EMPTY,
                 *(number(fmean(part), percent(fmean(part))) if part else EMPTY for part in (overlap, chance)),
+                _median(row.get("effective_rank") for row in group),
+                number(fmean(energy), percent(fmean(energy))) if energy else EMPTY,
             )
         )
     return Table(
@@ -164,7 +170,7 @@ def delta(records: Sequence[DeltaRecord]) -> Table:
         tuple(rows),
         "Relative change: Frobenius norm of the change over that of the base weights, median and range over "
         "the matrices. Overlap: share of the largest changes that hit the base model's most important "
-        "weights, mean.",
+        "weights, mean. Effective rank: participation ratio of the squared singular values, median.",
     )
 
 

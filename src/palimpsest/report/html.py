@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from palimpsest import paper
-from palimpsest.report import analysis_tables, summary, tables
+from palimpsest.report import analysis_tables, structure_tables, summary, tables
 from palimpsest.report.figures import FIGURES, draw
 from palimpsest.report.formats import DASH, Table, to_csv, to_html, to_latex, to_markdown
 from palimpsest.report.inputs import (
@@ -131,7 +131,10 @@ def tables_of(inputs: Inputs) -> dict[str, Table]:
         analysis_tables.layers(results["layers"], "text", main_reduction(results)),
         analysis_tables.shift(results["shift"]),
         analysis_tables.clustering(results["clustering"]),
+        structure_tables.clustering_summary(results["clustering_summary"]),
         analysis_tables.delta(results["delta"]),
+        structure_tables.mask_overlap(results["mask_overlap"]),
+        structure_tables.correlations(results["correlations"]),
         analysis_tables.timings(results["timings"]),
     ]
     return {table.name: table for table in every if len(table.rows) > len(table.published)}
