@@ -43,7 +43,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(n):
             name = f"{split}{i}.wav"
             soundfile.write(folder / name, rng.normal(0, 0.1, 6_400 + 800 * (i % 5)), 16_000)
-            rows.append({"id": f"{split}{i}", "question": f"What is {i}?", "answer": f"It is {i}.", "audio": name})
+            rows.append(
+                {"id": f"{split}{i}", "question": f"What is {split} {i}?", "answer": f"It is {i}.", "audio": name}
+            )
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

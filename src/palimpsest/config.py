@@ -47,14 +47,34 @@ class Prompt(_Strict):
 
 
 class Split(_Strict):
-    source: str  # facts, a manifest, llama_questions:FOLDER, web_questions:FOLDER
+    source: str  # facts, a manifest, a table, a folder of recordings, a hub name …: docs/data.md
     split: str
     limit: int | None = Field(None, ge=1)
 
 
+class FiltersConfig(_Strict):
+    """Limits beyond which an example of training and held-out data is left out; docs/data.md."""
+
+    max_question_words: int = Field(100, ge=1)
+    max_answer_words: int = Field(1000, ge=1)
+    max_answer_characters: int = Field(8000, ge=1)
+    min_audio_seconds: float = Field(0.2, ge=0)
+    max_audio_seconds: float = Field(30.0, gt=0, le=30)
+    silence_peak: float = Field(0.001, ge=0, lt=1)  # of 1, full scale
+
+
 class Data(_Strict):
     train: Split
-    heldout: Split  # perplexity in the deactivation experiment
+    heldout: Split | None = None  # perplexity in the deactivation experiment
+    heldout_examples: int | None = Field(None, ge=1)  # instead: so many of train, by a stable hash of their ids
+    strict: bool = False  # True: a faulty example is an error instead of being left out and listed
+    filters: FiltersConfig = FiltersConfig()
+
+    @model_validator(mode="after")
+    def _one_heldout(self) -> Data:
+        if (self.heldout is None) == (self.heldout_examples is None):
+            raise ValueError("give exactly one of heldout (a split) and heldout_examples (how many of train)")
+        return self
 
 
 class MethodConfig(_Strict):

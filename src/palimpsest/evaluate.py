@@ -32,7 +32,8 @@ def evaluate_model(
     from palimpsest.evaluation.tasks import Task
     from palimpsest.models.loading import fingerprint, is_speech_lm, resolve
 
-    examples = load_examples(source, split, limit)
+    recordings = out / "audio" if modality != "text" else None  # of a table that holds them
+    examples = load_examples(source, split, limit, audio=recordings)
     where = resolve(model)
     if modality == "speech" and not is_speech_lm(where):
         raise UserError(f"{model} is no speech LLM; evaluate it with --modality text or cascade.")

@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import random
 import time
-from functools import partial
+from collections.abc import Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palimpsest.config import EvaluationTask, StudyConfig, dump_config
 from palimpsest.data.collate import batches
 from palimpsest.data.features import compute_features
-from palimpsest.data.records import check_audio, write_manifest
-from palimpsest.data.sources import load_examples
+from palimpsest.data.records import Example, write_manifest
 from palimpsest.data.speech import VOICES, speak
+from palimpsest.data.splits import speak_groups
 from palimpsest.progress import Advance, Reporter
 from palimpsest.results import collect
-from palimpsest.rundir import UserError, hash_file, hash_value, require_disk, write_json, write_text
-from palimpsest.workspace import BASE, Modality, Workspace, folder_of
+from palimpsest.rundir import UserError, hash_value, require_disk, write_json, write_jsonl, write_text
+from palimpsest.workspace import BASE, DROPPED, Modality, Workspace, folder_of
 
 if TYPE_CHECKING:
     from palimpsest.evaluation.generate import Answerer
@@ -73,16 +74,11 @@ class Study:
         """What can be known to be wrong before the long work: sources, audio, models, disk; then study.yaml."""
         from palimpsest.models.loading import resolve, weight_bytes
 
-        data, voice = self.config.data, self.config.speech.voice
+        voice = self.config.speech.voice
         if voice not in VOICES:
             raise UserError(f"speech.voice: there is no voice {voice!r}; use one of {', '.join(VOICES)}.")
-        for split in (data.train, data.heldout, *self.config.evaluation.tasks):
-            check_audio(load_examples(split.source, split.split, split.limit))
-        if (data.train.source, data.train.split) == (data.heldout.source, data.heldout.split):
-            raise UserError(
-                f"data.train and data.heldout are both the split {data.train.split!r} of {data.train.source}; "
-                "held-out examples must not be trained on."
-            )
+        if not self.ws.is_done("data", "data", self._data_inputs):
+            self.ws.sources.check()
         models = self.config.models
         used = [name for name in (models.language_model, models.encoder, models.asr) if name is not None]
         with self.ws.reporter.step("models") as advance:
@@ -100,27 +96,24 @@ class Study:
     # -- data ---------------------------------------------------------------------------------------------------------
     def data(self) -> None:
         """data/: manifests of training, held-out and task questions, spoken where there was no recording."""
-        splits: dict[str, Any] = {"train": self.config.data.train, "heldout": self.config.data.heldout}
-        splits |= {f"task-{task.name}": task for task in self.config.evaluation.tasks}
-        seed = self.ws.seed("data")
-        groups = {key: load_examples(s.source, s.split, s.limit, seed=seed) for key, s in splits.items()}
-        recordings = {str(e.audio): hash_file(e.audio) for group in groups.values() for e in group if e.audio}
-        inputs = {
-            "voice": [self.config.speech.voice, VOICES[self.config.speech.voice].version()],
-            "examples": {
-                key: hash_value([[e.id, e.question, e.answer, list(e.answers), str(e.audio)] for e in group])
-                for key, group in groups.items()
-            },
-            "recordings": hash_value(recordings),
-        }
 
         def write(folder: Path, advance: Advance) -> None:
-            flat = [example for group in groups.values() for example in group]
-            spoken = iter(speak(flat, folder / "audio", self.config.speech.voice, progress=advance))
-            for key, group in groups.items():
-                write_manifest(folder / f"{key}.jsonl", [next(spoken) for _ in group])
+            def say(examples: Sequence[Example]) -> list[Example]:
+                workers = min(2, max(1, len(examples)))
+                return speak(examples, folder / "audio", self.config.speech.voice, workers, progress=advance)
 
-        self.ws.step("data", "data", inputs, write)
+            groups, dropped = self.ws.sources.read(folder / "audio", advance)
+            groups, unspoken = speak_groups(groups, say, self.config.data.strict)
+            for key, group in groups.items():
+                write_manifest(folder / f"{key}.jsonl", group)
+            write_jsonl(folder / f"{DROPPED}.jsonl", [item.to_row(group) for group, item in dropped + unspoken])
+
+        self.ws.step("data", "data", self._data_inputs, write)
+
+    @cached_property
+    def _data_inputs(self) -> dict[str, Any]:
+        voice = self.config.speech.voice
+        return {"voice": [voice, VOICES[voice].version()], "sources": self.ws.sources.inputs()}
 
     def features(self) -> None:
         """features/: encoder frames of every recording, computed once for all methods, epochs and measurements."""

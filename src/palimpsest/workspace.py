@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from palimpsest.config import EvaluationTask, StudyConfig
+from palimpsest.config import EvaluationTask, Split, StudyConfig
 from palimpsest.data.collate import Collator
 from palimpsest.data.features import Features
+from palimpsest.data.filters import Filters
 from palimpsest.data.records import Example, read_manifest
+from palimpsest.data.splits import SplitSource, StudyData
 from palimpsest.progress import Advance, Reporter
-from palimpsest.rundir import RunDir, Step, code_version, hash_file, hash_value, provenance
+from palimpsest.rundir import RunDir, Step, code_version, hash_file, hash_value, provenance, read_jsonl
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,9 +29,20 @@ if TYPE_CHECKING:
 
 Modality = Literal["text", "speech"]
 BASE = "base"
+DROPPED = "dropped"  # data/dropped.jsonl: what was left out of training and held-out data, and why
 # What code each kind of step depends on: a change there runs the step again.
 CODE = {
-    "data": ("data/records", "data/sources", "data/speech"),
+    "data": (
+        "data/records",
+        "data/rows",
+        "data/sources",
+        "data/own",
+        "data/parquet",
+        "data/published",
+        "data/filters",
+        "data/splits",
+        "data/speech",
+    ),
     "features": ("data/features", "models/speech_lm", "models/processor"),
     "train": ("training", "models", "data/collate"),
     "importance": ("importance", "models", "data/collate"),
@@ -71,6 +85,9 @@ class Workspace:
                 step = self.dir.step(name, full, lambda folder: write(folder, advance))
         self.done.append(step)
 
+    def is_done(self, name: str, kind: str, inputs: Mapping[str, Any]) -> bool:
+        return self.dir.finished(name, {**inputs, "code": code_version(*CODE[kind])}) is not None
+
     def fingerprint(self, step: str) -> str:
         return next(s.fingerprint for s in self.done if s.name == step)
 
@@ -80,9 +97,34 @@ class Workspace:
 
     # -- data ---------------------------------------------------------------------------------------------------------
     @cached_property
+    def sources(self) -> StudyData:
+        """Where the study's examples come from; nothing is read yet."""
+        data = self.config.data
+
+        def source(split: Split) -> SplitSource:
+            return SplitSource(split.source, split.split, split.limit)
+
+        return StudyData(
+            source(data.train),
+            source(data.heldout) if data.heldout is not None else data.heldout_examples or 0,
+            {task.name: source(task) for task in self.config.evaluation.tasks},
+            Filters(**data.filters.model_dump()),
+            data.strict,
+            self.seed("data"),
+        )
+
+    @cached_property
     def groups(self) -> dict[str, list[Example]]:
         """The examples of data/, with audio, by manifest: train, heldout, task-NAME."""
-        return {path.stem: read_manifest(path) for path in sorted((self.dir.path / "data").glob("*.jsonl"))}
+        paths = sorted((self.dir.path / "data").glob("*.jsonl"))
+        return {path.stem: read_manifest(path) for path in paths if path.stem != DROPPED}
+
+    @cached_property
+    def dropped(self) -> dict[str, dict[str, int]]:
+        """How many examples were left out of each group, by reason."""
+        rows = read_jsonl(self.dir.path / "data" / f"{DROPPED}.jsonl")
+        groups = {row["split"] for row in rows}
+        return {g: dict(Counter(row["reason"] for row in rows if row["split"] == g)) for g in sorted(groups)}
 
     def collator(self, modality: Modality, group: str) -> Collator:
         features = Features(self.dir.path / "features" / group) if modality == "speech" else None
@@ -227,6 +269,7 @@ class Workspace:
                     "n": len(group),
                     "sha256": hash_file(self.dir.path / "data" / f"{name}.jsonl"),
                     "voices": sorted({example.voice or "recording" for example in group}),
+                    "dropped": self.dropped.get(name, {}),
                 }
                 for name, group in self.groups.items()
             },

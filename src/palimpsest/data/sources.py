@@ -1,14 +1,19 @@
-"""Question sets by name or path, read into examples: one function, `load_examples`.
+"""Question sets by name or path: `load_examples` reads one as it is, `open_table` row by row for filters and splits.
 
 | source | what | splits |
 |---|---|---|
 | `facts` | the built-in set: short questions of common knowledge, without audio | train, heldout |
 | `PATH.jsonl` | a manifest, see records.py | one file is one split, whatever its name |
 | `PATH/` with `SPLIT.jsonl` files | a folder of manifests | the names of the files |
+| `PATH.csv`, `PATH.parquet`, `csv:PATH`, `parquet:PATH` | a table of one's own, see own.py | one file is one split |
+| `PATH/` with recordings and texts | a folder of recordings, see own.py | its sub-folders, or the folder |
+| `alpaca:PATH.json` | an instruction set: instruction, input, output | one file is one split |
 | `PATH/` with `llama_questions_300.tsv` | Llama Questions, with audio | test |
 | `PATH/` with `test.json` … | WebQuestions, text only | train, val, test |
+| `gpt-omni/VoiceAssistant-400K` and others | published spoken sets on the hub, see published.py | as there |
+| `voice_assistant:PATH` and others | local parquet files of these sets | as there; one file is one split |
 
-Files and folders are recognized by what they hold; `manifest:PATH`, `llama_questions:PATH` and
+Files and folders are recognized by what they hold; `manifest:PATH`, `audio_folder:PATH`, `llama_questions:PATH` and
 `web_questions:PATH` say it outright.
 """
 
@@ -16,11 +21,16 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from palimpsest.data.filters import Dropped, Filters, refuse, store, text_problem
+from palimpsest.data.own import METADATA, alpaca, audio_folder, is_audio_folder, own_csv, own_parquet
+from palimpsest.data.published import HUB, SCHEMAS, hub_table, local_table
 from palimpsest.data.records import Example, check_audio, read_manifest
+from palimpsest.data.rows import Names, Row, Table, listed
 from palimpsest.rundir import UserError
 
 FACTS = Path(__file__).parent / "facts"
@@ -28,9 +38,15 @@ LLAMA_TABLE = "llama_questions_300.tsv"
 LLAMA_COLUMNS = ("Questions", "Answer", "Wav Filename")
 WEB_FILES = {"train": "trainmodel.json", "val": "val.json", "test": "test.json"}
 
+ReadWhole = Callable[[Path, str, bool], list[Example]]  # path, split, check the recordings
 
-def load_examples(source: str, split: str, limit: int | None = None, seed: int | None = None) -> list[Example]:
-    """Read one split of a question set, in its own order.
+
+def load_examples(
+    source: str, split: str, limit: int | None = None, seed: int | None = None, audio: Path | None = None
+) -> list[Example]:
+    """Read one split of a question set as it is, in its own order: what is faulty in it is an error.
+
+    Later turns of published conversations are passed over. For data that needs filtering use `palimpsest data prepare`.
 
     Args:
         source: see the table above.
@@ -38,54 +54,144 @@ def load_examples(source: str, split: str, limit: int | None = None, seed: int |
         limit: at most this many examples; with None all.
         seed: with None the first `limit` are kept, with a number a random choice, in which a smaller limit
             keeps a part of what a larger one keeps.
+        audio: folder for recordings that stand inside a table; with None they are left out, for text only.
 
     Raises:
         UserError: the source or split does not exist, or its content is not as expected.
     """
     if limit is not None and limit < 1:
         raise UserError(f"A limit of {limit} examples was asked of {source}; use a limit of 1 or more, or none.")
-    reader, path = _find_reader(source)
-    examples = reader(path, split)
-    if limit is not None:
-        order = list(range(len(examples)))
-        if seed is not None:
-            random.Random(seed).shuffle(order)
-        examples = [examples[index] for index in sorted(order[:limit])]
-    return examples
+    found = _find(source, split)
+    if not isinstance(found, Table):
+        examples = found(True)
+        return [examples[i] for i in choose(len(examples), limit, seed)]
+    names, positions = Names(found), {}
+    for row in found.read(0, None, False):
+        if (name := _meant(row, names, source)) is not None:
+            positions[row.position] = name
+            if seed is None and len(positions) == limit:
+                break
+    if not positions:
+        raise UserError(f"{found.where} holds no example; check the source.")
+    order = list(positions)
+    chosen = {order[i] for i in choose(len(order), limit, seed)}
+    return [
+        row.example(positions[row.position], _recording(row, audio, source))
+        for row in found.read(0, chosen, audio is not None)
+    ]
 
 
-def _find_reader(source: str) -> tuple[Callable[[Path, str], list[Example]], Path]:
+def choose(n: int, limit: int | None, seed: int | None) -> list[int]:
+    """Which of `n` examples a limit keeps, ascending: the first, or with a seed a random choice."""
+    order = list(range(n))
+    if seed is not None and limit is not None:
+        random.Random(seed).shuffle(order)
+    return sorted(order[:limit])
+
+
+def open_table(source: str, split: str) -> Table:
+    """One split of a source, row by row; recordings are not looked at. Raises UserError where it does not exist.
+
+    A hub source is asked for only when rows are read.
+    """
+    found = _find(source, split)
+    if isinstance(found, Table):
+        return found
+    return listed(source, f"{source}, split {split}", partial(_rows, found, source))
+
+
+def _rows(read_whole: Callable[[bool], list[Example]], source: str) -> Iterator[Row]:
+    for position, e in enumerate(read_whole(False)):
+        where = f"{source}: example {e.id!r}"
+        yield Row(position, where, e.question, e.answers, e.answer, e.id, e.audio, voice=e.voice, kind=e.kind)
+
+
+def _meant(row: Row, names: Names, source: str) -> str | None:
+    """The row's id, None for one to pass over. Raises UserError for a faulty one, whatever its length."""
+    name = names(row)
+    problem = text_problem(row, NO_LIMITS)
+    if problem is None:
+        return name
+    dropped = Dropped(name, row.where, *problem)
+    if dropped.is_fault:
+        raise refuse(dropped, f"{source} with `palimpsest data prepare`,")
+    return None
+
+
+NO_LIMITS = Filters(max_question_words=10**9, max_answer_words=10**9, max_answer_characters=10**9)
+
+
+def _recording(row: Row, folder: Path | None, source: str) -> Path | None:
+    if row.audio is None or (folder is None and isinstance(row.audio, bytes)):
+        return None
+    if isinstance(row.audio, Path):
+        check_audio([row.example(row.id or row.where, row.audio)])
+        return row.audio
+    assert folder is not None
+    stored = store(row.audio, folder, NO_LIMITS)
+    if isinstance(stored, Path):
+        return stored
+    raise refuse(Dropped("", row.where, *stored), f"{source} with `palimpsest data prepare`,")
+
+
+def _find(source: str, split: str) -> Table | Callable[[bool], list[Example]]:
+    """A table, or for sets that are read whole a function: whether to check the recordings → examples."""
+
+    def whole(read: ReadWhole, path: Path) -> Callable[[bool], list[Example]]:
+        return lambda check: read(path, split, check)
+
     if source == "facts":
-        return _read_manifests, FACTS
+        return whole(_read_manifests, FACTS)
+    if (table := hub_table(source, split)) is not None:
+        return table
     prefix, colon, rest = source.partition(":")
-    if colon and prefix in READERS:
-        return READERS[prefix], Path(rest).expanduser()
+    path = Path(rest if colon else source).expanduser()
+    if colon and prefix in SCHEMAS and not (prefix in WHOLE and not _is_parquet(path)):
+        return local_table(prefix, path, split)
+    if colon and prefix in WHOLE:
+        return whole(WHOLE[prefix], path)
+    if colon and prefix in TABLES:
+        return TABLES[prefix](path, split)
     path = Path(source).expanduser()
-    if path.is_file() or (path.is_dir() and any(path.glob("*.jsonl"))):
-        return _read_manifests, path
+    if path.suffix.lower() in (".csv", ".parquet") and path.is_file():
+        return TABLES[path.suffix.lower()[1:]](path, split)
+    if path.is_file() or (path.is_dir() and any(file.name not in METADATA for file in path.glob("*.jsonl"))):
+        return whole(_read_manifests, path)
+    if path.is_dir() and is_audio_folder(path):
+        return audio_folder(path, split)
     if (path / LLAMA_TABLE).is_file():
-        return _read_llama_questions, path
+        return whole(_read_llama_questions, path)
     if any((path / name).is_file() for name in WEB_FILES.values()):
-        return _read_web_questions, path
+        return whole(_read_web_questions, path)
+    if path.is_dir() and _is_parquet(path):
+        return own_parquet(path, split)
     found = "holds no question set that is known" if path.is_dir() else "does not exist"
+    prefixes = ", ".join([*WHOLE, *TABLES, *(name for name in SCHEMAS if name not in WHOLE)])
     raise UserError(
-        f"The source {source!r} {found}; use facts, a manifest (.jsonl), a folder of Llama Questions or WebQuestions, "
-        f"or one of the prefixes {', '.join(READERS)} followed by a colon and a path."
+        f"The source {source!r} {found}; use facts, a manifest (.jsonl), a table (.csv, .parquet), a folder of "
+        f"recordings, of Llama Questions or of WebQuestions, a hub name ({', '.join(HUB)}), "
+        f"or one of the prefixes {prefixes} followed by a colon and a path."
     )
 
 
-def _read_manifests(path: Path, split: str) -> list[Example]:
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet" or (
+        path.is_dir() and not (path / LLAMA_TABLE).is_file() and any(path.rglob("*.parquet"))
+    )
+
+
+def _read_manifests(path: Path, split: str, check: bool) -> list[Example]:
     """A manifest file, or the one named after the split in a folder."""
     if not path.is_dir():
-        return read_manifest(path)
+        return read_manifest(path, check=check)
     file = path / f"{split}.jsonl"
     if not file.is_file():
         present = ", ".join(sorted(other.stem for other in path.glob("*.jsonl"))) or "none"
         raise UserError(f"{path} has no split {split!r}; it has: {present}.")
-    return read_manifest(file)
+    return read_manifest(file, check=check)
 
 
-def _read_llama_questions(path: Path, split: str) -> list[Example]:
+def _read_llama_questions(path: Path, split: str, check: bool) -> list[Example]:
     """The table and its recordings. Gold answers are kept as published, blanks around them dropped.
 
     The published table has carriage returns, trailing blanks, and one question twice with two recordings. Ids
@@ -113,11 +219,12 @@ def _read_llama_questions(path: Path, split: str) -> list[Example]:
         if example.id in examples:
             raise UserError(f"{table}:{number}: the recording {wav} is used twice; give each line its own.")
         examples[example.id] = example
-    check_audio(examples.values())
+    if check:
+        check_audio(examples.values())
     return list(examples.values())
 
 
-def _read_web_questions(path: Path, split: str) -> list[Example]:
+def _read_web_questions(path: Path, split: str, check: bool) -> list[Example]:
     """Records {"qId", "qText", "answers"}; the target sentence is the first gold answer."""
     if split not in WEB_FILES:
         raise UserError(f"WebQuestions has no split {split!r}; it has: {', '.join(WEB_FILES)}.")
@@ -158,8 +265,14 @@ def _read_text(path: Path) -> str:
         raise UserError(f"{path} cannot be read ({error}); download it again.") from error
 
 
-READERS: dict[str, Callable[[Path, str], list[Example]]] = {
+WHOLE: dict[str, ReadWhole] = {
     "manifest": _read_manifests,
     "llama_questions": _read_llama_questions,
     "web_questions": _read_web_questions,
+}
+TABLES: dict[str, Callable[[Path, str], Table]] = {
+    "csv": own_csv,
+    "parquet": own_parquet,
+    "audio_folder": audio_folder,
+    "alpaca": alpaca,
 }

@@ -1,0 +1,230 @@
+"""What is left out of training and held-out data, and why.
+
+Two kinds of reasons. A row that is not meant (a later turn of a conversation, a question that stands in the held-out
+data) is left out always. A row that is faulty (empty, too long, broken or silent audio) is left out and listed, or, in
+strict reading, an error. Nothing is cut or repaired; applied twice the filters give what they gave once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import re
+import struct
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import soundfile
+import soxr
+
+from palimpsest.data.rows import Row
+from palimpsest.data.speech import ENCODING, SAMPLE_RATE, write_flac
+from palimpsest.rundir import UserError, hash_value
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32
+    from numpy import ndarray
+
+LATER_TURN, IN_HELDOUT = "later turn", "question in held-out"
+NOT_MEANT = (LATER_TURN, IN_HELDOUT)  # left out in strict reading too
+SPEAKER_TAG = re.compile(r"^(?:\s*<USER>:)+\s*")  # VoiceAssistant-400K writes it in front of some questions
+DURATION_TOLERANCE = 0.1  # seconds between what a header says and what can be decoded
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Limits beyond which an example is left out. The defaults keep everything that can be spoken and heard."""
+
+    max_question_words: int = 100  # more cannot be said in 30 s
+    max_answer_words: int = 1000
+    max_answer_characters: int = 8000
+    min_audio_seconds: float = 0.2
+    max_audio_seconds: float = 30.0  # what a Whisper encoder sees at once
+    silence_peak: float = 0.001  # of the mono mix, 1 is full scale: −60 dB
+
+    def __post_init__(self) -> None:
+        for key, value in asdict(self).items():
+            if value < 0:
+                raise UserError(f"The filter {key} is {value:g}; give a number from 0 up.")
+        if self.max_audio_seconds > 30:
+            raise UserError(
+                f"The filter max_audio_seconds is {self.max_audio_seconds:g}; the encoder hears 30 s at most."
+            )
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """One row that was left out: why, and what about it."""
+
+    id: str
+    where: str
+    reason: str  # one of a few words, for counting
+    detail: str
+
+    @property
+    def is_fault(self) -> bool:
+        return self.reason not in NOT_MEANT
+
+    def to_row(self, split: str) -> dict[str, str]:
+        return {"split": split, **asdict(self)}
+
+
+def parse_filters(pairs: Sequence[str]) -> Filters:
+    """Filters from "KEY=VALUE" strings. Raises UserError, naming the nearest key."""
+    kinds = {field.name: int if field.type == "int" else float for field in fields(Filters)}
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, _, value = (part.strip() for part in pair.partition("="))
+        if key not in kinds:
+            near = difflib.get_close_matches(key, kinds, n=1, cutoff=0.0)[0]
+            raise UserError(f"There is no filter {key!r}; the nearest is {near!r}, set as {near}=NUMBER.")
+        try:
+            values[key] = kinds[key](value)
+        except ValueError as error:
+            raise UserError(f"The filter {key} is {value!r}; give a number, {key}=NUMBER.") from error
+    return Filters(**values)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Text
+# ------------------------------------------------------------------------------------------------------------
+def without_speaker_tag(question: str) -> str:
+    return SPEAKER_TAG.sub("", question)
+
+
+def normalised_question(question: str) -> str:
+    """Letters, digits and single blanks in one case: what two questions share that differ in nothing that matters."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", question).casefold()))
+
+
+def text_problem(row: Row, filters: Filters) -> tuple[str, str] | None:
+    """(reason, detail) of the first thing that keeps this row out, None if its text is fine."""
+    question_words, answer_words = len(row.question.split()), len(row.answer.split())
+    if row.later_turn:
+        return LATER_TURN, "not the first turn of its conversation"
+    if not normalised_question(row.question):
+        return "empty question", f"the question is {row.question!r}"
+    if not row.answers or not row.answer:
+        return "empty answer", f"no answer to {row.question[:60]!r}"
+    if question_words > filters.max_question_words:
+        return "long question", f"{question_words} words, the limit is {filters.max_question_words}"
+    if answer_words > filters.max_answer_words:
+        return "long answer", f"{answer_words} words, the limit is {filters.max_answer_words}"
+    if len(row.answer) > filters.max_answer_characters:
+        return "long answer", f"{len(row.answer)} characters, the limit is {filters.max_answer_characters}"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Audio
+# ------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Recording:
+    """A decoded recording: 16 kHz mono samples, and its length as it was."""
+
+    samples: Float32[ndarray, " samples"]
+    seconds: float
+
+
+def decode(audio: Path | bytes, filters: Filters) -> Recording | tuple[str, str]:
+    """The recording, or (reason, detail) of what is wrong with it. Any rate, any channels; nothing is cut."""
+    if isinstance(audio, Path) and not audio.is_file():
+        return "broken audio", f"{audio} does not exist"
+    try:
+        with soundfile.SoundFile(io.BytesIO(audio) if isinstance(audio, bytes) else str(audio)) as file:
+            rate, told = file.samplerate, file.frames / file.samplerate
+            if told > filters.max_audio_seconds:
+                return "long audio", f"{told:.1f} s, the limit is {filters.max_audio_seconds:g} s"
+            frames = file.read(dtype="float32", always_2d=True)  # (time, channels)
+    except (soundfile.SoundFileError, OSError) as error:
+        return "broken audio", f"cannot be decoded: {error}"
+    seconds = len(frames) / rate
+    missing = _missing_bytes(audio)
+    if len(frames) == 0 or not np.isfinite(frames).all():
+        return "broken audio", "it holds no sample" if len(frames) == 0 else "it holds values that are no numbers"
+    if missing or abs(told - seconds) > DURATION_TOLERANCE:
+        return "wrong duration", f"cut short: {seconds:.2f} s can be decoded, the header announces more"
+    if seconds < filters.min_audio_seconds:
+        return "wrong duration", f"{seconds:.2f} s, at least {filters.min_audio_seconds:g} s are needed"
+    mono = frames.mean(axis=1)
+    peak = float(np.abs(mono).max())
+    if peak < filters.silence_peak:
+        return "silent audio", f"its peak is {peak:.2g}, the threshold {filters.silence_peak:g}"
+    return Recording(mono if rate == SAMPLE_RATE else soxr.resample(mono, rate, SAMPLE_RATE), seconds)
+
+
+def _missing_bytes(audio: Path | bytes) -> bool:
+    """Whether a WAV file ends before its data chunk does, which libsndfile does not tell.
+
+    Sizes of 0 and 0xFFFFFFFF, which programs write that cannot seek, say nothing.
+    """
+    data = audio if isinstance(audio, bytes) else _head(audio)
+    size = len(data) if isinstance(audio, bytes) else audio.stat().st_size
+    if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
+        return False
+    position = 12
+    while position + 8 <= len(data):
+        name, length = data[position : position + 4], struct.unpack_from("<I", data, position + 4)[0]
+        if name == b"data":
+            return length not in (0, 0xFFFFFFFF) and position + 8 + length > size
+        position += 8 + length + length % 2
+    return False
+
+
+def _head(path: Path, n_bytes: int = 65_536) -> bytes:
+    with path.open("rb") as file:
+        return file.read(n_bytes)
+
+
+def store(audio: Path | bytes, folder: Path, filters: Filters) -> Path | tuple[str, str]:
+    """Check a recording and write it to `folder` as 16 kHz mono FLAC, or say what is wrong with it.
+
+    The file is named by content and limits: one that exists has passed and is not decoded again.
+    """
+    if isinstance(audio, Path):
+        found = decode(audio, filters)  # first: a file of hours is not read whole to be hashed
+        if isinstance(found, tuple):
+            return found
+        content = audio.read_bytes()
+    else:
+        found, content = None, audio
+    path = folder / f"{hash_value([ENCODING, asdict(filters), hashlib.sha256(content).hexdigest()])[:32]}.flac"
+    if path.exists():
+        return path
+    found = found or decode(audio, filters)
+    if isinstance(found, tuple):
+        return found
+    write_flac(path, found.samples)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What follows
+# ------------------------------------------------------------------------------------------------------------
+def refuse(dropped: Dropped, where: str) -> UserError:
+    """The error of strict reading: the first faulty row."""
+    return UserError(
+        f"{dropped.where}: {dropped.reason} ({dropped.detail}); correct or remove it, "
+        f"or read {where} without strict, which drops and lists such rows."
+    )
+
+
+def counts(dropped: Iterable[Dropped]) -> dict[str, int]:
+    """How many were left out for each reason, the most frequent first."""
+    return dict(Counter(item.reason for item in dropped).most_common())
+
+
+def require_some(n_kept: int, dropped: dict[str, int], where: str) -> None:
+    """Raises UserError for a split of which nothing is left, saying what dropped how many."""
+    if n_kept == 0:
+        reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "it has no rows"
+        raise UserError(
+            f"Nothing is left of {where} ({reasons}); look at it with `palimpsest data inspect`, "
+            "correct it, or change the filters."
+        )

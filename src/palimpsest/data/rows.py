@@ -1,0 +1,136 @@
+"""Rows of a source before they become examples: read one after the other, as often as needed, never all at once.
+
+A `Table` is one split of a source. Its rows are as the source has them: strings may be empty, recordings broken.
+What may be wrong with a row, and what follows, is decided in filters.py and splits.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from palimpsest.data.records import Example
+from palimpsest.rundir import UserError, hash_value
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row as found. A recording is a file, or the bytes of one that stands inside a table."""
+
+    position: int  # in its split, from 0
+    where: str  # for messages: file and line, or data set and row
+    question: str
+    answers: tuple[str, ...]  # without empty strings; () where there is no answer
+    answer: str  # the target sentence; "" where there is no answer
+    id: str | None = None  # as the source gives it; None: made from the content
+    audio: Path | bytes | None = None
+    later_turn: bool = False  # of a conversation that began in another row
+    voice: str | None = None
+    kind: str | None = None
+
+    def example(self, name: str, audio: Path | None) -> Example:
+        return Example(name, self.question, self.answers, self.answer, audio, self.voice, self.kind)
+
+
+Read = Callable[[int, "Collection[int] | None", bool], Iterator[Row]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One split of a source.
+
+    `read(start, only, audio)` yields the rows from position `start` on, those in `only` where it is given, in order;
+    recordings that stand inside a table are read only with `audio`, otherwise they are None.
+    """
+
+    name: str  # begins the ids that are made from content
+    where: str  # for messages
+    read: Read
+    identity: Any = None  # JSON that stands for the content where hashing all of it would take long; None: hash it
+    n_rows: int | None = None  # where it is known without reading
+
+
+def listed(name: str, where: str, rows: Callable[[], Iterable[Row]]) -> Table:
+    """A table whose recordings are files: everything else is read each time."""
+
+    def read(start: int, only: Collection[int] | None, audio: bool) -> Iterator[Row]:
+        for row in rows():
+            if row.position >= start and (only is None or row.position in only):
+                yield row
+
+    return Table(name, where, read)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Names of rows
+# ------------------------------------------------------------------------------------------------------------
+CONTENT_ID = re.compile(r"^(?P<base>.+-[0-9a-f]{16})(?:-(?P<count>\d+))?$")
+
+
+class Names:
+    """Gives every row its id: the source's own, or one made from question and answers.
+
+    An id from content does not depend on the order of the rows or on other rows; equal rows are counted: X, X-2, X-3.
+    `taken` are ids given before, by a reading that was interrupted.
+    """
+
+    def __init__(self, table: Table, taken: Iterable[str] = ()) -> None:
+        self._table = table.name
+        self._counts: dict[str, int] = {}
+        for name in taken:
+            match = CONTENT_ID.match(name)
+            base, count = (match["base"], int(match["count"] or 1)) if match else (name, 1)
+            self._counts[base] = max(count, self._counts.get(base, 0))
+
+    def __call__(self, row: Row) -> str:
+        """Raises UserError for an id of the source's own that stands there twice."""
+        if row.id is not None:
+            if row.id in self._counts:
+                raise UserError(f"{row.where}: the id {row.id!r} is used twice; give every row its own.")
+            self._counts[row.id] = 1
+            return row.id
+        base = f"{self._table}-{hash_value([row.question, list(row.answers), row.answer])[:16]}"
+        count = self._counts[base] = self._counts.get(base, 0) + 1
+        return base if count == 1 else f"{base}-{count}"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Columns and cells
+# ------------------------------------------------------------------------------------------------------------
+def find_columns(
+    present: Sequence[str], required: Mapping[str, Sequence[str]], optional: Mapping[str, Sequence[str]], where: str
+) -> dict[str, str]:
+    """Our names → the table's columns, by any of their spellings, in any case.
+
+    Raises UserError naming what is missing and what was found.
+    """
+    lower = {name.strip().lower(): name for name in present}
+    found: dict[str, str] = {}
+    missing = []
+    for key, spellings in {**required, **optional}.items():
+        spelling = next((s for s in spellings if s in lower), None)
+        if spelling is not None:
+            found[key] = lower[spelling]
+        elif key in required:
+            missing.append(" or ".join(map(repr, spellings)))
+    if missing:
+        noun = "column" if len(missing) == 1 else "columns"
+        raise UserError(
+            f"{where} has no {noun} {', '.join(missing)}; found: {', '.join(present) or 'none'}; "
+            "rename the columns or choose the reader that fits."
+        )
+    return found
+
+
+def text(value: Any) -> str:
+    """A cell as text without blanks around it; nothing there is "". Numbers are written out."""
+    return "" if value is None else str(value).strip()
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    """A cell with one string or a list of them, without empty ones."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return tuple(item for item in map(text, items) if item)

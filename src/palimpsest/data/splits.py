@@ -1,0 +1,286 @@
+"""The examples of a study: training and held-out data filtered and kept apart, task questions as they are.
+
+In this order, so that the result does not depend on how the rows are ordered:
+
+1. text filters on every row of the two sources (filters.py);
+2. held-out examples: a split of its own, or the `heldout_examples` rows of the training source whose ids have the
+   smallest hash, which neither the order of the rows nor other rows change;
+3. training rows whose question stands in the held-out data are left out;
+4. limits: a seeded choice of what is left;
+5. audio filters on the rows chosen; a row that fails is left out and not replaced, so that repairing it moves no other.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from palimpsest.data.filters import (
+    IN_HELDOUT,
+    Dropped,
+    Filters,
+    counts,
+    decode,
+    normalised_question,
+    refuse,
+    require_some,
+    store,
+    text_problem,
+)
+from palimpsest.data.records import Example
+from palimpsest.data.rows import Names, Row, Table
+from palimpsest.data.sources import choose, load_examples, open_table
+from palimpsest.rundir import UserError, hash_file, hash_value
+
+Advance = Callable[[int, int], None]  # (done, total)
+TRAIN, HELDOUT = "train", "heldout"
+
+
+@dataclass(frozen=True)
+class SplitSource:
+    """One split of a source, as a recipe names it."""
+
+    source: str
+    split: str
+    limit: int | None = None
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """What is left of a row after its text was read: enough to choose, little enough to keep for every row."""
+
+    position: int
+    id: str
+    question: str  # hash of the normalised question
+
+
+def heldout_ids(ids: Sequence[str], n: int) -> set[str]:
+    """The `n` ids with the smallest hash. An id added to `ids` moves at most one other."""
+    return set(heapq.nsmallest(n, ids, key=lambda name: (hash_value(name), name)))
+
+
+@dataclass(frozen=True)
+class StudyData:
+    """Sources of a study and how they are split. Nothing is read before it is asked for."""
+
+    train: SplitSource
+    heldout: SplitSource | int  # a split of its own, or how many examples of the training source
+    tasks: Mapping[str, SplitSource]
+    filters: Filters
+    strict: bool
+    seed: int
+
+    # -- what went in, for the fingerprint of the data step ----------------------------------------------------------
+    def inputs(self) -> dict[str, Any]:
+        """JSON that everything `read` returns follows from; large tables by name, size and time instead of content."""
+        return {
+            "filters": asdict(self.filters),
+            "strict": self.strict,
+            "seed": self.seed,
+            "heldout": self.heldout if isinstance(self.heldout, int) else self._split_inputs(HELDOUT, self.heldout),
+            "train": self._split_inputs(TRAIN, self.train),
+            "tasks": {name: self._task_inputs(task) for name, task in self.tasks.items()},
+        }
+
+    def _split_inputs(self, group: str, wanted: SplitSource) -> list[Any]:
+        identity = self._table(group).identity
+        if identity is None:
+            rows = self._table(group).read(0, {chosen.position for chosen in self._all_chosen(group)}, False)
+            identity = hash_value([_row_identity(row) for row in rows])
+        return [identity, wanted.limit]
+
+    def _task_inputs(self, task: SplitSource) -> list[Any]:
+        identity = open_table(task.source, task.split).identity
+        if identity is None:
+            examples = load_examples(task.source, task.split, task.limit, self.seed)
+            identity = hash_value([_example_identity(example) for example in examples])
+        return [identity, task.limit]
+
+    # -- checks before the long work ----------------------------------------------------------------------------------
+    def check(self) -> None:
+        """Raises UserError for sources that do not exist, faulty tasks, and an empty split."""
+        if isinstance(self.heldout, SplitSource):
+            same = (self.train.source, self.train.split) == (self.heldout.source, self.heldout.split)
+            if same:
+                raise UserError(
+                    f"data.train and data.heldout are both the split {self.train.split!r} of {self.train.source}; "
+                    "held-out examples must not be trained on: give data.heldout_examples instead of data.heldout."
+                )
+        for task in self.tasks.values():
+            load_examples(task.source, task.split, task.limit, self.seed)
+        _ = self._selection
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+    def read(self, audio: Path, advance: Advance) -> tuple[dict[str, list[Example]], list[tuple[str, Dropped]]]:
+        """Examples by group (train, heldout, task-NAME), and what was left out of which group.
+
+        Recordings inside tables are written to the folder `audio`, one at a time; one that is there already is kept.
+        Raises UserError for a faulty row in strict reading, and for a split of which nothing is left.
+        """
+        chosen, dropped = self._selection
+        groups: dict[str, list[Example]] = {TRAIN: [], HELDOUT: []}
+        total = sum(map(len, chosen.values()))
+        done = 0
+        for table, names in self._readings(chosen):
+            for row in table.read(0, set(names), True):
+                group, name = names[row.position]
+                found = _example(row, name, audio, self.filters)
+                if isinstance(found, Example):
+                    groups[group].append(found)
+                else:
+                    self._drop(dropped, group, found)
+                done += 1
+                advance(done, total)
+        for group, examples in groups.items():
+            left_out = counts(item for of, item in dropped if of == group)
+            require_some(len(examples), left_out, f"{group} data of the study, from {self._table(group).where}")
+        for name, task in self.tasks.items():
+            groups[f"task-{name}"] = load_examples(task.source, task.split, task.limit, self.seed, audio)
+        return groups, dropped
+
+    def _readings(self, chosen: Mapping[str, list[_Chosen]]) -> list[tuple[Table, dict[int, tuple[str, str]]]]:
+        """Every table once: position → (group, id)."""
+        positions = {g: {item.position: (g, item.id) for item in items} for g, items in chosen.items()}
+        if isinstance(self.heldout, int):
+            return [(self._table(TRAIN), positions[TRAIN] | positions[HELDOUT])]
+        return [(self._table(TRAIN), positions[TRAIN]), (self._table(HELDOUT), positions[HELDOUT])]
+
+    # -- choosing -----------------------------------------------------------------------------------------------------
+    @cached_property
+    def _selection(self) -> tuple[dict[str, list[_Chosen]], list[tuple[str, Dropped]]]:
+        dropped: list[tuple[str, Dropped]] = []
+        train = self._texts(TRAIN, dropped)
+        if isinstance(self.heldout, int):
+            if len(train) <= self.heldout:
+                raise UserError(
+                    f"data.heldout_examples is {self.heldout} but {self._table(TRAIN).where} has {len(train)} usable "
+                    "examples, so none would be left to train on; take fewer."
+                )
+            taken = heldout_ids([item.id for item in train], self.heldout)
+            heldout = [item for item in train if item.id in taken]
+            train = [item for item in train if item.id not in taken]
+        else:
+            heldout = self._texts(HELDOUT, dropped)
+            heldout = [heldout[i] for i in choose(len(heldout), self.heldout.limit, self.seed)]
+        asked = {item.question: item.id for item in heldout}
+        where = self._table(TRAIN).where
+        for item in train:
+            if item.question in asked:
+                detail = f"the same question as {asked[item.question]}"
+                dropped.append((TRAIN, Dropped(item.id, f"{where}, row {item.position + 1}", IN_HELDOUT, detail)))
+        train = [item for item in train if item.question not in asked]
+        train = [train[i] for i in choose(len(train), self.train.limit, self.seed)]
+        for group, items in ((TRAIN, train), (HELDOUT, heldout)):
+            left_out = counts(item for of, item in dropped if of == group)
+            require_some(len(items), left_out, f"{group} data of the study, from {self._table(group).where}")
+        return {TRAIN: train, HELDOUT: heldout}, dropped
+
+    def _texts(self, group: str, dropped: list[tuple[str, Dropped]]) -> list[_Chosen]:
+        """The rows whose text is fine; those that are not go to `dropped`."""
+        table, kept = self._table(group), []
+        names = Names(table)
+        for row in table.read(0, None, False):
+            name, problem = names(row), text_problem(row, self.filters)
+            if problem is None:
+                kept.append(_Chosen(row.position, name, hash_value(normalised_question(row.question))[:16]))
+            else:
+                self._drop(dropped, group, Dropped(name, row.where, *problem))
+        return kept
+
+    def _all_chosen(self, group: str) -> list[_Chosen]:
+        chosen, _ = self._selection
+        with_heldout = group == TRAIN and isinstance(self.heldout, int)
+        return chosen[group] + (chosen[HELDOUT] if with_heldout else [])
+
+    def _drop(self, dropped: list[tuple[str, Dropped]], group: str, item: Dropped) -> None:
+        if self.strict and item.is_fault:
+            raise refuse(item, "the study's data")
+        dropped.append((group, item))
+
+    def _table(self, group: str) -> Table:
+        return self._tables[TRAIN if isinstance(self.heldout, int) else group]
+
+    @cached_property
+    def _tables(self) -> dict[str, Table]:
+        tables = {TRAIN: open_table(self.train.source, self.train.split)}
+        if isinstance(self.heldout, SplitSource):
+            tables[HELDOUT] = open_table(self.heldout.source, self.heldout.split)
+        return tables
+
+
+def _example(row: Row, name: str, folder: Path, filters: Filters) -> Example | Dropped:
+    """The row with its recording checked: bytes of a table are written to `folder`, a file stays where it is."""
+    if row.audio is None:
+        return row.example(name, None)
+    if isinstance(row.audio, bytes):
+        stored = store(row.audio, folder, filters)
+        return row.example(name, stored) if isinstance(stored, Path) else Dropped(name, row.where, *stored)
+    found = decode(row.audio, filters)
+    return Dropped(name, row.where, *found) if isinstance(found, tuple) else row.example(name, row.audio)
+
+
+def _row_identity(row: Row) -> list[Any]:
+    assert not isinstance(row.audio, bytes)
+    return _example_identity(row.example(row.id or "", row.audio))
+
+
+def _example_identity(example: Example) -> list[Any]:
+    recording = hash_file(example.audio) if example.audio is not None and example.audio.is_file() else None
+    texts = [example.id, example.question, example.answer, list(example.answers)]
+    return [*texts, example.voice, example.kind, str(example.audio), recording]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Speaking what has no recording
+# ------------------------------------------------------------------------------------------------------------
+Say = Callable[[Sequence[Example]], list[Example]]
+
+
+def speak_groups(
+    groups: Mapping[str, list[Example]], say: Say, strict: bool
+) -> tuple[dict[str, list[Example]], list[tuple[str, Dropped]]]:
+    """Every group with its questions spoken; what cannot be spoken is left out of training and held-out data.
+
+    Raises UserError where a task's question cannot be spoken, or, in strict reading, any.
+    """
+    try:
+        spoken = iter(say([example for group in groups.values() for example in group]))
+        return {key: [next(spoken) for _ in group] for key, group in groups.items()}, []
+    except UserError:
+        if strict:
+            raise
+    result: dict[str, list[Example]] = {}
+    dropped: list[tuple[str, Dropped]] = []
+    for key, group in groups.items():
+        if key in (TRAIN, HELDOUT):
+            result[key], silent = spoken_or_dropped(group, say)
+            dropped += [(key, item) for item in silent]
+        else:
+            result[key] = say(group)
+    return result, dropped
+
+
+def spoken_or_dropped(examples: Sequence[Example], say: Say) -> tuple[list[Example], list[Dropped]]:
+    """`say(examples)`, or where it refuses some of them: all others, and why each of those was left out.
+
+    `say` keeps what it has spoken, so that asking again costs little. Raises UserError when it can say nothing at all,
+    the empty list included: then the voice is at fault.
+    """
+    say([])
+    try:
+        return say(examples), []
+    except UserError:
+        spoken: list[Example] = []
+        dropped: list[Dropped] = []
+        for example in examples:
+            try:
+                spoken += say([example])
+            except UserError as error:
+                dropped.append(Dropped(example.id, f"example {example.id!r}", "cannot be spoken", str(error)))
+        if not spoken:
+            raise
+        return spoken, dropped
