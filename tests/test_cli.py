@@ -11,12 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+import typer
 from typer.testing import CliRunner
 
 from palimpsest.cli import app
 from tiny import tiny_speech_lm
 
-COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands if command.callback)
+
+def commands(application: typer.Typer, before: str = "") -> list[str]:
+    """All commands below `application` as they are typed, those of sub-applications as "GROUP NAME"."""
+    own = [before + (c.name or c.callback.__name__) for c in application.registered_commands if c.callback]
+    groups = [(group.typer_instance, f"{before}{group.name} ") for group in application.registered_groups]
+    return sorted([*own, *(name for instance, prefix in groups if instance for name in commands(instance, prefix))])
+
+
+COMMANDS = commands(app)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -27,7 +36,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command: str) -> None:
-    result = CliRunner().invoke(app, [command, "--help"])
+    result = CliRunner().invoke(app, [*command.split(), "--help"])
     assert result.exit_code == 0
     assert f"Example: palimpsest {command} " in re.sub(r"\s+", " ", result.output)
 

@@ -6,6 +6,7 @@ What may be wrong with a row, and what follows, is decided in filters.py and spl
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -62,6 +63,21 @@ def listed(name: str, where: str, rows: Callable[[], Iterable[Row]]) -> Table:
                 yield row
 
     return Table(name, where, read)
+
+
+def identity_of(table: Table) -> Any:
+    """What stands for the content: the table's own identity, or a hash of all rows; recordings by path, size, time."""
+    if table.identity is not None:
+        return table.identity
+    digest = hashlib.sha256()
+    for row in table.read(0, None, False):
+        assert not isinstance(row.audio, bytes)
+        stat = row.audio.stat() if row.audio is not None and row.audio.is_file() else None
+        recording = [str(row.audio), stat and [stat.st_size, stat.st_mtime_ns]]
+        digest.update(
+            hash_value([row.id, row.question, row.answers, row.answer, row.voice, row.kind, recording]).encode()
+        )
+    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,352 @@
+"""Tables: published columns in small parquet files written here; one's own CSV, parquet, folders, instruction sets."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import soundfile
+
+from audio_files import encoded, tone, voice_assistant, wav, write_parquet
+from palimpsest.data import published
+from palimpsest.data.rows import Names, Row
+from palimpsest.data.sources import load_examples, open_table
+from palimpsest.rundir import UserError
+
+
+def rows(source: str, split: str = "train", *, start: int = 0, only: Any = None, audio: bool = True) -> list[Row]:
+    return list(open_table(source, split).read(start, only, audio))
+
+
+# -- published sets ---------------------------------------------------------------------------------------------------
+def test_voice_assistant(tmp_path: Path) -> None:
+    turns = [
+        ("1", "<USER>: What is the capital of France?", " Paris. ", wav()),
+        ("2", "And of Spain?", "Madrid.", wav()),
+        ("1", "Who are you?", "An assistant.", None),
+    ]
+    first, second, third = rows(f"voice_assistant:{voice_assistant(tmp_path / 'x.parquet', turns)}")
+    assert first.question == "What is the capital of France?"
+    assert (first.answer, first.answers, first.kind) == ("Paris.", ("Paris.",), "qa")
+    assert first.audio == wav()
+    assert [row.later_turn for row in (first, second, third)] == [False, True, False]
+    assert third.audio is None
+    assert "row 2" in second.where
+
+
+def test_spoken_alpaca_takes_what_was_spoken_else_instruction_and_input(tmp_path: Path) -> None:
+    columns = {
+        "instruction": ["Add.", "Name a colour.", "Greet."],
+        "input": ["2 and 3", "", None],
+        "output": ["5", "Red", "Hello"],
+        "speech_input": ["", "Name a color", None],
+        "input_speaker": ["nova", "echo", None],
+        "output_speaker": ["a", "b", "c"],
+        "input_audio": [wav(), wav(), wav()],
+    }
+    path = write_parquet(tmp_path / "a.parquet", columns, "input_audio")
+    assert [(row.question, row.answer, row.voice) for row in rows(f"spoken_alpaca:{path}")] == [
+        ("Add.\n2 and 3", "5", "nova"),
+        ("Name a color", "Red", "echo"),
+        ("Greet.", "Hello", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prefix", "names", "answers", "golds"),
+    [
+        ("llama_questions", ("question", "answer", "audio"), ["Paris", "4"], [("Paris",), ("4",)]),
+        ("llama_questions", ("Questions", "Answer", "Audio"), ["Paris", "4"], [("Paris",), ("4",)]),
+        ("spoken_web_questions", ("question", "answers", "audio"), [["a", "b"], ["c"]], [("a", "b"), ("c",)]),
+        ("spoken_web_questions", ("Question", "answer", "question_audio"), ["a", "c"], [("a",), ("c",)]),
+    ],
+)
+def test_question_sets_in_either_spelling(tmp_path: Path, prefix: str, names: Any, answers: Any, golds: Any) -> None:
+    columns = {"url": ["u", "v"], names[0]: ["Q one?", "Q two?"], names[1]: answers, names[2]: [wav(), wav()]}
+    path = write_parquet(tmp_path / "test-00000-of-00001.parquet", columns, names[2])
+    examples = load_examples(f"{prefix}:{path}", "test", audio=tmp_path / "audio")
+    assert [(e.question, e.answers, e.answer) for e in examples] == [
+        ("Q one?", golds[0], golds[0][0]),
+        ("Q two?", golds[1], golds[1][0]),
+    ]
+    assert examples[0].audio is not None
+    assert examples[0].audio == examples[1].audio  # named by content
+    assert soundfile.info(str(examples[0].audio)).samplerate == 16_000
+    assert load_examples(f"{prefix}:{path}", "test")[0].audio is None  # as text only
+
+
+def test_missing_columns_are_named_with_those_found(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "x.parquet", {"question": ["a"], "text": ["b"]})
+    found = r"no columns 'round', 'answer', 'question_audio' or 'audio'; found: question, text"
+    with pytest.raises(UserError, match=found):
+        rows(f"voice_assistant:{path}")
+    with pytest.raises(UserError, match=r"x\.parquet.* no column 'answers' or 'answer'; found: question, text"):
+        rows(str(path))
+
+
+def hub_layout(folder: Path) -> Path:
+    for split, n in (("train", 3), ("test", 1)):
+        for shard in range(2):
+            turns = [("1", f"{split} {shard} {i}?", "A.", wav()) for i in range(n)]
+            voice_assistant(folder / "data" / f"{split}-0000{shard}-of-00002.parquet", turns)
+    return folder
+
+
+def test_a_local_copy_has_the_hub_s_splits(tmp_path: Path) -> None:
+    source = f"voice_assistant:{hub_layout(tmp_path)}"
+    assert [row.question for row in rows(source)] == [f"train {s} {i}?" for s in range(2) for i in range(3)]
+    assert len(rows(source, "test")) == 2
+    with pytest.raises(UserError, match="no split 'dev'; it has: train, test"):
+        rows(source, "dev")
+    with pytest.raises(UserError, match="does not exist"):
+        rows(f"voice_assistant:{tmp_path / 'none'}")
+
+
+def test_only_the_rows_asked_for_are_read_and_recordings_only_when_wanted(tmp_path: Path) -> None:
+    source = f"voice_assistant:{hub_layout(tmp_path)}"
+    assert [row.position for row in rows(source, start=4)] == [4, 5]
+    assert [row.position for row in rows(source, only={1, 4})] == [1, 4]
+    assert [row.position for row in rows(source, start=2, only={1, 4})] == [4]
+    assert all(row.audio is None for row in rows(source, audio=False))
+    with_audio, without = rows(source, only={4}), rows(source, only={4}, audio=False)
+    assert with_audio[0].audio == wav()
+    assert without[0].question == with_audio[0].question
+
+
+def test_the_hub_is_asked_when_rows_are_read_and_not_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's part is to give URLs; here they lead to a file system in memory."""
+    import fsspec
+
+    asked = []
+    local = voice_assistant(tmp_path / "x.parquet", [("1", f"Q{i}?", "A.", wav()) for i in range(3)])
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/va.parquet", local.read_bytes())
+
+    def files(name: str, revision: str | None, split: str) -> list[str]:
+        asked.append((name, revision, split))
+        return ["memory://va.parquet"]
+
+    monkeypatch.setattr(published, "hub_files", files)
+    table = open_table("gpt-omni/VoiceAssistant-400K@abc123", "train")
+    assert asked == []
+    assert table.identity == ["hub", "gpt-omni/VoiceAssistant-400K", "abc123", "train"]
+    assert [row.question for row in table.read(1, None, True)] == ["Q1?", "Q2?"]
+    assert len(list(table.read(0, {0}, True))) == 1
+    assert asked == [("gpt-omni/VoiceAssistant-400K", "abc123", "train")]
+
+
+def test_hub_files_come_from_datasets(tmp_path: Path) -> None:
+    """`datasets` treats a folder like a hub repository: the same builder, the same splits."""
+    from palimpsest.data.parquet import hub_files
+
+    files = hub_files(str(hub_layout(tmp_path)), None, "train")
+    assert [Path(file).name for file in files] == [f"train-0000{i}-of-00002.parquet" for i in range(2)]
+    with pytest.raises(UserError, match="no split 'x'; it has: train, test"):
+        hub_files(str(tmp_path), None, "x")
+    (tmp_path / "csv").mkdir()
+    (tmp_path / "csv" / "train.csv").write_text("question,answer\na,b\n")
+    with pytest.raises(UserError, match="stored as csv, not as parquet"):
+        hub_files(str(tmp_path / "csv"), None, "train")
+    with pytest.raises(UserError, match="cannot be opened"):
+        hub_files(str(tmp_path / "none"), None, "train")
+
+
+def test_without_the_package_datasets_it_is_told_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_parquet(tmp_path / "x.parquet", {"question": ["a"], "answer": ["b"]})
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match=r"pip install 'palimpsest-llm\[hub\]'"):
+        rows(str(path))
+
+
+def test_no_parquet(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_text("no parquet")
+    with pytest.raises(UserError, match="cannot be read as parquet"):
+        rows(str(tmp_path / "x.parquet"))
+
+
+def test_memory_stays_bounded_whatever_the_number_of_rows(tmp_path: Path) -> None:
+    """2000 rows of 64 kB, 128 MB, in row groups of 100 as the hub's audio sets are: no more than two are in memory."""
+    recording = bytes(64_000)
+    turns = [("1", f"Question {i}?", "A.", recording + str(i).encode()) for i in range(2_000)]
+    path = voice_assistant(tmp_path / "x.parquet", turns, row_group_size=100, compression=None, use_dictionary=False)
+    del turns
+    assert path.stat().st_size > 100e6
+    before, most, n = pa.total_allocated_bytes(), 0, 0
+    for row in open_table(f"voice_assistant:{path}", "train").read(0, None, True):
+        assert isinstance(row.audio, bytes)
+        n += 1
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert n == 2_000
+    assert most < 2 * 100 * 64_000
+
+
+# -- ids --------------------------------------------------------------------------------------------------------------
+def test_ids_from_content_do_not_depend_on_order_and_equal_rows_are_counted(tmp_path: Path) -> None:
+    turns = [("1", question, "A.", wav()) for question in ("One?", "Two?", "One?", "Three?")]
+
+    def ids(name: str, turns: Any) -> list[str]:
+        table = open_table(f"voice_assistant:{voice_assistant(tmp_path / name, turns)}", "train")
+        names = Names(table)
+        return [names(row) for row in table.read(0, None, False)]
+
+    forward, backward = ids("a.parquet", turns), ids("b.parquet", turns[::-1])
+    assert len(set(forward)) == 4
+    assert forward[2] == f"{forward[0]}-2"
+    assert set(forward) == set(backward)
+    table = open_table(f"voice_assistant:{tmp_path / 'a.parquet'}", "train")
+    names = Names(table, taken=forward[:2])  # as after an interruption
+    assert [names(row) for row in table.read(2, None, False)] == forward[2:]
+
+
+# -- one's own --------------------------------------------------------------------------------------------------------
+def write_csv(path: Path, *records: list[str]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(records)
+    return path
+
+
+def test_csv(tmp_path: Path) -> None:
+    (tmp_path / "q.wav").write_bytes(wav())
+    path = write_csv(
+        tmp_path / "d.csv",
+        ["id", "Question", "answers", "audio", "voice"],
+        ["a", 'Who said "yes, we can"?', "Barack Obama | Obama", "q.wav", "anna"],
+        ["b", "Two\nlines?", "x", "", ""],
+    )
+    first, second = load_examples(str(path), "any")
+    assert (first.id, first.question, first.voice) == ("a", 'Who said "yes, we can"?', "anna")
+    assert first.answers == ("Barack Obama", "Obama")
+    assert first.answer == "Barack Obama"
+    assert first.audio == tmp_path / "q.wav"
+    assert second.question == "Two\nlines?"
+    assert second.audio is None
+    assert load_examples(f"csv:{tmp_path}", "d") == [first, second]
+    with pytest.raises(UserError, match="no split 'e'; it has: d"):
+        load_examples(f"csv:{tmp_path}", "e")
+
+
+def test_csv_without_ids_and_with_one_answer_that_holds_a_bar(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "d.csv", ["question", "answer"], ["a?", "x | y"], ["a?", "x | y"])
+    first, second = load_examples(str(path), "any")
+    assert first.answers == ("x | y",)
+    assert first.id.startswith("table-")
+    assert second.id == f"{first.id}-2"
+
+
+@pytest.mark.parametrize(
+    ("records", "problem"),
+    [
+        ([["question", "reply"], ["a", "b"]], r"d\.csv has no column 'answers' or 'answer'; found: question, reply"),
+        ([["id", "question", "answer"], ["a", "b", "c"], ["a", "d", "e"]], r"d\.csv:3: the id 'a' is used twice"),
+        ([["question", "answer"], ["a", "b"], ["", "c"]], r"d\.csv:3: empty question"),
+        ([["question", "answer"], ["a", " "]], r"d\.csv:2: empty answer"),
+        ([["question", "answer", "audio"], ["a", "b", "no.wav"]], r"no\.wav does not exist"),
+        ([["question", "answer"]], "holds no example"),
+    ],
+)
+def test_read_as_it_is_a_faulty_csv_is_an_error(tmp_path: Path, records: Any, problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        load_examples(str(write_csv(tmp_path / "d.csv", *records)), "any")
+
+
+def test_csv_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "d.csv").write_bytes(b"question,answer\n\xff\xfe,b\n")
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_examples(str(tmp_path / "d.csv"), "any")
+
+
+def test_own_parquet_with_lists_paths_and_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(wav())
+    columns = {
+        "id": ["p", "q"], "question": ["A?", "B?"], "answers": [["x", "y"], ["z"]], "answer": ["It is x.", None],
+        "audio": ["a.wav", wav(pitch=300)],
+    }  # fmt: skip
+    path = write_parquet(tmp_path / "d.parquet", columns, "audio")
+    first, second = load_examples(str(path), "any", audio=tmp_path / "audio")
+    assert (first.id, first.answer, first.answers) == ("p", "It is x.", ("x", "y"))
+    assert first.audio == tmp_path / "a.wav"
+    assert second.answer == "z"
+    assert second.audio is not None
+    assert second.audio.parent == tmp_path / "audio"
+
+
+def test_a_folder_of_recordings_with_texts_beside_them(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.wav").write_bytes(wav())
+    (tmp_path / "a.txt").write_text("What is it?\n\nIt is\na tone.\n")
+    (tmp_path / "b.json").write_text(json.dumps({"question": "Which?", "answers": ["x", "y"], "voice": "bob"}))
+    first, second, third = rows(str(tmp_path))
+    assert (first.id, first.question, first.answer) == ("a", "What is it?", "It is a tone.")
+    assert (second.answers, second.voice, second.audio) == (("x", "y"), "bob", tmp_path / "b.wav")
+    assert third.question == ""  # for the filters to tell
+    with pytest.raises(UserError, match=r"c\.wav: empty question"):
+        load_examples(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_a_folder_with_metadata_in_splits(tmp_path: Path, name: str) -> None:
+    for split in ("train", "test"):
+        folder = tmp_path / split
+        folder.mkdir()
+        (folder / "a.flac").write_bytes(encoded(tone(), file_format="FLAC"))
+        if name.endswith("csv"):
+            write_csv(folder / name, ["file_name", "question", "answer"], ["a.flac", f"{split}?", "x"])
+        else:
+            (folder / name).write_text(json.dumps({"file_name": "a.flac", "question": f"{split}?", "answer": "x"}))
+    (example,) = load_examples(str(tmp_path), "test")
+    assert (example.question, example.audio) == ("test?", tmp_path / "test" / "a.flac")
+    with pytest.raises(UserError, match="no split 'dev'; its folders: test, train"):
+        load_examples(str(tmp_path), "dev")
+
+
+def test_metadata_without_file_names(tmp_path: Path) -> None:
+    write_csv(tmp_path / "metadata.csv", ["question", "answer"], ["a", "b"])
+    with pytest.raises(UserError, match="no column 'file_name'; found: question, answer"):
+        load_examples(str(tmp_path), "train")
+
+
+def test_instruction_sets_join_instruction_and_input(tmp_path: Path) -> None:
+    path = tmp_path / "alpaca.json"
+    records = [
+        {"instruction": "Add.", "input": "2 and 3", "output": "5"},
+        {"dataset": "d", "instruction": "Greet.", "output": "Hi."},
+    ]
+    path.write_text(json.dumps(records))
+    first, second = load_examples(f"alpaca:{path}", "any")
+    assert (first.question, first.answer) == ("Add.\n2 and 3", "5")
+    assert second.question == "Greet."
+    path.write_text(json.dumps([{"prompt": "a", "output": "b"}]))
+    with pytest.raises(UserError, match="no column 'instruction'; found: output, prompt"):
+        load_examples(f"alpaca:{path}", "any")
+    path.write_text("{}")
+    with pytest.raises(UserError, match="must hold a list"):
+        load_examples(f"alpaca:{path}", "any")
+    path.write_text("[")
+    with pytest.raises(UserError, match="not valid JSON"):
+        load_examples(f"alpaca:{path}", "any")
+
+
+# -- read as it is ----------------------------------------------------------------------------------------------------
+def test_later_turns_are_passed_over_and_limits_count_what_is_left(tmp_path: Path) -> None:
+    turns = [(str(1 + i % 2), f"Q{i}?", "A.", wav()) for i in range(10)]
+    source = f"voice_assistant:{voice_assistant(tmp_path / 'x.parquet', turns)}"
+    questions = [e.question for e in load_examples(source, "train")]
+    assert questions == [f"Q{i}?" for i in range(0, 10, 2)]
+    assert [e.question for e in load_examples(source, "train", 2)] == questions[:2]
+    chosen = [e.question for e in load_examples(source, "train", 3, seed=1)]
+    assert chosen == [q for q in questions if q in chosen]
+    assert {e.question for e in load_examples(source, "train", 2, seed=1)} < set(chosen)
+
+
+def test_a_broken_recording_in_a_table_is_an_error_in_a_question_set(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "x.parquet", {"question": ["a"], "answer": ["b"], "audio": [b"none"]}, "audio")
+    with pytest.raises(UserError, match=r"row 1: broken audio"):
+        load_examples(f"llama_questions:{path}", "test", audio=tmp_path / "audio")
+    assert len(load_examples(f"llama_questions:{path}", "test")) == 1  # as text it does not matter
