@@ -72,6 +72,25 @@ def test_no_method_is_called_base_and_no_task_comes_twice() -> None:
         parse_config(changed("evaluation.tasks", [task, task]), "r")
 
 
+def test_held_out_data_is_a_split_or_a_number_and_not_both() -> None:
+    train = MINIMAL["data"]["train"]
+    config = parse_config(changed("data", {"train": train, "heldout_examples": 500}), "r")
+    assert config.data.heldout is None
+    assert config.data.heldout_examples == 500
+    for data in ({"train": train}, {**MINIMAL["data"], "heldout_examples": 500}):
+        with pytest.raises(UserError, match="data: give exactly one of heldout"):
+            parse_config(changed("data", data), "r")
+
+
+def test_filters_are_checked_like_every_key() -> None:
+    with pytest.raises(
+        UserError, match=r"'data\.filters\.max_answer_word'; the nearest known key is 'max_answer_words'"
+    ):
+        parse_config(changed("data.filters", {"max_answer_word": 3}), "r")
+    with pytest.raises(UserError, match=r"data\.filters\.max_audio_seconds"):
+        parse_config(changed("data.filters", {"max_audio_seconds": 31}), "r")
+
+
 def test_a_config_cannot_be_changed() -> None:
     config = StudyConfig.model_validate(MINIMAL)
     with pytest.raises(Exception, match="frozen"):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import soundfile
 
@@ -29,12 +30,13 @@ def test_voice_assistant(tmp_path: Path) -> None:
         ("1", "<USER>: What is the capital of France?", " Paris. ", wav()),
         ("2", "And of Spain?", "Madrid.", wav()),
         ("1", "Who are you?", "An assistant.", None),
+        ("3", "And then?", "Nothing.", wav()),
     ]
-    first, second, third = rows(f"voice_assistant:{voice_assistant(tmp_path / 'x.parquet', turns)}")
+    first, second, third, fourth = rows(f"voice_assistant:{voice_assistant(tmp_path / 'x.parquet', turns)}")
     assert first.question == "What is the capital of France?"
     assert (first.answer, first.answers, first.kind) == ("Paris.", ("Paris.",), "qa")
     assert first.audio == wav()
-    assert [row.later_turn for row in (first, second, third)] == [False, True, False]
+    assert [row.later_turn for row in (first, second, third, fourth)] == [False, True, False, True]
     assert third.audio is None
     assert "row 2" in second.where
 
@@ -116,6 +118,23 @@ def test_only_the_rows_asked_for_are_read_and_recordings_only_when_wanted(tmp_pa
     with_audio, without = rows(source, only={4}), rows(source, only={4}, audio=False)
     assert with_audio[0].audio == wav()
     assert without[0].question == with_audio[0].question
+
+
+def test_row_groups_without_a_row_that_is_asked_for_are_not_touched(tmp_path: Path) -> None:
+    """The first group is made unreadable on the disk; reading the second must not notice."""
+    turns = [("1", f"Q{i}?", "A.", wav()) for i in range(4)]
+    path = voice_assistant(tmp_path / "x.parquet", turns, row_group_size=2)
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    data = bytearray(path.read_bytes())
+    for column in range(group.num_columns):
+        start = group.column(column).dictionary_page_offset or group.column(column).data_page_offset
+        data[start : start + 20] = b"\xff" * 20
+    path.write_bytes(data)
+    source = f"voice_assistant:{path}"
+    assert [row.question for row in rows(source, start=2)] == ["Q2?", "Q3?"]
+    assert [row.question for row in rows(source, only={3})] == ["Q3?"]
+    with pytest.raises(UserError, match=r"x\.parquet cannot be read to its end"):
+        rows(source)
 
 
 def test_the_hub_is_asked_when_rows_are_read_and_not_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

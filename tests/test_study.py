@@ -17,9 +17,10 @@ import soundfile
 import yaml
 from transformers import WhisperFeatureExtractor, WhisperModel
 
+from audio_files import BROKEN, voice_assistant, wav
 from palimpsest.config import parse_config
 from palimpsest.rundir import RESULT_TABLES, UserError
-from palimpsest.study import run_study
+from palimpsest.study import Study, run_study
 from tiny import tiny_encoder, tiny_llama, tiny_tokenizer
 
 METHODS = ("full", "layer_lr", "lora")
@@ -179,6 +180,31 @@ def test_killed_in_different_steps_it_continues_and_ends_the_same(finished: Path
         assert not (tmp_path / "run" / "results.json").exists()
     subprocess.run(command, check=True, capture_output=True)
     assert results(tmp_path / "run") == results(finished)
+
+
+def test_data_from_a_table_held_out_by_hash_and_what_was_dropped(inputs: Path, tmp_path: Path) -> None:
+    """The data step alone: recordings written out of the table, faulty rows listed and counted, done only once."""
+    turns = [("1", f"Is it {i}?", f"It is {i}.", wav(pitch=200 + i)) for i in range(12)]
+    turns += [("2", "And?", "A.", wav()), ("1", "Heard?", "A.", BROKEN["silent audio"])]
+    source = f"voice_assistant:{voice_assistant(tmp_path / 'x.parquet', turns)}"
+    data = {"train": {"source": source, "split": "train"}, "heldout_examples": 4}
+    study = Study(parse_config(recipe(inputs, data=data), "test"), tmp_path / "run")
+    study.ws.sources.check()
+    study.data()
+    folder = tmp_path / "run" / "data"
+    groups = study.ws.groups
+    assert set(groups) == {"train", "heldout", "task-numbers"}
+    assert len(groups["heldout"]) + len(groups["train"]) == 12
+    assert all(e.audio and e.audio.parent == folder / "audio" for e in groups["train"] + groups["heldout"])
+    rows = [json.loads(line) for line in (folder / "dropped.jsonl").read_text().splitlines()]
+    assert sorted(row["reason"] for row in rows) == ["later turn", "silent audio"]
+    assert sum(study.ws.dropped.get("train", {}).values()) + sum(study.ws.dropped.get("heldout", {}).values()) == 2
+    again = Study(parse_config(recipe(inputs, data=data), "test"), tmp_path / "run")
+    again.data()
+    assert again.ws.done[0].skipped
+    strict = Study(parse_config(recipe(inputs, data={**data, "strict": True}), "test"), tmp_path / "run")
+    with pytest.raises(UserError, match="row 14: silent audio"):
+        strict.data()
 
 
 @pytest.mark.parametrize(

@@ -142,8 +142,10 @@ def decode(audio: Path | bytes, filters: Filters) -> Recording | tuple[str, str]
             if told > filters.max_audio_seconds:
                 return "long audio", f"{told:.1f} s, the limit is {filters.max_audio_seconds:g} s"
             frames = file.read(dtype="float32", always_2d=True)  # (time, channels)
-    except (soundfile.SoundFileError, OSError) as error:
-        return "broken audio", f"cannot be decoded: {error}"
+    except soundfile.LibsndfileError as error:
+        return "broken audio", f"cannot be decoded: {error.error_string}"  # without the object's address
+    except OSError as error:
+        return "broken audio", f"cannot be read: {error.strerror}"
     seconds = len(frames) / rate
     missing = _missing_bytes(audio)
     if len(frames) == 0 or not np.isfinite(frames).all():

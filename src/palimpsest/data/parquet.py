@@ -53,7 +53,7 @@ def parquet_table(
                 )
                 if wanted and wanted[-1] >= start:
                     batches = file.iter_batches(BATCH_ROWS, row_groups=[group], columns=chosen)
-                    yield from _rows(batches, first, start, only, columns, schema, where, url)
+                    yield from _rows(_told(batches, url), first, start, only, columns, schema, where, url)
                 first = last
 
     return Table(name, where, read, identity, n_rows)
@@ -85,6 +85,21 @@ def _rows(
                 audio = _recording(values.pop("audio", None), url)
                 yield Row(position, f"{where}, row {position + 1}", audio=audio, **schema.read(values))
             position += 1
+
+
+def _told(batches: Iterator[Any], url: str) -> Iterator[Any]:
+    """The batches; a file that breaks off or a connection that is lost becomes a UserError."""
+    import pyarrow as pa
+    from huggingface_hub.errors import HfHubHTTPError
+
+    http_error: Any = HfHubHTTPError.__bases__[0]  # of the HTTP package in use, whose name changes between versions
+    try:
+        yield from batches
+    except (OSError, pa.ArrowException, http_error) as error:
+        raise UserError(
+            f"{url} cannot be read to its end ({_first_line(error)}); check the connection and start again, "
+            "or download it again."
+        ) from error
 
 
 def _recording(cell: Any, url: str) -> bytes | Path | None:

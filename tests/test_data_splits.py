@@ -1,0 +1,200 @@
+"""The examples of a study: a split that order and additions do not move, nothing shared between train and held-out."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from audio_files import BROKEN, voice_assistant, wav
+from palimpsest.data.filters import Filters
+from palimpsest.data.records import Example, write_manifest
+from palimpsest.data.splits import SplitSource, StudyData, heldout_ids, speak_groups, spoken_or_dropped
+from palimpsest.rundir import UserError
+
+names = st.lists(st.text(min_size=1, max_size=6), unique=True, min_size=3, max_size=40)
+
+
+@settings(max_examples=50, deadline=None)
+@given(names, st.integers(1, 10), st.randoms())
+def test_held_out_does_not_depend_on_order(ids: list[str], n: int, rng: random.Random) -> None:
+    shuffled = rng.sample(ids, len(ids))
+    assert heldout_ids(ids, n) == heldout_ids(shuffled, n)
+    assert len(heldout_ids(ids, n)) == min(n, len(ids))
+
+
+@settings(deadline=None)
+@given(names, st.integers(1, 10))
+def test_an_added_example_moves_at_most_one_other(ids: list[str], n: int) -> None:
+    before, after = heldout_ids(ids[1:], n), heldout_ids(ids, n)
+    assert len(before - after) <= 1
+    assert after - before <= {ids[0]} or len(ids[1:]) < n
+
+
+def manifest(folder: Path, name: str, examples: Sequence[tuple[str, str, Path | None]]) -> SplitSource:
+    path = folder / f"{name}.jsonl"
+    write_manifest(path, [Example(i, question, ("A",), "A", audio) for i, question, audio in examples])
+    return SplitSource(str(path), name)
+
+
+def study(train: SplitSource, heldout: SplitSource | int, **changes: Any) -> StudyData:
+    options: dict[str, Any] = {"tasks": {}, "filters": Filters(), "strict": False, "seed": 0, **changes}
+    return StudyData(train, heldout, **options)
+
+
+def read(data: StudyData, folder: Path) -> tuple[dict[str, list[str]], list[tuple[str, str, str]]]:
+    groups, dropped = data.read(folder / "audio", lambda *_: None)
+    ids = {group: [example.id for example in examples] for group, examples in groups.items()}
+    return ids, [(group, item.id, item.reason) for group, item in dropped]
+
+
+def numbered(n: int) -> list[tuple[str, str, Path | None]]:
+    return [(f"e{i}", f"Question {i}?", None) for i in range(n)]
+
+
+def test_held_out_examples_are_taken_out_of_the_training_source(tmp_path: Path) -> None:
+    groups, dropped = read(study(manifest(tmp_path, "all", numbered(40)), 10), tmp_path)
+    assert len(groups["heldout"]) == 10
+    assert set(groups["heldout"]) == heldout_ids([f"e{i}" for i in range(40)], 10)
+    assert groups["train"] == [f"e{i}" for i in range(40) if f"e{i}" not in groups["heldout"]]
+    assert dropped == []
+    few, _ = read(study(SplitSource(str(tmp_path / "all.jsonl"), "all", limit=7), 10), tmp_path)
+    assert few["heldout"] == groups["heldout"]  # a limit is of what is left for training
+    assert len(few["train"]) == 7
+    assert set(few["train"]) < set(groups["train"])
+
+
+def test_held_out_needs_something_left_to_train_on(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"heldout_examples is 5 but .* has 5 usable examples"):
+        study(manifest(tmp_path, "all", numbered(5)), 5).check()
+
+
+def test_a_question_of_held_out_is_never_trained_on(tmp_path: Path) -> None:
+    train = manifest(tmp_path, "train", [("a", "What is it?", None), ("b", "what is IT", None), ("c", "Else?", None)])
+    heldout = manifest(tmp_path, "heldout", [("h", "What is it?!", None)])
+    groups, dropped = read(study(train, heldout), tmp_path)
+    assert groups == {"train": ["c"], "heldout": ["h"]}
+    assert dropped == [("train", "a", "question in held-out"), ("train", "b", "question in held-out")]
+    strict, _ = read(study(train, heldout, strict=True), tmp_path)  # no fault of the data
+    assert strict == groups
+
+
+def test_a_question_asked_twice_does_not_stand_on_both_sides(tmp_path: Path) -> None:
+    rows = [(f"{side}{i}", f"Question {i}?", None) for i in range(20) for side in "xy"]
+    groups, dropped = read(study(manifest(tmp_path, "all", rows), 8), tmp_path)
+    asked = {name[1:] for name in groups["heldout"]}
+    assert not asked & {name[1:] for name in groups["train"]}
+    assert len(groups["train"]) + len(groups["heldout"]) + len(dropped) == 40
+    assert dropped
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> tuple[SplitSource, Path]:
+    """Ten good rows, then one of each fault, then a later turn."""
+    good = [("1", f"Question {i}?", "A.", wav(pitch=300 + 20 * i)) for i in range(10)]
+    bad = [("1", f"{reason}?", "A.", audio) for reason, audio in BROKEN.items()]
+    texts = [("1", "", "A.", wav()), ("1", "No answer?", "", wav()), ("1", "w " * 101, "A.", wav())]
+    path = voice_assistant(tmp_path / "x.parquet", [*good, *bad, *texts, ("2", "And?", "A.", wav())])
+    return SplitSource(f"voice_assistant:{path}", "train"), path
+
+
+def test_faulty_rows_are_dropped_and_listed(faulty: tuple[SplitSource, Path], tmp_path: Path) -> None:
+    data = study(faulty[0], 3)
+    groups, dropped = read(data, tmp_path)
+    reasons = sorted(reason for _, _, reason in dropped)
+    assert reasons == sorted([*BROKEN, "empty question", "empty answer", "long question", "later turn"])
+    assert len(groups["train"]) + len(groups["heldout"]) == 10
+    assert len(list((tmp_path / "audio").glob("*.flac"))) == 10
+
+
+def test_strict_names_the_first_fault_but_not_later_turns(faulty: tuple[SplitSource, Path], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="row 15: empty question"):
+        study(faulty[0], 3, strict=True).check()
+    good = [("1", f"Question {i}?", "A.", wav()) for i in range(4)]
+    path = voice_assistant(tmp_path / "audio.parquet", [*good, ("2", "And?", "A.", wav()), ("1", "S?", "A.", b"x")])
+    data = study(SplitSource(f"voice_assistant:{path}", "train"), 1, strict=True)
+    data.check()
+    with pytest.raises(UserError, match="row 6: broken audio"):
+        read(data, tmp_path)
+
+
+def test_a_split_of_which_nothing_is_left(tmp_path: Path) -> None:
+    rows = [("1", f"Q{i}?", "A.", BROKEN["silent audio"]) for i in range(3)] + [("1", "", "A.", wav())]
+    path = voice_assistant(tmp_path / "x.parquet", rows)
+    heldout = manifest(tmp_path, "heldout", numbered(2))
+    data = study(SplitSource(f"voice_assistant:{path}", "train"), heldout)
+    with pytest.raises(UserError, match=r"train data .*x\.parquet \(3 silent audio, 1 empty question\)"):
+        read(data, tmp_path)
+
+
+def test_missing_audio_is_dropped_from_training_and_refused_in_a_task(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(wav())
+    rows = [("a", "One?", tmp_path / "a.wav"), ("b", "Two?", tmp_path / "gone.wav"), ("c", "Three?", None)]
+    train, heldout = manifest(tmp_path, "train", rows), manifest(tmp_path, "heldout", numbered(2))
+    groups, dropped = read(study(train, heldout), tmp_path)
+    assert groups["train"] == ["a", "c"]
+    assert dropped == [("train", "b", "broken audio")]
+    with pytest.raises(UserError, match=r"gone\.wav does not exist"):
+        study(heldout, train, tasks={"t": train}).check()
+
+
+def test_the_limit_does_not_read_recordings_it_leaves_out(faulty: tuple[SplitSource, Path], tmp_path: Path) -> None:
+    train = SplitSource(faulty[0].source, "train", limit=4)
+    _, dropped = read(study(train, 3), tmp_path)
+    assert len(list((tmp_path / "audio").glob("*.flac"))) + sum(r in BROKEN for *_, r in dropped) == 4 + 3
+
+
+def test_inputs_change_with_what_goes_in_and_only_then(tmp_path: Path) -> None:
+    source = manifest(tmp_path, "all", numbered(20))
+    before = study(source, 5).inputs()
+    assert study(source, 5).inputs() == before
+    for other in (study(source, 6), study(source, 5, seed=1), study(source, 5, filters=Filters(silence_peak=0.1))):
+        assert other.inputs() != before
+    manifest(tmp_path, "all", numbered(21))
+    assert study(source, 5).inputs() != before
+
+
+def test_inputs_of_a_hub_source_do_not_ask_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_hub(*_: Any) -> list[str]:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr("palimpsest.data.published.hub_files", no_hub)
+    hub = SplitSource("gpt-omni/VoiceAssistant-400K", "train")
+    assert study(hub, 5).inputs() == study(hub, 5).inputs()
+    assert study(SplitSource(f"{hub.source}@abc", "train"), 5).inputs() != study(hub, 5).inputs()
+    with pytest.raises(AssertionError, match="asked"):
+        study(hub, 5).check()
+
+
+def test_a_second_reading_gives_the_same_and_writes_nothing(faulty: tuple[SplitSource, Path], tmp_path: Path) -> None:
+    first = read(study(faulty[0], 3), tmp_path)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "audio").iterdir()}
+    assert read(study(faulty[0], 3), tmp_path) == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "audio").iterdir()} == times
+
+
+# -- speaking ---------------------------------------------------------------------------------------------------------
+def say(examples: Sequence[Example]) -> list[Example]:
+    bad = [example.id for example in examples if "%" in example.question]
+    if bad:
+        raise UserError(f"{bad[0]} cannot be spoken")
+    return [Example(e.id, e.question, e.answers, e.answer, Path(f"{e.id}.flac")) for e in examples]
+
+
+def test_what_cannot_be_spoken_is_left_out_of_training_but_refused_in_a_task() -> None:
+    good, bad = Example("g", "Fine?", ("A",), "A"), Example("b", "%?", ("A",), "A")
+    spoken, dropped = speak_groups({"train": [good, bad], "heldout": [good], "task-t": [good]}, say, strict=False)
+    assert [e.id for e in spoken["train"]] == ["g"]
+    assert [e.audio for e in spoken["task-t"]] == [Path("g.flac")]
+    assert [(group, item.id, item.reason) for group, item in dropped] == [("train", "b", "cannot be spoken")]
+    with pytest.raises(UserError, match="b cannot be spoken"):
+        speak_groups({"train": [good, bad]}, say, strict=True)
+    with pytest.raises(UserError, match="b cannot be spoken"):
+        speak_groups({"train": [good], "task-t": [bad]}, say, strict=False)
+    with pytest.raises(UserError, match="b cannot be spoken"):  # nothing at all: the voice may be at fault
+        spoken_or_dropped([bad], say)
