@@ -103,6 +103,7 @@ def test_a_local_copy_has_the_hub_s_splits(tmp_path: Path) -> None:
     source = f"voice_assistant:{hub_layout(tmp_path)}"
     assert [row.question for row in rows(source)] == [f"train {s} {i}?" for s in range(2) for i in range(3)]
     assert len(rows(source, "test")) == 2
+    assert open_table(source, "test").count() == 2
     with pytest.raises(UserError, match="no split 'dev'; it has: train, test"):
         rows(source, "dev")
     with pytest.raises(UserError, match="does not exist"):
@@ -146,9 +147,9 @@ def test_the_hub_is_asked_when_rows_are_read_and_not_before(tmp_path: Path, monk
     memory = fsspec.filesystem("memory")
     memory.pipe("/va.parquet", local.read_bytes())
 
-    def files(name: str, revision: str | None, split: str) -> list[str]:
+    def files(name: str, revision: str | None, split: str) -> tuple[list[str], int]:
         asked.append((name, revision, split))
-        return ["memory://va.parquet"]
+        return ["memory://va.parquet"], 3
 
     monkeypatch.setattr(published, "hub_files", files)
     table = open_table("gpt-omni/VoiceAssistant-400K@abc123", "train")
@@ -156,6 +157,7 @@ def test_the_hub_is_asked_when_rows_are_read_and_not_before(tmp_path: Path, monk
     assert table.identity == ["hub", "gpt-omni/VoiceAssistant-400K", "abc123", "train"]
     assert [row.question for row in table.read(1, None, True)] == ["Q1?", "Q2?"]
     assert len(list(table.read(0, {0}, True))) == 1
+    assert table.count() == 3
     assert asked == [("gpt-omni/VoiceAssistant-400K", "abc123", "train")]
 
 
@@ -163,7 +165,7 @@ def test_hub_files_come_from_datasets(tmp_path: Path) -> None:
     """`datasets` treats a folder like a hub repository: the same builder, the same splits."""
     from palimpsest.data.parquet import hub_files
 
-    files = hub_files(str(hub_layout(tmp_path)), None, "train")
+    files, _ = hub_files(str(hub_layout(tmp_path)), None, "train")
     assert [Path(file).name for file in files] == [f"train-0000{i}-of-00002.parquet" for i in range(2)]
     with pytest.raises(UserError, match="no split 'x'; it has: train, test"):
         hub_files(str(tmp_path), None, "x")

@@ -78,7 +78,8 @@ def inspect_data(
     table = open_table(source, split)
     names, found = Names(table), Findings()
     limits = filters or Filters()
-    total = limit if table.n_rows is None else min(table.n_rows, limit or table.n_rows)
+    n_rows = table.count()
+    total = limit if n_rows is None else min(n_rows, limit or n_rows)
     with Reporter(1).step(f"reading {source}, split {split}") as advance:
         for row in islice(table.read(0, None, True), limit):
             problem = found.add(row, names(row), limits)

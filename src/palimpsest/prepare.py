@@ -90,7 +90,7 @@ def _fill(
 ) -> None:
     """From the row after the last note to the end of the table, or until `limit` examples are kept."""
     names = Names(table, work.ids())
-    rows = table.read(work.n_rows, None, True)
+    rows, n_rows = table.read(work.n_rows, None, True), table.count()
 
     def say(examples: Sequence[Example]) -> list[Example]:
         return speak(examples, work.audio, voice, min(workers, max(1, len(examples))))
@@ -117,8 +117,7 @@ def _fill(
         if strict and fault is not None:
             raise refuse(fault, table.where)
         work.note(kept, dropped, position)
-        done, total = (work.n_kept, limit) if limit is not None else (position, table.n_rows or position)
-        advance(done, total)
+        advance(*((work.n_kept, limit) if limit is not None else (position, n_rows or position)))
 
 
 def _take(row: Row, name: str, audio: Path, filters: Filters) -> Example | Dropped:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from palimpsest.data.parquet import Schema, local_files, local_identity, parquet_table
+from palimpsest.data.parquet import Schema, local_count, local_files, local_identity, parquet_table
 from palimpsest.data.published import joined
 from palimpsest.data.rows import Row, Table, find_columns, listed, text, texts
 from palimpsest.rundir import UserError
@@ -47,7 +47,8 @@ OWN_SCHEMA = Schema(required=REQUIRED, read=_fields, optional={k: v for k, v in 
 
 def own_parquet(path: Path, split: str) -> Table:
     files = local_files(path, split)
-    return parquet_table("table", str(path), OWN_SCHEMA, lambda: files, identity=local_identity(files))
+    identity, count = local_identity(files), lambda: local_count(files)
+    return parquet_table("table", str(path), OWN_SCHEMA, lambda: files, identity=identity, count=count)
 
 
 # ------------------------------------------------------------------------------------------------------------

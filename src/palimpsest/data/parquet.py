@@ -36,7 +36,7 @@ def parquet_table(
     files: Callable[[], Sequence[str]],
     *,
     identity: Any,
-    n_rows: int | None = None,
+    count: Callable[[], int | None],
 ) -> Table:
     """A table over parquet files; `files` gives their paths or URLs and is called at the first read."""
 
@@ -56,7 +56,7 @@ def parquet_table(
                     yield from _rows(_told(batches, url), first, start, only, columns, schema, where, url)
                 first = last
 
-    return Table(name, where, read, identity, n_rows)
+    return Table(name, where, read, identity, count)
 
 
 def _columns(present: Sequence[str], schema: Schema, where: str) -> dict[str, str]:
@@ -147,15 +147,21 @@ def local_files(path: Path, split: str) -> list[str]:
     return _of_split(_load_builder("parquet", data_dir=str(path)), split, str(path))
 
 
-def hub_files(name: str, revision: str | None, split: str) -> list[str]:
-    """URLs of a hub data set's parquet files; asks the hub."""
+def local_count(files: Sequence[str]) -> int:
+    return sum(_open(file).metadata.num_rows for file in files)
+
+
+def hub_files(name: str, revision: str | None, split: str) -> tuple[list[str], int | None]:
+    """URLs of a hub data set's parquet files, and its number of rows where its card says it; asks the hub."""
     builder = _load_builder(name, revision=revision)
     if builder.name != "parquet":
         raise UserError(
             f"{name} is stored as {builder.name}, not as parquet; give its converted files: "
             f"{name}@refs/convert/parquet."
         )
-    return _of_split(builder, split, name)
+    files = _of_split(builder, split, name)
+    card = (builder.info.splits or {}).get(split)
+    return files, card.num_examples if card else None
 
 
 def _load_builder(name: str, **options: Any) -> Any:

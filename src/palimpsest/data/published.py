@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from palimpsest.data.filters import without_speaker_tag
-from palimpsest.data.parquet import Schema, hub_files, local_files, local_identity, parquet_table
+from palimpsest.data.parquet import Schema, hub_files, local_count, local_files, local_identity, parquet_table
 from palimpsest.data.rows import Table, text, texts
 
 HUB = {
@@ -93,18 +93,25 @@ def hub_table(source: str, split: str) -> Table | None:
     if name not in HUB:
         return None
     prefix = HUB[name]
-    found: list[str] = []  # the hub is asked once
+    found: list[tuple[list[str], int | None]] = []  # the hub is asked once
 
-    def files() -> list[str]:
+    def answer() -> tuple[list[str], int | None]:
         if not found:
-            found.extend(hub_files(name, revision or None, split))
-        return found
+            found.append(hub_files(name, revision or None, split))
+        return found[0]
 
-    where = f"{source}, split {split}"
-    return parquet_table(prefix, where, SCHEMAS[prefix], files, identity=["hub", name, revision, split])
+    return parquet_table(
+        prefix,
+        f"{source}, split {split}",
+        SCHEMAS[prefix],
+        lambda: answer()[0],
+        identity=["hub", name, revision, split],
+        count=lambda: answer()[1],
+    )
 
 
 def local_table(prefix: str, path: Path, split: str) -> Table:
     """A local copy, one file or a folder. Raises UserError for a path or split that is not there."""
     files = local_files(path, split)
-    return parquet_table(prefix, str(path), SCHEMAS[prefix], lambda: files, identity=local_identity(files))
+    identity, count = local_identity(files), lambda: local_count(files)
+    return parquet_table(prefix, str(path), SCHEMAS[prefix], lambda: files, identity=identity, count=count)

@@ -51,7 +51,7 @@ class Table:
     where: str  # for messages
     read: Read
     identity: Any = None  # JSON that stands for the content where hashing all of it would take long; None: hash it
-    n_rows: int | None = None  # where it is known without reading
+    count: Callable[[], int | None] = lambda: None  # rows, where that is known without much reading
 
 
 def listed(name: str, where: str, rows: Callable[[], Iterable[Row]]) -> Table:
@@ -62,7 +62,7 @@ def listed(name: str, where: str, rows: Callable[[], Iterable[Row]]) -> Table:
             if row.position >= start and (only is None or row.position in only):
                 yield row
 
-    return Table(name, where, read)
+    return Table(name, where, read, count=lambda: sum(1 for _ in rows()))
 
 
 def identity_of(table: Table) -> Any:
