@@ -248,7 +248,7 @@ def test_csv(tmp_path: Path) -> None:
     assert first.audio == tmp_path / "q.wav"
     assert second.question == "Two\nlines?"
     assert second.audio is None
-    assert load_examples(f"csv:{tmp_path}", "d") == [first, second]
+    assert load_examples(f"csv:{tmp_path}", "d") == load_examples(str(tmp_path), "d") == [first, second]
     with pytest.raises(UserError, match="no split 'e'; it has: d"):
         load_examples(f"csv:{tmp_path}", "e")
 

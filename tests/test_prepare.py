@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -198,6 +202,20 @@ def test_bad_options_leave_nothing_behind(tmp_path: Path) -> None:
     write_manifest(tmp_path / "out" / "train.jsonl", [Example("a", "Q?", ("A",), "A")])
     with pytest.raises(UserError, match="was not made by this command"):
         run("facts", tmp_path / "out")
+
+
+def test_the_five_lines_of_the_docs(tmp_path: Path) -> None:
+    """docs/data.md as written, but for the last command, whose like test_readme.py runs."""
+    page = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```sh\n(.*?)```", page, flags=re.S)
+    write, *commands, score = block.strip().splitlines()
+    assert "palimpsest importance" in score
+    subprocess.run(["bash", "-c", write], cwd=tmp_path, check=True)
+    for command in commands:
+        words = [sys.executable, "-m", "palimpsest.cli", *shlex.split(command)[1:]]
+        subprocess.run(words, cwd=tmp_path, check=True, capture_output=True)
+    (example,) = load_examples(str(tmp_path / "prepared/mine"), "train")
+    assert (example.answer, example.voice) == ("The capital of France is Paris.", "hibari")
 
 
 # -- inspect ----------------------------------------------------------------------------------------------------------

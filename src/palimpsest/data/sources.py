@@ -6,6 +6,7 @@
 | `PATH.jsonl` | a manifest, see records.py | one file is one split, whatever its name |
 | `PATH/` with `SPLIT.jsonl` files | a folder of manifests | the names of the files |
 | `PATH.csv`, `PATH.parquet`, `csv:PATH`, `parquet:PATH` | a table of one's own, see own.py | one file is one split |
+| `PATH/` with `SPLIT.csv` or parquet files | tables of one's own | the names of the files |
 | `PATH/` with recordings and texts | a folder of recordings, see own.py | its sub-folders, or the folder |
 | `alpaca:PATH.json` | an instruction set: instruction, input, output | one file is one split |
 | `PATH/` with `llama_questions_300.tsv` | Llama Questions, with audio | test |
@@ -163,8 +164,8 @@ def _find(source: str, split: str) -> Table | Callable[[bool], list[Example]]:
         return whole(_read_llama_questions, path)
     if any((path / name).is_file() for name in WEB_FILES.values()):
         return whole(_read_web_questions, path)
-    if path.is_dir() and _is_parquet(path):
-        return own_parquet(path, split)
+    if path.is_dir() and (_is_parquet(path) or any(path.glob("*.csv"))):
+        return (own_parquet if _is_parquet(path) else own_csv)(path, split)
     found = "holds no question set that is known" if path.is_dir() else "does not exist"
     prefixes = ", ".join([*WHOLE, *TABLES, *(name for name in SCHEMAS if name not in WHOLE)])
     raise UserError(
