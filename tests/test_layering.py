@@ -16,7 +16,7 @@ ORDER: list[set[str]] = [
     {"data", "models"},
     {"importance", "training"},
     {"analysis", "evaluation"},
-    {"results", "workspace", "ask", "evaluate", "measure", "validation"},
+    {"results", "workspace", "answering", "ask", "evaluate", "measure", "validation"},
     {"study"},
     {"cli"},
 ]

@@ -27,6 +27,7 @@ RESULT_TABLES = (
     "deactivation",
     "qa",
     "comparisons",
+    "probe",
     "layers",
     "shift",
     "clustering",
@@ -48,7 +49,7 @@ class UserError(Exception):
 # ---------------------------------------------------------------------------------------------------------------------
 # Record types of results.json: flat, one row each. Fields are only ever added.
 # ---------------------------------------------------------------------------------------------------------------------
-Modality = Literal["text", "speech", "cascade"]
+Modality = Literal["text", "speech", "cascade", "text_asr"]  # how a question is put: docs/glossary.md
 
 
 class DeactivationRecord(TypedDict):
@@ -83,6 +84,7 @@ class QARecord(TypedDict):
     n_failed: int  # could not be answered; counted as wrong
     n_refusal: NotRequired[int]  # added after the first results were written
     n_loop: NotRequired[int]
+    source: NotRequired[str]  # measured: by this version, here; published: taken from a paper
 
 
 class ComparisonRecord(TypedDict):
@@ -101,6 +103,21 @@ class ComparisonRecord(TypedDict):
     ci_high: float
     p_value: float  # McNemar, exact
     p_holm: float  # Holm-corrected over the table
+
+
+class ProbeRecord(TypedDict):
+    """Right against wrong continuations, without generation; see evaluation/probe.py."""
+
+    model: str
+    kind: str  # of pairs, or "all"
+    n: int
+    correct: int  # pairs whose right continuation has the lower mean loss
+    accuracy: float  # chance: one half
+    ci_low: float
+    ci_high: float
+    margin: float  # mean of the wrong continuation's loss minus the right one's, nats per token
+    loss_right: float
+    loss_wrong: float
 
 
 class LayerRecord(TypedDict):

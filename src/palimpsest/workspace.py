@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from palimpsest.models.processor import SpeechLMProcessor
     from palimpsest.models.speech_lm import SpeechLM
 
-Modality = Literal["text", "speech"]
+Modality = Literal["text", "speech"]  # what a collator can put; rundir.Modality has those of evaluation
 BASE = "base"
 # What code each kind of step depends on: a change there runs the step again.
 CODE = {
@@ -40,6 +40,7 @@ CODE = {
         "evaluation/deactivation",
     ),
     "samples": ("evaluation", "models", "data/collate"),
+    "probe": ("evaluation/probe", "models"),
     "analysis": ("analysis", "importance"),
 }
 
