@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from palimpsest.data.sources import load_examples
 from palimpsest.progress import Reporter
 from palimpsest.rundir import Modality, UserError, hash_value, write_json, write_jsonl
 
@@ -33,19 +33,19 @@ def evaluate_model(
     """
     from palimpsest.data.speech import speak
     from palimpsest.evaluation.generate import answer_questions, summarise
-    from palimpsest.evaluation.tasks import Task
+    from palimpsest.evaluation.tasks import load_task
     from palimpsest.models.loading import fingerprint, model_kind, resolve
 
-    examples = load_examples(source, split, limit)
-    task = Task(Path(source.rpartition(":")[2]).stem, tuple(examples))
+    task = load_task(source, split=split, limit=limit)
     where = resolve(model)
     if modality == "speech" and model_kind(where) == "language_model":
         raise UserError(f"{model} takes no audio; evaluate it with --modality text or cascade.")
     heard = modality in ("cascade", "text_asr")
-    reporter = Reporter(2 if modality != "text" else 1)
-    if modality != "text" and any(example.audio is None for example in examples):
+    unspoken = modality != "text" and any(example.audio is None for example in task.examples)
+    reporter = Reporter(1 + unspoken)
+    if unspoken:
         with reporter.step("speaking the questions") as advance:
-            task = Task(task.name, tuple(speak(examples, out / "audio", progress=advance)))
+            task = replace(task, examples=tuple(speak(task.examples, out / "audio", progress=advance)))
     if device == "auto":
         import torch
 
