@@ -266,6 +266,9 @@ def test_a_speech_lm_answers_recordings_as_it_answers_the_cached_frames_of_a_stu
     compute_features(model.encoder, processor, spoken.examples, tmp_path / "features")
     cached = speech_answerer(model, Collator(processor, "speech", Features(tmp_path / "features")), 8)
     direct = recording_answerer(model, processor, 8)
+    frames: list[torch.Tensor] = []
+    model.adaptor.register_forward_pre_hook(lambda _, inputs: frames.append(inputs[0]))
     expected = cached(spoken.examples, "speech")
     assert direct(spoken.examples, "speech") == expected == [direct([e], "speech")[0] for e in spoken.examples]
     assert len({given.response for given in expected}) > 1
+    torch.testing.assert_close(frames[1], frames[0], rtol=0, atol=2e-3)  # float16, batched otherwise
