@@ -105,21 +105,6 @@ class ComparisonRecord(TypedDict):
     p_holm: float  # Holm-corrected over the table
 
 
-class ProbeRecord(TypedDict):
-    """Right against wrong continuations, without generation; see evaluation/probe.py."""
-
-    model: str
-    kind: str  # of pairs, or "all"
-    n: int
-    correct: int  # pairs whose right continuation has the lower mean loss
-    accuracy: float  # chance: one half
-    ci_low: float
-    ci_high: float
-    margin: float  # mean of the wrong continuation's loss minus the right one's, nats per token
-    loss_right: float
-    loss_wrong: float
-
-
 class LayerRecord(TypedDict):
     model: str
     modality: str

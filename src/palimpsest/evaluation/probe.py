@@ -28,7 +28,8 @@ from torch.nn.functional import cross_entropy
 from palimpsest.evaluation.stats import wilson
 from palimpsest.models.anatomy import unwrap
 from palimpsest.models.processor import encode
-from palimpsest.rundir import ProbeRecord, UserError, hash_file, read_jsonl
+from palimpsest.rundir import UserError, hash_file, read_jsonl
+from palimpsest.schema import ProbeRecord
 
 if TYPE_CHECKING:
     from torch import nn

@@ -20,7 +20,8 @@ from palimpsest.report.formats import (
     text,
 )
 from palimpsest.report.inputs import method_key, method_name
-from palimpsest.rundir import ClusteringRecord, DeltaRecord, LayerRecord, ProbeRecord, ShiftRecord, TimingRecord
+from palimpsest.rundir import ClusteringRecord, DeltaRecord, LayerRecord, ShiftRecord, TimingRecord
+from palimpsest.schema import ProbeRecord
 
 
 def probe(records: Sequence[ProbeRecord]) -> Table:

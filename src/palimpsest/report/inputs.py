@@ -56,7 +56,7 @@ class Results(TypedDict):
     deactivation: list[rundir.DeactivationRecord]
     qa: list[rundir.QARecord]
     comparisons: list[rundir.ComparisonRecord]
-    probe: list[rundir.ProbeRecord]
+    probe: list[schema.ProbeRecord]
     layers: list[rundir.LayerRecord]
     shift: list[rundir.ShiftRecord]
     clustering: list[rundir.ClusteringRecord]
