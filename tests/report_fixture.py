@@ -70,6 +70,7 @@ def invented_results() -> dict[str, list[dict[str, Any]]]:
         "deactivation": _deactivation(),
         "qa": _qa(),
         "comparisons": _comparisons(),
+        "probe": _probe(),
         "layers": _layers(),
         "shift": _shift(),
         "clustering": _clustering(rng),
@@ -96,6 +97,19 @@ def invented_results() -> dict[str, list[dict[str, Any]]]:
             {"step": "report", "seconds": 7405.0, "peak_rss_bytes": 3_100_000_000},
         ],
     }
+
+
+def probe_row(model: str, kind: str, correct: int, n: int, margin: float) -> dict[str, Any]:
+    share = correct / n
+    return {
+        "model": model, "kind": kind, "n": n, "correct": correct, "accuracy": share, "ci_low": share - 0.05,
+        "ci_high": share + 0.05, "margin": margin, "loss_right": 2.0, "loss_wrong": 2.0 + margin,
+    }  # fmt: skip
+
+
+def _probe() -> list[dict[str, Any]]:
+    kinds = (("all", 84), ("facts", 40), ("forms", 44))
+    return [probe_row(model, kind, n - 10, n, 3.0) for model in ("base", *METHODS) for kind, n in kinds]
 
 
 def _deactivation() -> list[dict[str, Any]]:

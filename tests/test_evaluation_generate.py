@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -187,6 +190,51 @@ def test_samples_without_their_binding_are_refused(tmp_path: Path) -> None:
         run(Oracle(), out)
 
 
+SLOW = """
+import sys, time
+from pathlib import Path
+from palimpsest.data.records import Example
+from palimpsest.evaluation.generate import Answer, answer_questions
+from palimpsest.evaluation.tasks import Task
+
+task = Task("slow", tuple(Example(f"q{i:02d}", f"What is {i:02d}?", (str(i),), str(i)) for i in range(30)))
+out, pause = Path(sys.argv[1]), float(sys.argv[2])
+
+def answer(examples, modality):
+    time.sleep(pause)
+    with out.with_suffix(".asked").open("a") as file:
+        file.write("".join(e.id + chr(10) for e in examples))
+    return [Answer(f"It is {e.answer}.", 3, f"<user>{e.question}", 5) for e in examples]
+
+answer_questions(answer, task, "text", model="m", out=out, batch_size=2)
+"""
+
+
+def test_after_sigkill_it_continues_at_the_next_batch_and_nothing_is_asked_or_written_twice(tmp_path: Path) -> None:
+    def start(out: Path, pause: float) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", SLOW, str(out), str(pause)])
+
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    uninterrupted, process = start(whole, 0.0), start(out, 0.1)
+    deadline = time.monotonic() + 120
+    while not out.exists() or out.read_bytes().count(b"\n") < 6:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()  # SIGKILL
+    process.wait()
+    assert uninterrupted.wait() == 0
+    left = read_jsonl(out)
+    assert 6 <= len(left) < 30
+    asked = out.with_suffix(".asked").read_text().splitlines()
+    assert start(out, 0.0).wait() == 0
+    assert timeless(read_jsonl(out)) == timeless(read_jsonl(whole))  # type: ignore[arg-type]
+    again = out.with_suffix(".asked").read_text().splitlines()[len(asked) :]
+    # Everything that was not on disk, and nothing that was; at most the batch in progress at the kill is asked twice.
+    assert again == [f"q{i:02d}" for i in range(30) if f"q{i:02d}" not in {row["id"] for row in left}]
+    assert len(set(asked) & set(again)) <= 2
+
+
 # -- failures ------------------------------------------------------------------------------------------------
 def test_a_failed_sample_is_listed_and_counted_wrong(tmp_path: Path) -> None:
     rows = run(Oracle(broken=["q1", "q4"]), tmp_path / "a.jsonl", batch_size=3)
@@ -240,6 +288,7 @@ def test_summary_by_hand(tmp_path: Path) -> None:
         "n_failed": 0,
         "n_refusal": 0,
         "n_loop": 0,
+        "source": "measured",
     }
     with pytest.raises(UserError, match="6 answers of lora"):
         summarise(rows[1:], "lora", TASK, "cascade")
@@ -328,6 +377,20 @@ def test_a_language_model_answers_text_only_and_within_its_positions(tmp_path: P
     assert {row["failed"] for row in rows} == {True, False}
     assert all("does not fit" in str(row["error"]) for row in rows if row["failed"])
     assert json.loads((tmp_path / "a.jsonl").read_text("utf-8").splitlines()[0])["id"] == "q0"
+
+
+@pytest.mark.slow
+def test_in_float32_the_embedded_model_answers_the_same_in_batches_of_any_size(tmp_path: Path) -> None:
+    folder = checkpoint("embedded:smollm2-135m-instruct")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    answer = text_answerer(model, AutoTokenizer.from_pretrained(folder))
+    task = load_task("facts", split="heldout", limit=24)
+    found = {}
+    for size in (1, 5, 24):
+        rows = answer_questions(answer, task, "text", model="x", out=tmp_path / f"{size}.jsonl", batch_size=size)
+        found[size] = timeless(rows)
+    assert found[1] == found[5] == found[24]
+    assert len({row["response"] for row in found[1]}) > 12
 
 
 # -- the reference number ------------------------------------------------------------------------------------

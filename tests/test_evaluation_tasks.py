@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from palimpsest.data.records import Example
-from palimpsest.evaluation.tasks import Task, load_task
+from palimpsest.evaluation.tasks import Task, load_task, task_name
 from palimpsest.rundir import UserError
 
 PARIS = Example("q1", "What is the capital of France?", ("Paris",), "Paris")
@@ -64,3 +64,17 @@ def test_require_audio_names_the_first_silent_question() -> None:
     Task("t", (ROME,)).require_audio()
     with pytest.raises(UserError, match=r"1 of the 2 questions .* 'q1'"):
         Task("t", (PARIS, ROME)).require_audio()
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("facts", "facts"),
+        ("data/my-set.jsonl", "my-set"),
+        ("llama_questions:/data/llama_questions", "llama_questions"),
+        ("fixie-ai/llama-questions", "llama_questions"),
+        ("chiyuanhsiao/spoken-web-questions", "web_questions"),
+    ],
+)
+def test_what_records_call_a_task(source: str, name: str) -> None:
+    assert task_name(source) == name

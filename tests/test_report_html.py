@@ -131,7 +131,7 @@ def test_samples_show_the_first_questions_of_every_method(page: str, parsed: _Pa
 def test_every_table_can_be_copied_in_three_forms(parsed: _Page) -> None:
     formats = [tag["data-format"] for tag in parsed.all("template")]
     n_tables = sum((tag.get("id") or "").startswith("table-") for tag in parsed.all("table"))
-    assert n_tables == 11
+    assert n_tables == 12
     assert formats == ["markdown", "latex", "csv"] * n_tables
 
 

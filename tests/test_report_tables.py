@@ -7,7 +7,7 @@ from typing import Any
 from palimpsest.paper import SOURCE_LABEL
 from palimpsest.report import analysis_tables, structure_tables, tables
 from palimpsest.report.formats import Table, to_csv, to_latex, to_markdown
-from report_fixture import accuracy_row, comparison_row, invented_results
+from report_fixture import accuracy_row, comparison_row, invented_results, probe_row
 
 
 def _deactivation(condition: str, perplexity: float | None, seed: int | None = None) -> Any:
@@ -42,7 +42,7 @@ def test_deactivation_averages_the_random_masks_and_shows_their_range() -> None:
     ]
     table = tables.deactivation(records)
     assert _row(table, 0) == [
-        "this run",
+        "measured here",
         "Base",
         "text",
         "3",
@@ -86,7 +86,7 @@ def test_accuracy_puts_modalities_side_by_side_under_one_scoring_rule() -> None:
     table = tables.accuracy(records, "token_sequence", "Some-LM")
     base, full = _row(table, 0), _row(table, 1)
     # Wilson, 60 of 300: centre (0.2 + 0.0064) / 1.0128, half-width 0.0452
-    assert base == ["this run", "facts", "Some-LM", "Base", "20.0 [15.9 to 24.9; n 300]", "–", "–"]
+    assert base == ["measured here", "facts", "Some-LM", "Base", "20.0 [15.9 to 24.9; n 300]", "–", "–"]
     assert full[3:6] == ["Full-FT", "10.0 [7.1 to 13.9; n 300]", "0.0 [0.0 to 1.3; n 300]"]
     assert len(table.rows) - len(table.published) == 2
 
@@ -97,15 +97,43 @@ def test_accuracy_details_keep_every_scoring_rule_and_count_failures() -> None:
         accuracy_row("base", "facts", "text", 90) | {"metric": "a"},
     ]
     table = tables.accuracy_details(records)
-    assert _row(table, 0)[3:] == ["a 1", "300", "90", "30.0 [25.1 to 35.4]", "2", "1"]
-    assert _row(table, 1)[3:5] == ["token_sequence 1", "300"]
+    records[1] |= {"n_refusal": 4, "n_loop": 3, "source": "published (someone)"}
+    table = tables.accuracy_details(records)
+    assert _row(table, 0)[4:] == ["a 1", "300", "90", "30.0 [25.1 to 35.4]", "2", "4", "3", "1"]
+    assert _row(table, 1)[4:] == ["token_sequence 1", "300", "60", "20.0 [15.9 to 24.9]", "2", "–", "–", "1"]
+    assert [_row(table, i)[0] for i in (0, 1)] == ["published (someone)", "measured here"]
+
+
+def test_every_accuracy_row_says_whether_it_was_published_or_measured_here() -> None:
+    records: Any = [accuracy_row("base", "llama_questions", modality, 60) for modality in ("text", "cascade")]
+    table = tables.accuracy(records, "token_sequence")
+    said = [_row(table, i)[0] for i in range(len(table.rows))]
+    assert said == ["measured here"] + ["published (Wang et al.)"] * (len(said) - 1)
+    systems = {_row(table, i)[2] for i in range(len(table.rows))}
+    assert {"Moshi, 7B", "GLM-4-Voice, 9B"} <= systems
+    assert [column.title for column in table.columns][-3:] == ["T2T %", "S2T %", "Cascade %"]
+    more: Any = [*records, accuracy_row("full", "llama_questions", "text_asr", 33)]
+    wider = tables.accuracy(more, "token_sequence")
+    assert [column.title for column in wider.columns][-1] == "Transcript %"
+    assert _row(wider, 1)[-1].startswith("11.0 [")
+    assert _row(wider, 2)[-4:] == [*_row(table, 1)[-3:], "–"]
+
+
+def test_the_probe_has_a_row_per_kind_and_two_columns_per_model() -> None:
+    records: Any = [probe_row("full", "all", 30, 60, -0.5), *(probe_row("base", k, 45, 60, 2.0) for k in ("all", "x"))]
+    table = analysis_tables.probe(records)
+    assert [column.title for column in table.columns] == [
+        "Pairs", "n", "Base %", "Base, margin", "Full-FT %", "Full-FT, margin",
+    ]  # fmt: skip
+    assert _row(table, 0) == ["all", "60", "75.0 [70.0 to 80.0]", "2.00", "50.0 [45.0 to 55.0]", "-0.500"]
+    assert _row(table, 1)[-2:] == ["–", "–"]
 
 
 def test_lora_ranks_show_only_methods_with_a_rank() -> None:
     records: Any = [accuracy_row("lora_r8", "facts", "text", 60), accuracy_row("full", "facts", "text", 60)]
     table = tables.lora_rank(records, "token_sequence", {"lora_r8": 8})
     ours = [_row(table, index) for index in range(len(table.rows)) if index not in table.published]
-    assert ours == [["this run", "facts", "–", "8", "20.0 [15.9 to 24.9; n 300]", "–"]]
+    assert ours == [["measured here", "facts", "–", "8", "20.0 [15.9 to 24.9; n 300]", "–"]]
     assert len(table.published) == 6
 
 

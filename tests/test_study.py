@@ -98,6 +98,8 @@ def test_every_table_is_there_for_every_model(finished: Path) -> None:
         (method, modality) for method in METHODS for modality in ("text", "speech")
     }
     assert {r["model"] for r in found["layers"]} == models
+    assert [r["model"] for r in found["probe"] if r["kind"] == "all"] == ["base", *METHODS]
+    assert {r["source"] for r in found["qa"]} == {"measured"}
     assert {r["model"] for r in found["shift"]} == set(METHODS)
     assert {(r["model"], r["of"]) for r in found["clustering"]} == {
         *((m, of) for m in models for of in ("importance", "mask")),
@@ -151,6 +153,7 @@ def test_a_changed_method_runs_only_what_depends_on_it(finished: Path, inputs: P
         "methods/lora/checkpoint",
         "methods/lora/importance",
         "methods/lora/deactivation",
+        "methods/lora/probe",
         "methods/lora/samples/numbers-text",
         "methods/lora/samples/numbers-speech",
         "analysis",
@@ -205,6 +208,41 @@ def test_data_from_a_table_held_out_by_hash_and_what_was_dropped(inputs: Path, t
     strict = Study(parse_config(recipe(inputs, data={**data, "strict": True}), "test"), tmp_path / "run")
     with pytest.raises(UserError, match="row 14: silent audio"):
         strict.data()
+
+
+def test_transcripts_are_asked_of_every_model_and_the_base_s_answers_to_them_are_its_cascade(
+    finished: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    import palimpsest.evaluation.cascade as cascade
+    import palimpsest.models.loading as loading
+
+    def hear(_: object, __: object, examples: Any) -> dict[str, str]:
+        return {e.id: e.question.replace("is", "was") for e in examples}
+
+    monkeypatch.setattr(cascade, "transcribe", hear)
+    monkeypatch.setattr(loading, "load_asr", lambda name, device: (None, None))
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("step.json")}
+    changed = recipe(inputs)
+    changed["models"]["asr"] = str(inputs / "whisper")
+    changed["evaluation"]["text_asr"] = True
+    run_study(parse_config(changed, "test"), copy)
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # only steps that are new
+    found = results(copy)
+    transcripts = {}
+    for folder in ("base/samples/numbers-cascade", *(f"methods/{m}/samples/numbers-text_asr" for m in METHODS)):
+        rows = [json.loads(line) for line in (copy / folder / "samples.jsonl").read_text().splitlines()]
+        transcripts[folder] = [row["transcript"] for row in rows]
+        assert all(f"<user>{row['transcript']}<end>" in row["prompt"] for row in rows)
+    assert set(map(tuple, transcripts.values())) == {tuple(f"What was {i}?" for i in range(6))}
+    asked = {(r["method"], r["modality"]) for r in found["qa"]}
+    assert {("base", "cascade"), ("base", "text_asr"), ("lora", "text_asr")} <= asked
+    base = [{**r, "modality": ""} for r in found["qa"] if r["method"] == "base" and r["modality"] == "cascade"]
+    assert base == [{**r, "modality": ""} for r in found["qa"] if (r["method"], r["modality"]) == ("base", "text_asr")]
+    assert {r["method_b"] for r in found["comparisons"] if r["modality"] == "text_asr"} == set(METHODS)
 
 
 @pytest.mark.parametrize(

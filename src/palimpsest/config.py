@@ -127,6 +127,8 @@ class Evaluation(_Strict):
     tasks: tuple[EvaluationTask, ...] = Field(min_length=1)
     max_new_tokens: int = Field(32, ge=1)
     batch_size: int = Field(16, ge=1)
+    probe: bool = True  # the retention probe of every model: seconds each
+    text_asr: bool = False  # also ask the tuned models the recogniser's transcripts; needs models.asr
 
 
 class StudyConfig(_Strict):
@@ -150,6 +152,8 @@ class StudyConfig(_Strict):
         for name in self.methods:
             if name == "base" or not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"the method name {name!r} must be letters, digits, - and _, and not 'base'")
+        if self.evaluation.text_asr and self.models.asr is None:
+            raise ValueError("evaluation.text_asr needs a recogniser; name one as models.asr")
         tasks = [task.name for task in self.evaluation.tasks]
         if len(set(tasks)) < len(tasks):
             raise ValueError(f"evaluation.tasks names a task twice: {tasks}")

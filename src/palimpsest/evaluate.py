@@ -1,14 +1,15 @@
-"""Evaluate one model on one task, outside a study: `palimpsest evaluate`."""
+"""Evaluate one model, outside a study: `palimpsest evaluate` on one task, `palimpsest probe` without generation."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from palimpsest.data.sources import load_examples
 from palimpsest.progress import Reporter
-from palimpsest.rundir import UserError, write_json
+from palimpsest.rundir import Modality, UserError, hash_value, write_json, write_jsonl
 
 
 def evaluate_model(
@@ -17,38 +18,46 @@ def evaluate_model(
     out: Path,
     *,
     split: str,
-    modality: Literal["text", "speech", "cascade"],
+    modality: Modality,
     asr: str,
     limit: int | None,
     max_new_tokens: int,
     batch_size: int,
+    device: str = "auto",
 ) -> Iterator[str]:
-    """Answer, score, write samples.jsonl and results.json to `out`; yields the lines of a small table.
+    """Answer, score, write samples and results to `out`; yields the lines of a small table.
+
+    `model`: any causal LM (text, and transcripts), a SpeechLM or an audio LLM of transformers (speech too).
 
     Raises UserError for bad input before the model is loaded.
     """
     from palimpsest.data.speech import speak
     from palimpsest.evaluation.generate import answer_questions, summarise
-    from palimpsest.evaluation.tasks import Task
-    from palimpsest.models.loading import fingerprint, is_speech_lm, resolve
+    from palimpsest.evaluation.tasks import load_task
+    from palimpsest.models.loading import fingerprint, model_kind, resolve
 
     recordings = out / "audio" if modality != "text" else None  # of a table that holds them
-    examples = load_examples(source, split, limit, audio=recordings)
+    task = load_task(source, split=split, limit=limit, audio=recordings)
     where = resolve(model)
-    if modality == "speech" and not is_speech_lm(where):
-        raise UserError(f"{model} is no speech LLM; evaluate it with --modality text or cascade.")
-    reporter = Reporter(2 if modality != "text" else 1)
-    if modality != "text" and any(example.audio is None for example in examples):
+    if modality == "speech" and model_kind(where) == "language_model":
+        raise UserError(f"{model} takes no audio; evaluate it with --modality text or cascade.")
+    heard = modality in ("cascade", "text_asr")
+    unspoken = modality != "text" and any(example.audio is None for example in task.examples)
+    reporter = Reporter(1 + unspoken)
+    if unspoken:
         with reporter.step("speaking the questions") as advance:
-            examples = speak(examples, out / "audio", progress=advance)
-    task = Task(Path(source.rpartition(":")[2]).stem, tuple(examples))
-    answerer = _answerer(where, examples, modality, asr, max_new_tokens, out)
+            task = replace(task, examples=tuple(speak(task.examples, out / "audio", progress=advance)))
+    if device == "auto":
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    answerer = _answerer(where, modality, asr, max_new_tokens, device)
     with reporter.step(f"{task.name} from {modality}") as advance:
         rows = answer_questions(
             answerer,
             task,
             modality,
-            model=fingerprint(model),
+            model=hash_value([fingerprint(model), fingerprint(asr)]) if heard else fingerprint(model),
             out=out / f"samples-{modality}.jsonl",
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
@@ -56,7 +65,8 @@ def evaluate_model(
         )
     records = summarise(rows, model, task, modality)
     results: dict[str, Any] = {"schema": 1, "qa": records}
-    if modality == "cascade":
+    results["seconds_per_question"] = sum(row["seconds"] for row in rows) / len(rows)
+    if heard:
         from palimpsest.evaluation.cascade import word_error_rate
 
         results["word_error_rate"] = word_error_rate((row["question"], row["transcript"] or "") for row in rows)
@@ -66,28 +76,52 @@ def evaluate_model(
             f"{record['metric']:<24} {record['correct']:>4}/{record['n']}  {100 * record['accuracy']:5.1f} %  "
             f"[{100 * record['ci_low']:.1f}, {100 * record['ci_high']:.1f}]"
         )
-    if modality == "cascade":
+    flags = {flag: sum(bool(row[flag]) for row in rows) for flag in ("empty", "refusal", "loop", "failed")}
+    yield "answers that are          " + ", ".join(f"{flag}: {count}" for flag, count in flags.items())
+    for row in rows:
+        if row["failed"]:
+            yield f"failed: {row['id']}: {row['error']}"
+    if heard:
         yield f"word error rate          {100 * results['word_error_rate']:.1f} %"
+    yield f"seconds per question     {results['seconds_per_question']:.2f}"
 
 
-def _answerer(where: str, examples: Any, modality: str, asr: str, max_new_tokens: int, out: Path) -> Any:
+def _answerer(where: str, modality: Modality, asr: str, max_new_tokens: int, device: str) -> Any:
     from palimpsest.evaluation.generate import text_answerer
-    from palimpsest.models.loading import load_asr, load_language_model, load_speech_lm
+    from palimpsest.models.loading import load_asr, load_audio_llm, load_language_model, load_speech_lm, model_kind
 
-    if modality == "speech":
-        from palimpsest.data.collate import Collator
-        from palimpsest.data.features import Features, compute_features
-        from palimpsest.evaluation.speech import speech_answerer
+    kind = model_kind(where)
+    if kind == "speech_lm" and modality == "speech":
+        from palimpsest.evaluation.speech import recording_answerer
 
-        speech_lm, processor = load_speech_lm(where)
-        compute_features(speech_lm.encoder, processor, examples, out / "features")
-        collator = Collator(processor, "speech", Features(out / "features"))
-        return speech_answerer(speech_lm, collator, max_new_tokens)
-    language_model, tokenizer = load_language_model(where)
-    text = text_answerer(language_model, tokenizer, max_new_tokens)
-    if modality == "text":
-        return text
+        return recording_answerer(*load_speech_lm(where, device=device), max_new_tokens)
+    if kind == "audio_llm":
+        from palimpsest.evaluation.audio_llm import audio_llm_answerer
+
+        answer = audio_llm_answerer(*load_audio_llm(where, dtype="auto", device=device), max_new_tokens)
+    else:
+        answer = text_answerer(*load_language_model(where, device=device), max_new_tokens)
+    if modality in ("text", "speech"):
+        return answer
     from palimpsest.evaluation.cascade import cascade_answerer, transcribe
 
-    recogniser, asr_processor = load_asr(asr)
-    return cascade_answerer(lambda group: transcribe(recogniser, asr_processor, group), text)
+    return cascade_answerer(partial(transcribe, *load_asr(asr, device=device)), answer)
+
+
+def probe_model(model: str, out: Path, *, batch_size: int) -> Iterator[str]:
+    """The retention probe of one model: records.json and pairs.jsonl in `out`; yields the lines of a small table."""
+    from palimpsest.evaluation.probe import load_pairs, pair_losses, pairs_version, summarise_probe
+    from palimpsest.models.loading import fingerprint, load_language_model, resolve
+
+    resolve(model)
+    with Reporter(1).step("probe") as advance:
+        losses = pair_losses(*load_language_model(model), load_pairs(), batch_size, progress=advance)
+    records = summarise_probe(losses, model)
+    write_jsonl(out / "pairs.jsonl", (loss.to_row() for loss in losses))
+    write_json(out / "records.json", {"schema": 1, "pairs": pairs_version(), "model": fingerprint(model),
+                                      "probe": records})  # fmt: skip
+    for record in records:
+        yield (
+            f"{record['kind']:<14} {record['correct']:>4}/{record['n']:<4} {100 * record['accuracy']:5.1f} %  "
+            f"[{100 * record['ci_low']:.1f}, {100 * record['ci_high']:.1f}]  margin {record['margin']:+.2f} nats"
+        )

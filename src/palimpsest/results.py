@@ -18,7 +18,7 @@ from palimpsest.rundir import RESULT_TABLES, SCHEMA, ComparisonRecord, RunDir, r
 if TYPE_CHECKING:
     from palimpsest.config import StudyConfig
 
-MODALITIES = ("text", "speech", "cascade")
+MODALITIES = ("text", "speech", "cascade", "text_asr")
 
 
 def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -> dict[str, Any]:
@@ -28,6 +28,8 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
     for name in names:
         folder = run.path / ("base" if name == "base" else f"methods/{name}")
         tables["deactivation"] += read_json(folder / "deactivation" / "records.json")
+        if config.evaluation.probe:
+            tables["probe"] += read_json(folder / "probe" / "records.json")
         if name != "base":
             tables["training"] += read_json(folder / "checkpoint" / "training.json")
     for table in TABLES:
@@ -37,11 +39,13 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
     for task_config in config.evaluation.tasks:
         examples = read_manifest(run.path / "data" / f"task-{task_config.name}.jsonl")
         task = Task(task_config.name, tuple(examples))
-        for modality in MODALITIES:
+        for modality in MODALITIES if config.evaluation.text_asr else MODALITIES[:3]:
             verdicts: dict[str, dict[str, bool]] = {}
             for name in names:
                 folder = run.path / ("base" if name == "base" else f"methods/{name}")
-                file = folder / "samples" / f"{task.name}-{modality}" / "samples.jsonl"
+                # The base model's answers to transcripts are its cascade.
+                asked = "cascade" if (name, modality) == ("base", "text_asr") else modality
+                file = folder / "samples" / f"{task.name}-{asked}" / "samples.jsonl"
                 if not file.exists():
                     continue
                 rows: Any = read_jsonl(file)

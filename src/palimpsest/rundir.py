@@ -27,6 +27,7 @@ RESULT_TABLES = (
     "deactivation",
     "qa",
     "comparisons",
+    "probe",
     "layers",
     "shift",
     "clustering",
@@ -48,7 +49,7 @@ class UserError(Exception):
 # ---------------------------------------------------------------------------------------------------------------------
 # Record types of results.json: flat, one row each. Fields are only ever added.
 # ---------------------------------------------------------------------------------------------------------------------
-Modality = Literal["text", "speech", "cascade"]
+Modality = Literal["text", "speech", "cascade", "text_asr"]  # how a question is put: docs/glossary.md
 
 
 class DeactivationRecord(TypedDict):
@@ -83,6 +84,7 @@ class QARecord(TypedDict):
     n_failed: int  # could not be answered; counted as wrong
     n_refusal: NotRequired[int]  # added after the first results were written
     n_loop: NotRequired[int]
+    source: NotRequired[str]  # measured: by this version, here; published: taken from a paper
 
 
 class ComparisonRecord(TypedDict):

@@ -1,4 +1,4 @@
-"""Rows of the tables of results.json that come from the analysis; the others stand in rundir.py."""
+"""Rows of results.json that come from the analysis and the retention probe; the others stand in rundir.py."""
 
 from __future__ import annotations
 
@@ -46,3 +46,18 @@ class CorrelationRecord(TypedDict):
     kendall_tau: float | None
     p_value: float | None  # exact, two-sided
     note: str
+
+
+class ProbeRecord(TypedDict):
+    """Right against wrong continuations, without generation; see evaluation/probe.py."""
+
+    model: str
+    kind: str  # of pairs, or "all"
+    n: int
+    correct: int  # pairs whose right continuation has the lower mean loss
+    accuracy: float  # chance: one half
+    ci_low: float
+    ci_high: float
+    margin: float  # mean of the wrong continuation's loss minus the right one's, nats per token
+    loss_right: float
+    loss_wrong: float

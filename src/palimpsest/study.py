@@ -1,6 +1,6 @@
 """A study from data to report: the steps in order, each written once and skipped when nothing it depends on changed.
 
-data → features → base (importance, deactivation, answers) → each method (train, importance, deactivation, answers)
+data → features → base (importance, deactivation, probe, answers) → each method (train, and the same)
 → analysis → results.json, figures, report.html
 
 `Study.run` reads from top to bottom; every step is a method that writes one folder of the run directory.
@@ -13,9 +13,10 @@ import time
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from palimpsest.config import EvaluationTask, StudyConfig, dump_config
+from palimpsest.answering import answers, cascade, probe
+from palimpsest.config import StudyConfig, dump_config
 from palimpsest.data.collate import batches
 from palimpsest.data.features import compute_features
 from palimpsest.data.records import Example, write_manifest
@@ -25,9 +26,6 @@ from palimpsest.progress import Advance, Reporter
 from palimpsest.results import collect
 from palimpsest.rundir import UserError, hash_value, require_disk, write_json, write_jsonl, write_text
 from palimpsest.workspace import BASE, DROPPED, Modality, Workspace, folder_of
-
-if TYPE_CHECKING:
-    from palimpsest.evaluation.generate import Answerer
 
 
 def run_study(config: StudyConfig, folder: Path, reporter: Reporter | None = None) -> Path:
@@ -43,6 +41,8 @@ class Study:
         n_tasks = len(config.evaluation.tasks)
         per_task_base = 2 if config.models.asr else 1  # text, cascade
         n_steps = 7 + (2 + per_task_base * n_tasks) + len(config.methods) * (3 + 2 * n_tasks)
+        n_steps += (1 + len(config.methods)) * config.evaluation.probe
+        n_steps += len(config.methods) * n_tasks * config.evaluation.text_asr
         self.config = config
         self.ws = Workspace(config, folder, reporter or Reporter(n_steps))
 
@@ -55,17 +55,21 @@ class Study:
         self.importance(BASE)
         self.importance(BASE, other=True)
         self.deactivation(BASE)
+        probe(self.ws, BASE)
         for task in self.config.evaluation.tasks:
-            self.answers(BASE, task, "text")
+            answers(self.ws, BASE, task, "text")
             if self.config.models.asr:
-                self.cascade(task)
+                cascade(self.ws, task)
         for name in self.config.methods:
             self.train(name)
             self.importance(name)
             self.deactivation(name)
+            probe(self.ws, name)
             for task in self.config.evaluation.tasks:
-                self.answers(name, task, "text")
-                self.answers(name, task, "speech")
+                answers(self.ws, name, task, "text")
+                answers(self.ws, name, task, "speech")
+                if self.config.evaluation.text_asr:
+                    answers(self.ws, name, task, "text_asr")
         self.ws.forget()
         self.analysis()
         return self.report(started)
@@ -261,65 +265,6 @@ class Study:
             self.ws.keep(name, model)
 
         self.ws.step(f"methods/{name}/checkpoint", "train", inputs, write)
-
-    # -- evaluation ---------------------------------------------------------------------------------------------------
-    def answers(self, name: str, task: EvaluationTask, modality: Modality) -> None:
-        """NAME/samples/TASK-MODALITY/: an answer to every question, as text or as speech."""
-
-        def make() -> Answerer:
-            from palimpsest.evaluation.generate import text_answerer
-            from palimpsest.evaluation.speech import speech_answerer
-
-            limit = self.config.evaluation.max_new_tokens
-            if modality == "speech":
-                return speech_answerer(self.ws.speech_lm(name), self.ws.collator("speech", f"task-{task.name}"), limit)
-            return text_answerer(
-                self.ws.language_model(name), self.ws.processor.tokenizer, limit, self.config.prompt.system
-            )
-
-        self._answer(name, task, modality, make, {"features": self.ws.fingerprint("features")})
-
-    def cascade(self, task: EvaluationTask) -> None:
-        """base/samples/TASK-cascade/: the recogniser's transcript answered by the base model, the reference for S2T."""
-
-        def make() -> Answerer:
-            from palimpsest.evaluation.cascade import cascade_answerer, transcribe
-            from palimpsest.evaluation.generate import text_answerer
-            from palimpsest.models.loading import load_asr
-
-            asr, asr_processor = load_asr(str(self.config.models.asr), device=self.ws.device)
-            limit = self.config.evaluation.max_new_tokens
-            base = text_answerer(self.ws.base, self.ws.processor.tokenizer, limit, self.config.prompt.system)
-            return cascade_answerer(lambda group: transcribe(asr, asr_processor, group), base)
-
-        self._answer(BASE, task, "cascade", make, {"asr": self.ws.model_hash(str(self.config.models.asr))})
-
-    def _answer(self, name: str, task: EvaluationTask, modality: Any, make: Any, more: dict[str, Any]) -> None:
-        options = self.config.evaluation
-        inputs = {
-            "model": self.ws.model_inputs(name),
-            "data": self.ws.fingerprint("data"),
-            "task": task.name,
-            "options": options.model_dump(exclude={"tasks"}),
-            "prompt": self.config.prompt.model_dump(),
-            **more,
-        }
-
-        def write(folder: Path, advance: Advance) -> None:
-            from palimpsest.evaluation.generate import answer_questions
-
-            answer_questions(
-                make(),
-                self.ws.task(task),
-                modality,
-                model=hash_value(inputs["model"]),
-                out=folder / "samples.jsonl",
-                max_new_tokens=options.max_new_tokens,
-                batch_size=options.batch_size,
-                progress=advance,
-            )
-
-        self.ws.step(f"{folder_of(name)}/samples/{task.name}-{modality}", "samples", inputs, write)
 
     # -- analysis and report ------------------------------------------------------------------------------------------
     def analysis(self) -> None:

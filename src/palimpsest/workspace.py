@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from palimpsest.models.processor import SpeechLMProcessor
     from palimpsest.models.speech_lm import SpeechLM
 
-Modality = Literal["text", "speech"]
+Modality = Literal["text", "speech"]  # what a collator can put; rundir.Modality has those of evaluation
 BASE = "base"
 DROPPED = "dropped"  # data/dropped.jsonl: what was left out of training and held-out data, and why
 # What code each kind of step depends on: a change there runs the step again.
@@ -54,6 +54,7 @@ CODE = {
         "evaluation/deactivation",
     ),
     "samples": ("evaluation", "models", "data/collate"),
+    "probe": ("evaluation/probe", "models"),
     "analysis": ("analysis", "importance"),
 }
 

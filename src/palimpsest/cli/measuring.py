@@ -15,6 +15,7 @@ class Modality(StrEnum):
     text = "text"
     speech = "speech"
     cascade = "cascade"
+    text_asr = "text_asr"
 
 
 class Precision(StrEnum):
@@ -40,7 +41,7 @@ def ask(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Option(help="Causal LM or speech LLM: embedded: name, folder, or hub name.")],
+    model: Annotated[str, typer.Option(help="Causal LM, speech LLM or audio LLM: embedded: name, folder, hub name.")],
     task: Annotated[str, typer.Option(help="facts, a manifest, llama_questions:FOLDER or web_questions:FOLDER.")],
     out: Annotated[Path, typer.Option(help="Folder for samples-MODALITY.jsonl and results-MODALITY.json.")],
     split: Annotated[str, typer.Option(help="Split of the task.")] = "test",
@@ -49,6 +50,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    device: Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda, cuda:1 …")] = "auto",
 ) -> None:
     """Answer the questions of a task and score the answers, each accuracy with its 95 % interval.
 
@@ -66,6 +68,7 @@ def evaluate(
         limit=limit,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        device=device,
     ):
         typer.echo(line)
 

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,6 +68,19 @@ def cascade_answerer(hear: Callable[[Sequence[Example]], dict[str, str]], answer
         return [by_id.get(e.id, Answer("", 0))._replace(transcript=transcripts[e.id]) for e in examples]
 
     return answer_heard
+
+
+def heard_before(transcripts: Mapping[str, str | None]) -> Callable[[Sequence[Example]], dict[str, str]]:
+    """A `hear` for `cascade_answerer` from transcripts by id; None stands for a recording that could not be read."""
+
+    def hear(examples: Sequence[Example]) -> dict[str, str]:
+        heard = {example.id: transcripts.get(example.id) for example in examples}
+        for id, text in heard.items():
+            if text is None:
+                raise UserError(f"Question {id!r} has no transcript: its recording could not be read.")
+        return {id: text for id, text in heard.items() if text is not None}
+
+    return hear
 
 
 def word_error_rate(pairs: Iterable[tuple[str, str]]) -> float:

@@ -291,6 +291,7 @@ def summarise(rows: Sequence[SampleRow], method: str, task: Task, modality: Moda
                 "n_failed": sum(row["failed"] for row in rows),
                 "n_refusal": sum(row["refusal"] for row in rows),
                 "n_loop": sum(row["loop"] for row in rows),
+                "source": "measured",
             }
         )
     return records

@@ -13,6 +13,12 @@ from palimpsest.rundir import UserError, hash_value
 
 TASK_VERSION = "1"  # raised whenever the same examples would be put to a model in another way
 
+HUB_NAMES = {
+    "fixie-ai/llama-questions": "llama_questions",
+    "fixie-ai/spoken-web-questions": "web_questions",
+    "chiyuanhsiao/spoken-web-questions": "web_questions",
+}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -58,14 +64,21 @@ def load_task(
     seed: int | None = None,
     instruction: str | None = None,
     metric: str = PRIMARY,
+    audio: Path | None = None,
 ) -> Task:
     """The task of a question set, by name or path; see `data.sources.load_examples` for what can be read.
 
-    `name` is what the records call the task, by default the name of the file or folder without its suffix.
-    With `limit`, the first examples are taken, or a random choice where a `seed` is given.
+    `name` is what the records call the task, by default `task_name(source)`.
+    With `limit`, the first examples are taken, or a random choice where a `seed` is given. `audio`: the folder that
+    recordings inside a table are written to.
     """
-    examples = load_examples(source, split, limit=limit, seed=seed)
-    return Task(name or Path(source.rpartition(":")[2]).stem, tuple(examples), instruction, metric)
+    examples = load_examples(source, split, limit=limit, seed=seed, audio=audio)
+    return Task(name or task_name(source), tuple(examples), instruction, metric)
+
+
+def task_name(source: str) -> str:
+    """A hub set's usual name, so that its rows stand beside the published ones; else file or folder, without suffix."""
+    return HUB_NAMES.get(source, Path(source.rpartition(":")[2]).stem)
 
 
 def _check(task: Task) -> None:

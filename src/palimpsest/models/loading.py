@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import safe_open
 
@@ -99,19 +99,71 @@ def is_speech_lm(name: str) -> bool:
     ) == "palimpsest_speech_lm"
 
 
+def model_kind(where: str) -> Literal["speech_lm", "audio_llm", "language_model"]:
+    """What a resolved name is, told from its config alone: ours, an audio LLM of transformers, or neither."""
+    if is_speech_lm(where):
+        return "speech_lm"
+    from transformers import AutoConfig
+
+    return "audio_llm" if _takes_audio(_from_pretrained(AutoConfig, where).to_dict()) else "language_model"
+
+
+def _takes_audio(config: Mapping[str, Any]) -> bool:
+    """Whether the config, or one inside it, describes an audio part beside a language model."""
+    marks = ("audio_config", "audio_token_id", "audio_token_index")
+    inner = (value for value in config.values() if isinstance(value, Mapping))
+    return any(config.get(mark) is not None for mark in marks) or any(map(_takes_audio, inner))
+
+
 def load_language_model(
     name: str, *, dtype: torch.dtype | str = "float32", device: str = "cpu"
 ) -> tuple[PreTrainedModel, Any]:
-    """(causal language model in eval mode, tokenizer). For a SpeechLM's folder: the language model inside it."""
+    """(causal language model in eval mode, tokenizer).
+
+    For a SpeechLM's folder: the language model inside it. For an audio LLM of transformers: that model, which answers
+    text as it is.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = resolve(name)
     if is_speech_lm(where):
         speech_lm, processor = load_speech_lm(where, dtype=dtype, device=device)
         return speech_lm.language_model, processor.tokenizer
+    if model_kind(where) == "audio_llm":
+        audio_llm, audio_processor = load_audio_llm(where, dtype=dtype, device=device)
+        return audio_llm, audio_processor.tokenizer
     tokenizer = _from_pretrained(AutoTokenizer, where)
     model = _from_pretrained(AutoModelForCausalLM, where, dtype=dtype)
     return model.to(device).eval(), tokenizer
+
+
+def load_audio_llm(
+    name: str, *, dtype: torch.dtype | str = "float32", device: str = "cpu"
+) -> tuple[PreTrainedModel, Any]:
+    """(audio LLM of transformers in eval mode, its processor), of the class that the checkpoint names.
+
+    Raises UserError for a model that takes no audio, for a class transformers does not have, and for a processor that
+    needs a package which is not installed (Voxtral: mistral-common; Granite Speech: torchaudio).
+    """
+    import transformers
+
+    where = resolve(name)
+    config = _from_pretrained(transformers.AutoConfig, where)
+    if not _takes_audio(config.to_dict()):
+        raise UserError(f"{name} is a {config.model_type} model and takes no audio; ask it in text, or use a cascade.")
+    architecture = (config.architectures or ["none"])[0]
+    kind = getattr(transformers, architecture, None)
+    if kind is None or not hasattr(kind, "generate"):
+        raise UserError(
+            f"{name} names the class {architecture}, which transformers {transformers.__version__} cannot answer with; "
+            "use another version of transformers, or another checkpoint."
+        )
+    try:
+        processor = _from_pretrained(transformers.AutoProcessor, where)
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"The processor of {name} needs a package that is not installed: {reason}") from error
+    return _from_pretrained(kind, where, dtype=dtype).to(device).eval(), processor
 
 
 def load_asr(name: str, *, device: str = "cpu") -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
@@ -151,6 +203,6 @@ def load_speech_lm(
 def _from_pretrained(kind: Any, where: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(where, **options)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a model type that transformers does not know
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{where} could not be loaded as {kind.__name__}: {reason}") from error

@@ -21,6 +21,38 @@ from palimpsest.report.formats import (
 )
 from palimpsest.report.inputs import method_key, method_name
 from palimpsest.rundir import ClusteringRecord, DeltaRecord, LayerRecord, ShiftRecord, TimingRecord
+from palimpsest.schema import ProbeRecord
+
+
+def probe(records: Sequence[ProbeRecord]) -> Table:
+    """The retention probe: one row per kind of pairs, a column per model."""
+    models = sorted({row["model"] for row in records}, key=method_key)
+    cells = {(row["kind"], row["model"]): row for row in records}
+    columns = [Column("Pairs"), Column("n", numeric=True)]
+    for model in models:
+        columns += [
+            Column(f"{method_name(model)} %", numeric=True),
+            Column(f"{method_name(model)}, margin", numeric=True),
+        ]
+    rows: list[tuple[Cell, ...]] = []
+    for kind, n in dict.fromkeys((row["kind"], row["n"]) for row in records):
+        line = [text(kind), count(n)]
+        for model in models:
+            row = cells.get((kind, model))
+            if row is None:
+                line += [EMPTY, EMPTY]
+            else:
+                share = Cell(percent(row["accuracy"]), interval(row["ci_low"], row["ci_high"]), row["accuracy"])
+                line += [share, number(row["margin"])]
+        rows.append(tuple(line))
+    return Table(
+        "probe",
+        "Retention probe: right against wrong continuations, without generation",
+        tuple(columns),
+        tuple(rows),
+        "Share of pairs whose right continuation has the lower loss, 95 % Wilson interval; chance is 50 %. Margin: "
+        "mean of the wrong continuation's loss minus the right one's, nats per token.",
+    )
 
 
 def layers(records: Sequence[LayerRecord], modality: str, reduction: str) -> Table:

@@ -128,6 +128,7 @@ def tables_of(inputs: Inputs) -> dict[str, Table]:
         tables.lora_rank(results["qa"], metric, _ranks(inputs), model),
         tables.comparisons(results["comparisons"]),
         tables.claims(results["claims"]),
+        analysis_tables.probe(results["probe"]),
         analysis_tables.layers(results["layers"], "text", main_reduction(results)),
         analysis_tables.shift(results["shift"]),
         analysis_tables.clustering(results["clustering"]),

@@ -25,8 +25,8 @@ from palimpsest import rundir, schema
 METHOD_ORDER = ("base", "full", "layer_lr", "lora")
 METHOD_NAMES = {"base": "Base", "full": "Full-FT", "layer_lr": "Layer-LR", "lora": "LoRA"}
 TASK_NAMES = {"llama_questions": "Llama Questions", "web_questions": "Web Questions"}
-MODALITIES = ("text", "speech", "cascade")
-MODALITY_NAMES = {"text": "T2T", "speech": "S2T", "cascade": "Cascade"}
+MODALITIES = ("text", "speech", "cascade", "text_asr")
+MODALITY_NAMES = {"text": "T2T", "speech": "S2T", "cascade": "Cascade", "text_asr": "Transcript"}
 MAIN_METRIC = "token_sequence"  # the scoring rule and the reduction that the claims are decided on;
 MAIN_REDUCTION = "per_batch_abs"  # a run without them is shown by the first it has
 # Where a null stands for a number that was not finite. Anywhere else a null is a damaged record.
@@ -56,6 +56,7 @@ class Results(TypedDict):
     deactivation: list[rundir.DeactivationRecord]
     qa: list[rundir.QARecord]
     comparisons: list[rundir.ComparisonRecord]
+    probe: list[schema.ProbeRecord]
     layers: list[rundir.LayerRecord]
     shift: list[rundir.ShiftRecord]
     clustering: list[rundir.ClusteringRecord]

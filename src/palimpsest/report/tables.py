@@ -36,7 +36,7 @@ from palimpsest.rundir import (
     QARecord,
 )
 
-OURS = "this run"
+OURS = "measured here"
 DIGEST_NOTE = "* from a secondary digest of the paper, not checked against it."
 CONDITIONS = ("base", "top", "bottom", "random")
 VERDICTS = {"holds": "✓ holds", "fails": "✗ fails", "undecided": "? undecided"}
@@ -128,12 +128,14 @@ def _published(value: paper.Value | None, written: str) -> Cell:
 
 def accuracy(records: Sequence[QARecord], metric: str, model: str = DASH) -> Table:
     """Table 2: accuracy from text (T2T), from speech (S2T) and of the cascade, under one scoring rule."""
+    asked = {row["modality"] for row in records}
+    modalities = [modality for modality in MODALITY_NAMES if modality != "text_asr" or modality in asked]
     columns = (
         Column("Source"),
         Column("Task"),
         Column("Model"),
         Column("Method"),
-        *(Column(f"{name} %", numeric=True) for name in MODALITY_NAMES.values()),
+        *(Column(f"{MODALITY_NAMES[modality]} %", numeric=True) for modality in modalities),
     )
     cells = {
         (row["task"], row["method"], row["modality"]): _accuracy(row) for row in records if row["metric"] == metric
@@ -147,12 +149,13 @@ def accuracy(records: Sequence[QARecord], metric: str, model: str = DASH) -> Tab
                 text(task_name(task)),
                 text(model),
                 text(method_name(method)),
-                *(cells.get((task, method, modality), EMPTY) for modality in MODALITY_NAMES),
+                *(cells.get((task, method, modality), EMPTY) for modality in modalities),
             )
             for method in sorted({method for of, method, _ in cells if of == task}, key=method_key)
         ]
         for published in paper.TABLE_2:
             if published.task == task:
+                published_at = {"text": _percent(published.t2t), "speech": _percent(published.s2t)}
                 published_rows.append(len(rows))
                 rows.append(
                     (
@@ -160,9 +163,7 @@ def accuracy(records: Sequence[QARecord], metric: str, model: str = DASH) -> Tab
                         text(task_name(task)),
                         text(f"{published.system}, {published.size}"),
                         text(method_name(published.method)) if published.method else EMPTY,
-                        _percent(published.t2t),
-                        _percent(published.s2t),
-                        EMPTY,
+                        *(published_at.get(modality, EMPTY) for modality in modalities),
                     )
                 )
     return Table(
@@ -194,17 +195,22 @@ def _percent(value: paper.Value | None) -> Cell:
 
 
 def accuracy_details(records: Sequence[QARecord]) -> Table:
-    """Every accuracy of the run, by scoring rule, with how many answers were empty or failed."""
+    """Every accuracy of the run, by scoring rule, with how many answers were empty, refused, looping or failed."""
     columns = (
+        Column("Source"),
         Column("Method"),
         Column("Task"),
         Column("Input"),
         Column("Scoring rule"),
-        *(Column(name, numeric=True) for name in ("n", "Correct", "Accuracy %", "Empty", "Failed")),
+        *(
+            Column(name, numeric=True)
+            for name in ("n", "Correct", "Accuracy %", "Empty", "Refused", "Looping", "Failed")
+        ),
     )
     key = lambda row: (row["metric"], row["task"], modality_key(row["modality"]), method_key(row["method"]))  # noqa: E731
     rows = tuple(
         (
+            text(OURS if row.get("source", "measured") == "measured" else row["source"]),
             text(method_name(row["method"])),
             text(task_name(row["task"])),
             text(row["modality"]),
@@ -213,6 +219,7 @@ def accuracy_details(records: Sequence[QARecord]) -> Table:
             count(row["correct"]),
             Cell(percent(row["accuracy"]), interval(row["ci_low"], row["ci_high"]), row["accuracy"]),
             count(row["n_empty"]),
+            *(count(row[flag]) if flag in row else EMPTY for flag in ("n_refusal", "n_loop")),
             count(row["n_failed"]),
         )
         for row in sorted(records, key=key)
@@ -222,7 +229,8 @@ def accuracy_details(records: Sequence[QARecord]) -> Table:
         "Every accuracy, by scoring rule",
         columns,
         rows,
-        "Empty and failed answers count as wrong.",
+        "Empty and failed answers count as wrong. Refused and looping ones are scored as they are: a refusal opens "
+        "with an apology or not knowing, a loop repeats a run of words three times or more, over at least six words.",
     )
 
 
