@@ -237,7 +237,7 @@ def test_transcripts_are_asked_of_every_model_and_the_base_s_answers_to_them_are
         rows = [json.loads(line) for line in (copy / folder / "samples.jsonl").read_text().splitlines()]
         transcripts[folder] = [row["transcript"] for row in rows]
         assert all(f"<user>{row['transcript']}<end>" in row["prompt"] for row in rows)
-    assert set(map(tuple, transcripts.values())) == {tuple(f"What was {i}?" for i in range(6))}
+    assert set(map(tuple, transcripts.values())) == {tuple(f"What was heldout {i}?" for i in range(6))}
     asked = {(r["method"], r["modality"]) for r in found["qa"]}
     assert {("base", "cascade"), ("base", "text_asr"), ("lora", "text_asr")} <= asked
     base = [{**r, "modality": ""} for r in found["qa"] if r["method"] == "base" and r["modality"] == "cascade"]
