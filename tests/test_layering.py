@@ -16,7 +16,7 @@ ORDER: list[set[str]] = [
     {"data", "models"},
     {"importance", "training"},
     {"analysis", "evaluation"},
-    {"results", "workspace", "answering", "ask", "evaluate", "measure", "validation", "prepare", "inspection"},
+    {"results", "workspace", "answering", "ask", "evaluate", "measure", "validation", "prepare", "inspection", "plan", "plan_text"},
     {"study"},
     {"cli"},
 ]
