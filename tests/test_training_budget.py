@@ -198,7 +198,10 @@ def test_sharding_divides_what_is_kept() -> None:
     alone, eighth = memory(one, batch), memory(replace(one, n_gpus=8), batch)
     assert (eighth.weights, eighth.optimizer) == (-(-alone.weights // 8), -(-alone.optimizer // 8))
     assert alone.peak > 128e9 > 40e9 > eighth.peak
-    assert eighth.activations == alone.activations
+    # Layers are gathered in bf16, so activations are those of bf16 weights, without copies of weights.
+    assert eighth.activations == memory(replace(one, n_gpus=1, weight_bytes=2), batch).activations < alone.activations
+    float32 = [memory(replace(one, n_gpus=n, autocast=False), batch).activations for n in (1, 8)]
+    assert float32[0] == float32[1]
 
 
 @given(st.sampled_from(["full", "layer_lr", "lora", "adaptor"]), st.integers(1, 600), st.integers(1, 80), st.booleans())

@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -121,7 +122,7 @@ def make_plan(config: StudyConfig, options: Options) -> Plan:
         batch = largest_batch(config, lengths, setup, positions)
         weights = setup.weight_bytes * (decoder.parameters + encoder.parameters + setup.adaptor_parameters)
         tokens, flops = _arithmetic(config, lengths, setup, positions)
-        steps = _steps(config, lengths.n, tokens, setup.n_gpus)
+        steps = _steps(config, lengths.n, tokens)
         saves = config.training.checkpoint_every < steps
         methods.append(
             MethodPlan(
@@ -199,9 +200,15 @@ def _setup(config: StudyConfig, name: str, decoder: Any, encoder: Any, device: A
         autocast=training.bf16,
         checkpointing=training.gradient_checkpointing,
         accumulation=training.accumulation,
+        # A sharded head is not there as a whole for the fused kernel.
+        fused_loss=n_gpus == 1 and device == "cuda" and _fused(getattr(training, "liger", False)),
         device=device,
         n_gpus=n_gpus,
     )
+
+
+def _fused(liger: bool | str) -> bool:
+    return liger is True or (liger == "auto" and find_spec("liger_kernel") is not None)
 
 
 def largest_batch(config: StudyConfig, lengths: Lengths, setup: Setup, positions: int | None) -> Batch:
@@ -211,12 +218,13 @@ def largest_batch(config: StudyConfig, lengths: Lengths, setup: Setup, positions
     training = config.training
     rows = [lengths.row(i, setup.modality, positions, setup.stack_factor) for i in range(len(lengths.rows))]
     longest = max(length for length, _, _ in rows)
-    n_rows = -(-training.batch_size // setup.n_gpus)
+    n_rows = training.batch_size
     budget: int | None = getattr(training, "max_tokens", None)
     if budget is not None:
         if longest > budget:
             raise UserError(f"training.max_tokens is {budget}, the longest example has {longest} tokens; raise it.")
         n_rows = min(n_rows, budget // longest)
+    n_rows = -(-n_rows // setup.n_gpus)  # every device takes its share of each batch
     shortest_prompt = min(length - answer for length, _, answer in rows)
     return Batch(
         rows=n_rows,
@@ -249,12 +257,12 @@ def _arithmetic(config: StudyConfig, lengths: Lengths, setup: Setup, positions: 
     return tokens, flops
 
 
-def _steps(config: StudyConfig, n: int, tokens: float, n_gpus: int) -> int:
+def _steps(config: StudyConfig, n: int, tokens: float) -> int:
     training = config.training
     budget: int | None = getattr(training, "max_tokens", None)
     batches = math.ceil(n / training.batch_size)
     if budget is not None:
-        batches = max(batches, math.ceil(tokens / (budget * n_gpus)))
+        batches = max(batches, math.ceil(tokens / budget))
     return max(1, math.ceil(math.ceil(batches / training.accumulation) * training.epochs))
 
 

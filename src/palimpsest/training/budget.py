@@ -103,8 +103,13 @@ class Setup:
 
     @property
     def casts(self) -> bool:
-        """Whether weights and activations are cast from float32 to bf16 for the arithmetic."""
-        return self.autocast and self.weight_bytes == 4
+        """Whether autograd keeps bf16 copies of float32 weights and activations. Sharded, layers come in bf16 whole."""
+        return self.autocast and self.weight_bytes == 4 and self.n_gpus == 1
+
+    @property
+    def stream_bytes(self) -> int:
+        """Of a number between the layers."""
+        return self.compute_bytes if self.n_gpus > 1 else self.weight_bytes
 
     @property
     def compute_bytes(self) -> int:
@@ -181,10 +186,11 @@ def memory(setup: Setup, batch: Batch) -> Memory:
 def layer_bytes_per_token(setup: Setup) -> dict[str, int]:
     """What autograd keeps of one decoder layer, bytes per token, by part; without the mask and copies of weights."""
     d, q, f = setup.decoder.hidden, setup.decoder.attention, setup.decoder.intermediate
-    c, lora = setup.compute_bytes, setup.method == "lora"
+    c, stream, lora = setup.compute_bytes, setup.stream_bytes, setup.method == "lora"
+    adapter = 2 if setup.n_gpus > 1 and setup.autocast else 4
     parts = {
         # The input of each of two norms in float32, as the norm computes; before its own weight, if that is trained.
-        "norms": 2 * 4 * d + (2 * setup.weight_bytes * d if setup.trains_decoder else 0),
+        "norms": 2 * 4 * d + (2 * stream * d if setup.trains_decoder else 0),
         # The norms' outputs are the inputs of the projections, which need them only to train a weight.
         "projections": 0,
         "attention": 4 * c * q,  # q, k, v, output
@@ -192,7 +198,7 @@ def layer_bytes_per_token(setup: Setup) -> dict[str, int]:
         "lora": 0,
         "statistics": 4 * setup.decoder.heads + 2 * 4,  # of attention's softmax and the norms, float32
     }
-    if setup.trains_decoder or (lora and c == setup.weight_bytes == 4):
+    if setup.trains_decoder or (lora and c == stream == adapter):
         parts["projections"] = c * ((5 if setup.casts else 2) * d + f)
     elif lora:
         # The adapter's input is cast to its float32, and under autocast back to bf16: a copy for each projection.
@@ -208,7 +214,7 @@ def activation_bytes(setup: Setup, batch: Batch) -> int:
     per_layer = batch.tokens * (sum(layer_bytes_per_token(setup).values()) + c * batch.length)  # the mask: B·S·S
     if setup.casts:
         per_layer += 2 * (decoder.matrices + setup.lora_parameters) // decoder.layers  # bf16 copies of the weights
-    stream = setup.weight_bytes  # precision of the residual stream
+    stream = setup.stream_bytes
     if setup.checkpointing:
         layers = decoder.layers * batch.tokens * stream * decoder.hidden + per_layer  # inputs; one layer at a time anew
     else:
@@ -242,7 +248,8 @@ def _gathered(setup: Setup) -> int:
     decoder, c = setup.decoder, setup.compute_bytes
     layer = decoder.matrices // decoder.layers
     rest = decoder.parameters - decoder.matrices + setup.adaptor_parameters
-    return c * (2 * layer + rest) + (c * (layer + rest) if setup.trains_decoder else 0)
+    reduced = c + (4 if setup.autocast else 0)  # gradients are added up over devices in float32
+    return c * (2 * layer + rest) + (reduced * (layer + rest) if setup.trains_decoder else 0)
 
 
 def largest_rows(setup: Setup, batch: Batch, capacity: int) -> int:
