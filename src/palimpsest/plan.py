@@ -276,7 +276,7 @@ def read_lengths(config: StudyConfig, options: Options) -> Lengths:
 
     train = config.data.train
     if is_hub_name(train.source):
-        published = PUBLISHED_ROWS.get(train.source)
+        published = PUBLISHED_ROWS.get(train.source.partition("@")[0])
         n = options.examples or train.limit or published
         if n is None:
             raise UserError(f"{train.source} is not on this machine; give --examples, how many it will train on.")

@@ -24,7 +24,7 @@ from palimpsest.data.speech import VOICES, speak
 from palimpsest.data.splits import speak_groups
 from palimpsest.progress import Advance, Reporter
 from palimpsest.results import collect
-from palimpsest.rundir import UserError, hash_value, require_disk, write_json, write_jsonl, write_text
+from palimpsest.rundir import UserError, require_disk, write_json, write_jsonl, write_text
 from palimpsest.workspace import BASE, DROPPED, Modality, Workspace, folder_of
 
 
