@@ -64,6 +64,18 @@ def test_values_out_of_range_name_the_key(path: str, value: Any) -> None:
         parse_config(changed(path, value), "recipe.yaml")
 
 
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"kind": "full", "importance": "shuffled"}, "belongs to kind layer_lr; full does not use it"),
+        ({"kind": "adaptor", "modality": "text"}, "would train nothing"),
+    ],
+)
+def test_methods_that_make_no_sense_are_refused(method: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"methods.m: .*{message}"):
+        parse_config(changed("methods.m", method), "recipe.yaml")
+
+
 def test_no_method_is_called_base_and_no_task_comes_twice() -> None:
     with pytest.raises(UserError, match="not 'base'"):
         parse_config(changed("methods.base", {"kind": "full"}), "r")

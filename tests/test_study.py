@@ -161,6 +161,27 @@ def test_a_changed_method_runs_only_what_depends_on_it(finished: Path, inputs: P
     }
 
 
+def test_controls_are_trained_and_a_model_tuned_on_text_is_not_asked_in_speech(inputs: Path, tmp_path: Path) -> None:
+    methods = {
+        "adaptor": {"kind": "adaptor", "learning_rate": 1e-3},
+        "full_text": {"kind": "full", "learning_rate": 1e-3, "modality": "text"},
+        "layer_lr_inverted": {"kind": "layer_lr", "importance": "inverted"},
+    }
+    small = recipe(inputs, methods=methods, importance={"n_examples": 8, "batch_size": 2})
+    small["data"]["train"]["limit"] = 8
+    report = run_study(parse_config(small, "test"), tmp_path / "run")
+    found = results(tmp_path / "run")
+    asked = {(r["method"], r["modality"]) for r in found["qa"]}
+    assert asked == {(m, "text") for m in ("base", *methods)} | {(m, "speech") for m in methods if m != "full_text"}
+    assert {(r["model"], r["modality"]) for r in found["deactivation"]} == asked
+    # The adaptor alone was trained: the language model is the base's to the last bit. Tuning on text moved it.
+    assert {r["relative_norm"] for r in found["delta"] if r["method"] == "adaptor"} == {0.0}
+    assert all(r["relative_norm"] > 0 for r in found["delta"] if r["method"] != "adaptor")
+    scales = {m: tmp_path / "run/methods" / m / "checkpoint/layer_scales.json" for m in methods}
+    assert [m for m, path in scales.items() if path.exists()] == ["layer_lr_inverted"]
+    assert "not asked in speech: full_text" in report.read_text()
+
+
 @pytest.mark.slow
 def test_killed_in_different_steps_it_continues_and_ends_the_same(finished: Path, inputs: Path, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palimpsest.rundir import UserError
-from palimpsest.training.methods import Method, add_lora, layer_scales, merge_lora, rules_for
+from palimpsest.training.methods import Method, add_lora, layer_scales, merge_lora, method_scales, rules_for
 from palimpsest.training.rules import assign, parameter_groups
 from tiny import tiny_llama, tiny_speech_lm
 
@@ -52,6 +52,23 @@ def test_every_parameter_is_in_exactly_one_group_or_frozen(kind: str) -> None:
         assert all(".lora_" in name or name.startswith("adaptor.") for name in by_name)
 
 
+def trained(method: Method) -> set[str]:
+    """First parts of the names that a method trains in a tiny SpeechLM."""
+    model, _ = tiny_speech_lm()
+    groups = parameter_groups(model, rules_for(method), lr=method.learning_rate)
+    return {name.partition(".")[0] for group in groups for name in group["names"]}
+
+
+def test_adaptor_trains_the_adaptor_alone_and_text_all_but_the_adaptor() -> None:
+    assert trained(Method("adaptor")) == {"adaptor"}
+    assert trained(Method("full")) == {"adaptor", "language_model"}
+    assert trained(Method("full", modality="text")) == {"language_model"}
+    adaptor = parameter_groups(
+        tiny_speech_lm()[0], rules_for(Method("adaptor", 1e-4, adaptor_learning_rate=1e-3)), lr=1e-4
+    )
+    assert [group["lr"] for group in adaptor] == [pytest.approx(1e-3)]
+
+
 def test_a_tied_head_is_in_one_group_only() -> None:
     model = tiny_llama()
     groups = parameter_groups(model, [(".*", 1.0)], lr=1.0)
@@ -78,6 +95,27 @@ def test_all_frozen_is_an_error() -> None:
 def test_equation_3_by_hand() -> None:
     # (I − min)/(max − min) of 2, 6, 4, 10 is 0, 1/2, 1/4, 1; times 0.4, from 1
     assert layer_scales({0: 2.0, 1: 6.0, 2: 4.0, 3: 10.0}, 0.4) == pytest.approx({0: 1.0, 1: 0.8, 2: 0.9, 3: 0.6})
+
+
+def test_the_inverted_control_by_hand() -> None:
+    # 1 − (I − min)/(max − min) of 2, 6, 4, 10 is 1, 1/2, 3/4, 0; times 0.4, from 1
+    method = Method("layer_lr", importance="inverted")
+    expected = {0: 0.6, 1: 0.8, 2: 0.7, 3: 1.0}
+    assert method_scales(method, {0: 2.0, 1: 6.0, 2: 4.0, 3: 10.0}) == pytest.approx(expected)
+    method = Method("layer_lr", lambda_=1.0, importance="inverted")
+    assert method_scales(method, {0: 0.0, 1: 5.0}) == pytest.approx({0: 0.0, 1: 1.0})
+
+
+def test_the_shuffled_control_deals_the_same_scales_to_other_layers() -> None:
+    totals = {layer: float(layer**2) for layer in range(12)}
+    measured = method_scales(Method("layer_lr"), totals)
+    assert measured == layer_scales(totals)
+    control = Method("layer_lr", importance="shuffled")
+    one, same, other = (method_scales(control, totals, seed=seed) for seed in (1, 1, 2))
+    assert one == same
+    assert list(one) == list(measured)
+    assert sorted(one.values()) == sorted(measured.values())
+    assert len({tuple(scales.values()) for scales in (measured, one, other)}) == 3
 
 
 @given(

@@ -78,13 +78,23 @@ class Data(_Strict):
 
 
 class MethodConfig(_Strict):
-    kind: Literal["full", "layer_lr", "lora"]
+    kind: Literal["adaptor", "full", "layer_lr", "lora"]
     learning_rate: float = Field(2e-5, gt=0)
     adaptor_learning_rate: float | None = Field(None, gt=0)
     lambda_: float = Field(0.4, ge=0, le=1)
     rank: int = Field(8, ge=1)
     alpha: int | None = Field(None, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
+    importance: Literal["measured", "shuffled", "inverted"] = "measured"  # layer_lr; the others are controls
+    modality: Literal["speech", "text"] = "speech"  # how the training questions are put; text is a control
+
+    @model_validator(mode="after")
+    def _sense(self) -> MethodConfig:
+        if self.importance != "measured" and self.kind != "layer_lr":
+            raise ValueError(f"importance {self.importance!r} belongs to kind layer_lr; {self.kind} does not use it")
+        if self.modality == "text" and self.kind == "adaptor":
+            raise ValueError("kind adaptor with modality text would train nothing; use speech, or another kind")
+        return self
 
 
 class Training(_Strict):

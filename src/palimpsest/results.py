@@ -46,7 +46,9 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
                 # The base model's answers to transcripts are its cascade.
                 asked = "cascade" if (name, modality) == ("base", "text_asr") else modality
                 file = folder / "samples" / f"{task.name}-{asked}" / "samples.jsonl"
-                if not file.exists():
+                # In what modalities a model is asked is the recipe's to say; a file may be left from an earlier one.
+                deaf = modality == "speech" and name != "base" and config.methods[name].modality == "text"
+                if deaf or not file.exists():
                     continue
                 rows: Any = read_jsonl(file)
                 tables["qa"] += summarise(rows, name, task, modality)  # type: ignore[arg-type]

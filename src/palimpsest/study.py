@@ -40,7 +40,8 @@ class Study:
     def __init__(self, config: StudyConfig, folder: Path, reporter: Reporter | None = None) -> None:
         n_tasks = len(config.evaluation.tasks)
         per_task_base = 2 if config.models.asr else 1  # text, cascade
-        n_steps = 7 + (2 + per_task_base * n_tasks) + len(config.methods) * (3 + 2 * n_tasks)
+        asked = sum(2 if method.modality == "speech" else 1 for method in config.methods.values())
+        n_steps = 7 + (2 + per_task_base * n_tasks) + 3 * len(config.methods) + asked * n_tasks
         n_steps += (1 + len(config.methods)) * config.evaluation.probe
         n_steps += len(config.methods) * n_tasks * config.evaluation.text_asr
         self.config = config
@@ -67,12 +68,17 @@ class Study:
             probe(self.ws, name)
             for task in self.config.evaluation.tasks:
                 answers(self.ws, name, task, "text")
-                answers(self.ws, name, task, "speech")
+                if self.hears(name):
+                    answers(self.ws, name, task, "speech")
                 if self.config.evaluation.text_asr:
                     answers(self.ws, name, task, "text_asr")
         self.ws.forget()
         self.analysis()
         return self.report(started)
+
+    def hears(self, name: str) -> bool:
+        """Whether a model can be asked in speech: not the base, which has no adaptor, nor one tuned on text alone."""
+        return name != BASE and self.config.methods[name].modality == "speech"
 
     def check(self) -> None:
         """What can be known to be wrong before the long work: sources, audio, models, disk; then study.yaml."""
@@ -199,8 +205,7 @@ class Study:
 
             options, reduction = self.config.deactivation, self.config.importance.reduction
             heldout = self.ws.groups["heldout"][: options.n_examples]
-            # The base model has no adaptor, so it cannot be asked in speech.
-            modalities: list[Modality] = ["text"] if name == BASE else ["text", "speech"]
+            modalities: list[Modality] = ["text", "speech"] if self.hears(name) else ["text"]
             collators = {modality: self.ws.collator(modality, "heldout") for modality in modalities}
             records = deactivation_records(
                 name,
@@ -224,11 +229,11 @@ class Study:
     def train(self, name: str) -> None:
         """methods/NAME/checkpoint/: the SpeechLM after training, its processor and its loss curve."""
         options, method = self.config.training, self.config.methods[name]
-        inputs = {
+        inputs: dict[str, Any] = {
             "base": self.ws.base_hash,
             "encoder": self.ws.encoder_hash,
             "dtype": self.config.models.dtype,
-            "features": self.ws.fingerprint("features"),
+            "data": self.ws.fingerprint("features" if self.hears(name) else "data"),
             "speech": self.config.speech.model_dump(),
             "prompt": self.config.prompt.model_dump(),
             "method": method.model_dump(),
@@ -238,21 +243,24 @@ class Study:
         if method.kind == "layer_lr":
             inputs["scores"] = self.ws.fingerprint(f"{BASE}/importance")
             inputs["reduction"] = self.config.importance.reduction
+        if method.importance == "shuffled":
+            inputs["shuffle"] = self.ws.seed("shuffled layers")
 
         def write(folder: Path, advance: Advance) -> None:
-            from palimpsest.training.methods import Method, layer_scales
+            from palimpsest.training.methods import Method, method_scales
             from palimpsest.training.train import Settings, train
 
-            scales = None
+            scales, trained = None, Method(**method.model_dump())
             if method.kind == "layer_lr":
-                scales = layer_scales(self.ws.scores(BASE), method.lambda_, self.config.importance.reduction)
+                reduction, seed = self.config.importance.reduction, self.ws.seed("shuffled layers")
+                scales = method_scales(trained, self.ws.scores(BASE), reduction=reduction, seed=seed)
                 write_json(folder / "layer_scales.json", {str(layer): scale for layer, scale in scales.items()})
             model = self.ws.new_speech_lm()
             records = train(
                 model,
                 self.ws.groups["train"],
-                self.ws.collator("speech", "train"),
-                Method(**method.model_dump()),
+                self.ws.collator(method.modality, "train"),
+                trained,
                 Settings(**options.model_dump(), seed=self.ws.seed("train")),
                 folder,
                 name=name,

@@ -173,6 +173,7 @@ class Workspace:
         from palimpsest.models.speech_lm import SpeechLM
 
         models, speech = self.config.models, self.config.speech
+        self.__dict__.pop("base", None)  # training needs the room; read again when asked for
         self.forget()
         encoder, _ = load_encoder(models.encoder, dtype=models.dtype)
         language_model, _ = load_language_model(models.language_model, dtype=models.dtype)

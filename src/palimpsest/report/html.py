@@ -123,7 +123,7 @@ def tables_of(inputs: Inputs) -> dict[str, Table]:
     model = summary.model_name(inputs) or DASH
     every = [
         tables.deactivation(results["deactivation"]),
-        tables.accuracy(results["qa"], metric, model),
+        tables.accuracy(results["qa"], metric, model, _tuned_on_text(inputs)),
         tables.accuracy_details(results["qa"]),
         tables.lora_rank(results["qa"], metric, _ranks(inputs), model),
         tables.comparisons(results["comparisons"]),
@@ -139,6 +139,12 @@ def tables_of(inputs: Inputs) -> dict[str, Table]:
         analysis_tables.timings(results["timings"]),
     ]
     return {table.name: table for table in every if len(table.rows) > len(table.published)}
+
+
+def _tuned_on_text(inputs: Inputs) -> list[str]:
+    """The methods that study.yaml trains on questions given as text."""
+    methods = {row["method"] for row in inputs.results["qa"]}
+    return [method for method in sorted(methods) if at(inputs.config, "methods", method, "modality") == "text"]
 
 
 def _ranks(inputs: Inputs) -> dict[str, int]:

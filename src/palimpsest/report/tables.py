@@ -126,8 +126,11 @@ def _published(value: paper.Value | None, written: str) -> Cell:
     return Cell(f"{written} *" if value.certainty == "digest" else written, sort=value.value)
 
 
-def accuracy(records: Sequence[QARecord], metric: str, model: str = DASH) -> Table:
-    """Table 2: accuracy from text (T2T), from speech (S2T) and of the cascade, under one scoring rule."""
+def accuracy(records: Sequence[QARecord], metric: str, model: str = DASH, tuned_on_text: Sequence[str] = ()) -> Table:
+    """Table 2: accuracy from text (T2T), from speech (S2T) and of the cascade, under one scoring rule.
+
+    `tuned_on_text` names the methods that were trained on questions given as text.
+    """
     asked = {row["modality"] for row in records}
     modalities = [modality for modality in MODALITY_NAMES if modality != "text_asr" or modality in asked]
     columns = (
@@ -172,8 +175,19 @@ def accuracy(records: Sequence[QARecord], metric: str, model: str = DASH) -> Tab
         columns,
         tuple(rows),
         f"Ours: scoring rule {metric}, 95 % Wilson interval and number of questions in brackets. The paper "
-        "states neither its scoring rule nor intervals, so the two are not the same measurement.",
+        "states neither its scoring rule nor intervals, so the two are not the same measurement."
+        f"{_deaf(tuned_on_text)}",
         frozenset(published_rows),
+    )
+
+
+def _deaf(tuned_on_text: Sequence[str]) -> str:
+    """Why some methods have no S2T."""
+    if not tuned_on_text:
+        return ""
+    names = ", ".join(method_name(method) for method in sorted(tuned_on_text, key=method_key))
+    return (
+        f" Tuned on the same questions as text, therefore without a trained adaptor and not asked in speech: {names}."
     )
 
 

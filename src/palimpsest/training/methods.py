@@ -2,15 +2,18 @@
 
 | method     | trained                                   | learning-rate scale                                  |
 |------------|-------------------------------------------|------------------------------------------------------|
+| `adaptor`  | adaptor                                   | 1                                                    |
 | `full`     | adaptor, whole language model             | 1                                                    |
 | `layer_lr` | adaptor, whole language model             | Eq. 3 per layer; 1 for embedding, head and final norm |
 | `lora`     | adaptor, low-rank updates (peft)          | 1                                                    |
 
-The encoder is frozen in all of them; the adaptor has a learning rate of its own if one is given.
+The encoder is frozen in all of them; the adaptor has a learning rate of its own if one is given. With `modality` "text"
+the questions are trained on as text, so the adaptor, which nothing reaches, is frozen too.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from palimpsest.importance.scores import Scores
     from palimpsest.models.speech_lm import SpeechLM
 
-MethodKind = Literal["full", "layer_lr", "lora"]
+MethodKind = Literal["adaptor", "full", "layer_lr", "lora"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,9 @@ class Method:
     rank: int = 8  # lora
     alpha: int | None = None  # lora
     dropout: float = 0.0  # lora
+    # layer_lr: which layers Eq. 3 slows down; "shuffled" and "inverted" are controls, see `method_scales`.
+    importance: Literal["measured", "shuffled", "inverted"] = "measured"
+    modality: Literal["speech", "text"] = "speech"  # how the training questions are put
 
 
 def layer_totals(scores: Scores, reduction: str) -> dict[int, float]:
@@ -74,10 +80,32 @@ def layer_scales(
     return {layer: 1.0 - lambda_ * (total - low) / (high - low) for layer, total in totals.items()}
 
 
+def method_scales(
+    method: Method, scores: Scores | Mapping[int, float], *, reduction: str = "signed_sum", seed: int = 0
+) -> dict[int, float]:
+    """The layers' scales of a layer_lr method: Eq. 3 as measured, or one of its two controls.
+
+    "shuffled": the same scales, dealt out to the layers at random from `seed`: is it the layers, or only the lower mean
+    rate? "inverted": Eq. 3 with 1 − (I_l − min I)/(max I − min I), so that the most important layer learns fastest.
+    """
+    scales = layer_scales(scores, method.lambda_, reduction)
+    if method.importance == "shuffled":
+        dealt = list(scales.values())
+        random.Random(seed).shuffle(dealt)
+        return dict(zip(scales, dealt, strict=True))
+    if method.importance == "inverted":
+        # scale = 1 − λ·n with n in [0, 1], so 1 − λ·(1 − n) = 2 − λ − scale.
+        return {layer: 2.0 - method.lambda_ - scale for layer, scale in scales.items()}
+    return scales
+
+
 def rules_for(method: Method, scales: Mapping[int, float] | None = None) -> list[Rule]:
     """The ordered rules of a method for a SpeechLM's parameter names; `scales` (Eq. 3) for layer_lr."""
     adaptor_rate = method.adaptor_learning_rate if method.adaptor_learning_rate is not None else method.learning_rate
-    start: list[Rule] = [(r"^encoder\.", None), (r"^adaptor\.", adaptor_rate / method.learning_rate)]
+    adaptor_scale = None if method.modality == "text" else adaptor_rate / method.learning_rate
+    start: list[Rule] = [(r"^encoder\.", None), (r"^adaptor\.", adaptor_scale)]
+    if method.kind == "adaptor":
+        return [*start, (r".*", None)]
     if method.kind == "full":
         return [*start, (r".*", 1.0)]
     if method.kind == "lora":

@@ -1,0 +1,206 @@
+"""`palimpsest plan`: what a recipe needs, before anything runs; refused with the number where it cannot fit."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from palimpsest.config import load_config, parse_config
+from palimpsest.plan import Options, is_hub_name, make_plan, plan_recipe
+from palimpsest.plan_text import refusal
+from palimpsest.rundir import UserError
+from palimpsest.training.budget import memory
+from palimpsest.training.methods import Method, add_lora, rules_for
+from palimpsest.training.rules import assign
+from tiny import tiny_llama, tiny_speech_lm, tiny_tokenizer
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+PAPER = ROOT / "recipes" / "paper-8b.yaml"
+
+
+def recipe(folder: Path, **changes: Any) -> Path:
+    """A recipe on a tiny model and a manifest of ten questions."""
+    model = tiny_llama(eos_token_id=3)
+    model.save_pretrained(folder / "llm")
+    tiny_tokenizer().save_pretrained(folder / "llm")
+    rows = [{"id": f"q{i}", "question": "a" * 40, "answer": "b" * (10 + i)} for i in range(10)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {
+        "name": "tiny",
+        "models": {"language_model": str(folder / "llm"), "encoder": "embedded:whisper-tiny.en", "device": "cpu"},
+        "data": {
+            "train": {"source": str(folder / "train.jsonl"), "split": "train"},
+            "heldout": {"source": "facts", "split": "heldout"},
+        },
+        "methods": {kind: {"kind": kind} for kind in ("full", "layer_lr", "lora")},
+        "training": {"batch_size": 4, "epochs": 2},
+        "evaluation": {"tasks": [{"name": "facts", "source": "facts", "split": "heldout"}]},
+        **changes,
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_lengths_batch_and_steps_by_hand(tmp_path: Path) -> None:
+    plan = make_plan(load_config(recipe(tmp_path)), Options(gpu="L4"))
+    # The byte tokenizer's prompt: <s><user>, a line break, the instruction of 39 characters, <end>, a line break,
+    # <assistant>; speech of 40 characters takes 2.8 s, 28 positions of 0.1 s; the longest answer 19 bytes and <end>.
+    frame = 2 + 1 + len("Answer the question asked in the speech.") + 1 + 1 + 1
+    full = plan.methods[0]
+    assert (full.batch.rows, full.batch.positions) == (4, 28)
+    assert full.batch.length == frame + 28 + 20
+    assert full.batch.supervised == 16  # 10 … 19 bytes and one: 15.5 on average
+    assert full.batch.columns == 20
+    assert full.steps == 2 * 3  # ten examples, batches of four, two epochs
+    text = make_plan(load_config(recipe(tmp_path, methods={"t": {"kind": "full", "modality": "text"}})), Options())
+    assert text.methods[0].batch.positions == 0
+    assert text.methods[0].batch.length == 2 + 40 + 3 + 20  # the question stands in place of speech and instruction
+    # 28 positions of five frames of 384 numbers of two bytes, ten times
+    assert plan.features == pytest.approx(10 * 28 * 5 * 384 * 2)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_can_be_planned_and_every_method_covers_a_model(path: Path) -> None:
+    config = load_config(path)
+    plan = make_plan(config, Options(gpu="H200", n_gpus=8))
+    assert [method.name for method in plan.methods] == list(config.methods)
+    assert all(method.memory.peak > method.memory.weights for method in plan.methods)
+    for method in config.methods.values():
+        model, _ = tiny_speech_lm()
+        wanted = Method(**method.model_dump(exclude_unset=True))
+        if wanted.kind == "lora":
+            add_lora(model, wanted)
+        assign((name for name, _ in model.named_parameters()), rules_for(wanted, {0: 1.0, 1: 0.6}))
+    for split in (config.data.train, *config.evaluation.tasks):
+        assert split.source == "facts" or is_hub_name(split.source)
+
+
+def test_the_papers_recipes_keep_its_settings() -> None:
+    for name, rank in (("paper-1b", 8), ("paper-8b", 16)):
+        config = load_config(ROOT / "recipes" / f"{name}.yaml")
+        assert config.data.heldout_examples == 500
+        assert config.importance.n_examples is None  # 1/30 of the training data
+        assert config.training.batch_size * config.training.accumulation == 32
+        assert (config.training.epochs, config.training.warmup_ratio) == (3, 0.03)
+        assert {method.learning_rate for method in config.methods.values()} == {2e-5}
+        assert (config.methods["lora"].rank, config.methods["lora"].alpha) == (rank, 2 * rank)
+        assert config.methods["layer_lr"].lambda_ == 0.4
+        assert config.speech.length == "pad_to_30s"
+    ranks = load_config(ROOT / "recipes" / "lora-rank.yaml").methods
+    assert [method.rank for method in ranks.values()] == [8, 16, 24]
+    sweep = load_config(ROOT / "recipes" / "layer-lr-lambda.yaml").methods
+    assert {method.importance for method in sweep.values()} == {"measured", "shuffled", "inverted"}
+
+
+def test_a_batch_that_cannot_fit_is_refused_with_the_largest_that_fits(tmp_path: Path) -> None:
+    path = recipe(tmp_path, training={"batch_size": 512})
+    plan = make_plan(load_config(path), Options(memory=1.2))
+    said = refusal(plan, path)
+    assert said is not None
+    found = re.search(
+        r"the largest batch that fits is (\d+) rows: set training.batch_size to \1 and .*accumulation", said
+    )
+    assert found is not None, said
+    rows = int(found[1])
+    worst = max(plan.methods, key=lambda method: method.memory.peak)
+    fits, more = (
+        make_plan(load_config(recipe(tmp_path, training={"batch_size": n})), Options(memory=1.2))
+        for n in (rows, rows + 1)
+    )
+    assert refusal(fits, path) is None
+    assert refusal(more, path) is not None
+    assert f"{worst.memory.peak / 1e9:.1f} GB" in said
+    with pytest.raises(UserError, match="does not fit"):
+        list(plan_recipe(recipe(tmp_path, training={"batch_size": 512}), Options(memory=1.2)))
+
+
+def test_what_fits_only_on_several_gpus_is_told(tmp_path: Path) -> None:
+    plan = make_plan(load_config(PAPER), Options(gpu="H100"))
+    said = refusal(plan, PAPER)
+    assert said is not None
+    assert "full, layer_lr would need" in said  # LoRA fits
+    needed = re.search(r"at least (\d+) such devices are needed \(--n-gpus \1\)", said)
+    assert needed is not None, said
+    plan = make_plan(load_config(PAPER), Options(gpu="H100", n_gpus=8))
+    assert refusal(plan, PAPER) is None
+    one = make_plan(load_config(PAPER), Options(gpu="H100")).methods[0]
+    assert one.memory.weights > 7 * plan.methods[0].memory.weights
+
+
+def test_the_command_prints_the_plan_and_refuses_in_one_sentence() -> None:
+    command = [sys.executable, "-m", "palimpsest.cli", "plan", str(PAPER)]
+    small = subprocess.run([*command, "--gpu", "L4"], capture_output=True, text=True)
+    assert small.returncode == 2
+    assert small.stderr.startswith("palimpsest: ")
+    assert small.stderr.count("\n") == 1
+    assert "does not fit: full, layer_lr, lora would need up to" in small.stderr
+    for words in ("8,030,261,248 parameters", "activations", "Time on 1 × L4", "Disk, GB", "Formulas"):
+        assert words in small.stdout
+
+
+def test_a_model_without_a_config_here_is_told_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    values = yaml.safe_load(recipe(tmp_path).read_text())
+    values["models"]["language_model"] = "nobody/no-such-model-here"
+    config = parse_config(values, "r")
+    with pytest.raises(UserError, match=r"cannot be had .*--config FILE, or --shape with one of llama-3\.2-1b"):
+        make_plan(config, Options())
+    plan = make_plan(config, Options(shape="llama-3.2-1b"))
+    assert plan.methods[0].setup.decoder.parameters == 1_235_814_400
+    assert "for want of the tokenizer" in plan.lengths.origin
+    with pytest.raises(UserError, match="Both --shape and --config"):
+        make_plan(config, Options(shape="llama-3.2-1b", config=tmp_path / "llm"))
+
+
+def test_data_that_is_not_here_needs_a_number(tmp_path: Path) -> None:
+    data = {"train": {"source": "some/questions", "split": "train"}, "heldout_examples": 2}
+    config = load_config(recipe(tmp_path, data=data))
+    with pytest.raises(UserError, match="some/questions is not on this machine; give --examples"):
+        make_plan(config, Options())
+    short, long = (make_plan(config, Options(examples=100, question_seconds=s)) for s in (2.0, 8.0))
+    assert short.lengths.n == 100
+    assert long.features == pytest.approx(4 * short.features, rel=0.01)
+    assert long.methods[0].memory.peak > short.methods[0].memory.peak
+
+
+def test_hub_names_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "set").mkdir()
+    assert is_hub_name("gpt-omni/VoiceAssistant-400K")
+    assert not any(
+        map(is_hub_name, ("facts", "own/set", "data/train.jsonl", "./a/b", "voice_assistant:data/x", "/a/b"))
+    )
+
+
+def test_time_and_disk_follow_the_formulas(tmp_path: Path) -> None:
+    path = recipe(tmp_path)
+    plan = make_plan(load_config(path), Options(gpu="A100-40GB"))
+    lines = list(plan_recipe(path, Options(gpu="A100-40GB", utilisation=0.5)))
+    assert any("FLOPs / (0.5 × 19.5 TFLOP/s, float32)" in line for line in lines)  # the recipe computes in float32
+    full = plan.methods[0]
+    weights = 4 * (full.setup.decoder.parameters + full.setup.adaptor_parameters + full.setup.encoder.parameters)
+    assert full.checkpoint == weights
+    assert full.while_training == 0  # six steps, a checkpoint every 500
+    assert memory(full.setup, full.batch) == full.memory
+
+
+@pytest.mark.slow
+def test_the_planned_peak_is_within_15_percent_of_the_measured(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "plan.py"), str(tmp_path / "run"), "--json", str(out)]
+    subprocess.run(command, check=True, capture_output=True)
+    rows = json.loads(out.read_text())
+    assert [row["method"] for row in rows] == ["full", "layer_lr", "lora"]
+    for row in rows:
+        assert abs(row["peak_error"]) < 0.15, row
+        assert abs(row["in_use_error"]) < 0.15, row
