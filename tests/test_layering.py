@@ -16,7 +16,10 @@ ORDER: list[set[str]] = [
     {"data", "models"},
     {"importance", "training"},
     {"analysis", "evaluation"},
-    {"results", "workspace", "answering", "ask", "evaluate", "measure", "validation", "prepare", "inspection"},
+    {
+        *("results", "workspace", "answering", "heldout", "ask", "evaluate", "compare", "compare_text"),
+        *("measure", "validation", "prepare", "inspection"),
+    },
     {"study"},
     {"cli"},
 ]

@@ -22,9 +22,10 @@ from palimpsest.data.features import compute_features
 from palimpsest.data.records import Example, write_manifest
 from palimpsest.data.speech import VOICES, speak
 from palimpsest.data.splits import speak_groups
+from palimpsest.heldout import perplexity_step
 from palimpsest.progress import Advance, Reporter
 from palimpsest.results import collect
-from palimpsest.rundir import UserError, hash_value, require_disk, write_json, write_jsonl, write_text
+from palimpsest.rundir import UserError, require_disk, write_json, write_jsonl, write_text
 from palimpsest.workspace import BASE, DROPPED, Modality, Workspace, folder_of
 
 
@@ -40,7 +41,7 @@ class Study:
     def __init__(self, config: StudyConfig, folder: Path, reporter: Reporter | None = None) -> None:
         n_tasks = len(config.evaluation.tasks)
         per_task_base = 2 if config.models.asr else 1  # text, cascade
-        n_steps = 7 + (2 + per_task_base * n_tasks) + len(config.methods) * (3 + 2 * n_tasks)
+        n_steps = 7 + (3 + per_task_base * n_tasks) + len(config.methods) * (4 + 2 * n_tasks)
         n_steps += (1 + len(config.methods)) * config.evaluation.probe
         n_steps += len(config.methods) * n_tasks * config.evaluation.text_asr
         self.config = config
@@ -55,6 +56,7 @@ class Study:
         self.importance(BASE)
         self.importance(BASE, other=True)
         self.deactivation(BASE)
+        perplexity_step(self.ws, BASE)
         probe(self.ws, BASE)
         for task in self.config.evaluation.tasks:
             answers(self.ws, BASE, task, "text")
@@ -64,6 +66,7 @@ class Study:
             self.train(name)
             self.importance(name)
             self.deactivation(name)
+            perplexity_step(self.ws, name)
             probe(self.ws, name)
             for task in self.config.evaluation.tasks:
                 answers(self.ws, name, task, "text")

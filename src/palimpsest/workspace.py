@@ -53,6 +53,7 @@ CODE = {
         "evaluation/perplexity",
         "evaluation/deactivation",
     ),
+    "perplexity": ("models", "data/collate", "evaluation/perplexity", "evaluation/losses"),
     "samples": ("evaluation", "models", "data/collate"),
     "probe": ("evaluation/probe", "models"),
     "analysis": ("analysis", "importance"),
