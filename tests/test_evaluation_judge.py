@@ -144,7 +144,7 @@ def test_a_refused_key_or_model_stops_at_once(endpoint, tmp_path: Path, status: 
     server = endpoint(lambda text, n: (status, ""))
     with pytest.raises(UserError, match=rf"answered {status}.*{KEY_VARIABLE}"):
         judge_rows(server.judge, ROWS * 20, tmp_path / "j.jsonl")
-    assert len(server.requests) < 20
+    assert len(server.requests) <= 4, "no more than were under way"
 
 
 def test_an_endpoint_that_is_not_there_is_not_asked_three_hundred_times(tmp_path: Path) -> None:

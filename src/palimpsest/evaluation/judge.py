@@ -15,12 +15,14 @@ import http.client
 import json
 import os
 import re
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -107,14 +109,16 @@ def judge_rows(
     if open_rows:
         cache.parent.mkdir(parents=True, exist_ok=True)
         _drop_cut_line(cache)
+        stopped = threading.Event()  # set where asking on is no use, so that requests not yet sent never are
         with ThreadPoolExecutor(WORKERS) as pool, cache.open("a", encoding="utf-8") as file:
-            for row, outcome in zip(open_rows, pool.map(lambda row: _attempt(judge, row), open_rows), strict=True):
+            for row, outcome in zip(open_rows, pool.map(partial(_attempt, judge, stopped), open_rows), strict=True):
                 if isinstance(outcome, UserError):
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise outcome
                 if isinstance(outcome, str):
                     failed[row["id"]] = outcome
                     if len(failed) >= min(HOPELESS, len(ask)) and not done:
+                        stopped.set()
                         pool.shutdown(wait=False, cancel_futures=True)
                         raise UserError(
                             f"The judge {judge.model} at {judge.url} gave no verdict on any of the first "
@@ -194,12 +198,14 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 _OPENER = urllib.request.build_opener(_NoRedirect)
 
 
-def _attempt(judge: Judge, row: SampleRow) -> bool | str | UserError:
+def _attempt(judge: Judge, stopped: threading.Event, row: SampleRow) -> bool | str | UserError:
     """The verdict, or why there is none; a UserError (not raised: this runs in a thread) where asking on is no use."""
     reason = ""
     for attempt in range(ATTEMPTS):
         if attempt:
             time.sleep(judge.pause * 2 ** (attempt - 1))
+        if stopped.is_set():
+            return "judging was stopped."
         try:
             return read_reply(_complete(judge, prompt(row)))
         except _NoVerdict as error:
@@ -207,6 +213,7 @@ def _attempt(judge: Judge, row: SampleRow) -> bool | str | UserError:
         except urllib.error.HTTPError as error:
             reason = f"the endpoint answered {error.code} {error.reason}."
             if error.code not in RETRY_STATUS:
+                stopped.set()
                 return UserError(
                     f"The judge {judge.model} at {judge.url} answered {error.code} {error.reason}; check --judge-url, "
                     f"--judge-model and the key in {KEY_VARIABLE}."
