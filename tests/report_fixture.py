@@ -69,6 +69,8 @@ def invented_results() -> dict[str, list[dict[str, Any]]]:
     return {
         "deactivation": _deactivation(),
         "qa": _qa(),
+        "qa_floors": _floors(),
+        "perplexity": _perplexity(),
         "comparisons": _comparisons(),
         "probe": _probe(),
         "layers": _layers(),
@@ -177,6 +179,44 @@ def _qa() -> list[dict[str, Any]]:
             rows.append(accuracy_row(method, task, "text", typed - round(60 * SCALE[method])))
             rows.append(accuracy_row(method, task, "speech", round(10 - 6 * SCALE[method])))
     return rows
+
+
+def _floors() -> list[dict[str, Any]]:
+    return [
+        {
+            "method": method,
+            "task": task,
+            "modality": "text",
+            "metric": "token_sequence",
+            "metric_version": "1",
+            "floor": floor,
+            "n": 300,
+            "draws": 10 if floor == "unrelated" else 1,
+            "value": value,
+            "ci_low": value / 2,
+            "ci_high": value * 2,
+        }
+        for task in ("llama_questions", "facts")
+        for method in ("base", *METHODS)
+        for floor, value in (("unrelated", 0.01), ("echo", 0.0), ("echo_in_sentence", 0.05))
+    ]
+
+
+def _perplexity() -> list[dict[str, Any]]:
+    return [
+        {
+            "method": method,
+            "task": "heldout",
+            "modality": modality,
+            "n_examples": 100,
+            "n_tokens": 1234,
+            "loss": 1.5,
+            "perplexity": None if (method, modality) == ("full", "speech") else 4.482,
+        }
+        for method in ("base", *METHODS)
+        for modality in ("text", "speech")
+        if (method, modality) != ("base", "speech")
+    ]
 
 
 def comparison_row(task: str, before: str, after: str, difference: float, p: float) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def compared(
     return {
         "task": task,
         "modality": modality,
-        "metric": "token_sequence",
+        "metric": "token_sequence_numbers",
         "method_a": a,
         "method_b": b,
         "n": n,

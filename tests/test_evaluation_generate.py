@@ -112,8 +112,11 @@ def test_a_line_cut_by_a_kill_is_asked_again(tmp_path: Path) -> None:
     missing = {"q3", "q4", "q5", "q6"}
     for cut in (1, len(lines[3]) // 2, len(lines[3]) - 1):  # the last: the whole row but its line feed
         out.write_bytes(b"".join(lines[:3]) + lines[3][:cut])
-        oracle = Oracle()
-        assert timeless(run(oracle, out)) == timeless(whole)
+        oracle, told = Oracle(), []
+        assert timeless(run(oracle, out, notice=told.append)) == timeless(whole)
+        assert told == [f"{out}:4 was cut in the middle; 3 answers are kept, this one is asked again."]
+        assert timeless(run(Oracle(), out, notice=told.append)) == timeless(whole)
+        assert len(told) == 1
         # In the batches of an uninterrupted run, those that lack an answer: padding then is the same to the last bit.
         assert oracle.asked == [ids for ids in plan.asked if missing & set(ids)]
 

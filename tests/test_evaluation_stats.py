@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from math import comb
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import expit
 
 from palimpsest.evaluation.stats import (
     compare,
@@ -18,6 +20,7 @@ from palimpsest.evaluation.stats import (
     minimum_detectable_difference,
     paired_bootstrap,
     wilson,
+    wilson_share,
     with_holm,
 )
 from palimpsest.rundir import UserError
@@ -51,6 +54,18 @@ def test_wilson_refuses_what_is_no_proportion(correct: int, n: int) -> None:
         wilson(correct, n)
 
 
+@given(st.integers(1, 500), st.data())
+def test_wilson_of_a_share_agrees_with_wilson_of_a_count(n: int, data: st.DataObject) -> None:
+    correct = data.draw(st.integers(0, n))
+    assert wilson_share(correct / n, n) == pytest.approx(wilson(correct, n), abs=1e-9)
+
+
+@pytest.mark.parametrize(("share", "n"), [(0.5, 0), (1.1, 3), (-0.1, 3), (float("nan"), 3)])
+def test_wilson_refuses_what_is_no_share(share: float, n: int) -> None:
+    with pytest.raises(UserError, match="no proportion"):
+        wilson_share(share, n)
+
+
 # -- McNemar -------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("only_a", "only_b", "p"),
@@ -77,6 +92,31 @@ def test_methods_that_differ_by_chance_are_rarely_called_different() -> None:
         a, b = random.random(300) < skill, random.random(300) < skill
         p_values.append(mcnemar_exact(int(np.sum(a & ~b)), int(np.sum(b & ~a))))
     assert np.mean(np.array(p_values) <= 0.05) <= 0.05
+
+
+def test_a_table_of_equal_methods_has_a_false_positive_in_at_most_5_percent() -> None:
+    """Six methods, 15 pairs, realistic pairing (difficulty shared, 23 % disagreement): Holm bounds the whole table."""
+    random = np.random.default_rng(2)
+    p_value = cache(mcnemar_exact)
+    false = 0
+    for _ in range(1000):
+        difficulty = 3 * random.standard_normal(300) - 1
+        right = expit(difficulty + 0.5 * random.standard_normal((6, 300))) > random.random((6, 300))
+        pairs = itertools.combinations(right, 2)
+        false += min(holm([p_value(int(np.sum(a & ~b)), int(np.sum(b & ~a))) for a, b in pairs])) <= 0.05
+    assert false / 1000 <= 0.05
+
+
+def test_the_bootstrap_s_interval_holds_the_truth() -> None:
+    """400 draws of 300 questions, true difference 5 points."""
+    random = np.random.default_rng(3)
+    hits = 0
+    for seed in range(400):
+        skill = 0.95 * random.random(300)
+        a, b = random.random(300) < skill, random.random(300) < skill + 0.05
+        low, high = paired_bootstrap(a, b, seed, n=500)
+        hits += low <= 0.05 <= high
+    assert hits / 400 == pytest.approx(0.95, abs=3 * np.sqrt(0.95 * 0.05 / 400))
 
 
 def test_a_difference_of_five_points_is_found_with_the_stated_power() -> None:
@@ -150,10 +190,19 @@ def test_bootstrap_width_matches_the_standard_error() -> None:
 
 
 def test_bootstrap_does_not_depend_on_its_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b = np.zeros(40), np.arange(40.0) % 2
+    a, b = np.zeros(40), np.arange(40.0)
     whole = paired_bootstrap(a, b, seed=0, n=500)
     monkeypatch.setattr("palimpsest.evaluation.stats._CHUNK", 100)
     assert paired_bootstrap(a, b, seed=0, n=500) == whole
+
+
+def test_the_bootstrap_of_verdicts_and_of_other_values_agree() -> None:
+    """Verdicts are drawn by their counts, other values one by one: the same interval but for the draws."""
+    random = np.random.default_rng(0)
+    a, b = random.random(300) < 0.4, random.random(300) < 0.5
+    by_count = paired_bootstrap(a, b, seed=0, n=20_000)
+    nudged = b + 1e-9 * random.standard_normal(300)
+    assert paired_bootstrap(a, nudged, seed=0, n=20_000) == pytest.approx(by_count, abs=0.004)
 
 
 @pytest.mark.parametrize(("a", "b"), [([], []), ([1.0], [1.0, 2.0]), ([[1.0]], [[1.0]])])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from palimpsest.data.records import Example
-from palimpsest.evaluation.tasks import Task, load_task, task_name
+from palimpsest.evaluation.tasks import Task, load_task, task_name, text_version
 from palimpsest.rundir import UserError
 
 PARIS = Example("q1", "What is the capital of France?", ("Paris",), "Paris")
@@ -38,6 +38,14 @@ def test_the_version_follows_everything_an_answer_depends_on() -> None:
     assert len({task.version, *(other.version for other in others)}) == 7
     moved = replace(task, examples=(PARIS, replace(ROME, audio=Path("elsewhere/rome.flac"))))
     assert moved.version == task.version == replace(task, name="other").version
+
+
+def test_the_text_version_does_not_know_the_recordings() -> None:
+    silent, spoken = Task("t", (PARIS, replace(ROME, audio=None))), Task("t", (PARIS, ROME))
+    assert silent.version != spoken.version
+    assert silent.version == text_version(silent.version) == text_version(spoken.version)
+    other = Task("t", (PARIS, replace(ROME, question="Capital of Italy?")))
+    assert text_version(other.version) != silent.version
 
 
 @pytest.mark.parametrize(

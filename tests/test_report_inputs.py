@@ -120,6 +120,6 @@ def test_the_claims_scoring_rule_and_reduction_are_preferred(tmp_path: Path) -> 
     write_json(tmp_path / "results.json", json.loads(json.dumps({"schema": 1, **results})))
     read = read_inputs(tmp_path).results
     assert (main_metric(read), main_reduction(read)) == ("token_sequence", "per_batch_abs")
-    read["qa"], read["layers"] = read["qa"][:1], read["layers"][:1]
+    read["qa"], read["layers"], read["comparisons"] = read["qa"][:1], read["layers"][:1], []
     assert (main_metric(read), main_reduction(read)) == ("substring", "fisher")
     assert peak_layer(read["layers"], "base") == 0

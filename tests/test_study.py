@@ -18,6 +18,7 @@ import yaml
 from transformers import WhisperFeatureExtractor, WhisperModel
 
 from audio_files import BROKEN, voice_assistant, wav
+from palimpsest.compare import compare_runs
 from palimpsest.config import parse_config
 from palimpsest.rundir import RESULT_TABLES, UserError
 from palimpsest.study import Study, run_study
@@ -111,6 +112,13 @@ def test_every_table_is_there_for_every_model(finished: Path) -> None:
     assert all(r["noise_floor"] is not None for r in against_base)
     assert {r["method"] for r in found["delta"]} == set(METHODS)
     assert [r["claim"] for r in found["claims"]] == list(range(1, 9))
+    measured = {(r["method"], r["modality"]): r for r in found["perplexity"]}
+    assert set(measured) == {("base", "text")} | {(m, modality) for m in METHODS for modality in ("text", "speech")}
+    for row in found["deactivation"]:  # the same model on the same examples, measured twice
+        if row["condition"] == "base":
+            assert measured[row["model"], row["modality"]]["perplexity"] == pytest.approx(row["perplexity"])
+    floors = {(r["method"], r["modality"], r["floor"]) for r in found["qa_floors"]}
+    assert {floor for _, _, floor in floors} == {"unrelated", "echo", "echo_in_sentence"}
     conditions = [(r["condition"], r["seed"]) for r in found["deactivation"] if r["model"] == "base"]
     assert [c for c, _ in conditions] == ["base", "top", "bottom", "random", "random"]
     n_weights = sum(r["n_parameters"] for r in found["layers"] if r["kind"] == "all" and r["model"] == "base") // 2
@@ -128,6 +136,17 @@ def test_the_run_directory_is_complete(finished: Path) -> None:
     assert provenance["models"]["language_model"]["n_parameters"] > 0
     scales = json.loads((finished / "methods/layer_lr/checkpoint/layer_scales.json").read_text())
     assert sorted(scales.values()) == pytest.approx([0.6, 1.0])
+
+
+def test_a_finished_study_can_be_compared(finished: Path, tmp_path: Path) -> None:
+    lines = list(compare_runs([finished], tmp_path, metric="token_sequence"))
+    assert "## Loss on target answers" in lines
+    tables = json.loads((tmp_path / "compare.json").read_text())
+    pairs = {(r["method_a"], r["method_b"], r["modality"]) for r in tables["perplexity"]}
+    assert ("base", "full", "text") in pairs
+    assert ("full", "lora", "speech") in pairs
+    stored = json.loads((finished / "results.json").read_text())["comparisons"]
+    assert len(stored) == len(tables["accuracy"]) == 3 * 2 + 3
 
 
 def test_a_second_run_skips_every_step_and_gives_the_same(finished: Path, inputs: Path) -> None:
@@ -153,6 +172,7 @@ def test_a_changed_method_runs_only_what_depends_on_it(finished: Path, inputs: P
         "methods/lora/checkpoint",
         "methods/lora/importance",
         "methods/lora/deactivation",
+        "methods/lora/perplexity",
         "methods/lora/probe",
         "methods/lora/samples/numbers-text",
         "methods/lora/samples/numbers-speech",

@@ -105,6 +105,7 @@ def _answer(
             max_new_tokens=options.max_new_tokens,
             batch_size=options.batch_size,
             progress=advance,
+            notice=ws.reporter.note,
         )
 
     ws.step(f"{folder_of(name)}/samples/{task.name}-{modality}", "samples", inputs, write)

@@ -51,6 +51,10 @@ class Reporter:
             yield self._log(label, started)
         self.console.print(f"{label}  {time.monotonic() - started:.1f} s", markup=False, highlight=False)
 
+    def note(self, sentence: str) -> None:
+        """Something the user should know that stops nothing."""
+        self.console.print(f"note: {sentence}", markup=False, highlight=False, soft_wrap=True)
+
     def skipped(self, name: str) -> None:
         self.n_done += 1
         self.console.print(f"[{self.n_done:>2}/{self.n_steps}] {name}  done before", markup=False, highlight=False)

@@ -9,16 +9,18 @@ from palimpsest.analysis.claims import claim_records
 from palimpsest.analysis.correlation import correlation_records
 from palimpsest.analysis.tables import TABLES
 from palimpsest.data.records import read_manifest
+from palimpsest.evaluation.floors import floor_records
 from palimpsest.evaluation.generate import summarise, verdicts_by_id
+from palimpsest.evaluation.samples import read_finished
 from palimpsest.evaluation.scoring import PRIMARY
 from palimpsest.evaluation.stats import compare, with_holm
 from palimpsest.evaluation.tasks import Task
-from palimpsest.rundir import RESULT_TABLES, SCHEMA, ComparisonRecord, RunDir, read_json, read_jsonl
+from palimpsest.rundir import RESULT_TABLES, SCHEMA, ComparisonRecord, Modality, RunDir, read_json
 
 if TYPE_CHECKING:
     from palimpsest.config import StudyConfig
 
-MODALITIES = ("text", "speech", "cascade", "text_asr")
+MODALITIES: tuple[Modality, ...] = ("text", "speech", "cascade", "text_asr")
 
 
 def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -> dict[str, Any]:
@@ -30,6 +32,7 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
         tables["deactivation"] += read_json(folder / "deactivation" / "records.json")
         if config.evaluation.probe:
             tables["probe"] += read_json(folder / "probe" / "records.json")
+        tables["perplexity"] += read_json(folder / "perplexity" / "records.json")
         if name != "base":
             tables["training"] += read_json(folder / "checkpoint" / "training.json")
     for table in TABLES:
@@ -50,8 +53,9 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
                 deaf = modality == "speech" and name != "base" and config.methods[name].modality == "text"
                 if deaf or not file.exists():
                     continue
-                rows: Any = read_jsonl(file)
-                tables["qa"] += summarise(rows, name, task, modality)  # type: ignore[arg-type]
+                _, rows = read_finished(file)
+                tables["qa"] += summarise(rows, name, task, modality)
+                tables["qa_floors"] += floor_records(rows, name, task, modality, seed)
                 verdicts[name] = verdicts_by_id(rows, PRIMARY)
             if len(verdicts) > 1:
                 comparisons += compare(verdicts, task=task.name, modality=modality, metric=PRIMARY, seed=seed)

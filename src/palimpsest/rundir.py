@@ -26,6 +26,8 @@ SCHEMA = 1
 RESULT_TABLES = (
     "deactivation",
     "qa",
+    "qa_floors",
+    "perplexity",
     "comparisons",
     "probe",
     "layers",

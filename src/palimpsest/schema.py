@@ -1,4 +1,4 @@
-"""Rows of results.json that come from the analysis and the retention probe; the others stand in rundir.py."""
+"""Rows of tables of results.json and compare.json from analysis and evaluation; the others stand in rundir.py."""
 
 from __future__ import annotations
 
@@ -61,3 +61,111 @@ class ProbeRecord(TypedDict):
     margin: float  # mean of the wrong continuation's loss minus the right one's, nats per token
     loss_right: float
     loss_wrong: float
+
+
+class FloorRecord(TypedDict):
+    """How often a metric calls something right that cannot be; see evaluation/floors.py."""
+
+    method: str
+    task: str
+    modality: str
+    metric: str
+    metric_version: str
+    floor: str  # unrelated | echo | echo_in_sentence
+    n: int
+    draws: int  # of the unrelated floor; else 1
+    value: float  # in [0, 1]
+    ci_low: float
+    ci_high: float
+
+
+class PerplexityRecord(TypedDict):
+    """On target answers; the per-example losses behind it are in a file losses-MODALITY.jsonl."""
+
+    method: str
+    task: str  # "heldout" in a study
+    modality: str
+    n_examples: int
+    n_tokens: int
+    loss: float  # nats per supervised token
+    perplexity: float
+
+
+class PairRecord(TypedDict):
+    """`palimpsest compare`: two systems on the same questions; `difference` = accuracy(b) − accuracy(a)."""
+
+    task: str
+    modality: str
+    metric: str
+    metric_version: str
+    method_a: str
+    method_b: str
+    n: int  # questions
+    seeds_a: int  # training runs of each side
+    seeds_b: int
+    accuracy_a: float
+    ci_low_a: float
+    ci_high_a: float
+    accuracy_b: float
+    ci_low_b: float
+    ci_high_b: float
+    only_a: int | None  # questions only a has right; None where there are several seeds
+    only_b: int | None
+    difference: float
+    ci_low: float
+    ci_high: float
+    test: str  # mcnemar_exact | clustered_t
+    p_value: float
+    p_holm: float
+    detectable: float | None  # the smallest true difference found with probability 0.8; None: no difference would be
+    verdict: str  # better | worse | no difference shown, of b
+
+
+class RetentionRecord(TypedDict):
+    """Accuracy of a tuned model relative to its base, on written questions; None: not bounded by the data."""
+
+    task: str
+    modality: str
+    metric: str
+    base: str
+    method: str
+    n: int
+    value: float | None  # None: the base has no right answer
+    ci_low: float | None
+    ci_high: float | None
+
+
+class GapRecord(TypedDict):
+    """Modality gap: accuracy from text minus accuracy from `modality`, of one system on the same questions."""
+
+    task: str
+    modality: str  # speech | cascade
+    metric: str
+    method: str
+    n: int
+    value: float
+    ci_low: float
+    ci_high: float
+    p_value: float
+    p_holm: float
+
+
+class LossPairRecord(TypedDict):
+    """Losses of two systems on the same target answers, paired by example; `difference` = loss(b) − loss(a)."""
+
+    task: str
+    modality: str
+    method_a: str
+    method_b: str
+    n: int
+    n_tokens: int
+    loss_a: float  # nats per supervised token
+    loss_b: float
+    difference: float
+    ci_low: float
+    ci_high: float
+    perplexity_ratio: float  # exp(difference)
+    p_value: float
+    p_holm: float
+    detectable: float | None
+    verdict: str

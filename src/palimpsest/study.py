@@ -22,6 +22,7 @@ from palimpsest.data.features import compute_features
 from palimpsest.data.records import Example, write_manifest
 from palimpsest.data.speech import VOICES, speak
 from palimpsest.data.splits import speak_groups
+from palimpsest.heldout import perplexity_step
 from palimpsest.progress import Advance, Reporter
 from palimpsest.results import collect
 from palimpsest.rundir import UserError, require_disk, write_json, write_jsonl, write_text
@@ -41,7 +42,7 @@ class Study:
         n_tasks = len(config.evaluation.tasks)
         per_task_base = 2 if config.models.asr else 1  # text, cascade
         asked = sum(2 if method.modality == "speech" else 1 for method in config.methods.values())
-        n_steps = 7 + (2 + per_task_base * n_tasks) + 3 * len(config.methods) + asked * n_tasks
+        n_steps = 7 + (3 + per_task_base * n_tasks) + 4 * len(config.methods) + asked * n_tasks
         n_steps += (1 + len(config.methods)) * config.evaluation.probe
         n_steps += len(config.methods) * n_tasks * config.evaluation.text_asr
         self.config = config
@@ -56,6 +57,7 @@ class Study:
         self.importance(BASE)
         self.importance(BASE, other=True)
         self.deactivation(BASE)
+        perplexity_step(self.ws, BASE)
         probe(self.ws, BASE)
         for task in self.config.evaluation.tasks:
             answers(self.ws, BASE, task, "text")
@@ -65,20 +67,17 @@ class Study:
             self.train(name)
             self.importance(name)
             self.deactivation(name)
+            perplexity_step(self.ws, name)
             probe(self.ws, name)
             for task in self.config.evaluation.tasks:
                 answers(self.ws, name, task, "text")
-                if self.hears(name):
+                if self.ws.hears(name):
                     answers(self.ws, name, task, "speech")
                 if self.config.evaluation.text_asr:
                     answers(self.ws, name, task, "text_asr")
         self.ws.forget()
         self.analysis()
         return self.report(started)
-
-    def hears(self, name: str) -> bool:
-        """Whether a model can be asked in speech: not the base, which has no adaptor, nor one tuned on text alone."""
-        return name != BASE and self.config.methods[name].modality == "speech"
 
     def check(self) -> None:
         """What can be known to be wrong before the long work: sources, audio, models, disk; then study.yaml."""
@@ -205,7 +204,7 @@ class Study:
 
             options, reduction = self.config.deactivation, self.config.importance.reduction
             heldout = self.ws.groups["heldout"][: options.n_examples]
-            modalities: list[Modality] = ["text", "speech"] if self.hears(name) else ["text"]
+            modalities: list[Modality] = ["text", "speech"] if self.ws.hears(name) else ["text"]
             collators = {modality: self.ws.collator(modality, "heldout") for modality in modalities}
             records = deactivation_records(
                 name,
@@ -233,7 +232,7 @@ class Study:
             "base": self.ws.base_hash,
             "encoder": self.ws.encoder_hash,
             "dtype": self.config.models.dtype,
-            "data": self.ws.fingerprint("features" if self.hears(name) else "data"),
+            "data": self.ws.fingerprint("features" if self.ws.hears(name) else "data"),
             "speech": self.config.speech.model_dump(),
             "prompt": self.config.prompt.model_dump(),
             "method": method.model_dump(),

@@ -53,6 +53,7 @@ CODE = {
         "evaluation/perplexity",
         "evaluation/deactivation",
     ),
+    "perplexity": ("models", "data/collate", "evaluation/perplexity", "evaluation/losses"),
     "samples": ("evaluation", "models", "data/collate"),
     "probe": ("evaluation/probe", "models"),
     "analysis": ("analysis", "importance"),
@@ -126,6 +127,10 @@ class Workspace:
         rows = read_jsonl(self.dir.path / "data" / f"{DROPPED}.jsonl")
         groups = {row["split"] for row in rows}
         return {g: dict(Counter(row["reason"] for row in rows if row["split"] == g)) for g in sorted(groups)}
+
+    def hears(self, name: str) -> bool:
+        """Whether a model can be asked in speech: not the base, which has no adaptor, nor one tuned on text alone."""
+        return name != BASE and self.config.methods[name].modality == "speech"
 
     def collator(self, modality: Modality, group: str) -> Collator:
         features = Features(self.dir.path / "features" / group) if modality == "speech" else None

@@ -45,7 +45,7 @@ from palimpsest.rundir import ClaimRecord
 
 RATIO = 0.03
 REDUCTION = "per_batch_abs"  # of claims 3 and 4: the one whose layer totals have an interval
-METRIC = "token_sequence"
+METRIC = "token_sequence_numbers"  # evaluation.scoring.PRIMARY
 DESTROYED = 10.0
 UNHARMED = 1.10
 CLUSTERED = 1.10

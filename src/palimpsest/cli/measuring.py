@@ -51,6 +51,12 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     device: Annotated[str, typer.Option(help="auto (CUDA if there is one), cpu, cuda, cuda:1 …")] = "auto",
+    perplexity: Annotated[bool, typer.Option("--perplexity", help="Also the loss of every target answer.")] = False,
+    judge_url: Annotated[
+        str | None,
+        typer.Option(help="Also ask an LLM judge: base of an OpenAI-compatible API; its key in PALIMPSEST_JUDGE_KEY."),
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The judge's name there.")] = None,
 ) -> None:
     """Answer the questions of a task and score the answers, each accuracy with its 95 % interval.
 
@@ -69,6 +75,9 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         device=device,
+        perplexity=perplexity,
+        judge_url=judge_url,
+        judge_model=judge_model,
     ):
         typer.echo(line)
 

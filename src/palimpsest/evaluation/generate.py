@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -73,6 +73,7 @@ def answer_questions(
     max_new_tokens: int = 32,
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> list[SampleRow]:
     """Answer every question of the task and write `out`, a JSON-lines file with one `SampleRow` each.
 
@@ -88,6 +89,7 @@ def answer_questions(
         model: fingerprint of everything `answer` uses (weights, system prompt); it binds the file to it.
         max_new_tokens: what `answer` was made with; recorded, and part of what a resumed file must match.
         progress: called as progress(answered, total), first with what an earlier run left.
+        notice: told, in a sentence, when a line cut by a kill was found and is asked again.
 
     Raises:
         UserError: `out` belongs to another evaluation or is damaged (see `samples.resume`), or every single
@@ -106,7 +108,7 @@ def answer_questions(
         "n": len(task.examples),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    rows = {row["id"]: row for row in resume(out, binding, {example.id for example in task.examples})}
+    rows = {row["id"]: row for row in resume(out, binding, {e.id for e in task.examples}, notice)}
     # Longest first: memory runs out in the first batch or never. Similar lengths together: little padding.
     # A batch that an earlier run left unfinished is answered again as a whole: its padding, and with it the last bits
     # of every logit, depends on who is in it, and a resumed run must end as an uninterrupted one.
@@ -271,30 +273,41 @@ def summarise(rows: Sequence[SampleRow], method: str, task: Task, modality: Moda
             f"The {len(rows)} answers of {method} are not those to the {len(task.examples)} questions of "
             f"{task.name}; evaluate the whole task first."
         )
-    records: list[QARecord] = []
-    for metric in METRICS:
-        correct = sum(verdicts_by_id(rows, metric).values())
-        low, high = wilson(correct, len(rows))
-        records.append(
-            {
-                "method": method,
-                "task": task.name,
-                "modality": modality,
-                "n": len(rows),
-                "correct": correct,
-                "accuracy": correct / len(rows),
-                "ci_low": low,
-                "ci_high": high,
-                "metric": metric,
-                "metric_version": METRIC_VERSION,
-                "n_empty": sum(row["empty"] for row in rows),
-                "n_failed": sum(row["failed"] for row in rows),
-                "n_refusal": sum(row["refusal"] for row in rows),
-                "n_loop": sum(row["loop"] for row in rows),
-                "source": "measured",
-            }
-        )
-    return records
+    return [
+        qa_record(rows, verdicts_by_id(rows, metric), method, task, modality, metric, METRIC_VERSION)
+        for metric in METRICS
+    ]
+
+
+def qa_record(
+    rows: Sequence[SampleRow],
+    verdicts: Mapping[str, bool],
+    method: str,
+    task: Task,
+    modality: Modality,
+    metric: str,
+    metric_version: str,
+) -> QARecord:
+    """The accuracy of `rows` by any metric that gives a verdict per question id: a rule, or a judge."""
+    correct = sum(verdicts[row["id"]] for row in rows)
+    low, high = wilson(correct, len(rows))
+    return {
+        "method": method,
+        "task": task.name,
+        "modality": modality,
+        "n": len(rows),
+        "correct": correct,
+        "accuracy": correct / len(rows),
+        "ci_low": low,
+        "ci_high": high,
+        "metric": metric,
+        "metric_version": metric_version,
+        "n_empty": sum(row["empty"] for row in rows),
+        "n_failed": sum(row["failed"] for row in rows),
+        "n_refusal": sum(row["refusal"] for row in rows),
+        "n_loop": sum(row["loop"] for row in rows),
+        "source": "measured",
+    }
 
 
 def verdicts_by_id(rows: Iterable[SampleRow], metric: str) -> dict[str, bool]:

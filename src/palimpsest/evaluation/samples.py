@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -36,10 +36,12 @@ class SampleRow(TypedDict):
     seconds: float  # the batch's time divided by its size
 
 
-def resume(out: Path, binding: Mapping[str, Any], ids: Set[str]) -> list[SampleRow]:
+def resume(
+    out: Path, binding: Mapping[str, Any], ids: Set[str], notice: Callable[[str], None] | None = None
+) -> list[SampleRow]:
     """The complete rows of an earlier run of the same evaluation; [] and a new binding where there is none.
 
-    A last line that was cut short is removed from the file, so that appending can go on.
+    A last line that was cut short is removed from the file, so that appending can go on, and `notice` is told.
 
     Raises:
         UserError: the rows belong to another evaluation, or a complete line is not a row of a question in
@@ -62,7 +64,30 @@ def resume(out: Path, binding: Mapping[str, Any], ids: Set[str]) -> list[SampleR
     if complete < len(content):  # killed in the middle of a line: that question is asked again
         with out.open("r+b") as file:
             file.truncate(complete)
+        if notice is not None:
+            notice(
+                f"{out}:{len(rows) + 1} was cut in the middle; {len(rows)} answers are kept, this one is asked again."
+            )
     return rows
+
+
+def read_finished(out: Path) -> tuple[dict[str, Any], list[SampleRow]]:
+    """The binding and the rows of an evaluation that ran to its end; changes nothing.
+
+    Raises:
+        UserError: there is none, a line is cut or damaged, rows are missing, or an id comes twice.
+    """
+    if not out.is_file():
+        raise UserError(f"{out} does not exist; run the evaluation first.")
+    binding = read_json(out.with_suffix(".json"))
+    content = out.read_bytes()
+    rows = [_parse(line, f"{out}:{number}") for number, line in enumerate(content.splitlines(), 1)]
+    _require_known_once(rows, {row["id"] for row in rows}, out)
+    if len(rows) != binding.get("n"):
+        raise UserError(
+            f"{out} holds {len(rows)} of {binding.get('n')} answers; run the evaluation again, it continues there."
+        )
+    return binding, rows
 
 
 def to_line(row: SampleRow) -> str:

@@ -25,8 +25,8 @@ from functools import lru_cache
 from palimpsest.evaluation.number_words import digits
 from palimpsest.rundir import UserError
 
-METRIC_VERSION = "1"  # raised whenever any verdict can change
-PRIMARY = "token_sequence"
+METRIC_VERSION = "2"  # raised whenever any verdict can change
+PRIMARY = "token_sequence_numbers"
 
 Metric = Callable[[str, str, str | None], bool]  # (response, one gold answer, question or None) -> right?
 
@@ -41,31 +41,6 @@ def score(response: str, answers: Sequence[str], question: str | None = None) ->
     if not golds:
         raise UserError(f"No gold answer among {list(answers)!r} holds a letter or digit; give every question one.")
     return {name: any(metric(response, gold, question) for gold in golds) for name, metric in METRICS.items()}
-
-
-def unrelated_floor(responses: Sequence[str], answers: Sequence[Sequence[str]], shifts: int = 10) -> dict[str, float]:
-    """False-positive floor: how often each metric calls an answer to another question right.
-
-    Response i is scored against the gold answers of the questions i + 1, …, i + `shifts` (cyclically),
-    leaving out pairs of questions that share a gold answer. The responses keep their real length, on which
-    the floor depends.
-    """
-    n = len(responses)
-    if n < 2 or n != len(answers):
-        raise UserError(
-            f"A false-positive floor needs two or more questions with a response each but got {n} responses "
-            f"for {len(answers)} questions; pass one response per question."
-        )
-    golds = [{number_words(gold) for gold in question} for question in answers]
-    verdicts = [
-        score(responses[i], answers[j])
-        for shift in range(1, min(shifts, n - 1) + 1)
-        for i in range(n)
-        if not golds[i] & golds[j := (i + shift) % n]
-    ]
-    if not verdicts:
-        raise UserError("A false-positive floor needs questions with different gold answers; all share one.")
-    return {name: sum(verdict[name] for verdict in verdicts) / len(verdicts) for name in METRICS}
 
 
 def _token_sequence(response: str, gold: str, question: str | None) -> bool:
@@ -102,10 +77,15 @@ def _after_echo(response: Sequence[str], question: Sequence[str]) -> Sequence[st
     return response[len(question) :] if response[: len(question)] == question else response
 
 
+# Letters with a stroke or ligature that Unicode does not decompose.
+_FOLDED = str.maketrans({"ø": "o", "ł": "l", "đ": "d", "ð": "d", "ħ": "h", "ı": "i", "æ": "ae", "œ": "oe", "þ": "th"})
+
+
 def normalise(text: str) -> str:
-    """Compatibility-decomposed, lower-case, without combining marks: "Café" -> "cafe", "H₂O" -> "h2o"."""
-    decomposed = unicodedata.normalize("NFKD", text).lower()
-    return "".join(character for character in decomposed if not unicodedata.combining(character))
+    """Compatibility-decomposed, case-folded, without accents: "Café" -> "cafe", "Straße" -> "strasse", "Ø" -> "o"."""
+    # İ and a few others fold to a letter with a combining mark, and NFKD of what was folded can differ: once more.
+    decomposed = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
+    return "".join(character for character in decomposed if not unicodedata.combining(character)).translate(_FOLDED)
 
 
 @lru_cache(maxsize=4096)  # several metrics look at the same response and golds

@@ -29,6 +29,16 @@ def wilson(correct: int, n: int, level: float = 0.95) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+def wilson_share(share: float, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of a share that need not be a count over `n`, such as a mean over several draws."""
+    if n < 1 or not 0 <= share <= 1:
+        raise UserError(f"{share} over {n} is no proportion; an interval needs a share in [0, 1] of one or more.")
+    z = stats.norm.ppf((1 + level) / 2)
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return float(max(0.0, middle - half)), float(min(1.0, middle + half))
+
+
 def mcnemar_exact(only_a: int, only_b: int) -> float:
     """Two-sided p-value of McNemar's exact test: is a disagreement equally likely to favour a and b?
 
@@ -57,12 +67,16 @@ def paired_bootstrap(
         )
     difference = second - first
     random = np.random.default_rng(seed)
-    means = np.empty(n)
-    step = max(1, _CHUNK // difference.size)
-    for start in range(0, n, step):
-        stop = min(start + step, n)
-        drawn = random.integers(0, difference.size, size=(stop - start, difference.size))
-        means[start:stop] = difference[drawn].mean(axis=1)
+    values, counts = np.unique(difference, return_counts=True)
+    if len(values) <= 16:  # verdicts: how often each value is drawn is multinomial, which is much faster
+        means = random.multinomial(difference.size, counts / difference.size, size=n) @ values / difference.size
+    else:
+        means = np.empty(n)
+        step = max(1, _CHUNK // difference.size)
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            drawn = random.integers(0, difference.size, size=(stop - start, difference.size))
+            means[start:stop] = difference[drawn].mean(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

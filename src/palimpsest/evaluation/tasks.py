@@ -38,12 +38,14 @@ class Task:
 
     @property
     def version(self) -> str:
-        """Changes with the questions, golds, recordings' names, instruction and scoring rules."""
-        content = [
-            [e.id, e.question, list(e.answers), None if e.audio is None else e.audio.name] for e in self.examples
-        ]
-        digest = hash_value([content, self.instruction, self.metric])[:12]
-        return f"{TASK_VERSION}.{METRIC_VERSION}-{digest}"
+        """Changes with the questions, golds, instruction and scoring rules; behind a +, with the recordings' names.
+
+        Answers to the written questions are comparable where the part before the + is the same (`text_version`).
+        """
+        content = [[e.id, e.question, list(e.answers)] for e in self.examples]
+        version = f"{TASK_VERSION}.{METRIC_VERSION}-{hash_value([content, self.instruction, self.metric])[:12]}"
+        recordings = [None if e.audio is None else e.audio.name for e in self.examples]
+        return version if not any(recordings) else f"{version}+{hash_value(recordings)[:8]}"
 
     def require_audio(self) -> None:
         """Raise UserError unless every question has a recording."""
@@ -53,6 +55,11 @@ class Task:
                 f"{len(silent)} of the {len(self.examples)} questions of {self.name} have no audio, the "
                 f"first of them {silent[0]!r}; have them spoken first, or evaluate from text."
             )
+
+
+def text_version(version: str) -> str:
+    """The part of a task's version that answers to written questions depend on."""
+    return version.partition("+")[0]
 
 
 def load_task(

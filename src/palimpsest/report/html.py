@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from palimpsest import paper
-from palimpsest.report import analysis_tables, structure_tables, summary, tables
+from palimpsest.report import analysis_tables, evaluation_tables, structure_tables, summary, tables
 from palimpsest.report.figures import FIGURES, draw
 from palimpsest.report.formats import DASH, Table, to_csv, to_html, to_latex, to_markdown
 from palimpsest.report.inputs import (
@@ -125,8 +125,10 @@ def tables_of(inputs: Inputs) -> dict[str, Table]:
         tables.deactivation(results["deactivation"]),
         tables.accuracy(results["qa"], metric, model, _tuned_on_text(inputs)),
         tables.accuracy_details(results["qa"]),
+        evaluation_tables.floors(results["qa_floors"], metric),
         tables.lora_rank(results["qa"], metric, _ranks(inputs), model),
         tables.comparisons(results["comparisons"]),
+        evaluation_tables.perplexity(results["perplexity"]),
         tables.claims(results["claims"]),
         analysis_tables.probe(results["probe"]),
         analysis_tables.layers(results["layers"], "text", main_reduction(results)),

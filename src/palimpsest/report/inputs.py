@@ -27,11 +27,12 @@ METHOD_NAMES = {"base": "Base", "full": "Full-FT", "layer_lr": "Layer-LR", "lora
 TASK_NAMES = {"llama_questions": "Llama Questions", "web_questions": "Web Questions"}
 MODALITIES = ("text", "speech", "cascade", "text_asr")
 MODALITY_NAMES = {"text": "T2T", "speech": "S2T", "cascade": "Cascade", "text_asr": "Transcript"}
-MAIN_METRIC = "token_sequence"  # the scoring rule and the reduction that the claims are decided on;
+MAIN_METRIC = "token_sequence_numbers"  # the scoring rule and the reduction that the claims are decided on;
 MAIN_REDUCTION = "per_batch_abs"  # a run without them is shown by the first it has
 # Where a null stands for a number that was not finite. Anywhere else a null is a damaged record.
 MAY_BE_NULL = {
     "deactivation": {"loss", "perplexity"},
+    "perplexity": {"loss", "perplexity"},
     "shift": {"value"},
     "clustering": {
         *("value", "null_mean", "null_std", "z"),
@@ -55,6 +56,8 @@ class Results(TypedDict):
 
     deactivation: list[rundir.DeactivationRecord]
     qa: list[rundir.QARecord]
+    qa_floors: list[schema.FloorRecord]
+    perplexity: list[schema.PerplexityRecord]
     comparisons: list[rundir.ComparisonRecord]
     probe: list[schema.ProbeRecord]
     layers: list[rundir.LayerRecord]
@@ -162,7 +165,9 @@ def at(value: Any, *keys: str) -> Any:
 
 
 def main_metric(results: Results) -> str:
-    """The scoring rule of the summary and the main tables."""
+    """The scoring rule of the summary and the main tables: the one the run compared its methods by."""
+    if results["comparisons"]:
+        return results["comparisons"][0]["metric"]
     metrics = [row["metric"] for row in results["qa"]]
     return MAIN_METRIC if MAIN_METRIC in metrics or not metrics else metrics[0]
 

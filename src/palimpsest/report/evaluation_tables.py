@@ -1,0 +1,95 @@
+"""Tables of how far to trust the accuracies: what each scoring rule gives by chance, and the held-out perplexity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from palimpsest.report.formats import (
+    EMPTY,
+    NOT_FINITE,
+    Cell,
+    Column,
+    Table,
+    count,
+    interval,
+    number,
+    percent,
+    significant,
+    text,
+)
+from palimpsest.report.inputs import MODALITY_NAMES, method_key, method_name, modality_key, task_name
+from palimpsest.schema import FloorRecord, PerplexityRecord
+
+FLOORS = {
+    "unrelated": "Answers to other questions %",
+    "echo": "Question repeated %",
+    "echo_in_sentence": "Question in a sentence %",
+}
+
+
+def floors(records: Sequence[FloorRecord], metric: str) -> Table:
+    """False-positive floors of the main scoring rule, one row per method, task and input."""
+    columns = (
+        Column("Method"),
+        Column("Task"),
+        Column("Input"),
+        *(Column(title, numeric=True) for title in ("n", *FLOORS.values())),
+    )
+    cells = {(r["task"], r["modality"], r["method"], r["floor"]): r for r in records if r["metric"] == metric}
+    tasks = list(dict.fromkeys(task for task, *_ in cells))
+    keys = sorted({key[:3] for key in cells}, key=lambda k: (tasks.index(k[0]), modality_key(k[1]), method_key(k[2])))
+    rows = tuple(
+        (
+            text(method_name(method)),
+            text(task_name(task)),
+            text(modality),
+            count(max(cells[task, modality, method, floor]["n"] for floor in FLOORS if (*key, floor) in cells)),
+            *(_floor(cells.get((task, modality, method, floor))) for floor in FLOORS),
+        )
+        for key in keys
+        for task, modality, method in [key]
+    )
+    return Table(
+        "floors",
+        "What the scoring rule calls right that cannot be",
+        columns,
+        rows,
+        f"Scoring rule {metric}. Answers to other questions: each answer scored against the gold answers of another "
+        "question, mean over several draws. An accuracy near these numbers says nothing. Brackets: 95 % interval.",
+    )
+
+
+def _floor(record: FloorRecord | None) -> Cell:
+    if record is None:
+        return EMPTY
+    return Cell(percent(record["value"]), interval(record["ci_low"], record["ci_high"]), record["value"])
+
+
+def perplexity(records: Sequence[PerplexityRecord]) -> Table:
+    """Perplexity of the unchanged models on the held-out answers, typed and spoken questions side by side."""
+    modalities = sorted({row["modality"] for row in records}, key=modality_key)
+    columns = (
+        Column("Method"),
+        *(Column(f"{MODALITY_NAMES.get(modality, modality)} perplexity", numeric=True) for modality in modalities),
+    )
+    cells = {(row["method"], row["modality"]): row for row in records}
+    rows = tuple(
+        (text(method_name(method)), *(_perplexity(cells.get((method, modality))) for modality in modalities))
+        for method in sorted({row["method"] for row in records}, key=method_key)
+    )
+    sizes = sorted({(row["modality"], row["n_examples"], row["n_tokens"]) for row in records})
+    return Table(
+        "perplexity",
+        "Perplexity of the held-out answers",
+        columns,
+        rows,
+        "".join(f"{modality}: {n} answers, {tokens} tokens. " for modality, n, tokens in sizes).strip(),
+    )
+
+
+def _perplexity(record: PerplexityRecord | None) -> Cell:
+    if record is None:
+        return EMPTY
+    if record["perplexity"] is None:  # null in results.json: not finite
+        return Cell(NOT_FINITE, sort=float("inf"))
+    return number(record["perplexity"], significant(record["perplexity"]))

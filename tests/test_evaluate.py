@@ -1,0 +1,137 @@
+"""`palimpsest evaluate` on a tiny model: what it writes and prints, and what it refuses before loading anything."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from palimpsest.evaluate import evaluate_model
+from palimpsest.evaluation import judge
+from palimpsest.evaluation.losses import read_losses
+from palimpsest.rundir import UserError, read_json
+from tiny import tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """(folder of a tiny causal LM, manifest of ten questions)."""
+    folder = tmp_path_factory.mktemp("setup")
+    tiny_llama(eos_token_id=3).save_pretrained(folder / "llm")
+    tiny_tokenizer().save_pretrained(folder / "llm")
+    rows = [
+        {"id": f"q{i}", "question": f"What is {i}?", "answer": f"It is {i}.", "answers": [str(i)]} for i in range(10)
+    ]
+    (folder / "numbers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder / "llm"), str(folder / "numbers.jsonl")
+
+
+def evaluated(setup: tuple[str, str], out: Path, **changes: Any) -> list[str]:
+    options: dict[str, Any] = {
+        "split": "test",
+        "modality": "text",
+        "asr": "",
+        "limit": None,
+        "max_new_tokens": 4,
+        "batch_size": 3,
+        **changes,
+    }
+    lines: Iterator[str] = evaluate_model(*setup, out, **options)
+    return list(lines)
+
+
+def test_accuracy_floors_and_perplexity(setup: tuple[str, str], tmp_path: Path) -> None:
+    lines = evaluated(setup, tmp_path, perplexity=True)
+    results = read_json(tmp_path / "results-text.json")
+    assert set(results) == {"schema", "qa", "qa_floors", "perplexity"}
+    assert {(r["floor"], r["metric"]) for r in results["qa_floors"]} >= {("unrelated", "token_sequence_numbers")}
+    primary = next(line for line in lines if line.startswith("token_sequence_numbers"))
+    assert "unrelated" in primary
+    assert "echoed 100.0 % [72.2, 100.0]" in primary, "every gold stands in its own question"
+    (row,) = results["perplexity"]
+    binding, losses = read_losses(tmp_path / "losses-text.jsonl")
+    assert (binding["task"], binding["n"], list(losses.samples)) == ("numbers", 10, [f"q{i}" for i in range(10)])
+    assert row["n_tokens"] == sum(sample.n_tokens for sample in losses.samples.values())
+    assert row["perplexity"] == pytest.approx(math.exp(losses.total_loss / losses.n_tokens))
+    assert any(line.startswith("perplexity ") for line in lines)
+    assert any(line.startswith("answers that are ") for line in lines)
+
+
+def test_a_judge_stands_beside_the_rules(
+    setup: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated(setup, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "samples-text.jsonl").read_text("utf-8").splitlines()]
+    unclear, right = [row for row in rows if not row["empty"]][:2]
+
+    def complete(_: judge.Judge, content: str) -> str:
+        if unclear["question"] in content:
+            return "hard to say"
+        return "CORRECT" if right["question"] in content else "INCORRECT"
+
+    monkeypatch.setattr(judge, "_complete", complete)
+    monkeypatch.setattr(judge, "ATTEMPTS", 1)
+    lines = evaluated(setup, tmp_path, judge_url="http://localhost/v1", judge_model="m")
+    results = read_json(tmp_path / "results-text.json")
+    row = next(row for row in results["qa"] if row["metric"] == "llm_judge")
+    assert (row["n"], row["correct"], row["metric_version"]) == (10, 1, "1:m")
+    assert list(results["judge"]["failed"]) == [unclear["id"]]
+    assert any(line.startswith(f"not judged, counted as wrong: 1 ({unclear['id']})") for line in lines)
+    again = evaluated(setup, tmp_path, judge_url=None)
+    assert not any("llm_judge" in line for line in again), "off unless asked for"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"judge_url": "http://localhost/v1"}, "both --judge-url and --judge-model"),
+        ({"judge_model": "m"}, "both --judge-url and --judge-model"),
+        ({"judge_url": "localhost", "judge_model": "m"}, "no http address"),
+        ({"modality": "cascade", "perplexity": True}, "cascade has no perplexity"),
+    ],
+)
+def test_bad_options_are_refused_first(
+    setup: tuple[str, str], tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        evaluated(setup, tmp_path / "out", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"id": "q0", "question": "Q?", "answers": []}, "empty"),
+        ({"id": "q0", "question": "Q?", "answers": ["?"]}, "no gold answer with a letter or digit"),
+        ({"id": "q1", "question": "Q?", "answer": "A"}, "'q1' is already used"),
+    ],
+)
+def test_golds_and_ids(setup: tuple[str, str], tmp_path: Path, line: dict[str, Any], message: str) -> None:
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text(json.dumps({"id": "q1", "question": "Q?", "answer": "A"}) + "\n" + json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=message):
+        evaluated((setup[0], str(manifest)), tmp_path / "out")
+
+
+def test_samples_of_another_task_are_refused_and_kept(setup: tuple[str, str], tmp_path: Path) -> None:
+    evaluated(setup, tmp_path)
+    before = (tmp_path / "samples-text.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"holds another evaluation \(task_version .*; delete it or write elsewhere"):
+        evaluated(setup, tmp_path, limit=5)
+    assert (tmp_path / "samples-text.jsonl").read_bytes() == before
+
+
+def test_a_cut_line_is_asked_again_and_said(
+    setup: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = [row["correct"] for row in (evaluated(setup, tmp_path), read_json(tmp_path / "results-text.json"))[1]["qa"]]
+    file = tmp_path / "samples-text.jsonl"
+    file.write_bytes(file.read_bytes()[:-30])
+    capsys.readouterr()
+    evaluated(setup, tmp_path)
+    assert "was cut in the middle; 9 answers are kept" in capsys.readouterr().err
+    assert [row["correct"] for row in read_json(tmp_path / "results-text.json")["qa"]] == whole
