@@ -45,7 +45,7 @@ MAY_BE_NULL = {
     },
     "mask_overlap": {"layer", "overlap", "ci_low", "ci_high", "noise_floor"},
     "correlations": {"kendall_tau", "p_value"},
-    "training": {"loss", "learning_rate"},
+    "training": {"loss", "learning_rate", "grad_norm", "perplexity"},
 }
 MAX_SAMPLES_BYTES = 64 * 2**20  # of one samples.jsonl
 
