@@ -144,7 +144,10 @@ def test_a_changed_method_runs_only_what_depends_on_it(finished: Path, inputs: P
     steps = {path.relative_to(copy): path.read_text() for path in copy.rglob("step.json")}
     changed = recipe(inputs)
     changed["methods"]["lora"]["rank"] = 3
-    run_study(parse_config(changed, "test"), copy)
+    with pytest.raises(UserError, match=r"another recipe \(methods\.lora\.rank: 2 → 3\); give --changed"):
+        run_study(parse_config(changed, "test"), copy)
+    assert {path.relative_to(copy): path.read_text() for path in copy.rglob("step.json")} == steps
+    run_study(parse_config(changed, "test"), copy, changed=True)
     again = {path.relative_to(copy): path.read_text() for path in copy.rglob("step.json")}
     differing = {str(path.parent) for path in steps if steps[path] != again[path]}
     assert differing == {

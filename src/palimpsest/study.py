@@ -15,7 +15,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palimpsest.config import EvaluationTask, StudyConfig, dump_config
+from palimpsest.config import EvaluationTask, StudyConfig, dump_config, require_same_recipe
 from palimpsest.data.collate import batches
 from palimpsest.data.features import compute_features
 from palimpsest.data.records import Example, write_manifest
@@ -30,11 +30,14 @@ if TYPE_CHECKING:
     from palimpsest.evaluation.generate import Answerer
 
 
-def run_study(config: StudyConfig, folder: Path, reporter: Reporter | None = None) -> Path:
+def run_study(config: StudyConfig, folder: Path, reporter: Reporter | None = None, *, changed: bool = False) -> Path:
     """Run or resume a study in `folder`; returns the path of its report.
 
-    Raises UserError for bad input, before the long work where it can be known.
+    A folder that holds a study of another configuration is refused, unless `changed`: then the steps that the change
+    touches run again. Raises UserError for bad input, before the long work where it can be known.
     """
+    if not changed:
+        require_same_recipe(config, folder / "study.yaml")
     return Study(config, folder, reporter).run()
 
 
@@ -52,6 +55,7 @@ class Study:
         self.check()
         self.data()
         self.features()
+        self.ws.require_budget()
         self.importance(BASE)
         self.importance(BASE, other=True)
         self.deactivation(BASE)
@@ -73,7 +77,9 @@ class Study:
     def check(self) -> None:
         """What can be known to be wrong before the long work: sources, audio, models, disk; then study.yaml."""
         from palimpsest.models.loading import resolve, weight_bytes
+        from palimpsest.training.train import require_options
 
+        require_options(self.ws.settings, self.ws.device)
         voice = self.config.speech.voice
         if voice not in VOICES:
             raise UserError(f"speech.voice: there is no voice {voice!r}; use one of {', '.join(VOICES)}.")
@@ -237,7 +243,7 @@ class Study:
 
         def write(folder: Path, advance: Advance) -> None:
             from palimpsest.training.methods import Method, layer_scales
-            from palimpsest.training.train import Settings, train
+            from palimpsest.training.train import train
 
             scales = None
             if method.kind == "layer_lr":
@@ -249,10 +255,11 @@ class Study:
                 self.ws.groups["train"],
                 self.ws.collator("speech", "train"),
                 Method(**method.model_dump()),
-                Settings(**options.model_dump(), seed=self.ws.seed("train")),
+                self.ws.settings,
                 folder,
                 name=name,
                 scales=scales,
+                held_out=self.ws.held_out(),
                 progress=advance,
             )
             model.save_pretrained(folder)
