@@ -47,5 +47,5 @@ def measure(
 
 
 def modalities_of(entry: Mapping[str, Any]) -> list[str]:
-    """The modalities a log entry of the Trainer has measurements of."""
-    return [key.removeprefix("eval_").removesuffix("_n_tokens") for key in entry if key.endswith("_n_tokens")]
+    """The modalities a log entry of the Trainer has measurements of, sorted: a checkpoint sorts the entry's keys."""
+    return sorted(key.removeprefix("eval_").removesuffix("_n_tokens") for key in entry if key.endswith("_n_tokens"))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
 from palimpsest.data.collate import to_device
 from palimpsest.models.fused_loss import Kernel, fused_loss, require_same_loss
@@ -53,7 +53,7 @@ def run_phase(
     trainer = SpeechTrainer(
         model,
         phase,
-        arguments(folder, phase, settings, name),
+        arguments(folder, phase, settings, name, model.device),
         kernel=kernel,
         held_out=held_out or {},
         max_tokens=settings.max_tokens,
@@ -67,9 +67,10 @@ def run_phase(
     return records(trainer.state.log_history, name, phase)
 
 
-def arguments(folder: Path, phase: Phase, settings: Settings, name: str) -> TrainingArguments:
+def arguments(folder: Path, phase: Phase, settings: Settings, name: str, device: torch.device) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(folder),
+        use_cpu=device.type == "cpu",  # also where there is a GPU: the study's models.device rules
         run_name=name if phase.name == "method" else f"{name}-{phase.name}",
         max_steps=phase.steps,
         per_device_train_batch_size=settings.batch_size,
@@ -99,6 +100,8 @@ def arguments(folder: Path, phase: Phase, settings: Settings, name: str) -> Trai
 
 class SpeechTrainer(Trainer):  # type: ignore[misc]
     """Overrides: the batches, the loss, the optimizer's parameter groups, the evaluation; gradients must be finite."""
+
+    control: TrainerControl
 
     def __init__(
         self,
@@ -177,6 +180,7 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
         batch_size = self.args.per_device_train_batch_size
         found = measure(self.model, self.held_out, batch_size, self.max_tokens, self.args.device)
         self.log(dict(found))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
 
 
