@@ -16,7 +16,8 @@ from palimpsest.data.records import Example
 from palimpsest.models.fused_loss import Kernel
 from palimpsest.models.loss import supervised_losses
 from palimpsest.models.speech_lm import SpeechLM
-from palimpsest.rundir import TrainingRecord, UserError
+from palimpsest.rundir import UserError
+from palimpsest.schema import TrainingRecord
 from palimpsest.training.batching import sequence_lengths
 from palimpsest.training.methods import Method
 from palimpsest.training.phases import phases_of, repeating

@@ -164,25 +164,6 @@ class DeltaRecord(TypedDict):
     energy_top24: NotRequired[float]
 
 
-class TrainingRecord(TypedDict):
-    """One optimizer step (kind `train`), or a measurement on held-out examples between steps (kind `eval`).
-
-    Records without a kind are `train`. Steps count on from the adaptor's phase to the method's.
-    """
-
-    method: str
-    step: int
-    epoch: float  # of the phase
-    loss: float  # nats per supervised token
-    learning_rate: float  # base rate at this step; null in eval records
-    kind: NotRequired[str]  # train | eval
-    phase: NotRequired[str]  # adaptor | method
-    grad_norm: NotRequired[float]  # train: before clipping
-    modality: NotRequired[str]  # eval: text | speech
-    n_tokens: NotRequired[int]  # eval
-    perplexity: NotRequired[float]  # eval
-
-
 class ClaimRecord(TypedDict):
     claim: int
     statement: str

@@ -1,8 +1,8 @@
-"""Rows of the tables of results.json that come from the analysis; the others stand in rundir.py."""
+"""Rows of the tables of results.json that come from the analysis and from training; the others stand in rundir.py."""
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class ClusteringSummaryRecord(TypedDict):
@@ -46,3 +46,22 @@ class CorrelationRecord(TypedDict):
     kendall_tau: float | None
     p_value: float | None  # exact, two-sided
     note: str
+
+
+class TrainingRecord(TypedDict):
+    """One optimizer step (kind `train`), or a measurement on held-out examples between steps (kind `eval`).
+
+    Records without a kind are `train`. Steps count on from the adaptor's phase to the method's.
+    """
+
+    method: str
+    step: int
+    epoch: float  # of the phase
+    loss: float  # nats per supervised token
+    learning_rate: float  # base rate at this step; null in eval records
+    kind: NotRequired[str]  # train | eval
+    phase: NotRequired[str]  # adaptor | method
+    grad_norm: NotRequired[float]  # train: before clipping
+    modality: NotRequired[str]  # eval: text | speech
+    n_tokens: NotRequired[int]  # eval
+    perplexity: NotRequired[float]  # eval

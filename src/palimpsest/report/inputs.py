@@ -63,7 +63,7 @@ class Results(TypedDict):
     delta: list[rundir.DeltaRecord]
     mask_overlap: list[schema.MaskOverlapRecord]
     correlations: list[schema.CorrelationRecord]
-    training: list[rundir.TrainingRecord]
+    training: list[schema.TrainingRecord]
     claims: list[rundir.ClaimRecord]
     timings: list[rundir.TimingRecord]
 

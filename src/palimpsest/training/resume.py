@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palimpsest.changes import differences, in_words
-from palimpsest.rundir import TrainingRecord, UserError, hash_value, read_json, write_json
+from palimpsest.rundir import UserError, hash_value, read_json, write_json
+from palimpsest.schema import TrainingRecord
 from palimpsest.training.callbacks import COMPLETE
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from palimpsest.models.fused_loss import Kernel, choose_kernel
-from palimpsest.rundir import TrainingRecord, UserError
+from palimpsest.rundir import UserError
+from palimpsest.schema import TrainingRecord
 from palimpsest.training.callbacks import require_loggers
 from palimpsest.training.held_out import HeldOut
 from palimpsest.training.methods import Method, add_lora, merge_lora

@@ -16,7 +16,8 @@ from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArgum
 from palimpsest.data.collate import to_device
 from palimpsest.models.fused_loss import Kernel, fused_loss, require_same_loss
 from palimpsest.models.loss import describe_ids, supervised_losses
-from palimpsest.rundir import TrainingRecord, UserError
+from palimpsest.rundir import UserError
+from palimpsest.schema import TrainingRecord
 from palimpsest.training.callbacks import EvaluateAtTheEnd, MarkComplete, ReportProgress
 from palimpsest.training.held_out import HeldOut, measure, modalities_of
 from palimpsest.training.phases import Phase
