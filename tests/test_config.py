@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from palimpsest.config import StudyConfig, dump_config, load_config, parse_config
+from palimpsest.config import StudyConfig, dump_config, load_config, parse_config, require_same_recipe
 from palimpsest.rundir import UserError
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
@@ -48,6 +48,7 @@ def test_every_recipe_builds_and_says_how_it_is_run(path: Path) -> None:
         ("methods.full.learning_rat", "learning_rate"),
         ("data.train.sorce", "source"),
         ("importance.reducton", "reduction"),
+        ("training.max_token", "max_tokens"),
     ],
 )
 def test_an_unknown_key_names_the_nearest_one(path: str, near: str) -> None:
@@ -107,6 +108,24 @@ def test_a_config_cannot_be_changed() -> None:
     config = StudyConfig.model_validate(MINIMAL)
     with pytest.raises(Exception, match="frozen"):
         config.seed = 1  # type: ignore[misc]
+
+
+def test_the_same_recipe_passes_and_another_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    config = parse_config(changed("training.report_to", ["wandb"]), "r")
+    require_same_recipe(config, file)  # nothing there yet
+    file.write_text(dump_config(config))
+    require_same_recipe(config, file)
+    other = parse_config(changed("methods.full.learning_rate", 1.0), "r")
+    with pytest.raises(
+        UserError, match=r"methods\.full\.learning_rate: 2e-05 → 1\.0; .*report_to: \[\"wandb\"\] → \[\]"
+    ):
+        require_same_recipe(other, file)
+    file.write_text(yaml.safe_dump(MINIMAL))  # an older version without the new keys
+    require_same_recipe(parse_config(MINIMAL, "r"), file)
+    file.write_text("old_key: 1\n")
+    with pytest.raises(UserError, match="of another version and cannot be compared"):
+        require_same_recipe(config, file)
 
 
 def test_unreadable_recipes(tmp_path: Path) -> None:

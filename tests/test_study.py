@@ -165,7 +165,10 @@ def test_a_changed_method_runs_only_what_depends_on_it(finished: Path, inputs: P
     steps = {path.relative_to(copy): path.read_text() for path in copy.rglob("step.json")}
     changed = recipe(inputs)
     changed["methods"]["lora"]["rank"] = 3
-    run_study(parse_config(changed, "test"), copy)
+    with pytest.raises(UserError, match=r"another recipe \(methods\.lora\.rank: 2 → 3\); give --changed"):
+        run_study(parse_config(changed, "test"), copy)
+    assert {path.relative_to(copy): path.read_text() for path in copy.rglob("step.json")} == steps
+    run_study(parse_config(changed, "test"), copy, changed=True)
     again = {path.relative_to(copy): path.read_text() for path in copy.rglob("step.json")}
     differing = {str(path.parent) for path in steps if steps[path] != again[path]}
     assert differing == {
@@ -286,9 +289,56 @@ def test_transcripts_are_asked_of_every_model_and_the_base_s_answers_to_them_are
     assert {r["method_b"] for r in found["comparisons"] if r["modality"] == "text_asr"} == set(METHODS)
 
 
+@pytest.mark.slow
+def test_training_killed_in_both_phases_gives_the_same_weights(inputs: Path, tmp_path: Path) -> None:
+    """Token budget, accumulation, adaptor first, LoRA with dropout, perplexities between steps; SIGKILL, resume."""
+    first = {"epochs": 2, "learning_rate": 1e-3, "target": "repeat"}
+    training = {
+        "epochs": 2, "batch_size": 4, "max_tokens": 330, "accumulation": 2, "checkpoint_every": 1, "eval_every": 3,
+        "adaptor_first": first,
+    }  # fmt: skip
+    methods = {"lora": {"kind": "lora", "learning_rate": 1e-3, "rank": 2, "dropout": 0.3, "targets": ["q_proj"]}}
+    values = recipe(inputs, training=training, methods=methods)
+    run_study(parse_config(values, "test"), tmp_path / "whole")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "palimpsest.cli", "study", str(path), "--out", str(tmp_path / "cut")]
+    trainer = "methods__lora__checkpoint-*/trainer"
+    for marker in ("adaptor/checkpoint-2", "adaptor/done.safetensors", "checkpoint-3"):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 240
+        while not list((tmp_path / "cut" / ".working").glob(f"{trainer}/{marker}")):
+            assert process.poll() is None, f"the study ended before {marker}"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, capture_output=True)
+    whole, cut = (tmp_path / name / "methods" / "lora" / "checkpoint" for name in ("whole", "cut"))
+    assert (whole / "model.safetensors").read_bytes() == (cut / "model.safetensors").read_bytes()
+    assert (whole / "training.json").read_text() == (cut / "training.json").read_text()
+    records = json.loads((cut / "training.json").read_text())
+    assert {(r["kind"], r["phase"], r.get("modality")) for r in records} == {
+        (kind, phase, modality)
+        for kind, modality in (("train", None), ("eval", "text"), ("eval", "speech"))
+        for phase in ("adaptor", "method")
+    }
+
+
+def test_an_example_above_the_budget_is_told_before_anything_is_scored(inputs: Path, tmp_path: Path) -> None:
+    values = recipe(inputs, training={"max_tokens": 20})
+    with pytest.raises(
+        UserError, match=r"The example 'train\d+' has \d+ tokens and the budget training\.max_tokens is 20"
+    ):
+        run_study(parse_config(values, "test"), tmp_path / "run")
+    assert not (tmp_path / "run" / "base").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"training": {"report_to": ["tensorbord"]}}, "tensorbord"),
+        ({"training": {"liger": True}, "models": {"language_model": "x", "encoder": "y", "device": "cpu"}}, "liger"),
         ({"data": {key: {"source": "none.jsonl", "split": key} for key in ("train", "heldout")}}, r"none\.jsonl"),
         ({"models": {"language_model": "./nowhere", "encoder": "./nowhere"}}, "nowhere is not a folder"),
         ({"models": {"language_model": "embedded:none", "encoder": "embedded:none"}}, "no embedded model"),

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 
 from palimpsest.data.collate import Collator
-from palimpsest.data.features import Features, compute_features
 from palimpsest.data.records import Example
 from palimpsest.models.speech_lm import SpeechLM
 from palimpsest.rundir import UserError
 from palimpsest.training.methods import Method
-from palimpsest.training.train import Settings, n_steps, train
+from palimpsest.training.train import AdaptorFirst, Settings, n_steps, train
+from spoken import spoken
 from tiny import tiny_speech_lm
 
 SCALES = {0: 1.0, 1: 0.6}
@@ -24,24 +23,17 @@ SETTINGS = Settings(epochs=2, batch_size=3, warmup_ratio=0.0, checkpoint_every=2
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Example], Collator]:
-    folder = tmp_path_factory.mktemp("audio")
-    rng = np.random.default_rng(0)
-    examples = []
-    for i in range(8):
-        soundfile.write(folder / f"{i}.wav", rng.normal(0, 0.1, 8_000 + 1_600 * i), 16_000)
-        examples.append(Example(f"e{i}", f"Question {i}?", (f"A{i}",), f"Answer A{i}.", folder / f"{i}.wav"))
-    model, processor = tiny_speech_lm()
-    compute_features(model.encoder, processor, examples, folder / "features")
-    return examples, Collator(processor, "speech", Features(folder / "features"))
+    return spoken(tmp_path_factory.mktemp("audio"))
 
 
-def run(setup, folder: Path, kind: str, settings: Settings = SETTINGS, progress=None, lr: float = 1e-2):
+def run(setup, folder: Path, kind, settings: Settings = SETTINGS, progress=None, lr: float = 1e-2, **more):
     examples, collator = setup
     model, _ = tiny_speech_lm()
     folder.mkdir(exist_ok=True)
+    method = kind if isinstance(kind, Method) else Method(kind, learning_rate=lr, rank=2)
     records = train(
-        model, examples, collator, Method(kind, learning_rate=lr, rank=2), settings, folder,
-        name=kind, scales=SCALES, progress=progress,
+        model, examples, collator, method, settings, folder,
+        name=method.kind, scales=SCALES, progress=progress, **more,
     )  # fmt: skip
     return model, records
 
@@ -67,22 +59,44 @@ def test_what_is_trained_and_what_is_not(setup, tmp_path: Path, kind: str) -> No
     assert not (tmp_path / "run" / "trainer").exists()
 
 
-@pytest.mark.parametrize("kind", ["full", "lora"])
-def test_interrupted_and_resumed_gives_the_same_weights(setup, tmp_path: Path, kind: str) -> None:
-    whole, whole_records = run(setup, tmp_path / "whole", kind)
+BUDGET = Settings(epochs=3, batch_size=4, max_tokens=240, accumulation=2, warmup_ratio=0.1, checkpoint_every=1, seed=1)
+FIRST = AdaptorFirst(epochs=1, learning_rate=1e-2, target="repeat")
 
-    def stop_at_5(done: int, total: int) -> None:
-        if done == 5:
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "stop_at", "again"),
+    [
+        ("full", SETTINGS, 5, 5),  # the checkpoint is of step 4
+        ("lora", SETTINGS, 5, 5),  # with dropout, whose random state must continue too
+        ("layer_lr", BUDGET, 4, 4),  # in the second epoch; the checkpoint is of step 3
+        ("lora", replace(SETTINGS, adaptor_first=FIRST), 3, 3),  # in the adaptor's phase of 3 steps
+        ("lora", replace(BUDGET, adaptor_first=FIRST), 3, 3),  # in the first step of the method's phase
+        ("full", replace(SETTINGS, adaptor_first=FIRST), 8, 8),  # deep in the method's phase
+    ],
+)
+def test_interrupted_and_resumed_gives_the_same_weights(
+    setup, tmp_path: Path, kind: str, settings: Settings, stop_at: int, again: int
+) -> None:
+    method = Method(kind, learning_rate=1e-2, rank=2, dropout=0.3 if kind == "lora" else 0.0)
+    whole_steps: list[int] = []
+    whole, whole_records = run(setup, tmp_path / "whole", method, settings, lambda done, _: whole_steps.append(done))
+    assert whole_steps == list(range(1, len(whole_steps) + 1))
+
+    def stop(done: int, total: int) -> None:
+        assert total == len(whole_steps)
+        if done == stop_at:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(setup, tmp_path / "cut", kind, progress=stop_at_5)
+        run(setup, tmp_path / "cut", method, settings, stop)
     # A kill while a later checkpoint is being written leaves half of one; it must not be taken.
-    (tmp_path / "cut" / "trainer" / "checkpoint-5").mkdir()
-    (tmp_path / "cut" / "trainer" / "checkpoint-5" / "model.safetensors").write_bytes(b"half")
+    for folder in (tmp_path / "cut" / "trainer", tmp_path / "cut" / "trainer" / "adaptor"):
+        if folder.exists():
+            (folder / "checkpoint-999").mkdir()
+            (folder / "checkpoint-999" / "model.safetensors").write_bytes(b"half")
     steps: list[int] = []
-    resumed, resumed_records = run(setup, tmp_path / "cut", kind, progress=lambda done, _: steps.append(done))
-    assert steps == [5, 6]  # from the checkpoint at step 4 on
+    resumed, resumed_records = run(setup, tmp_path / "cut", method, settings, lambda done, _: steps.append(done))
+    assert steps == list(range(again, len(whole_steps) + 1))
     expected = state(whole)
     assert all(torch.equal(expected[name], value) for name, value in state(resumed).items())
     assert resumed_records == whole_records

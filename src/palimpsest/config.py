@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from palimpsest.changes import differences, in_words
 from palimpsest.rundir import UserError
 
 Fraction = float
@@ -87,6 +88,7 @@ class MethodConfig(_Strict):
     dropout: float = Field(0.0, ge=0, lt=1)
     importance: Literal["measured", "shuffled", "inverted"] = "measured"  # layer_lr; the others are controls
     modality: Literal["speech", "text"] = "speech"  # how the training questions are put; text is a control
+    targets: tuple[str, ...] | None = None  # lora: names of linear layers; None: all of every transformer layer
 
     @model_validator(mode="after")
     def _sense(self) -> MethodConfig:
@@ -95,6 +97,13 @@ class MethodConfig(_Strict):
         if self.modality == "text" and self.kind == "adaptor":
             raise ValueError("kind adaptor with modality text would train nothing; use speech, or another kind")
         return self
+
+
+class AdaptorFirst(_Strict):
+    epochs: float = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    target: Literal["answer", "repeat"] = "answer"  # repeat: the model writes down the question it hears
+    instruction: str = "Repeat what is said in the speech."  # beside the speech, with target repeat
 
 
 class Training(_Strict):
@@ -107,6 +116,12 @@ class Training(_Strict):
     checkpoint_every: int = Field(500, ge=1)
     bf16: bool = False
     gradient_checkpointing: bool = False
+    max_tokens: int | None = Field(None, ge=1)  # of a batch, padding counted; batch_size then limits its rows
+    compile: bool = False  # torch.compile
+    liger: bool | Literal["auto"] = "auto"  # head and loss in one kernel; auto: where it is installed, on CUDA
+    eval_every: int | None = Field(None, ge=1)  # optimizer steps between perplexities of data.heldout
+    report_to: tuple[str, ...] = ()  # loggers of transformers, such as tensorboard and wandb
+    adaptor_first: AdaptorFirst | None = None  # a phase of its own for the adaptor, before the method
 
 
 class Importance(_Strict):
@@ -210,6 +225,23 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
         candidates = (annotation, *get_args(annotation))
         section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
     return list(section.model_fields)
+
+
+def require_same_recipe(config: StudyConfig, file: Path) -> None:
+    """Raise UserError if `file`, the study.yaml of a run directory, holds another configuration.
+
+    A file that is not there is none; a key that came with a later version counts with its default.
+    """
+    if not file.exists():
+        return
+    remedy = "give --changed to run again what the change touches, or another --out"
+    try:
+        old = load_config(file)
+    except UserError as error:
+        raise UserError(f"{file} is of another version and cannot be compared ({error}); {remedy}.") from error
+    found = differences(old.model_dump(mode="json"), config.model_dump(mode="json"))
+    if found:
+        raise UserError(f"{file.parent} holds a study of another recipe ({in_words(found)}); {remedy}.")
 
 
 def dump_config(config: StudyConfig) -> str:

@@ -168,14 +168,6 @@ class DeltaRecord(TypedDict):
     energy_top24: NotRequired[float]
 
 
-class TrainingRecord(TypedDict):
-    method: str
-    step: int
-    epoch: float
-    loss: float
-    learning_rate: float
-
-
 class ClaimRecord(TypedDict):
     claim: int
     statement: str

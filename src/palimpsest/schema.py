@@ -1,8 +1,8 @@
-"""Rows of tables of results.json and compare.json from analysis and evaluation; the others stand in rundir.py."""
+"""Rows of tables of results.json and compare.json from training, analysis, evaluation; the others: rundir.py."""
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class ClusteringSummaryRecord(TypedDict):
@@ -169,3 +169,22 @@ class LossPairRecord(TypedDict):
     p_holm: float
     detectable: float | None
     verdict: str
+
+
+class TrainingRecord(TypedDict):
+    """One optimizer step (kind `train`), or a measurement on held-out examples between steps (kind `eval`).
+
+    Records without a kind are `train`. Steps count on from the adaptor's phase to the method's.
+    """
+
+    method: str
+    step: int
+    epoch: float  # of the phase
+    loss: float  # nats per supervised token
+    learning_rate: float  # base rate at this step; null in eval records
+    kind: NotRequired[str]  # train | eval
+    phase: NotRequired[str]  # adaptor | method
+    grad_norm: NotRequired[float]  # train: before clipping
+    modality: NotRequired[str]  # eval: text | speech
+    n_tokens: NotRequired[int]  # eval
+    perplexity: NotRequired[float]  # eval

@@ -11,12 +11,13 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from palimpsest.answering import answers, cascade, probe
-from palimpsest.config import StudyConfig, dump_config
+from palimpsest.config import StudyConfig, dump_config, require_same_recipe
 from palimpsest.data.collate import batches
 from palimpsest.data.features import compute_features
 from palimpsest.data.records import Example, write_manifest
@@ -29,11 +30,14 @@ from palimpsest.rundir import UserError, require_disk, write_json, write_jsonl, 
 from palimpsest.workspace import BASE, DROPPED, Modality, Workspace, folder_of
 
 
-def run_study(config: StudyConfig, folder: Path, reporter: Reporter | None = None) -> Path:
+def run_study(config: StudyConfig, folder: Path, reporter: Reporter | None = None, *, changed: bool = False) -> Path:
     """Run or resume a study in `folder`; returns the path of its report.
 
-    Raises UserError for bad input, before the long work where it can be known.
+    A folder that holds a study of another configuration is refused, unless `changed`: then the steps that the change
+    touches run again. Raises UserError for bad input, before the long work where it can be known.
     """
+    if not changed:
+        require_same_recipe(config, folder / "study.yaml")
     return Study(config, folder, reporter).run()
 
 
@@ -54,6 +58,7 @@ class Study:
         self.check()
         self.data()
         self.features()
+        self.ws.require_budget()
         self.importance(BASE)
         self.importance(BASE, other=True)
         self.deactivation(BASE)
@@ -82,7 +87,9 @@ class Study:
     def check(self) -> None:
         """What can be known to be wrong before the long work: sources, audio, models, disk; then study.yaml."""
         from palimpsest.models.loading import resolve, weight_bytes
+        from palimpsest.training.train import require_options
 
+        require_options(self.ws.settings, self.ws.device)
         voice = self.config.speech.voice
         if voice not in VOICES:
             raise UserError(f"speech.voice: there is no voice {voice!r}; use one of {', '.join(VOICES)}.")
@@ -247,9 +254,11 @@ class Study:
 
         def write(folder: Path, advance: Advance) -> None:
             from palimpsest.training.methods import Method, method_scales
-            from palimpsest.training.train import Settings, train
+            from palimpsest.training.train import train
 
-            scales, trained = None, Method(**method.model_dump())
+            scales, trained, settings = None, Method(**method.model_dump()), self.ws.settings
+            if method.modality == "text":  # written questions pass by the adaptor
+                settings = replace(settings, adaptor_first=None)
             if method.kind == "layer_lr":
                 reduction, seed = self.config.importance.reduction, self.ws.seed("shuffled layers")
                 scales = method_scales(trained, self.ws.scores(BASE), reduction=reduction, seed=seed)
@@ -260,10 +269,11 @@ class Study:
                 self.ws.groups["train"],
                 self.ws.collator(method.modality, "train"),
                 trained,
-                Settings(**options.model_dump(), seed=self.ws.seed("train")),
+                settings,
                 folder,
                 name=name,
                 scales=scales,
+                held_out=self.ws.held_out(),
                 progress=advance,
             )
             model.save_pretrained(folder)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from palimpsest.importance.scores import Scores
     from palimpsest.models.processor import SpeechLMProcessor
     from palimpsest.models.speech_lm import SpeechLM
+    from palimpsest.training.held_out import HeldOut
+    from palimpsest.training.settings import Settings
 
 Modality = Literal["text", "speech"]  # what a collator can put; rundir.Modality has those of evaluation
 BASE = "base"
@@ -140,6 +142,29 @@ class Workspace:
         from palimpsest.evaluation.tasks import Task
 
         return Task(task.name, tuple(self.groups[f"task-{task.name}"]))
+
+    def held_out(self) -> HeldOut | None:
+        """What training is evaluated on between its steps, if it is."""
+        if self.config.training.eval_every is None:
+            return None
+        modalities: tuple[Modality, ...] = ("text", "speech")
+        return {modality: (self.collator(modality, "heldout"), self.groups["heldout"]) for modality in modalities}
+
+    # -- training -----------------------------------------------------------------------------------------------------
+    @cached_property
+    def settings(self) -> Settings:
+        from palimpsest.training.settings import Settings
+
+        return Settings.of(self.config.training.model_dump(), self.seed("train"))
+
+    def require_budget(self) -> None:
+        """A training example above the token budget is told now, not after hours of other steps."""
+        if self.settings.max_tokens is not None:
+            from palimpsest.training.batching import require_budget, sequence_lengths
+
+            examples = self.groups["train"]
+            lengths = sequence_lengths(self.collator("speech", "train"), examples)
+            require_budget(examples, lengths, self.settings.max_tokens)
 
     # -- models -------------------------------------------------------------------------------------------------------
     @cached_property

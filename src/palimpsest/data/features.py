@@ -44,13 +44,20 @@ class Features:
     def __contains__(self, example_id: str) -> bool:
         return example_id in self._spans
 
-    def __getitem__(self, example_id: str) -> Float[Tensor, "time d_enc"]:
-        """float32 frames of one example. Raises UserError for an id whose speech was never encoded."""
+    def count(self, example_id: str) -> int:
+        """Encoder frames of one example, without reading them."""
+        return self._span(example_id)[1]
+
+    def _span(self, example_id: str) -> tuple[int, int]:
         if example_id not in self._spans:
             raise UserError(
                 f"There are no speech features for the example {example_id!r}; it has no audio in this study's data."
             )
-        first, count = self._spans[example_id]
+        return self._spans[example_id]
+
+    def __getitem__(self, example_id: str) -> Float[Tensor, "time d_enc"]:
+        """float32 frames of one example. Raises UserError for an id whose speech was never encoded."""
+        first, count = self._span(example_id)
         return torch.from_numpy(np.asarray(self._frames[first : first + count], np.float32))
 
 

@@ -7,7 +7,7 @@ more than long ones.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +17,7 @@ from palimpsest.models.anatomy import unwrap
 from palimpsest.rundir import UserError
 
 if TYPE_CHECKING:
-    from jaxtyping import Float, Int64
+    from jaxtyping import Bool, Float, Int64
     from torch import Tensor, nn
 
 IGNORED = -100  # the label of a position without a loss
@@ -41,28 +41,12 @@ def supervised_losses(
     a model whose sequence is not as long as the labels.
     """
     labels: Tensor = batch["labels"]
-    mask: Tensor | None = batch.get("attention_mask")
-    supervised = labels[:, 1:] != IGNORED  # (batch, seq − 1): position t has a target
-    if not supervised.any():
-        raise UserError(
-            f"No label of the batch{describe_ids(batch)} is supervised, all are {IGNORED}; "
-            "check how the labels are masked or leave these examples out."
-        )
-    if mask is not None and bool((supervised & (mask[:, 1:] == 0)).any()):
-        raise UserError(
-            f"The batch{describe_ids(batch)} has labels on padding, where attention_mask is 0; "
-            f"set these labels to {IGNORED}."
-        )
+    supervised = supervised_positions(batch)
     columns = supervised.any(dim=0).nonzero().squeeze(1)  # (kept,), ascending
 
-    inputs: dict[str, Any] = {
-        key: value for key, value in batch.items() if isinstance(value, torch.Tensor) and key != "labels"
-    }
-    accepted = inspect.signature(unwrap(model).forward).parameters
+    inputs, accepted = forward_inputs(model, batch)
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = columns
-    if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
-        inputs["use_cache"] = False
     logits: Float[Tensor, "batch kept vocabulary"] = model(**inputs).logits
     if "logits_to_keep" not in accepted and logits.shape[1] == labels.shape[1]:
         logits = logits[:, columns]
@@ -79,6 +63,35 @@ def supervised_losses(
     logits = logits.flatten(0, 1).index_select(0, wanted.flatten().nonzero().squeeze(1))
     precision = torch.promote_types(logits.dtype, torch.float32)
     return cross_entropy(logits.to(precision), targets, reduction="none"), rows
+
+
+def supervised_positions(batch: Mapping[str, Any]) -> Bool[Tensor, "batch seq_minus_1"]:
+    """Where position t has a target. Raises UserError if none has, and for a target where attention_mask is 0."""
+    labels: Tensor = batch["labels"]
+    mask: Tensor | None = batch.get("attention_mask")
+    supervised = labels[:, 1:] != IGNORED
+    if not supervised.any():
+        raise UserError(
+            f"No label of the batch{describe_ids(batch)} is supervised, all are {IGNORED}; "
+            "check how the labels are masked or leave these examples out."
+        )
+    if mask is not None and bool((supervised & (mask[:, 1:] == 0)).any()):
+        raise UserError(
+            f"The batch{describe_ids(batch)} has labels on padding, where attention_mask is 0; "
+            f"set these labels to {IGNORED}."
+        )
+    return supervised
+
+
+def forward_inputs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Set[str]]:
+    """What forward gets of a batch, without labels and without a cache, and the names of what it takes."""
+    inputs: dict[str, Any] = {
+        key: value for key, value in batch.items() if isinstance(value, torch.Tensor) and key != "labels"
+    }
+    accepted = inspect.signature(unwrap(model).forward).parameters
+    if "use_cache" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+        inputs["use_cache"] = False
+    return inputs, accepted.keys()
 
 
 def describe_ids(batch: Mapping[str, Any]) -> str:

@@ -286,7 +286,8 @@ def _written(row: QARecord) -> str:
 # ----------------------------------------------------------------------------------------------------------
 def training(inputs: Inputs) -> Drawing | None:
     """Training loss by step, averaged in windows where a run has more steps than the figure can show."""
-    records = [row for row in inputs.results["training"] if row["loss"] is not None]
+    steps_only = [row for row in inputs.results["training"] if row.get("kind", "train") == "train"]
+    records = [row for row in steps_only if row["loss"] is not None]
     methods = sorted({row["method"] for row in records}, key=method_key)
     if not methods:
         return None

@@ -46,7 +46,7 @@ MAY_BE_NULL = {
     },
     "mask_overlap": {"layer", "overlap", "ci_low", "ci_high", "noise_floor"},
     "correlations": {"kendall_tau", "p_value"},
-    "training": {"loss", "learning_rate"},
+    "training": {"loss", "learning_rate", "grad_norm", "perplexity"},
 }
 MAX_SAMPLES_BYTES = 64 * 2**20  # of one samples.jsonl
 
@@ -67,7 +67,7 @@ class Results(TypedDict):
     delta: list[rundir.DeltaRecord]
     mask_overlap: list[schema.MaskOverlapRecord]
     correlations: list[schema.CorrelationRecord]
-    training: list[rundir.TrainingRecord]
+    training: list[schema.TrainingRecord]
     claims: list[rundir.ClaimRecord]
     timings: list[rundir.TimingRecord]
 

@@ -43,6 +43,7 @@ class Method:
     # layer_lr: which layers Eq. 3 slows down; "shuffled" and "inverted" are controls, see `method_scales`.
     importance: Literal["measured", "shuffled", "inverted"] = "measured"
     modality: Literal["speech", "text"] = "speech"  # how the training questions are put
+    targets: tuple[str, ...] | None = None  # lora: names of linear layers, such as q_proj; None: all of every layer's
 
 
 def layer_totals(scores: Scores, reduction: str) -> dict[int, float]:
@@ -116,10 +117,20 @@ def rules_for(method: Method, scales: Mapping[int, float] | None = None) -> list
 
 
 def add_lora(model: SpeechLM, method: Method) -> None:
-    """Wrap the language model with peft's LoRA on all its attention and MLP projections, in place."""
+    """Wrap the language model with peft's LoRA on `method.targets`, or all its attention and MLP projections, in place.
+
+    Raises UserError for a target that no layer of the language model has.
+    """
     from peft import LoraConfig, get_peft_model
 
-    targets = sorted({name.split(".")[-2] for name in scored_parameters(model)})
+    present = sorted({name.split(".")[-2] for name in scored_parameters(model)})
+    targets = present if method.targets is None else list(method.targets)
+    unknown = [name for name in targets if name not in present]
+    if unknown or not targets:
+        wanted = ", ".join(unknown) or "none"
+        raise UserError(
+            f"LoRA's targets ({wanted}) are not in the language model; its layers have {', '.join(present)}."
+        )
     config = LoraConfig(
         r=method.rank,
         lora_alpha=2 * method.rank if method.alpha is None else method.alpha,

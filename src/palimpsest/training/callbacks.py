@@ -1,0 +1,61 @@
+"""What happens between the Trainer's steps: complete checkpoints, progress, the last evaluation. Loggers, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from palimpsest.rundir import UserError
+
+COMPLETE = "complete"  # empty file the Trainer's checkpoint gets when all of it is written
+
+
+class MarkComplete(TrainerCallback):  # type: ignore[misc]
+    """Marks a checkpoint when all of it is written; the finished model is written by the caller, not here."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+
+
+class EvaluateAtTheEnd(TrainerCallback):  # type: ignore[misc]
+    """The Trainer evaluates every `eval_steps`; the last step is always worth a measurement."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+
+class ReportProgress(TrainerCallback):  # type: ignore[misc]
+    """`advance(steps done)` after every step."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self.advance = advance
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.advance(state.global_step)
+
+
+def require_loggers(report_to: Sequence[str]) -> None:
+    """Raise UserError for a name of `report_to` that transformers does not know or whose package is not installed."""
+    if not report_to:
+        return
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    for name in report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise UserError(
+                f"training.report_to names {name!r}, which transformers does not know; "
+                f"use some of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
+            )
+        if name not in get_available_reporting_integrations():
+            raise UserError(
+                f"training.report_to names {name!r}, but its package is not installed; install it or take the name out."
+            )

@@ -1,0 +1,95 @@
+"""The adaptor first: an optional phase of training in which only the adaptor learns, before the method's own.
+
+A fresh adaptor sends noise into the language model, and the first steps of full fine-tuning then move weights to cope
+with noise. Training the adaptor alone first avoids that (LLaVA's order; beyond the paper, which trains
+both together). With target `repeat` the model learns in this phase to write down what it hears instead of answering.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from palimpsest.rundir import UserError
+from palimpsest.training.batching import EpochBatches, require_budget, sequence_lengths
+from palimpsest.training.methods import Method, rules_for
+from palimpsest.training.rules import Rule
+from palimpsest.training.settings import Settings, n_steps
+
+if TYPE_CHECKING:
+    from palimpsest.data.collate import Collator
+    from palimpsest.data.records import Example
+
+PhaseName = Literal["adaptor", "method"]
+ADAPTOR_ONLY: tuple[Rule, ...] = ((r"^encoder\.", None), (r"^adaptor\.", 1.0), (r".*", None))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one Trainer run needs of a phase."""
+
+    name: PhaseName
+    learning_rate: float
+    rules: Sequence[Rule]
+    examples: Sequence[Example]
+    collator: Collator
+    batches: EpochBatches
+    steps: int  # optimizer steps
+    before: int  # those of the phase before
+
+
+def phases_of(
+    method: Method,
+    settings: Settings,
+    examples: Sequence[Example],
+    collator: Collator,
+    scales: Mapping[int, float] | None,
+) -> list[Phase]:
+    """The phases in order: the adaptor's if there is one, then the method's.
+
+    Raises UserError for an adaptor phase on questions given as text, which pass by the adaptor, and for an example
+    above the token budget.
+    """
+    phases: list[Phase] = []
+    first = settings.adaptor_first
+    if first is not None:
+        if collator.modality != "speech":
+            raise UserError("training.adaptor_first needs spoken questions; remove it for a method trained on text.")
+        heard = repeating(examples, collator, first.instruction) if first.target == "repeat" else (examples, collator)
+        phases.append(_phase("adaptor", first.learning_rate, ADAPTOR_ONLY, *heard, settings, first.epochs, 0))
+    before = sum(phase.steps for phase in phases)
+    rules = rules_for(method, scales)
+    phases.append(_phase("method", method.learning_rate, rules, examples, collator, settings, settings.epochs, before))
+    return phases
+
+
+def _phase(
+    name: PhaseName,
+    learning_rate: float,
+    rules: Sequence[Rule],
+    examples: Sequence[Example],
+    collator: Collator,
+    settings: Settings,
+    epochs: float,
+    before: int,
+) -> Phase:
+    lengths = None
+    if settings.max_tokens is not None:
+        lengths = sequence_lengths(collator, examples)
+        require_budget(examples, lengths, settings.max_tokens)
+    batches = EpochBatches(len(examples), settings.batch_size, settings.seed, lengths, settings.max_tokens)
+    steps = n_steps(len(examples), settings, n_batches=len(batches), epochs=epochs)
+    return Phase(name, learning_rate, rules, examples, collator, batches, steps, before)
+
+
+def repeating(examples: Sequence[Example], collator: Collator, instruction: str) -> tuple[list[Example], Collator]:
+    """The same speech with its own words as the target, and `instruction` beside it."""
+    from palimpsest.models.processor import SpeechLMProcessor
+
+    old = collator.processor
+    style = dataclasses.replace(old.style, speech_instruction=instruction)
+    processor = SpeechLMProcessor(old.tokenizer, old.feature_extractor, old.stack_factor, old.speech_length, style)
+    said = [dataclasses.replace(example, answer=example.question) for example in examples]
+    return said, dataclasses.replace(collator, processor=processor)

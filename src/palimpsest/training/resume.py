@@ -1,0 +1,103 @@
+"""What an interrupted training left: complete checkpoints, the adaptor of a finished first phase, and of which recipe.
+
+The state folder lives while training runs:
+
+    run.json                     method, settings, scales and data that the rest belongs to
+    checkpoint-N/                the Trainer's checkpoints of the method's phase
+    adaptor/checkpoint-N/        those of the adaptor's phase
+    adaptor/done.safetensors     the adaptor after its phase, with the phase's records beside it
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from palimpsest.changes import differences, in_words
+from palimpsest.rundir import UserError, hash_value, read_json, write_json
+from palimpsest.schema import TrainingRecord
+from palimpsest.training.callbacks import COMPLETE
+
+if TYPE_CHECKING:
+    from palimpsest.data.collate import Collator
+    from palimpsest.data.records import Example
+    from palimpsest.models.speech_lm import SpeechLM
+
+RUN, DONE, RECORDS = "run.json", "done.safetensors", "done.json"
+
+
+def describe_run(
+    method: Any, settings: Any, scales: Mapping[int, float] | None, examples: Sequence[Example], collator: Collator
+) -> dict[str, Any]:
+    """Everything the weights depend on besides the model they start from, as JSON."""
+    style = collator.processor.style
+    described = {
+        "method": asdict(method),
+        "settings": asdict(settings),
+        "scales": None if scales is None else {str(layer): scale for layer, scale in scales.items()},
+        "n_examples": len(examples),
+        "examples": hash_value([[example.id, example.question, example.answer] for example in examples])[:16],
+        "modality": collator.modality,
+        "prompt": asdict(style),
+    }
+    normalised: dict[str, Any] = json.loads(json.dumps(described))  # tuples become lists, as they are in the file
+    return normalised
+
+
+def require_same_run(state: Path, wanted: Mapping[str, Any]) -> None:
+    """Write what this run is into `state`, or raise UserError if a checkpoint in it belongs to another run."""
+    file = state / RUN
+    if _has_something_to_resume(state):
+        if not file.exists():
+            raise UserError(f"{state} has checkpoints but no {RUN}; delete the folder to train from the start.")
+        found = differences(read_json(file), wanted)
+        if found:
+            raise UserError(
+                f"{state} holds an interrupted training of another recipe ({in_words(found)}); continue with the "
+                "recipe it began with, or delete the folder to train from the start."
+            )
+    write_json(file, wanted)
+
+
+def last_complete_checkpoint(folder: Path) -> str | None:
+    """Removes what a kill left half written; the Trainer would take it for a checkpoint."""
+    complete: dict[int, Path] = {}
+    for checkpoint in folder.glob("checkpoint-*"):
+        if (checkpoint / COMPLETE).exists():
+            complete[int(checkpoint.name.rpartition("-")[2])] = checkpoint
+        else:
+            shutil.rmtree(checkpoint)
+    return str(complete[max(complete)]) if complete else None
+
+
+def adaptor_phase(model: SpeechLM, folder: Path, run: Callable[[Path], list[TrainingRecord]]) -> list[TrainingRecord]:
+    """Run the adaptor's phase in `folder`, or read its result if it was finished before."""
+    from safetensors.torch import load_file, save_file
+
+    if (folder / DONE).exists():
+        model.adaptor.load_state_dict(load_file(folder / DONE))
+        records: list[TrainingRecord] = read_json(folder / RECORDS)
+        return records
+    records = run(folder)
+    write_json(folder / RECORDS, records)
+    temporary = folder / f".{DONE}.tmp"  # renamed last: the file is there only when all of it is
+    save_file({name: value.contiguous() for name, value in model.adaptor.state_dict().items()}, temporary)
+    temporary.replace(folder / DONE)
+    return records
+
+
+def keep_logs(state: Path, folder: Path) -> None:
+    """Move TensorBoard's files out of the state folder before it is removed."""
+    for phase, logs in (("adaptor", state / "adaptor" / "runs"), ("method", state / "runs")):
+        if logs.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.move(logs, folder / phase)
+
+
+def _has_something_to_resume(state: Path) -> bool:
+    marks = (f"checkpoint-*/{COMPLETE}", f"adaptor/checkpoint-*/{COMPLETE}", f"adaptor/{DONE}")
+    return any(next(state.glob(mark), None) is not None for mark in marks)

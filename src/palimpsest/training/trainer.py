@@ -1,0 +1,211 @@
+"""transformers' Trainer with our batches, loss, parameter groups and evaluation; one per phase of training."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
+
+from palimpsest.data.collate import to_device
+from palimpsest.models.fused_loss import Kernel, fused_loss, require_same_loss
+from palimpsest.models.loss import describe_ids, supervised_losses
+from palimpsest.rundir import UserError
+from palimpsest.schema import TrainingRecord
+from palimpsest.training.callbacks import EvaluateAtTheEnd, MarkComplete, ReportProgress
+from palimpsest.training.held_out import HeldOut, measure, modalities_of
+from palimpsest.training.phases import Phase
+from palimpsest.training.resume import last_complete_checkpoint
+from palimpsest.training.rules import parameter_groups
+from palimpsest.training.settings import Settings
+
+if TYPE_CHECKING:
+    from palimpsest.models.speech_lm import SpeechLM
+
+STEP_FIELDS = ("loss", "learning_rate", "grad_norm")
+EVAL_FIELDS = ("loss", "perplexity", "n_tokens")
+
+
+def run_phase(
+    model: SpeechLM,
+    phase: Phase,
+    settings: Settings,
+    folder: Path,
+    *,
+    name: str,
+    kernel: Kernel | None = None,
+    held_out: HeldOut | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> list[TrainingRecord]:
+    """Train `model` in place, from the last complete checkpoint in `folder` if there is one; returns the records.
+
+    `advance` gets the number of the phase's steps that are done, after each.
+    """
+    if settings.gradient_checkpointing:
+        model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if kernel is not None:
+        require_same_loss(model, to_device(phase.collator(phase.examples[:2]), model.device), kernel)
+    trainer = SpeechTrainer(
+        model,
+        phase,
+        arguments(folder, phase, settings, name, model.device),
+        kernel=kernel,
+        held_out=held_out or {},
+        max_tokens=settings.max_tokens,
+    )
+    if settings.eval_every is not None:
+        trainer.add_callback(EvaluateAtTheEnd())
+    if advance is not None:
+        trainer.add_callback(ReportProgress(advance))
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+    restore(model, trainer, settings)
+    return records(trainer.state.log_history, name, phase)
+
+
+def arguments(folder: Path, phase: Phase, settings: Settings, name: str, device: torch.device) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=device.type == "cpu",  # also where there is a GPU: the study's models.device rules
+        run_name=name if phase.name == "method" else f"{name}-{phase.name}",
+        max_steps=phase.steps,
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        learning_rate=phase.learning_rate,
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type="cosine",
+        warmup_steps=math.ceil(settings.warmup_ratio * phase.steps),
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        torch_compile=settings.compile,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="no" if settings.eval_every is None else "steps",
+        eval_steps=settings.eval_every,
+        save_strategy="steps" if settings.checkpoint_every < phase.steps else "no",
+        save_steps=settings.checkpoint_every,
+        save_total_limit=2,  # the one before stays until the new one is marked complete
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to=list(settings.report_to),
+    )
+
+
+class SpeechTrainer(Trainer):  # type: ignore[misc]
+    """Overrides: the batches, the loss, the optimizer's parameter groups, the evaluation; gradients must be finite."""
+
+    control: TrainerControl
+
+    def __init__(
+        self,
+        model: SpeechLM,
+        phase: Phase,
+        args: TrainingArguments,
+        *,
+        kernel: Kernel | None,
+        held_out: HeldOut,
+        max_tokens: int | None,
+    ) -> None:
+        self.phase, self.kernel, self.held_out, self.max_tokens = phase, kernel, held_out, max_tokens
+        self.step_ids: list[str] = []  # of the examples since the last optimizer step
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=list(phase.examples),
+            eval_dataset=[] if args.eval_strategy != "no" else None,  # asked for; what is measured is `held_out`
+            data_collator=phase.collator,
+            callbacks=[MarkComplete()],
+        )
+        self.remove_callback(PrinterCallback)
+        # Makes Trainer count the supervised tokens of all accumulated batches: `num_items_in_batch` below.
+        self.model_accepts_loss_kwargs = True
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        loader: DataLoader[Any] = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.phase.batches,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+            generator=torch.Generator(),  # its own, so that dropout alone draws from the global one
+        )
+        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
+        return prepared
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        self.step_ids += inputs.get("ids", [])
+        if self.kernel is None:
+            losses, _ = supervised_losses(model, inputs)
+            total, n_tokens = losses.sum(), len(losses)
+        else:
+            with self.accelerator.autocast():
+                total, n_tokens = fused_loss(model, inputs, self.kernel)
+        if not bool(torch.isfinite(total)):
+            raise self._not_finite("loss", float(total.detach()), inputs)
+        return total / (n_tokens if num_items_in_batch is None else num_items_in_batch)
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        norm: torch.Tensor = super()._clip_grad_norm(model)
+        if not math.isfinite(float(norm)):
+            raise self._not_finite("gradient norm", float(norm), {"ids": self.step_ids})
+        self.step_ids = []
+        return norm
+
+    def _not_finite(self, what: str, value: float, inputs: Mapping[str, Any]) -> UserError:
+        where = f"step {self.state.global_step + 1}{describe_ids(inputs)}"
+        return UserError(
+            f"The training {what} is {value} at {where}; "
+            "lower the learning rate or look at these examples. Nothing was saved as if it were good."
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer | None:
+        if self.optimizer is None:
+            groups = parameter_groups(self.model, self.phase.rules, self.args.learning_rate, self.args.weight_decay)
+            self.optimizer: torch.optim.Optimizer | None = torch.optim.AdamW(groups, fused=True)
+        return self.optimizer
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        batch_size = self.args.per_device_train_batch_size
+        found = measure(self.model, self.held_out, batch_size, self.max_tokens, self.args.device)
+        self.log(dict(found))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+
+def restore(model: SpeechLM, trainer: SpeechTrainer, settings: Settings) -> None:
+    """Take off what training put on: accelerate's autocast around forward, checkpointing, the compiler's switch.
+
+    Without this, a model measured right after training in bf16 and one read back from disk would differ.
+    """
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    if settings.gradient_checkpointing:
+        model.language_model.gradient_checkpointing_disable()
+    if settings.compile:
+        for variable in [v for v in os.environ if v.startswith("ACCELERATE_DYNAMO_")]:
+            del os.environ[variable]
+
+
+def records(history: Sequence[Mapping[str, Any]], name: str, phase: Phase) -> list[TrainingRecord]:
+    """The Trainer's log as records: one per step, one per evaluation and modality."""
+    found: list[Any] = []
+    for entry in history:
+        common = {"method": name, "phase": phase.name, "step": phase.before + entry["step"], "epoch": entry["epoch"]}
+        if "loss" in entry:
+            found.append({**common, "kind": "train"} | {key: entry[key] for key in STEP_FIELDS})
+        for modality in modalities_of(entry):
+            values = {key: entry[f"eval_{modality}_{key}"] for key in EVAL_FIELDS}
+            found.append({**common, "kind": "eval", "modality": modality, "learning_rate": None} | values)
+    return found
