@@ -166,7 +166,7 @@ def test_a_changed_method_runs_only_what_depends_on_it(finished: Path, inputs: P
     changed = recipe(inputs)
     changed["methods"]["lora"]["rank"] = 3
     with pytest.raises(UserError, match=r"another recipe \(methods\.lora\.rank: 2 → 3\); give --changed"):
-        run_study(parse_config(changed, "test"), copy)
+        run_study(parse_config(changed, "test"), copy, changed=True)
     assert {path.relative_to(copy): path.read_text() for path in copy.rglob("step.json")} == steps
     run_study(parse_config(changed, "test"), copy, changed=True)
     again = {path.relative_to(copy): path.read_text() for path in copy.rglob("step.json")}
@@ -273,7 +273,7 @@ def test_transcripts_are_asked_of_every_model_and_the_base_s_answers_to_them_are
     changed = recipe(inputs)
     changed["models"]["asr"] = str(inputs / "whisper")
     changed["evaluation"]["text_asr"] = True
-    run_study(parse_config(changed, "test"), copy)
+    run_study(parse_config(changed, "test"), copy, changed=True)
     assert {path: path.stat().st_mtime_ns for path in before} == before  # only steps that are new
     found = results(copy)
     transcripts = {}
