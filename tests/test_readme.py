@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, flags=re.S)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
 LONG = ("make demo", "palimpsest study", "palimpsest report")
-AFTER_THE_DEMO = ("--audio question.wav",)
+AFTER_THE_DEMO = ("--audio question.wav", "palimpsest export")
 
 
 def in_temporary_folder(command: str, folder: Path) -> list[str]:
@@ -52,6 +52,10 @@ def test_the_study_the_report_and_a_spoken_question(tmp_path: Path) -> None:
     ask = ask.replace("runs/demo", "runs/quick").replace("question.wav", str(audio))
     result = subprocess.run(in_temporary_folder(ask, tmp_path), cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip()
+    (export,) = [c.replace("runs/demo", "runs/quick") for c in COMMANDS if c.startswith("palimpsest export")]
+    subprocess.run(in_temporary_folder(export, tmp_path), cwd=ROOT, check=True, capture_output=True)
+    assert (tmp_path / "runs/lora-text/model.safetensors").exists()
+    assert (tmp_path / "runs/lora-speech/README.md").exists()
 
 
 def test_the_python_example_runs() -> None:

@@ -1,12 +1,15 @@
 """palimpsest: what speech training writes over in a language model, and how to keep it.
 
-The public names are imported on first use, so that `import palimpsest` costs nothing.
+The public names are imported on first use, so that `import palimpsest` costs nothing. It also makes transformers' Auto
+classes know SpeechLM (auto.py).
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import Any
+
+from palimpsest import auto
 
 __version__ = "0.1.0"
 
@@ -38,3 +41,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return __all__
+
+
+auto.enable()

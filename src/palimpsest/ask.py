@@ -30,19 +30,12 @@ def answer(model: str, *, audio: Path | None = None, text: str | None = None, ma
     wave = read_audio(audio)  # before the model is loaded: a bad file is known at once
     if not is_speech_lm(resolve(model)):
         raise UserError(f"{model} is no speech LLM, so it cannot hear; give a methods/NAME/checkpoint folder of a run.")
-    import torch
-
     from palimpsest.evaluation.generate import GREEDY, decode_new, end_ids
 
     speech_lm, processor = load_speech_lm(model)
-    mels, counts = processor.features([wave])
-    prompt = torch.tensor([processor.speech_prompt(int(counts[0]) // processor.stack_factor)])
     end = end_ids(speech_lm.language_model, processor.tokenizer)
     new = speech_lm.generate(
-        prompt,
-        torch.ones_like(prompt),
-        input_features=mels,
-        frame_counts=counts,
+        **processor(audio=wave),
         **GREEDY,
         max_new_tokens=max_new_tokens,
         eos_token_id=end,

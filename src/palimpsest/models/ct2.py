@@ -12,7 +12,6 @@ Source: CTranslate2's documented model specification; checked against CTranslate
 from __future__ import annotations
 
 import struct
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,7 +135,3 @@ def n_layers(variables: Variables, stack: str) -> int:
         for name in variables
         if name.startswith(prefix) and name[len(prefix)].isdigit()
     )
-
-
-def read_file(path: Path) -> tuple[str, Variables]:
-    return read_model(path.read_bytes(), path.name)

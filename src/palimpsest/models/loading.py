@@ -197,7 +197,8 @@ def load_speech_lm(
         raise UserError(
             f"{folder} is not a speech LLM written by palimpsest; give a methods/NAME/checkpoint folder of a run."
         )
-    return _from_pretrained(SpeechLM, where, dtype=dtype).to(device).eval(), SpeechLMProcessor.from_pretrained(where)
+    model = _from_pretrained(SpeechLM, where, dtype=dtype).to(device).eval()
+    return model, _from_pretrained(SpeechLMProcessor, where)
 
 
 def _from_pretrained(kind: Any, where: str, **options: Any) -> Any:

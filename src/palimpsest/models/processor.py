@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palimpsest.models.speech_lm import SPEECH_POSITION, SpeechLength
+from transformers import AutoProcessor
+
+from palimpsest.models.speech_lm import SPEECH_POSITION, SpeechLength, SpeechLMConfig
 from palimpsest.rundir import UserError, read_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     from torch import Tensor
+    from transformers import BatchFeature
 
 SPEECH_MARK = "<speech>"  # only inside this module: where the chat template puts the speech; never tokenised
 SAMPLE_RATE = 16_000  # Hz
@@ -57,6 +60,44 @@ class SpeechLMProcessor:
         self.stack_factor = stack_factor
         self.speech_length = speech_length
         self.style = style or PromptStyle()
+
+    def __call__(
+        self,
+        audio: npt.NDArray[np.float32] | Sequence[npt.NDArray[np.float32]] | None = None,
+        text: str | Sequence[str] | None = None,
+    ) -> BatchFeature:
+        """What `SpeechLM.generate` takes, for one question or several: prompts padded on the left, and the speech.
+
+        Args:
+            audio: recordings, (samples,), mono at 16 kHz, up to 30 s each.
+            text: the same as text; exactly one of the two is given.
+
+        Raises UserError for both or neither, and for a recording that is empty, too long or has channels.
+        """
+        import torch
+        from transformers import BatchFeature
+
+        if (audio is None) == (text is None):
+            raise UserError("Give the processor either audio=RECORDINGS or text=QUESTIONS.")
+        speech: dict[str, Tensor] = {}
+        if text is not None:
+            prompts = [self.text_prompt(question) for question in ([text] if isinstance(text, str) else text)]
+        else:
+            waves: Any = [audio] if getattr(audio, "ndim", None) == 1 else list(audio)  # type: ignore[arg-type]
+            for i, wave in enumerate(waves):
+                if wave.ndim != 1 or not 0 < len(wave) <= MAX_FRAMES * SAMPLES_PER_FRAME:
+                    raise UserError(
+                        f"Recording {i} has the shape {wave.shape}; the processor takes mono recordings at 16 kHz "
+                        "of up to 30 s, one array of samples each."
+                    )
+            mels, counts = self.features(waves)
+            speech = {"input_features": mels, "frame_counts": counts}
+            prompts = [self.speech_prompt(int(count) // self.stack_factor) for count in counts]
+        width = max(map(len, prompts))
+        pad = self.tokenizer.pad_token_id or 0
+        input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+        attention_mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        return BatchFeature({"input_ids": input_ids, "attention_mask": attention_mask, **speech})
 
     # -- prompts ------------------------------------------------------------------------------------------------------
     def text_prompt(self, question: str) -> list[int]:
@@ -121,6 +162,8 @@ class SpeechLMProcessor:
     # -- disk ---------------------------------------------------------------------------------------------------------
     def save_pretrained(self, folder: str | Path) -> None:
         folder = Path(folder)
+        # A tokenizer may name the processor of the audio or vision model it came with; AutoProcessor would follow it.
+        self.tokenizer._set_processor_class(None)
         self.tokenizer.save_pretrained(folder)
         self.feature_extractor.save_pretrained(folder)
         write_json(
@@ -134,14 +177,16 @@ class SpeechLMProcessor:
         )
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> SpeechLMProcessor:
+    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> SpeechLMProcessor:
+        """From a local folder or a hub name; `kwargs` (revision, token …) go to transformers."""
         from transformers import AutoTokenizer, WhisperFeatureExtractor
+        from transformers.utils.hub import cached_file
 
-        folder = Path(folder)
-        settings = read_json(folder / FILE)
+        hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+        settings = read_json(Path(cached_file(folder, FILE, **hub)))
         style = PromptStyle(settings.pop("system"), settings.pop("speech_instruction"))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        return cls(tokenizer, WhisperFeatureExtractor.from_pretrained(folder), style=style, **settings)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **hub)
+        return cls(tokenizer, WhisperFeatureExtractor.from_pretrained(folder, **hub), style=style, **settings)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -167,3 +212,6 @@ def encode(tokenizer: Any, text: str, start: bool = False) -> list[int]:
     if start and tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
         return [tokenizer.bos_token_id, *ids]
     return ids
+
+
+AutoProcessor.register(SpeechLMConfig, SpeechLMProcessor, exist_ok=True)

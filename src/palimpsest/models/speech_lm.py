@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from palimpsest.rundir import UserError
@@ -312,4 +319,6 @@ def encode_speech(
         return encoder.layer_norm(hidden) * valid[:, :, None]  # type: ignore[no-any-return]
 
 
-AutoConfig.register("palimpsest_speech_lm", SpeechLMConfig, exist_ok=True)
+AutoConfig.register(SpeechLMConfig.model_type, SpeechLMConfig, exist_ok=True)
+AutoModel.register(SpeechLMConfig, SpeechLM, exist_ok=True)
+AutoModelForCausalLM.register(SpeechLMConfig, SpeechLM, exist_ok=True)

@@ -1,0 +1,30 @@
+"""A trained model in the form others load: export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from palimpsest.cli.app import app
+
+
+@app.command()
+def export(
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Run directory, or the folder of a speech LLM.")
+    ],
+    method: Annotated[str | None, typer.Option(help="Which of the run's methods.")] = None,
+    text_llm: Annotated[Path | None, typer.Option(help="New folder for the language model alone.")] = None,
+    speech_lm: Annotated[Path | None, typer.Option(help="New folder for the whole speech LLM.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="New folder for the LoRA adapter alone.")] = None,
+) -> None:
+    """Write a trained model as plain Hugging Face folders, each with a model card.
+
+    Example: palimpsest export runs/demo --method lora --text-llm lora-text --speech-lm lora-speech
+    """
+    from palimpsest.export import export as write
+
+    for line in write(source, method=method, text_llm=text_llm, speech_lm=speech_lm, adapter=adapter):
+        typer.echo(line)

@@ -1,0 +1,188 @@
+"""From a trained SpeechLM to folders that others load: the language model inside, the whole model, or the LoRA adapter.
+
+Every folder is written under a temporary name beside its place, then renamed, and has a model card (model_card.py).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from palimpsest.model_card import Facts, Kind, model_card, study_of
+from palimpsest.models.loading import WEIGHT_FILES, is_speech_lm, load_speech_lm
+from palimpsest.rundir import UserError, read_json, require_disk, write_json, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from palimpsest.models.processor import SpeechLMProcessor
+    from palimpsest.models.speech_lm import SpeechLM
+
+ADAPTER = Path("adapter", "adapter_config.json")  # inside the checkpoint of a LoRA method
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A SpeechLM's folder; `run` and `method` are None when it lies outside a run directory."""
+
+    path: Path
+    run: Path | None
+    method: str | None
+
+
+def export(
+    source: Path,
+    *,
+    method: str | None = None,
+    text_llm: Path | None = None,
+    speech_lm: Path | None = None,
+    adapter: Path | None = None,
+) -> list[str]:
+    """Write the folders that are asked for and return a line about each.
+
+    Args:
+        source: a run directory, or a folder with a SpeechLM.
+        method: which of the run's methods; needed where there are several.
+        text_llm: the language model alone, with its tokenizer, for AutoModelForCausalLM and AutoTokenizer.
+        speech_lm: the whole SpeechLM with its processor, for AutoModel(ForCausalLM) and AutoProcessor.
+        adapter: the low-rank updates alone, for peft; LoRA methods only.
+
+    Both models end their answers where palimpsest ends them: the tokenizer's end of turn is added to the ids that end
+    generation, if it is not among them.
+
+    Raises UserError, before anything is loaded or written, for a source without the method or the adapter, and for a
+    target that is not empty.
+    """
+    checkpoint = find_checkpoint(source, method)
+    asked: dict[Kind, Path | None] = {"text_llm": text_llm, "speech_lm": speech_lm, "adapter": adapter}
+    wanted = {kind: folder.absolute() for kind, folder in asked.items() if folder is not None}
+    _check(checkpoint, wanted)
+    study = study_of(checkpoint.run, checkpoint.method)
+    if set(wanted) != {"adapter"}:
+        model, processor = load_speech_lm(checkpoint.path, dtype="auto")
+        _set_end_ids(model.language_model, processor.tokenizer)
+
+    lines = []
+    for kind, folder in wanted.items():
+        write: Callable[[Path], Facts]
+        if kind == "text_llm":
+            write = partial(_write_text_llm, model.language_model, processor)
+        elif kind == "speech_lm":
+            write = partial(_write_speech_lm, model, processor)
+        else:
+            write = partial(_write_adapter, checkpoint, study.get("models", {}).get("language_model"))
+        working = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        try:
+            working.mkdir(parents=True)
+            facts = write(working)
+            write_text(working / "README.md", model_card(kind, facts, study))
+            if folder.exists():
+                folder.rmdir()  # empty, or the check would have refused it
+            working.rename(folder)
+        finally:
+            shutil.rmtree(working, ignore_errors=True)
+        lines.append(f"{kind.replace('_', ' ')}: {folder} ({facts.n_parameters / 1e6:.1f} M parameters, {facts.dtype})")
+    return lines
+
+
+def find_checkpoint(source: Path, method: str | None = None) -> Checkpoint:
+    """The checkpoint that `source` and `method` name. Raises UserError with the methods there are."""
+    if is_speech_lm(str(source)):
+        if method is not None:
+            raise UserError(f"{source} is one checkpoint; leave out --method, or give the run directory.")
+        parents = source.absolute().parents
+        if source.absolute().name == "checkpoint" and len(parents) > 2 and parents[1].name == "methods":
+            return Checkpoint(source, run=parents[2], method=parents[0].name)
+        return Checkpoint(source, run=None, method=None)
+    present = sorted(path.parent.parent.name for path in source.glob("methods/*/checkpoint/config.json"))
+    if not present:
+        raise UserError(
+            f"{source} is neither a run with trained methods nor the folder of a speech LLM; give the --out of a study "
+            "or a methods/NAME/checkpoint folder."
+        )
+    if method is None and len(present) > 1:
+        raise UserError(f"{source} has the methods {', '.join(present)}; choose one with --method NAME.")
+    if method is not None and method not in present:
+        raise UserError(f"{source} has no trained method {method!r}; it has {', '.join(present)}.")
+    name = method or present[0]
+    return Checkpoint(source / "methods" / name / "checkpoint", run=source, method=name)
+
+
+def _check(checkpoint: Checkpoint, wanted: dict[Kind, Path]) -> None:
+    if not wanted:
+        raise UserError("Nothing to export was named; give --text-llm DIR, --speech-lm DIR or --adapter DIR.")
+    if len(set(wanted.values())) < len(wanted):
+        raise UserError("Two exports were given the same folder; give each a folder of its own.")
+    for folder in wanted.values():
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"{folder} is there already and not empty; give a new folder.")
+    if "adapter" in wanted and not (checkpoint.path / ADAPTER).exists():
+        raise UserError(f"{checkpoint.path} has no adapter to export; only methods of kind lora have one.")
+    n_bytes = sum(file.stat().st_size for pattern in WEIGHT_FILES for file in checkpoint.path.glob(pattern))
+    for kind, folder in wanted.items():
+        if kind != "adapter":
+            require_disk(folder.parent, n_bytes, f"The export to {folder}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What each folder holds
+# ---------------------------------------------------------------------------------------------------------------------
+def _set_end_ids(language_model: PreTrainedModel, tokenizer: Any) -> None:
+    from palimpsest.evaluation.generate import end_ids
+
+    settings = language_model.generation_config
+    own = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    ends = end_ids(language_model, tokenizer)
+    if set(ends) != set(own):
+        settings.eos_token_id = ends
+
+
+def _write_text_llm(language_model: PreTrainedModel, processor: SpeechLMProcessor, folder: Path) -> Facts:
+    language_model.save_pretrained(folder)
+    processor.tokenizer._set_processor_class(None)  # of the audio or vision model it may have come with
+    processor.tokenizer.save_pretrained(folder)
+    return _facts(language_model, processor)
+
+
+def _write_speech_lm(model: SpeechLM, processor: SpeechLMProcessor, folder: Path) -> Facts:
+    for part in (model.config.text_config, model.config.encoder_config):
+        part._name_or_path = ""  # where the part once lay on this machine
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return _facts(model, processor)
+
+
+def _write_adapter(checkpoint: Checkpoint, base: str | None, folder: Path) -> Facts:
+    from safetensors import safe_open
+
+    source = checkpoint.path / ADAPTER.parent
+    for file in source.iterdir():
+        if file.name != "README.md":  # peft's empty form
+            shutil.copy2(file, folder / file.name)
+    config = read_json(folder / ADAPTER.name)
+    if base is not None:  # as the study names it, not the cache folder it was loaded from
+        config["base_model_name_or_path"] = base
+    write_json(folder / ADAPTER.name, config)
+    n_parameters, dtypes = 0, set()
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            tensor = file.get_tensor(name)
+            n_parameters += tensor.numel()
+            dtypes.add(str(tensor.dtype).removeprefix("torch."))
+    return Facts(n_parameters, " and ".join(sorted(dtypes)), config["peft_type"], chat=True, system=None)
+
+
+def _facts(model: PreTrainedModel, processor: SpeechLMProcessor) -> Facts:
+    dtype: Any = model.dtype
+    return Facts(
+        model.num_parameters(),
+        str(dtype).removeprefix("torch."),
+        type(model).__name__,
+        chat=processor.tokenizer.chat_template is not None,
+        system=processor.style.system,
+    )
