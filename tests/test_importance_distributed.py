@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -352,3 +354,53 @@ def test_a_sharded_lora_model_is_scored_on_its_merged_weights(results: Path) -> 
 def test_without_a_process_group() -> None:
     with pytest.raises(UserError, match="needs a process group; start with torchrun"):
         estimate_importance(tiny_llama(), make_batches(1), distributed=True)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+
+from torch.distributed.fsdp import fully_shard
+
+from palimpsest.importance.distributed import my_share, save_scores
+from palimpsest.importance.estimate import estimate_importance
+from palimpsest.importance.select import select
+from palimpsest.processes import is_main, joined
+from test_importance_distributed import SHAPE, make_batches, tiny_llama
+
+folder = Path(sys.argv[1])
+with joined():
+    replica = estimate_importance(tiny_llama(**SHAPE), my_share(make_batches(4)), distributed=True)
+    save_scores(replica, folder / "replicas")
+    model = tiny_llama(**SHAPE)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    scores = estimate_importance(model, my_share(make_batches(4)), distributed=True)
+    save_scores(scores, folder / "sharded")
+    mask = select(scores.tensors("signed_sum"), 0.05)
+    if is_main():
+        mask.save(folder / "mask")
+"""
+
+
+@pytest.mark.slow
+def test_a_script_under_torchrun(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*launch, str(tmp_path / "script.py"), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    replicas = estimate_importance(tiny_llama(**SHAPE), make_batches(4))
+    sharded = estimate_importance(tiny_llama(**SHAPE), joined(make_batches(4)))
+    for name, expected in (("replicas", replicas), ("sharded", sharded)):
+        scores = Scores.open(tmp_path / name, verify=True)
+        for reduction in SHARDED:
+            for key, tensor in expected.tensors(reduction).items():
+                close(scores.tensors(reduction)[key], tensor, torch.float32)
+    expected_mask = select(sharded.tensors("signed_sum"), 0.05)
+    mask = Mask.open(tmp_path / "mask")
+    assert all(torch.equal(mask.tensor(key), expected_mask.tensor(key)) for key in mask.names)

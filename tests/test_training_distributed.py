@@ -64,7 +64,9 @@ def run(
     examples, collator = make_examples(inputs)
     model, _ = tiny_speech_lm()
     folder.mkdir(parents=True, exist_ok=True)
-    method = Method(kind, learning_rate=1e-2, adaptor_learning_rate=5e-3, rank=2)  # type: ignore[arg-type]
+    # The first step of AdamW is the sign of the gradient, noise where that is 0; after the first phase more of it is.
+    rate = 1e-3 if settings.adaptor_first else 1e-2
+    method = Method(kind, learning_rate=rate, adaptor_learning_rate=rate / 2, rank=2)  # type: ignore[arg-type]
     records = train(
         model, examples, collator, method, settings, folder,
         name=kind, scales=SCALES, sharded=sharded, progress=progress,

@@ -18,11 +18,13 @@ from palimpsest.rundir import UserError
 T = TypeVar("T")
 PATIENCE = timedelta(days=30)  # others wait while rank 0 evaluates; torchrun ends them if rank 0 fails
 
-# What an FSDP section of an accelerate configuration may say, besides what it says by default.
-_REFUSED = {
-    "FSDP_OFFLOAD_PARAMS": "weights stay on the device",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "every process loads the models itself",
-    "FSDP_ACTIVATION_CHECKPOINTING": "the recipe's training.gradient_checkpointing decides",
+# What the FSDP section of an accelerate configuration must say: variable → (value, why).
+_FSDP = {
+    "FSDP_VERSION": ("2", "only FSDP2 is supported"),
+    "FSDP_RESHARD_AFTER_FORWARD": ("true", "layers are given back after their forward"),
+    "FSDP_OFFLOAD_PARAMS": ("false", "weights stay on the device"),
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": ("false", "every process loads the models itself"),
+    "FSDP_ACTIVATION_CHECKPOINTING": ("false", "the recipe's training.gradient_checkpointing decides"),
 }
 
 _sharded = False
@@ -39,6 +41,11 @@ def rank() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+def started_first() -> bool:
+    """Whether this process is the one that should speak to the user, also before and after `joined`."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def sharded() -> bool:
@@ -69,6 +76,7 @@ def joined() -> Iterator[None]:
     so its variable is cleared. Raises UserError for what such a section asks and this project does not do.
     """
     global _sharded
+    _require_recipes_precision()
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ or _joined():
         yield
         return
@@ -89,21 +97,24 @@ def joined() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _wants_sharding() -> bool:
+def _require_recipes_precision() -> None:
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no":
         raise UserError(
-            f"The launch configuration asks for mixed_precision {precision}, but the recipe's training.bf16 decides; "
+            f"The launch configuration has mixed_precision {precision}, but the recipe's training.bf16 decides; "
             "set mixed_precision: 'no' there."
         )
+
+
+def _wants_sharding() -> bool:
     if os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False
-    if os.environ.get("FSDP_VERSION") != "2":
-        raise UserError("The launch configuration asks for the first FSDP; set fsdp_version: 2 in its fsdp_config.")
-    for variable, instead in _REFUSED.items():
-        if os.environ.get(variable, "false").lower() == "true":
-            key = variable.lower()
-            raise UserError(f"The launch configuration sets {key}, which is not supported: {instead}; set it to false.")
+    for variable, (value, why) in _FSDP.items():
+        found = os.environ.get(variable, "1" if variable == "FSDP_VERSION" else value).lower()
+        if found != value:
+            raise UserError(
+                f"The launch configuration has {variable.lower()}: {found}, but {why}; set it to {value} there."
+            )
     return True
 
 

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from palimpsest.importance.scores import Scores, describe_parameters
+from palimpsest.processes import rank, world_size
 from palimpsest.rundir import UserError, hash_value
 
 if TYPE_CHECKING:
@@ -99,8 +100,8 @@ def layout_of(model: nn.Module, weights: Mapping[str, Tensor], reductions: Itera
 
 
 def my_share(batches: Iterable[T]) -> Iterator[T]:
-    """Every n-th of the batches, from this rank's number on."""
-    return itertools.islice(batches, dist.get_rank(), None, dist.get_world_size())
+    """Every n-th of the batches, from this rank's number on; all of them in a single process."""
+    return itertools.islice(batches, rank(), None, world_size())
 
 
 def in_step(batches: Iterable[T], layout: Layout, device: torch.device) -> Iterator[T]:
@@ -151,11 +152,11 @@ def describe_weights(weights: Mapping[str, Tensor], layout: Layout) -> list[dict
     described = describe_parameters(weights)
     if layout == "replicas":
         digests: list[str] = _from_all(hash_value(described))
-        for rank, digest in enumerate(digests):
+        for number, digest in enumerate(digests):
             if digest != digests[0]:
                 raise UserError(
-                    f"Rank {rank} holds other weights than rank 0; load the same model in the same precision on every "
-                    "rank, or fix the seed it is initialised with."
+                    f"Rank {number} holds other weights than rank 0; load the same model in the same precision on "
+                    "every rank, or fix the seed it is initialised with."
                 )
     return described
 

@@ -106,6 +106,7 @@ def arguments(folder: Path, phase: Phase, settings: Settings, name: str, device:
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         report_to=list(settings.report_to),
+        ddp_find_unused_parameters=phase.collator.modality == "text",  # the adaptor; looking for it costs time
     )
 
 
