@@ -5,19 +5,23 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from palimpsest.importance import select as select_module
 from palimpsest.importance.deactivate import deactivate
-from palimpsest.importance.distributed import my_share, save_scores
+from palimpsest.importance.distributed import GatheredTensors, my_share, save_scores
 from palimpsest.importance.estimate import estimate_importance
-from palimpsest.importance.scores import Scores
+from palimpsest.importance.scores import Scores, model_digest
 from palimpsest.importance.select import Mask, select
 from palimpsest.models.anatomy import scored_parameters
 from palimpsest.models.loss import supervised_losses
@@ -81,6 +85,8 @@ def work(rank: int, port: int, folder: str) -> None:
         for dtype in DTYPES:
             replicas(Path(folder) / str(dtype), dtype)
             sharded(Path(folder) / str(dtype), dtype)
+        selection(Path(folder))
+        adapters(Path(folder))
     finally:
         dist.destroy_process_group()
 
@@ -117,6 +123,10 @@ def sharded(folder: Path, dtype: torch.dtype) -> None:
     before = mean_loss(model)  # leaves the parameters of the outermost group gathered, which must not matter
     scores = estimate_importance(model, my_share(make_batches(4)), SHARDED, distributed=True)
     save_scores(scores, folder / "sharded")
+    with torch.no_grad():
+        model(input_ids=make_batches(1)[0]["input_ids"])  # leaves parameters gathered again
+    Scores.open(folder / "sharded").check_model(model)
+    assert model_digest(model) == model_digest(tiny(dtype))
 
     mask = select(scores.tensors("per_batch_abs"), 0.1)
     mask.save(folder / f"sharded-mask-{rank}.safetensors")
@@ -140,7 +150,93 @@ def sharded(folder: Path, dtype: torch.dtype) -> None:
             )
         ),
     }
+    with torch.no_grad():
+        weight = model.model.layers[1].mlp.up_proj.weight.to_local()
+        weight[rank - 1, 0] += float(rank)  # of rank 1's part only
+    said["changed"] = refusal(lambda: Scores.open(folder / "sharded").check_model(model))
+    assert model_digest(model) != model_digest(tiny(dtype))
     torch.save({"losses": (before, inside), "said": said}, folder / f"sharded-{rank}.pt")
+
+
+def selection(folder: Path) -> None:
+    """Masks from parts, of scores with many ties, in tensors that divide unevenly or not at all."""
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    mesh = init_device_mesh("cpu", (WORLD,))
+
+    def parts_of(whole: dict[str, Tensor], placement: Shard = Shard(0)) -> GatheredTensors:  # noqa: B008
+        weights = {name: distribute_tensor(tensor, mesh, [placement]) for name, tensor in whole.items()}
+        return GatheredTensors({name: weight.to_local() for name, weight in weights.items()}, weights)
+
+    gather = GatheredTensors.__getitem__
+    GatheredTensors.__getitem__ = None  # type: ignore[assignment]
+    select_module.PIECE = PIECE
+    for seed in range(3):
+        whole = tied_scores(seed)
+        for which, scope, ratio in SELECTIONS:
+            mask = select(parts_of(whole), ratio, which, scope, seed)
+            mask.save(folder / f"mask-{seed}-{which}-{scope}-{ratio}-{dist.get_rank()}")
+    broken = tied_scores(0)
+    broken[NAMES[1]][-1, 2] = torch.nan  # in the last rank's part
+    said = {
+        "unsound": refusal(lambda: select(parts_of(broken), 0.5)),
+        "columns": refusal(lambda: select(parts_of(whole, Shard(1)), 0.5)),
+    }
+    torch.save(said, folder / f"selection-{dist.get_rank()}.pt")
+    GatheredTensors.__getitem__ = gather  # type: ignore[method-assign]
+
+
+def adapters(folder: Path) -> None:
+    """A LoRA model, sharded: scored on merged weights, and left as it was."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = adapted()
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    mean_loss(model)
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+    before = {name: p.to_local().clone() for name, p in model.named_parameters()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    save_scores(estimate_importance(model, my_share(make_batches(4)), SHARDED, distributed=True), folder / "adapted")
+    for name, p in model.named_parameters():
+        assert torch.equal(p.to_local(), before[name]), name
+        assert p.requires_grad == flags[name], name
+    torch.save(mean_loss(model), folder / f"adapted-loss-{dist.get_rank()}.pt")
+
+
+def adapted() -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(3)
+    model = get_peft_model(tiny_llama(**SHAPE), LoraConfig(r=3, target_modules=["q_proj", "down_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    return model
+
+
+PIECE = 16  # scores at a time, so that these small tensors are read in several pieces
+NAMES = ("model.layers.0.a.weight", "model.layers.1.a.weight", "model.layers.0.b.weight", "model.layers.1.c.weight")
+SELECTIONS = [
+    (which, scope, ratio)
+    for which in ("top", "bottom", "random")
+    for scope in ("global", "per_layer", "per_matrix")
+    for ratio in (0.0, 0.1, 0.5, 1.0)
+]
+
+
+def tied_scores(seed: int) -> dict[str, Tensor]:
+    """Scores of which many are equal. One row, so that a rank has none; rows that end inside a byte of the mask."""
+    generator = np.random.default_rng(seed)
+    shapes = [(1, 9), (5, 7), (6, 11), (2, 3)]
+    return {
+        name: torch.from_numpy(generator.choice(np.float32([0, 1, 1, 1, 2.5, 2.0**-149]), shape))
+        for name, shape in zip(NAMES, shapes, strict=True)
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -221,8 +317,90 @@ def test_what_is_refused_says_why(results: Path) -> None:
         assert "fisher needs the gradients of single sequences" in said["sequence"]
         assert "Only 1 of 2 ranks have a batch 1" in said["uneven"]
         assert "pass model.module" in said["ddp"]
+        assert "belong to another model: the weights of model.layers.1.mlp.up_proj.weight differ" in said["changed"]
+        selection = torch.load(results / f"selection-{rank}.pt")
+        assert f"The scores of {NAMES[1]} hold a NaN" in selection["unsound"]
+        assert "is sharded along another dimension than the first" in selection["columns"]
+
+
+def test_masks_from_parts_are_those_of_whole_scores_ties_included(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(select_module, "PIECE", PIECE)
+    for seed in range(3):
+        whole = tied_scores(seed)
+        for which, scope, ratio in SELECTIONS:
+            expected = select(whole, ratio, which, scope, seed)  # type: ignore[arg-type]
+            for rank in range(WORLD):
+                mask = Mask.open(results / f"mask-{seed}-{which}-{scope}-{ratio}-{rank}")
+                for name in NAMES:
+                    assert torch.equal(mask.tensor(name), expected.tensor(name)), (which, scope, ratio, name)
+
+
+def test_a_sharded_lora_model_is_scored_on_its_merged_weights(results: Path) -> None:
+    model = adapted()
+    expected = estimate_importance(model, joined(make_batches(4)), SHARDED)
+    scores = Scores.open(results / "adapted", verify=True)
+    for reduction in SHARDED:
+        for name, tensor in expected.tensors(reduction).items():
+            close(scores.tensors(reduction)[name], tensor, torch.float32)
+    plain = estimate_importance(tiny_llama(**SHAPE), joined(make_batches(4)), SHARDED)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.allclose(plain.tensors("signed_sum")[name], expected.tensors("signed_sum")[name], rtol=1e-2)
+    for rank in range(WORLD):
+        assert torch.load(results / f"adapted-loss-{rank}.pt") == pytest.approx(mean_loss(model), rel=1e-6)
 
 
 def test_without_a_process_group() -> None:
     with pytest.raises(UserError, match="needs a process group; start with torchrun"):
         estimate_importance(tiny_llama(), make_batches(1), distributed=True)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+
+from torch.distributed.fsdp import fully_shard
+
+from palimpsest.importance.distributed import my_share, save_scores
+from palimpsest.importance.estimate import estimate_importance
+from palimpsest.importance.select import select
+from palimpsest.processes import is_main, joined
+from test_importance_distributed import SHAPE, make_batches, tiny_llama
+
+folder = Path(sys.argv[1])
+with joined():
+    replica = estimate_importance(tiny_llama(**SHAPE), my_share(make_batches(4)), distributed=True)
+    save_scores(replica, folder / "replicas")
+    model = tiny_llama(**SHAPE)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    scores = estimate_importance(model, my_share(make_batches(4)), distributed=True)
+    save_scores(scores, folder / "sharded")
+    mask = select(scores.tensors("signed_sum"), 0.05)
+    if is_main():
+        mask.save(folder / "mask")
+"""
+
+
+@pytest.mark.slow
+def test_a_script_under_torchrun(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [*launch, str(tmp_path / "script.py"), str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    replicas = estimate_importance(tiny_llama(**SHAPE), make_batches(4))
+    sharded = estimate_importance(tiny_llama(**SHAPE), joined(make_batches(4)))
+    for name, expected in (("replicas", replicas), ("sharded", sharded)):
+        scores = Scores.open(tmp_path / name, verify=True)
+        for reduction in SHARDED:
+            for key, tensor in expected.tensors(reduction).items():
+                close(scores.tensors(reduction)[key], tensor, torch.float32)
+    expected_mask = select(sharded.tensors("signed_sum"), 0.05)
+    mask = Mask.open(tmp_path / "mask")
+    assert all(torch.equal(mask.tensor(key), expected_mask.tensor(key)) for key in mask.names)

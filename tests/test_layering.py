@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent / "src" / "palimpsest"
 # Each part may import the parts in front of it, and parts of its own group.
 ORDER: list[set[str]] = [
-    {"rundir", "schema", "config", "paper", "progress", "changes"},
+    {"rundir", "schema", "config", "paper", "progress", "processes", "changes"},
     {"data", "models", "auto"},
     {"importance", "training"},
     {"analysis", "evaluation"},

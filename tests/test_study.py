@@ -334,6 +334,30 @@ def test_an_example_above_the_budget_is_told_before_anything_is_scored(inputs: P
     assert not (tmp_path / "run" / "base").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["replicas", "sharded"])
+def test_two_processes_give_the_study_of_one(finished: Path, inputs: Path, tmp_path: Path, layout: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe(inputs)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    study = ["-m", "palimpsest.cli", "study", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "run")]
+    asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if layout == "sharded" else {}
+    done = subprocess.run([*launch, *study], env={**os.environ, **asked}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Report:") == 1
+    assert done.stderr.count("methods/lora/checkpoint") == 1  # one process reports
+    one, two = results(finished), results(tmp_path / "run")
+    for table in ("training", "layers", "deactivation"):
+        assert len(one[table]) == len(two[table])
+        for a, b in zip(one[table], two[table], strict=True):
+            assert a == {
+                key: pytest.approx(value, rel=5e-3) if isinstance(value, float) else value for key, value in b.items()
+            }
+    # One process finds every step done.
+    steps = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("step.json")}
+    run_study(parse_config(recipe(inputs), "test"), tmp_path / "run")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("step.json")} == steps
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

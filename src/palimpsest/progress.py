@@ -23,8 +23,8 @@ LOG_EVERY = 15.0  # seconds between lines of one step where there is no terminal
 class Reporter:
     """Shows the steps of a study, one after the other, and how far the present one is."""
 
-    def __init__(self, n_steps: int, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+    def __init__(self, n_steps: int, console: Console | None = None, *, quiet: bool = False) -> None:
+        self.console = console or Console(stderr=True, quiet=quiet)
         self.n_steps = n_steps
         self.n_done = 0
 

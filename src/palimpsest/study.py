@@ -24,9 +24,10 @@ from palimpsest.data.records import Example, write_manifest
 from palimpsest.data.speech import VOICES, speak
 from palimpsest.data.splits import speak_groups
 from palimpsest.heldout import perplexity_step
+from palimpsest.processes import is_main, joined, sharded, share, wait_for_all, world_size
 from palimpsest.progress import Advance, Reporter
 from palimpsest.results import collect
-from palimpsest.rundir import UserError, require_disk, write_json, write_jsonl, write_text
+from palimpsest.rundir import UserError, write_json, write_jsonl, write_text
 from palimpsest.workspace import BASE, DROPPED, Modality, Workspace, folder_of
 
 
@@ -34,11 +35,13 @@ def run_study(config: StudyConfig, folder: Path, reporter: Reporter | None = Non
     """Run or resume a study in `folder`; returns the path of its report.
 
     A folder that holds a study of another configuration is refused, unless `changed`: then the steps that the change
-    touches run again. Raises UserError for bad input, before the long work where it can be known.
+    touches run again. Raises UserError for bad input, before the long work where it can be known. Several processes
+    (torchrun, accelerate launch) train and score together; all else is done by rank 0.
     """
-    if not changed:
-        require_same_recipe(config, folder / "study.yaml")
-    return Study(config, folder, reporter).run()
+    with joined():
+        if is_main() and not changed:
+            require_same_recipe(config, folder / "study.yaml")
+        return Study(config, folder, reporter).run()
 
 
 class Study:
@@ -50,12 +53,14 @@ class Study:
         n_steps += (1 + len(config.methods)) * config.evaluation.probe
         n_steps += len(config.methods) * n_tasks * config.evaluation.text_asr
         self.config = config
-        self.ws = Workspace(config, folder, reporter or Reporter(n_steps))
+        self.ws = Workspace(config, folder, reporter or Reporter(n_steps, quiet=not is_main()))
 
     # -- the whole study ----------------------------------------------------------------------------------------------
     def run(self) -> Path:
         started = time.time()
-        self.check()
+        if is_main():
+            self.check()
+        wait_for_all()
         self.data()
         self.features()
         self.ws.require_budget()
@@ -82,14 +87,14 @@ class Study:
                     answers(self.ws, name, task, "text_asr")
         self.ws.forget()
         self.analysis()
-        return self.report(started)
+        return share(self.report(started) if is_main() else None)
 
     def check(self) -> None:
         """What can be known to be wrong before the long work: sources, audio, models, disk; then study.yaml."""
-        from palimpsest.models.loading import resolve, weight_bytes
+        from palimpsest.models.loading import resolve
         from palimpsest.training.train import require_options
 
-        require_options(self.ws.settings, self.ws.device)
+        require_options(self.ws.settings, self.ws.device, sharded=sharded())
         voice = self.config.speech.voice
         if voice not in VOICES:
             raise UserError(f"speech.voice: there is no voice {voice!r}; use one of {', '.join(VOICES)}.")
@@ -101,13 +106,8 @@ class Study:
             for i, name in enumerate(used):
                 resolve(name)  # converts an embedded model on its first use
                 advance(i + 1, len(used))
-        folder = self.ws.dir.path
-        weights = weight_bytes(models.language_model)
-        # Per model a checkpoint and two reductions of importance; while one trains, its optimizer's state.
-        need = 3 * weights * (len(self.config.methods) + 2)
-        have = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        require_disk(folder, max(0, need - have), f"The study {self.config.name}")
-        write_text(folder / "study.yaml", dump_config(self.config))
+        self.ws.require_disk()
+        write_text(self.ws.dir.path / "study.yaml", dump_config(self.config))
 
     # -- data ---------------------------------------------------------------------------------------------------------
     def data(self) -> None:
@@ -171,6 +171,7 @@ class Study:
         }
 
         def write(folder: Path, advance: Advance) -> None:
+            from palimpsest.importance.distributed import my_share
             from palimpsest.importance.estimate import estimate_importance
 
             pool = self.ws.groups["train"]
@@ -185,14 +186,16 @@ class Study:
             scores = estimate_importance(
                 self.ws.language_model(name),
                 # In random order: batches sorted by length would not be alike, and the bootstrap draws batches.
-                batches(collator, chosen, options.batch_size, self.ws.device, by_length=False),
+                my_share(batches(collator, chosen, options.batch_size, self.ws.device, by_length=False)),
                 ("signed_sum", "per_batch_abs"),
                 metadata={"scored_model": name, "modality": "text"},
-                progress=lambda done, _: advance(done, total),
+                progress=lambda done, _: advance(min(total, done * world_size()), total),
+                distributed=world_size() > 1,
             )
-            scores.save(folder)
+            if is_main():
+                scores.save(folder)
 
-        self.ws.step(f"{folder_of(name)}/importance{'_other' * other}", "importance", inputs, write)
+        self.ws.step(f"{folder_of(name)}/importance{'_other' * other}", "importance", inputs, write, together=True)
 
     def deactivation(self, name: str) -> None:
         """NAME/deactivation/: perplexity of held-out answers with the top, bottom and random weights set to zero."""
@@ -262,7 +265,8 @@ class Study:
             if method.kind == "layer_lr":
                 reduction, seed = self.config.importance.reduction, self.ws.seed("shuffled layers")
                 scales = method_scales(trained, self.ws.scores(BASE), reduction=reduction, seed=seed)
-                write_json(folder / "layer_scales.json", {str(layer): scale for layer, scale in scales.items()})
+                if is_main():
+                    write_json(folder / "layer_scales.json", {str(layer): scale for layer, scale in scales.items()})
             model = self.ws.new_speech_lm()
             records = train(
                 model,
@@ -274,14 +278,16 @@ class Study:
                 name=name,
                 scales=scales,
                 held_out=self.ws.held_out(),
+                sharded=sharded(),
                 progress=advance,
             )
-            model.save_pretrained(folder)
-            self.ws.processor.save_pretrained(folder)
-            write_json(folder / "training.json", records)
+            if is_main():
+                model.save_pretrained(folder)
+                self.ws.processor.save_pretrained(folder)
+                write_json(folder / "training.json", records)
             self.ws.keep(name, model)
 
-        self.ws.step(f"methods/{name}/checkpoint", "train", inputs, write)
+        self.ws.step(f"methods/{name}/checkpoint", "train", inputs, write, together=True)
 
     # -- analysis and report ------------------------------------------------------------------------------------------
     def analysis(self) -> None:

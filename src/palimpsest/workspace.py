@@ -16,8 +16,9 @@ from palimpsest.data.features import Features
 from palimpsest.data.filters import Filters
 from palimpsest.data.records import Example, read_manifest
 from palimpsest.data.splits import SplitSource, StudyData
+from palimpsest.processes import is_main, share
 from palimpsest.progress import Advance, Reporter
-from palimpsest.rundir import RunDir, Step, code_version, hash_file, hash_value, provenance, read_jsonl
+from palimpsest.rundir import RunDir, Step, code_version, hash_file, hash_value, provenance, read_jsonl, require_disk
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,15 +79,33 @@ class Workspace:
         self._tuned: tuple[str, SpeechLM] | None = None
 
     # -- steps --------------------------------------------------------------------------------------------------------
-    def step(self, name: str, kind: str, inputs: Mapping[str, Any], write: Callable[[Path, Advance], None]) -> None:
-        """Run `write(folder, advance)` unless the step is there with the same inputs and code."""
+    def step(
+        self,
+        name: str,
+        kind: str,
+        inputs: Mapping[str, Any],
+        write: Callable[[Path, Advance], None],
+        *,
+        together: bool = False,
+    ) -> None:
+        """Run `write(folder, advance)` unless the step is there with the same inputs and code.
+
+        Of several processes rank 0 does this, and the others wait; `together`: all call `write`, and what writes into
+        the folder is rank 0's.
+        """
         full = {**inputs, "code": code_version(*CODE[kind])}
-        step = self.dir.finished(name, full)
+        step = share(self.dir.finished(name, full) if is_main() else None)
         if step is not None:
             self.reporter.skipped(name)
         else:
             with self.reporter.step(name) as advance:
-                step = self.dir.step(name, full, lambda folder: write(folder, advance))
+                if is_main():
+                    step = self.dir.step(
+                        name, full, lambda folder: write(share(folder) if together else folder, advance)
+                    )
+                elif together:
+                    write(share(), advance)
+                step = share(step)
         self.done.append(step)
 
     def is_done(self, name: str, kind: str, inputs: Mapping[str, Any]) -> bool:
@@ -165,6 +184,14 @@ class Workspace:
             examples = self.groups["train"]
             lengths = sequence_lengths(self.collator("speech", "train"), examples)
             require_budget(examples, lengths, self.settings.max_tokens)
+
+    def require_disk(self) -> None:
+        from palimpsest.models.loading import weight_bytes
+
+        # Per model a checkpoint and two reductions of importance; while one trains, its optimizer's state.
+        need = 3 * weight_bytes(self.config.models.language_model) * (len(self.config.methods) + 2)
+        have = sum(file.stat().st_size for file in self.dir.path.rglob("*") if file.is_file())
+        require_disk(self.dir.path, max(0, need - have), f"The study {self.config.name}")
 
     # -- models -------------------------------------------------------------------------------------------------------
     @cached_property

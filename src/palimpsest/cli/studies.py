@@ -56,10 +56,12 @@ def demo(
 
 
 def _run_study(config: Any, out: Path, changed: bool) -> None:
+    from palimpsest.processes import started_first
     from palimpsest.study import run_study
 
     report_path = run_study(config, out, changed=changed)
-    typer.echo(f"Report: {report_path}")
+    if started_first():
+        typer.echo(f"Report: {report_path}")
 
 
 @app.command()

@@ -19,16 +19,19 @@ An error on one rank ends its process; it is torchrun that ends the others.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from palimpsest.importance.scores import Scores, describe_parameters
+from palimpsest.processes import rank, world_size
 from palimpsest.rundir import UserError, hash_value
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ Layout = Literal["one process", "replicas", "sharded"]
 POSSIBLE_SHARDED = ("signed_sum", "per_batch_abs")
 PIECE = 1 << 26  # elements per all-reduce of an accumulator that is not on the processes' device
 T = TypeVar("T")
+Integers = np.ndarray[tuple[int, ...], np.dtype[Any]]
 
 
 @dataclass
@@ -96,8 +100,8 @@ def layout_of(model: nn.Module, weights: Mapping[str, Tensor], reductions: Itera
 
 
 def my_share(batches: Iterable[T]) -> Iterator[T]:
-    """Every n-th of the batches, from this rank's number on."""
-    return itertools.islice(batches, dist.get_rank(), None, dist.get_world_size())
+    """Every n-th of the batches, from this rank's number on; all of them in a single process."""
+    return itertools.islice(batches, rank(), None, world_size())
 
 
 def in_step(batches: Iterable[T], layout: Layout, device: torch.device) -> Iterator[T]:
@@ -145,22 +149,15 @@ def describe_weights(weights: Mapping[str, Tensor], layout: Layout) -> list[dict
 
     Raises UserError if replicas do not hold the same weights.
     """
-    if layout == "one process":
-        return describe_parameters(weights)
-    described: list[dict[str, Any]] = []
+    described = describe_parameters(weights)
     if layout == "replicas":
-        described = describe_parameters(weights)
         digests: list[str] = _from_all(hash_value(described))
-        for rank, digest in enumerate(digests):
+        for number, digest in enumerate(digests):
             if digest != digests[0]:
                 raise UserError(
-                    f"Rank {rank} holds other weights than rank 0; load the same model in the same precision on every "
-                    "rank, or fix the seed it is initialised with."
+                    f"Rank {number} holds other weights than rank 0; load the same model in the same precision on "
+                    "every rank, or fix the seed it is initialised with."
                 )
-        return described
-    for name, weight in weights.items():
-        assert isinstance(weight, DTensor)
-        described += describe_parameters({name: weight.full_tensor()})
     return described
 
 
@@ -220,29 +217,75 @@ def _from_all(value: Any) -> list[Any]:
 
 
 class GatheredTensors(Mapping[str, "Tensor"]):
-    """Sharded scores, gathered one tensor at a time when accessed.
+    """Sharded scores: every rank keeps its part of each tensor; one that is accessed is gathered, on every rank.
 
-    Gathering involves every rank: all must access the same names in the same order. Iterating does.
+    Gathering involves every rank: all must access the same names in the same order. Iterating does. `select` does
+    not gather: it reads `parts` and exchanges counts.
+
+    parts: name → this rank's part, as many rows as fully_shard gave it; on whatever device it was accumulated.
+    shapes: name → shape of the whole tensor.
     """
 
     def __init__(self, parts: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-        self._sharded = {
-            name: DTensor.from_local(
-                part, weight.device_mesh, weight.placements, run_check=False, shape=weight.shape, stride=weight.stride()
-            )
-            for (name, part), weight in zip(parts.items(), weights.values(), strict=True)
-            if isinstance(weight, DTensor)
+        self.parts = dict(parts)
+        self._weights = {
+            name: weight
+            for name, weight in zip(parts, weights.values(), strict=True)
+            if isinstance(weight, DTensor)  # all of them, `layout_of` has seen to it
         }
+        self.shapes = {name: tuple(weight.shape) for name, weight in self._weights.items()}
+        self._mesh = next(iter(self._weights.values())).device_mesh
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._sharded[name].full_tensor()
+        weight = self._weights[name]
+        sharded = DTensor.from_local(
+            self.parts[name],
+            weight.device_mesh,
+            weight.placements,
+            run_check=False,
+            shape=weight.shape,
+            stride=weight.stride(),
+        )
+        tensor: Tensor = sharded.full_tensor()
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._sharded)
+        return iter(self._weights)
 
     def __len__(self) -> int:
-        return len(self._sharded)
+        return len(self._weights)
+
+    @property
+    def rank(self) -> int:
+        """Whose part this is; positions go up with it."""
+        return self._mesh.get_local_rank()
+
+    def start(self, name: str) -> int:
+        """Row-major position, in the whole tensor, of the first element of this rank's part.
+
+        Raises UserError if the part is not a run of rows.
+        """
+        weight = self._weights[name]
+        if not weight.placements[0].is_shard(0):
+            raise UserError(
+                f"{name} is sharded along another dimension than the first, so its parts are no runs of positions; "
+                "apply fully_shard without shard_placement_fn, or save the scores and select from the saved ones."
+            )
+        rows = math.ceil(weight.shape[0] / self._mesh.size())  # of every rank but the last ones
+        return min(self.rank * rows, weight.shape[0]) * math.prod(weight.shape[1:])
+
+    def sum(self, mine: Integers) -> Integers:
+        """Sum over the ranks, element by element; the same on every rank."""
+        moved = torch.from_numpy(mine).to(self._mesh.device_type)
+        dist.all_reduce(moved, group=self._mesh.get_group())
+        summed: Integers = moved.cpu().numpy()
+        return summed
+
+    def by_rank(self, mine: Integers) -> Integers:
+        """What every rank gave, (rank, element): in the order of their parts."""
+        gathered = np.zeros((self._mesh.size(), *mine.shape), dtype=mine.dtype)
+        gathered[self.rank] = mine
+        return self.sum(gathered)
 
 
 def save_scores(scores: Scores, folder: Path) -> None:

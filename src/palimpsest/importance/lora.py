@@ -1,7 +1,8 @@
 """Adapters of peft (LoRA and its relatives) as part of the weights, for a while, without any loss.
 
 peft's own merge and unmerge add the update and subtract it again, which in floating point does not give the
-old weights back. Here the merge happens in copies; the original storage is set aside untouched.
+old weights back. Here the merge happens in copies; the original storage is set aside untouched. Weights sharded
+by fully_shard are gathered from the storage that FSDP knows, so there the copy is set aside and put back.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from palimpsest.importance.distributed import local, reshard
 from palimpsest.rundir import UserError
 
 if TYPE_CHECKING:
@@ -37,18 +39,24 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
 
     Weights come back bit for bit, in the same storage, also if the block raises; adapters that were merged or
     disabled before stay so. Meanwhile the adapted matrices exist twice. Does nothing to a model without peft.
+    With a sharded model every rank must enter and leave.
 
-    Raises UserError, with everything as before, if peft cannot merge an adapter (quantised or sharded weights,
-    or a kind of adapter that has no merged form).
+    Raises UserError, with everything as before, if peft cannot merge an adapter (quantised weights, or a kind of
+    adapter that has no merged form).
     """
     layers = unmerged_adapters(model)
-    originals: dict[int, tuple[nn.Parameter, Tensor]] = {}  # id → (parameter, its own storage)
+    if layers:
+        reshard(model)  # the parts, not what a forward left gathered
+    originals: dict[int, tuple[nn.Parameter, Tensor]] = {}  # id → (parameter, its own storage; sharded: a copy)
     try:
         for layer in layers:
             for parameter in layer.get_base_layer().parameters(recurse=False):
                 if id(parameter) not in originals:
-                    originals[id(parameter)] = (parameter, parameter.data)
-                    parameter.data = parameter.data.clone()
+                    if _is_sharded(parameter):
+                        originals[id(parameter)] = (parameter, local(parameter).clone())
+                    else:
+                        originals[id(parameter)] = (parameter, parameter.data)
+                        parameter.data = parameter.data.clone()
         for layer in layers:
             try:
                 with torch.no_grad():
@@ -62,5 +70,14 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.merged_adapters.clear()
+        if layers:
+            reshard(model)
         for parameter, original in originals.values():
-            parameter.data = original
+            if _is_sharded(parameter):
+                local(parameter).copy_(original)
+            else:
+                parameter.data = original
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    return local(parameter) is not parameter

@@ -127,8 +127,10 @@ class Scores:
     def check_model(self, model: nn.Module, parameters: Mapping[str, nn.Parameter] | None = None) -> None:
         """Raise UserError naming the first difference if these weights are not those that were scored.
 
-        Compares names, then shapes, then dtype and sha256 of each weight (about a second per 1.5 GB).
+        Compares names, then shapes, then dtype and sha256 of each weight (about a second per 1.5 GB). Weights sharded
+        by fully_shard are gathered one at a time; every rank must call.
         """
+        _reshard(model)
         here = dict(scored_parameters(model) if parameters is None else parameters)
         there = {parameter["name"]: parameter for parameter in self.metadata["parameters"]}
 
@@ -154,7 +156,12 @@ class Scores:
 
 
 def describe_parameters(parameters: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-    """Name, shape, dtype and sha256 of the bytes of each parameter, as stored in the metadata."""
+    """Name, shape, dtype and sha256 of the bytes of each parameter, as stored in the metadata.
+
+    Parameters sharded by fully_shard are gathered one at a time; every rank must call, with the same names.
+    """
+    if any(map(_is_sharded, parameters.values())):  # in one thread: all ranks must gather in the same order
+        return list(itertools.chain.from_iterable(describe_parameters({n: _whole(p)}) for n, p in parameters.items()))
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing releases the interpreter lock
         digests = pool.map(_digest, parameters.values())
         return [
@@ -164,7 +171,8 @@ def describe_parameters(parameters: Mapping[str, Tensor]) -> list[dict[str, Any]
 
 
 def model_digest(model: nn.Module) -> str:
-    """SHA-256 over names, shapes, dtypes and bytes of the scored parameters."""
+    """SHA-256 over names, shapes, dtypes and bytes of the scored parameters; sharded: every rank must call."""
+    _reshard(model)
     return hash_value(describe_parameters(scored_parameters(model)))
 
 
@@ -239,7 +247,23 @@ def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
+def _is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor; its class is slow to import
+
+
+def _whole(tensor: Any) -> Tensor:
+    """A tensor sharded by fully_shard, gathered from all ranks; any other as it is."""
+    whole: Tensor = tensor.detach().full_tensor() if _is_sharded(tensor) else tensor
+    return whole
+
+
+def _reshard(model: nn.Module) -> None:
+    from palimpsest.importance.distributed import reshard  # which imports this module
+
+    reshard(model)
+
+
 def _digest(tensor: Tensor) -> str:
     """SHA-256 of the tensor's bytes, row-major; works for every dtype, bfloat16 included."""
-    data: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    data: Any = _whole(tensor).detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
     return hashlib.sha256(data).hexdigest()

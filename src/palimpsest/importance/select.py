@@ -4,6 +4,9 @@ The bits of non-negative float32 numbers, read as integers, are ordered like the
 the upper 16 bits of all scores, a second the lower 16 bits of those whose upper half is the threshold's; the
 threshold is then exact, and a last pass marks the weights. Nothing is sorted or gathered: memory beside the
 mask does not depend on the number of weights, and lazy scores are read from disk tensor by tensor.
+
+Of sharded scores every rank counts its own part, and the counts are summed over the ranks: the same masks as of one
+process, ties included, on every rank. What is exchanged: 1 MB of counts per group, and the mask's bits.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
+from palimpsest.importance.distributed import GatheredTensors
 from palimpsest.importance.mask import Mask, Overlap, overlap
 from palimpsest.models.anatomy import layer_index
 from palimpsest.rundir import UserError
@@ -48,6 +52,8 @@ def select(
     "random" draws without replacement, every set of k weights equally likely; the draw depends on `seed`, the
     names' order and the shapes, not on scores or device.
 
+    Scores of a sharded model (`estimate_importance(…, distributed=True)`): call it on every rank; each gets the mask.
+
     Raises UserError for a ratio outside [0, 1] and for a NaN, infinite or negative score, naming the tensor.
     """
     if not 0.0 <= ratio <= 1.0:
@@ -60,14 +66,18 @@ def select(
             raise UserError(f"{value!r} is not a way to select weights; choose among {', '.join(allowed)}.")
 
     about = {"which": which, "ratio": ratio, "scope": scope, "seed": seed if which == "random" else None}
-    mask = Mask.empty({name: tuple(scores[name].shape) for name in scores}, about)
+    sharded = scores if isinstance(scores, GatheredTensors) else None
+    mask = Mask.empty(sharded.shapes if sharded else {name: tuple(scores[name].shape) for name in scores}, about)
     generator = np.random.default_rng(seed)
     for names in _groups(mask.names, scope):
         k = round(ratio * sum(math.prod(mask.shapes[name]) for name in names))
         if which == "random":
             _mark_random(mask, names, k, generator)
         else:
-            _mark_extreme(mask, names, k, scores, top=which == "top")
+            _mark_extreme(mask, names, k, sharded.parts if sharded else scores, sharded, top=which == "top")
+    if sharded and which != "random":  # every rank has marked its own part; no bit is marked by two
+        for bits in mask.packed.values():
+            bits[:] = sharded.sum(bits)
     return mask
 
 
@@ -83,39 +93,81 @@ def _groups(names: tuple[str, ...], scope: Scope) -> list[list[str]]:
 # ------------------------------------------------------------------------------------------------------------
 # Top and bottom: radix select
 # ------------------------------------------------------------------------------------------------------------
-def _mark_extreme(mask: Mask, names: list[str], k: int, scores: Mapping[str, Tensor], *, top: bool) -> None:
-    """Mark the k highest (top) or lowest scores of the named tensors."""
+def _mark_extreme(
+    mask: Mask,
+    names: list[str],
+    k: int,
+    scores: Mapping[str, Tensor],
+    sharded: GatheredTensors | None,
+    *,
+    top: bool,
+) -> None:
+    """Mark the k highest (top) or lowest scores of the named tensors; of sharded ones, those in this rank's parts."""
+    first = {name: sharded.start(name) if sharded else 0 for name in names}  # position where `scores` begins
+
+    def total(mine: Int64[np.ndarray, " counts"]) -> Int64[np.ndarray, " counts"]:
+        return sharded.sum(mine) if sharded else mine
+
     upper = np.zeros(HALF, dtype=np.int64)
-    for name in names:
+    unsound = np.zeros(len(names), dtype=np.int64)
+    for row, name in enumerate(names):
         counts = np.zeros(HALF, dtype=np.int64)
-        for _, bits in _pieces(name, scores[name]):
+        for _, bits in _pieces(name, scores[name], first[name]):
             counts += np.bincount(bits >> 16, minlength=HALF)
-        if counts[INFINITY:].any():
-            raise UserError(
-                f"The scores of {name} hold a NaN, infinite or negative number; importance is finite and "
-                "not negative, so estimate it again."
-            )
+        unsound[row] = counts[INFINITY:].sum()
         upper += counts
+    for bad in np.flatnonzero(total(unsound)):
+        raise UserError(
+            f"The scores of {names[bad]} hold a NaN, infinite or negative number; importance is finite and "
+            "not negative, so estimate it again."
+        )
     if k == 0:
         return
-    upper_half, k_inside = _bin_of_rank(upper, k, top)
+    upper_half, k_inside = _bin_of_rank(total(upper), k, top)
 
     lower = np.zeros(HALF, dtype=np.int64)
     for name in names:
-        for _, bits in _pieces(name, scores[name]):
+        for _, bits in _pieces(name, scores[name], first[name]):
             inside = bits[bits >> 16 == upper_half]
             lower += np.bincount(inside & (HALF - 1), minlength=HALF)
-    lower_half, n_ties = _bin_of_rank(lower, k_inside, top)
+    lower_half, n_ties = _bin_of_rank(total(lower), k_inside, top)
 
     threshold = np.uint32(upper_half << 16 | lower_half)
+    quota = _tie_quota(names, scores, first, threshold, n_ties, sharded) if sharded else {}
     for name in names:
-        for start, bits in _pieces(name, scores[name]):
+        n_ties = quota.get(name, n_ties)
+        for start, bits in _pieces(name, scores[name], first[name]):
             flags = bits > threshold if top else bits < threshold
             if n_ties:  # of the scores equal to the threshold, the first n_ties are still to be taken
                 ties = np.flatnonzero(bits == threshold)[:n_ties]
                 flags[ties] = True
                 n_ties -= len(ties)
-            mask.mark(name, start, flags)
+            if start % 8:  # a part that begins inside a byte; the bits before belong to another rank
+                flags = np.concatenate([np.zeros(start % 8, np.bool_), flags])
+            mask.mark(name, start - start % 8, flags)
+
+
+def _tie_quota(
+    names: list[str],
+    scores: Mapping[str, Tensor],
+    first: Mapping[str, int],
+    threshold: np.uint32,
+    n_ties: int,
+    sharded: GatheredTensors,
+) -> dict[str, int]:
+    """How many scores equal to the threshold this rank takes of each tensor.
+
+    n_ties are taken in the order of names, then of positions; and positions go up with the ranks of the parts.
+    """
+    mine = np.array(
+        [sum(int((bits == threshold).sum()) for _, bits in _pieces(n, scores[n], first[n])) for n in names],
+        dtype=np.int64,
+    )
+    ties = sharded.by_rank(mine)  # (rank, name)
+    before = np.cumsum(ties.T).reshape(ties.T.shape).T - ties
+    allowed = np.clip(n_ties - before, 0, ties)
+    rank = sharded.rank
+    return {name: int(allowed[rank, i]) for i, name in enumerate(names)}
 
 
 def _bin_of_rank(counts: Int64[np.ndarray, " half"], k: int, top: bool) -> tuple[int, int]:
@@ -127,13 +179,20 @@ def _bin_of_rank(counts: Int64[np.ndarray, " half"], k: int, top: bool) -> tuple
     return (HALF - 1 - position if top else position), rank
 
 
-def _pieces(name: str, tensor: Float32[Tensor, "*weight"]) -> Iterator[tuple[int, UInt32[np.ndarray, " piece"]]]:
-    """(position of its first score, the scores' bits) of each piece, row-major."""
+def _pieces(
+    name: str, tensor: Float32[Tensor, "*weight"], first: int = 0
+) -> Iterator[tuple[int, UInt32[np.ndarray, " piece"]]]:
+    """(position of its first score, the scores' bits) of each piece, row-major; `first`: the tensor's own position.
+
+    Positions are multiples of 8, the very first one excepted.
+    """
     if tensor.dtype != torch.float32:
         raise UserError(f"The scores of {name} are {tensor.dtype}; keep importance in float32.")
     values = tensor.detach().cpu().contiguous().flatten().numpy()
-    for start in range(0, len(values), PIECE):
-        yield start, (values[start : start + PIECE] + np.float32(0)).view(np.uint32)  # + 0: −0 becomes 0
+    for end in range(PIECE - first % 8, len(values) + PIECE, PIECE):
+        start = max(0, end - PIECE)
+        if len(piece := values[start:end]):
+            yield first + start, (piece + np.float32(0)).view(np.uint32)  # + 0: −0 becomes 0
 
 
 # ------------------------------------------------------------------------------------------------------------

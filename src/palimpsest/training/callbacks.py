@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from palimpsest.processes import is_main, wait_for_all
 from palimpsest.rundir import UserError
 
 COMPLETE = "complete"  # empty file the Trainer's checkpoint gets when all of it is written
@@ -21,7 +22,9 @@ class MarkComplete(TrainerCallback):  # type: ignore[misc]
             control.should_save = False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        wait_for_all()  # each rank has written its random state
+        if is_main():
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
 class EvaluateAtTheEnd(TrainerCallback):  # type: ignore[misc]

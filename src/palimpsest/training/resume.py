@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palimpsest.changes import differences, in_words
+from palimpsest.processes import is_main, share
 from palimpsest.rundir import UserError, hash_value, read_json, write_json
 from palimpsest.schema import TrainingRecord
 from palimpsest.training.callbacks import COMPLETE
@@ -50,6 +51,8 @@ def describe_run(
 
 def require_same_run(state: Path, wanted: Mapping[str, Any]) -> None:
     """Write what this run is into `state`, or raise UserError if a checkpoint in it belongs to another run."""
+    if not is_main():
+        return
     file = state / RUN
     if _has_something_to_resume(state):
         if not file.exists():
@@ -64,7 +67,11 @@ def require_same_run(state: Path, wanted: Mapping[str, Any]) -> None:
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:
-    """Removes what a kill left half written; the Trainer would take it for a checkpoint."""
+    """Removes what a kill left half written; the Trainer would take it for a checkpoint. The same on every rank."""
+    return share(_last_complete_checkpoint(folder) if is_main() else None)
+
+
+def _last_complete_checkpoint(folder: Path) -> str | None:
     complete: dict[int, Path] = {}
     for checkpoint in folder.glob("checkpoint-*"):
         if (checkpoint / COMPLETE).exists():
@@ -78,11 +85,13 @@ def adaptor_phase(model: SpeechLM, folder: Path, run: Callable[[Path], list[Trai
     """Run the adaptor's phase in `folder`, or read its result if it was finished before."""
     from safetensors.torch import load_file, save_file
 
-    if (folder / DONE).exists():
+    if share((folder / DONE).exists() if is_main() else None):
         model.adaptor.load_state_dict(load_file(folder / DONE))
         records: list[TrainingRecord] = read_json(folder / RECORDS)
         return records
     records = run(folder)
+    if not is_main():
+        return records
     write_json(folder / RECORDS, records)
     temporary = folder / f".{DONE}.tmp"  # renamed last: the file is there only when all of it is
     save_file({name: value.contiguous() for name, value in model.adaptor.state_dict().items()}, temporary)

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from palimpsest.models.fused_loss import Kernel, choose_kernel
+from palimpsest.processes import is_main
 from palimpsest.rundir import UserError
 from palimpsest.schema import TrainingRecord
+from palimpsest.training import distributed
 from palimpsest.training.callbacks import require_loggers
 from palimpsest.training.held_out import HeldOut
 from palimpsest.training.methods import Method, add_lora, merge_lora
@@ -45,6 +47,7 @@ def train(
     name: str,
     scales: Mapping[int, float] | None = None,
     held_out: HeldOut | None = None,
+    sharded: bool = False,
     progress: Progress | None = None,
 ) -> list[TrainingRecord]:
     """Train `model` in place and return its loss curve; LoRA ends merged, its adapter saved in `folder`/adapter.
@@ -53,6 +56,10 @@ def train(
     Trainer's checkpoints while training runs: called again with the same folder after an interruption, training
     continues from the last one and ends with the same weights.
 
+    In a process group every rank must call, with the same arguments; the batches are those of one process, divided
+    among the ranks, and each rank ends with the trained model. `sharded`: weights, gradients and optimizer state in
+    parts (FSDP2) instead of replicas. Rank 0 writes.
+
     Raises UserError before training for bad settings, an example above the token budget and an interrupted training of
     another recipe; during it when the loss or the gradient stops being finite, naming the step and the examples.
     """
@@ -60,7 +67,7 @@ def train(
         raise UserError("There are no training examples; check the data section of the study.")
     if settings.eval_every is not None and not (held_out and all(group for _, group in held_out.values())):
         raise UserError("training.eval_every is set, but there are no held-out examples to evaluate on; give some.")
-    kernel = require_options(settings, model.device)
+    kernel = require_options(settings, model.device, sharded=sharded)
     phases = phases_of(method, settings, examples, collator, scales)
     total = sum(phase.steps for phase in phases)
     state = folder / "trainer"
@@ -78,6 +85,7 @@ def train(
             name=name,
             kernel=kernel,
             held_out=held_out,
+            sharded=sharded,
             advance=None if progress is None else partial(_advance, progress, phase.before, total),
         )
         if phase.name == "adaptor":
@@ -87,18 +95,20 @@ def train(
                 add_lora(model, method)
             records += run(state)
     if method.kind == "lora":
-        model.language_model.save_pretrained(folder / "adapter")
+        if is_main():
+            model.language_model.save_pretrained(folder / "adapter")
         merge_lora(model)
     model.eval()
-    keep_logs(state, folder / "logs")
-    shutil.rmtree(state, ignore_errors=True)
+    if is_main():
+        keep_logs(state, folder / "logs")
+        shutil.rmtree(state, ignore_errors=True)
     return records
 
 
-def require_options(settings: Settings, device: str | torch.device) -> Kernel | None:
+def require_options(settings: Settings, device: str | torch.device, *, sharded: bool = False) -> Kernel | None:
     """The loss kernel of the settings. Raises UserError for a logger or a kernel that is not to be had."""
     require_loggers(settings.report_to)
-    return choose_kernel(settings.liger, device)
+    return choose_kernel(distributed.allowed_options(settings).liger if sharded else settings.liger, device)
 
 
 def _advance(progress: Progress, before: int, total: int, done: int) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,16 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from palimpsest.data.collate import to_device
 from palimpsest.models.fused_loss import Kernel, fused_loss, require_same_loss
 from palimpsest.models.loss import describe_ids, supervised_losses
+from palimpsest.processes import is_main, world_size
 from palimpsest.rundir import UserError
 from palimpsest.schema import TrainingRecord
+from palimpsest.training import distributed
 from palimpsest.training.callbacks import EvaluateAtTheEnd, MarkComplete, ReportProgress
 from palimpsest.training.held_out import HeldOut, measure, modalities_of
 from palimpsest.training.phases import Phase
@@ -41,29 +46,34 @@ def run_phase(
     name: str,
     kernel: Kernel | None = None,
     held_out: HeldOut | None = None,
+    sharded: bool = False,
     advance: Callable[[int], None] | None = None,
 ) -> list[TrainingRecord]:
     """Train `model` in place, from the last complete checkpoint in `folder` if there is one; returns the records.
 
-    `advance` gets the number of the phase's steps that are done, after each.
+    `advance` gets the number of the phase's steps that are done, after each. `sharded`: see training/distributed.py.
     """
     if settings.gradient_checkpointing:
         model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if kernel is not None:
         require_same_loss(model, to_device(phase.collator(phase.examples[:2]), model.device), kernel)
+    trained = distributed.twin_of(model) if sharded else model
     trainer = SpeechTrainer(
-        model,
+        trained,
         phase,
         arguments(folder, phase, settings, name, model.device),
         kernel=kernel,
         held_out=held_out or {},
         max_tokens=settings.max_tokens,
+        sharded=sharded,
     )
     if settings.eval_every is not None:
         trainer.add_callback(EvaluateAtTheEnd())
     if advance is not None:
         trainer.add_callback(ReportProgress(advance))
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
+    if sharded:
+        distributed.gather(trained, model)
     restore(model, trainer, settings)
     return records(trainer.state.log_history, name, phase)
 
@@ -96,11 +106,15 @@ def arguments(folder: Path, phase: Phase, settings: Settings, name: str, device:
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         report_to=list(settings.report_to),
+        ddp_find_unused_parameters=phase.collator.modality == "text",  # the adaptor; looking for it costs time
     )
 
 
 class SpeechTrainer(Trainer):  # type: ignore[misc]
-    """Overrides: the batches, the loss, the optimizer's parameter groups, the evaluation; gradients must be finite."""
+    """Overrides: the batches, the loss, the optimizer's parameter groups, the evaluation; gradients must be finite.
+
+    With the model in parts (`sharded`), also what is written into a checkpoint and read from it.
+    """
 
     control: TrainerControl
 
@@ -113,7 +127,9 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
         kernel: Kernel | None,
         held_out: HeldOut,
         max_tokens: int | None,
+        sharded: bool = False,
     ) -> None:
+        self.sharded = sharded
         self.phase, self.kernel, self.held_out, self.max_tokens = phase, kernel, held_out, max_tokens
         self.step_ids: list[str] = []  # of the examples since the last optimizer step
         super().__init__(
@@ -129,6 +145,10 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True
 
     def get_train_dataloader(self) -> DataLoader[Any]:
+        if world_size() > 1:  # not prepared by accelerate, which would divide the batches once more
+            return distributed.share_loader(
+                self.phase.examples, self.phase.batches, self.phase.collator, self.args.dataloader_pin_memory
+            )
         loader: DataLoader[Any] = DataLoader(
             self.train_dataset,
             batch_sampler=self.phase.batches,
@@ -138,6 +158,12 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
         )
         prepared: DataLoader[Any] = self.accelerator.prepare(loader)
         return prepared
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], torch.Tensor]:
+        batches = list(islice(epoch_iterator, num_batches))
+        return batches, distributed.tokens_of_step(batches, device)
 
     def compute_loss(
         self,
@@ -155,10 +181,10 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
                 total, n_tokens = fused_loss(model, inputs, self.kernel)
         if not bool(torch.isfinite(total)):
             raise self._not_finite("loss", float(total.detach()), inputs)
-        return total / (n_tokens if num_items_in_batch is None else num_items_in_batch)
+        return distributed.loss_of_rank(total, n_tokens if num_items_in_batch is None else num_items_in_batch, inputs)
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
-        norm: torch.Tensor = super()._clip_grad_norm(model)
+        norm: torch.Tensor = distributed.whole(super()._clip_grad_norm(model))
         if not math.isfinite(float(norm)):
             raise self._not_finite("gradient norm", float(norm), {"ids": self.step_ids})
         self.step_ids = []
@@ -173,9 +199,35 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer | None:
         if self.optimizer is None:
+            if self.sharded:  # only now, when the weights of a checkpoint have been read
+                distributed.shard(self.model, bf16=self.args.bf16)
+                self.model._is_accelerate_prepared = True  # nothing more to wrap it with
             groups = parameter_groups(self.model, self.phase.rules, self.args.learning_rate, self.args.weight_decay)
             self.optimizer: torch.optim.Optimizer | None = torch.optim.AdamW(groups, fused=True)
         return self.optimizer
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.sharded:
+            super().save_model(output_dir, _internal_call)
+            return
+        distributed.save_weights(self.model, Path(output_dir or self.args.output_dir) / SAFE_WEIGHTS_NAME)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = distributed.whole_optimizer_state(self.optimizer)
+        if is_main():
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        elif checkpoint is not None:
+            state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True)
+            distributed.load_optimizer_state(self.optimizer, state)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         batch_size = self.args.per_device_train_batch_size
