@@ -273,7 +273,7 @@ class Study:
                 folder,
                 name=name,
                 scales=scales,
-                held_out=self.ws.held_out(),
+                held_out=self.ws.held_out(name),
                 progress=advance,
             )
             model.save_pretrained(folder)
