@@ -192,11 +192,15 @@ def test_controls_are_trained_and_a_model_tuned_on_text_is_not_asked_in_speech(i
     }
     small = recipe(inputs, methods=methods, importance={"n_examples": 8, "batch_size": 2})
     small["data"]["train"]["limit"] = 8
+    small["training"] = {**small["training"], "eval_every": 1, "adaptor_first": {"epochs": 1, "learning_rate": 1e-3}}
     report = run_study(parse_config(small, "test"), tmp_path / "run")
     found = results(tmp_path / "run")
     asked = {(r["method"], r["modality"]) for r in found["qa"]}
     assert asked == {(m, "text") for m in ("base", *methods)} | {(m, "speech") for m in methods if m != "full_text"}
     assert {(r["model"], r["modality"]) for r in found["deactivation"]} == asked
+    evaluated = {(r["method"], r["modality"]) for r in found["training"] if r["kind"] == "eval"}
+    assert evaluated == {pair for pair in asked if pair[0] != "base"}
+    assert {r["method"] for r in found["training"] if r["phase"] == "adaptor"} == {"adaptor", "layer_lr_inverted"}
     # The adaptor alone was trained: the language model is the base's to the last bit. Tuning on text moved it.
     assert {r["relative_norm"] for r in found["delta"] if r["method"] == "adaptor"} == {0.0}
     assert all(r["relative_norm"] > 0 for r in found["delta"] if r["method"] != "adaptor")

@@ -277,7 +277,7 @@ class Study:
                 folder,
                 name=name,
                 scales=scales,
-                held_out=self.ws.held_out(),
+                held_out=self.ws.held_out(name),
                 sharded=sharded(),
                 progress=advance,
             )

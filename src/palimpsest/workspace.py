@@ -162,11 +162,11 @@ class Workspace:
 
         return Task(task.name, tuple(self.groups[f"task-{task.name}"]))
 
-    def held_out(self) -> HeldOut | None:
-        """What training is evaluated on between its steps, if it is."""
+    def held_out(self, name: str) -> HeldOut | None:
+        """What a method's training is evaluated on between its steps, if it is; in speech only if it can hear."""
         if self.config.training.eval_every is None:
             return None
-        modalities: tuple[Modality, ...] = ("text", "speech")
+        modalities: list[Modality] = ["text", "speech"] if self.hears(name) else ["text"]
         return {modality: (self.collator(modality, "heldout"), self.groups["heldout"]) for modality in modalities}
 
     # -- training -----------------------------------------------------------------------------------------------------
