@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 $(VENV)/.installed: pyproject.toml requirements/constraints.txt requirements/embedded.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	$(PIP) install -q -c requirements/constraints.txt torch
-	$(PIP) install -q -c requirements/constraints.txt -e '.[dev,embedded]'
+	$(PIP) install -q -c requirements/constraints.txt -e '.[dev,embedded,augment]'
 	$(PIP) install -q --no-deps --require-hashes -r requirements/embedded.txt
 	touch $@
 

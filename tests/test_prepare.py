@@ -20,7 +20,7 @@ from palimpsest import prepare
 from palimpsest.data.filters import Filters
 from palimpsest.data.records import Example, read_manifest, write_manifest
 from palimpsest.data.sources import load_examples
-from palimpsest.data.speech import VOICES, Voice
+from palimpsest.data.voices import VOICES, Voice
 from palimpsest.inspection import inspect_data
 from palimpsest.prepare import prepare_data
 from palimpsest.rundir import UserError

@@ -47,6 +47,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from palimpsest.data.collate import Collator
 from palimpsest.data.features import Features
 from palimpsest.data.records import Example
+from palimpsest.data.shards import claim, read_shard, shard_name, write_shard
 from palimpsest.models.anatomy import scored_parameters
 from palimpsest.models.processor import SpeechLMProcessor
 from palimpsest.models.speech_lm import SpeechLM
@@ -259,10 +260,15 @@ def synthetic_data(model: SpeechLM, options: argparse.Namespace, folder: Path) -
     dim, n_frames = model.encoder.config.d_model, int(options.seconds * 50) // 5 * 5
     rng = np.random.default_rng(0)
     (folder / "features").mkdir()
-    frames = rng.standard_normal((64, n_frames, dim), dtype=np.float32).astype(np.float16)
-    (folder / "features" / "frames.bin").write_bytes(frames.tobytes())
-    spans = [(str(i), i * n_frames, n_frames) for i in range(64)]
-    index = {"dim": dim, "dtype": "float16", "spans": spans}
+    frames = {str(i): rng.standard_normal((n_frames, dim), dtype=np.float32).astype(np.float16) for i in range(64)}
+    path = folder / "features" / shard_name(frames)
+    file = claim(path, wait=True)
+    assert file is not None  # the folder is new
+    with file:
+        write_shard(file, path, frames)
+    shard = read_shard(path)
+    spans = [[name, 0, *shard.spans[name]] for name in frames]
+    index = {"dim": dim, "shards_folder": ".", "shards": [[path.name, shard.n_bytes]], "spans": spans}
     (folder / "features" / "index.json").write_text(json.dumps(index))
     processor = SpeechLMProcessor(byte_tokenizer(), WhisperFeatureExtractor(feature_size=80))
     collator = Collator(processor, "speech", Features(folder / "features"))

@@ -34,12 +34,33 @@ class Models(_Strict):
     device: str = "auto"  # "auto": CUDA if there is one, else CPU
 
 
+class Augmentation(_Strict):
+    """Changed copies of every training utterance; each change is drawn anew from its range for each copy."""
+
+    copies: int = Field(1, ge=1)
+    speed: tuple[float, float] | None = None  # factor; pitch goes with it
+    noise_snr_db: tuple[float, float] | None = None  # white noise, dB below the utterance's mean power
+    reverberation: float | None = Field(None, ge=0.15, le=0.8)  # s, the time in which the sound falls by 60 dB
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Augmentation:
+        if self.speed is None and self.noise_snr_db is None and self.reverberation is None:
+            raise ValueError("augmentation changes nothing; give speed, noise_snr_db or reverberation")
+        if self.speed is not None and not 0.5 <= self.speed[0] <= self.speed[1] <= 2:
+            raise ValueError(f"speed {list(self.speed)} must be a range [low, high] within 0.5 and 2")
+        if self.noise_snr_db is not None and not -10 <= self.noise_snr_db[0] <= self.noise_snr_db[1] <= 60:
+            raise ValueError(f"noise_snr_db {list(self.noise_snr_db)} must be a range [low, high] within -10 and 60")
+        return self
+
+
 class Speech(_Strict):
     length: Literal["trim", "pad_to_30s"] = "trim"
     stack_factor: int = Field(5, ge=1)
     adaptor_hidden_size: int = Field(2048, ge=1)
     calibrate_adaptor: bool = False  # True: start from standardised inputs and the embedding's spread
-    voice: str = "hibari"  # speaks what has no recording
+    voice: str | list[str] = "hibari"  # speaks what has no recording; of a list, each example takes one by its id
+    augmentation: Augmentation | None = None  # of the training utterances
+    feature_cache: str | None = None  # folder of encoder frames that several studies share; none: in the run directory
 
 
 class Prompt(_Strict):
@@ -51,6 +72,7 @@ class Split(_Strict):
     source: str  # facts, a manifest, a table, a folder of recordings, a hub name …: docs/data.md
     split: str
     limit: int | None = Field(None, ge=1)
+    voice: str | list[str] | None = None  # instead of speech.voice, for this split alone
 
 
 class FiltersConfig(_Strict):

@@ -24,8 +24,9 @@ from palimpsest.data.filters import Dropped, Filters, refuse, require_some, stor
 from palimpsest.data.records import Example
 from palimpsest.data.rows import Names, Row, Table, identity_of
 from palimpsest.data.sources import open_table
-from palimpsest.data.speech import VOICES, speak
+from palimpsest.data.speech import speak
 from palimpsest.data.splits import spoken_or_dropped
+from palimpsest.data.voices import find_voices
 from palimpsest.progress import Advance, Reporter
 from palimpsest.rundir import UserError, read_json, write_json
 
@@ -68,9 +69,8 @@ def prepare_data(
         yield from _summary(read_json(work.report))
         return
     if voice != NO_VOICE:
-        if voice not in VOICES:
-            raise UserError(f"There is no voice {voice!r}; use one of {', '.join(VOICES)}, or {NO_VOICE}.")
-        VOICES[voice].version()  # a voice that is not installed is told before the rows are read
+        for found in find_voices(voice):
+            found.version()  # a voice that is not installed is told before the rows are read
     with Reporter(1).step(f"{source}, split {split}") as advance:
         _fill(work, table, limits, limit, strict, voice, workers, advance)
     report = work.finish(table.where)

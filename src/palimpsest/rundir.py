@@ -191,7 +191,7 @@ class TimingRecord(TypedDict):
 def write_text(path: Path, text: str) -> None:
     """Write under a temporary name in the same folder, flush to disk, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,16 +18,18 @@ from typing import Any
 
 from palimpsest.answering import answers, cascade, probe
 from palimpsest.config import StudyConfig, dump_config, require_same_recipe
+from palimpsest.data.augment import Augmentation, augment, require_library
 from palimpsest.data.collate import batches
 from palimpsest.data.features import compute_features
 from palimpsest.data.records import Example, write_manifest
-from palimpsest.data.speech import VOICES, speak
+from palimpsest.data.speech import speak_several
 from palimpsest.data.splits import speak_groups
+from palimpsest.data.voices import Voices, find_voices
 from palimpsest.heldout import perplexity_step
 from palimpsest.processes import is_main, joined, sharded, share, wait_for_all, world_size
 from palimpsest.progress import Advance, Reporter
 from palimpsest.results import collect
-from palimpsest.rundir import UserError, write_json, write_jsonl, write_text
+from palimpsest.rundir import write_json, write_jsonl, write_text
 from palimpsest.workspace import BASE, DROPPED, Modality, Workspace, folder_of
 
 
@@ -95,9 +97,8 @@ class Study:
         from palimpsest.training.train import require_options
 
         require_options(self.ws.settings, self.ws.device, sharded=sharded())
-        voice = self.config.speech.voice
-        if voice not in VOICES:
-            raise UserError(f"speech.voice: there is no voice {voice!r}; use one of {', '.join(VOICES)}.")
+        if self.config.speech.augmentation is not None:
+            require_library(Augmentation(**self.config.speech.augmentation.model_dump()))
         if not self.ws.is_done("data", "data", self._data_inputs):
             self.ws.sources.check()
         models = self.config.models
@@ -114,12 +115,17 @@ class Study:
         """data/: manifests of training, held-out and task questions, spoken where there was no recording."""
 
         def write(folder: Path, advance: Advance) -> None:
-            def say(examples: Sequence[Example]) -> list[Example]:
-                workers = min(2, max(1, len(examples)))
-                return speak(examples, folder / "audio", self.config.speech.voice, workers, progress=advance)
+            def say(groups: Mapping[str, Sequence[Example]]) -> dict[str, list[Example]]:
+                workers = min(2, max(1, sum(map(len, groups.values()))))
+                voiced = [(group, self._voices[key]) for key, group in groups.items()]
+                spoken = speak_several(voiced, folder / "audio", workers, progress=advance)
+                return dict(zip(groups, spoken, strict=True))
 
             groups, dropped = self.ws.sources.read(folder / "audio", advance)
             groups, unspoken = speak_groups(groups, say, self.config.data.strict)
+            if (changes := self.config.speech.augmentation) is not None:
+                options, seed = Augmentation(**changes.model_dump()), self.ws.seed("augmentation")
+                groups["train"] = augment(groups["train"], folder / "audio", options, seed, progress=advance)
             for key, group in groups.items():
                 write_manifest(folder / f"{key}.jsonl", group)
             write_jsonl(folder / f"{DROPPED}.jsonl", [item.to_row(group) for group, item in dropped + unspoken])
@@ -128,8 +134,21 @@ class Study:
 
     @cached_property
     def _data_inputs(self) -> dict[str, Any]:
-        voice = self.config.speech.voice
-        return {"voice": [voice, VOICES[voice].version()], "sources": self.ws.sources.inputs()}
+        changes = self.config.speech.augmentation
+        return {
+            "voices": {key: [[v.label, v.version()] for v in find_voices(it)] for key, it in self._voices.items()},
+            "augmentation": None if changes is None else [changes.model_dump(), self.ws.seed("augmentation")],
+            "sources": self.ws.sources.inputs(),
+        }
+
+    @cached_property
+    def _voices(self) -> dict[str, Voices]:
+        """Names of the voices that speak what has no recording, by group: the split's own, or those of all."""
+        data, common = self.config.data, self.config.speech.voice
+        heldout = data.heldout or data.train  # taken out of the training source
+        splits = {"train": data.train, "heldout": heldout}
+        splits |= {f"task-{task.name}": task for task in self.config.evaluation.tasks}
+        return {key: common if split.voice is None else split.voice for key, split in splits.items()}
 
     def features(self) -> None:
         """features/: encoder frames of every recording, computed once for all methods, epochs and measurements."""
@@ -143,6 +162,8 @@ class Study:
         def write(folder: Path, advance: Advance) -> None:
             from palimpsest.models.loading import load_encoder
 
+            shared = self.config.speech.feature_cache
+            cache = folder / "cache" if shared is None else Path(shared).expanduser()
             encoder, _ = load_encoder(self.config.models.encoder, device=self.ws.device)
             total, before = sum(map(len, self.ws.groups.values())), 0
             for key, group in self.ws.groups.items():
@@ -150,7 +171,7 @@ class Study:
                 def group_advance(done: int, _: int, before: int = before) -> None:
                     advance(before + done, total)
 
-                compute_features(encoder, self.ws.processor, group, folder / key, progress=group_advance)
+                compute_features(encoder, self.ws.processor, group, folder / key, cache=cache, progress=group_advance)
                 before += len(group)
 
         self.ws.step("features", "features", inputs, write)
@@ -174,7 +195,8 @@ class Study:
             from palimpsest.importance.distributed import my_share
             from palimpsest.importance.estimate import estimate_importance
 
-            pool = self.ws.groups["train"]
+            # A changed copy asks the same question as its original: as text they are one example.
+            pool = [example for example in self.ws.groups["train"] if example.augmentation is None]
             n_examples = min(len(pool), options.n_examples or max(2, len(pool) // 30))
             order = random.Random(self.ws.seed("importance")).sample(pool, len(pool))
             chosen = order[:n_examples]
@@ -243,7 +265,7 @@ class Study:
             "encoder": self.ws.encoder_hash,
             "dtype": self.config.models.dtype,
             "data": self.ws.fingerprint("features" if self.ws.hears(name) else "data"),
-            "speech": self.config.speech.model_dump(),
+            "speech": self.config.speech.model_dump(exclude={"feature_cache"}),
             "prompt": self.config.prompt.model_dump(),
             "method": method.model_dump(),
             "training": options.model_dump(),

@@ -45,8 +45,10 @@ CODE = {
         "data/filters",
         "data/splits",
         "data/speech",
+        "data/voices",
+        "data/augment",
     ),
-    "features": ("data/features", "models/speech_lm", "models/processor"),
+    "features": ("data/features", "data/shards", "models/speech_lm", "models/processor"),
     "train": ("training", "models", "data/collate"),
     "importance": ("importance", "models", "data/collate"),
     "deactivation": (

@@ -1,12 +1,20 @@
-"""Encoder frames computed once and reused by every method, epoch and measurement.
+"""Encoder frames computed once and reused by every method, epoch, measurement and, with a shared cache, every study.
 
-A folder with `frames.bin`, the frames of all utterances one after the other (float16, memory-mapped when read), and
-`index.json`, where each example's frames begin and how many there are.
+    CACHE/ENCODING/*.safetensors    shards of float16 frames by hash of the audio file (shards.py)
+    CACHE/ENCODING/encoding.json    what ENCODING, a hash, stands for: encoder, length mode, log-mel settings
+    FOLDER/index.json               where the frames of each example of one set are
+
+The address of an utterance's frames is the hash of all that determines them; ids and paths are no part of it. Shards
+are planned from the whole list of utterances, so a run that was killed ends with the same bytes as one that was not.
+Frames that another study left in a shared cache may differ from those computed here in the last bit of float16: the
+encoder rounds a little differently in batches of other sizes, and differs in nothing else (see `encode_speech`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,51 +22,70 @@ import numpy as np
 import torch
 
 from palimpsest.data.records import Example
-from palimpsest.data.speech import read_audio
+from palimpsest.data.shards import DTYPE, Shards, claim, shard_name, verify_shard, write_shard
+from palimpsest.data.speech import SAMPLE_RATE, read_audio
 from palimpsest.models.speech_lm import encode_speech
-from palimpsest.rundir import UserError, read_json, require_disk, write_json
+from palimpsest.rundir import UserError, hash_file, hash_value, read_json, require_disk, write_json
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Float, Float16
+    from numpy import ndarray
     from torch import Tensor
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
     from palimpsest.models.processor import SpeechLMProcessor
 
-DTYPE = np.dtype(np.float16)
+VERSION = 1  # part of the encoding: change it when the frames change for the same audio and encoder
+SHARD_BYTES = 64 << 20  # about; memory while encoding, and the work that a kill can lose
+OPEN_SHARDS = 64  # memory-mapped at a time; each takes a file descriptor
+LOG_MEL = ("feature_size", "sampling_rate", "hop_length", "n_fft", "dither")  # what a feature extractor can set
 
 
 class Features:
-    """Encoder frames of a set of examples, by example id."""
+    """Encoder frames of a set of examples, by example id, as `compute_features` left them in `folder`.
+
+    Raises UserError, naming the file, where a shard is missing or cut short.
+    """
 
     def __init__(self, folder: Path) -> None:
         index = read_json(folder / "index.json")
         self.dim: int = index["dim"]
-        self._spans: dict[str, tuple[int, int]] = {key: (first, count) for key, first, count in index["spans"]}
-        n_frames = sum(count for _, count in self._spans.values())
-        file = folder / "frames.bin"
-        if not file.exists() or file.stat().st_size != n_frames * self.dim * DTYPE.itemsize:
-            raise UserError(f"{file} is missing or cut short; delete its folder and run the study again.")
-        self._frames = np.memmap(file, DTYPE, mode="r", shape=(n_frames, self.dim))
+        shards = folder / index["shards_folder"]  # an absolute path stays as it is
+        self._shards = [shards / name for name, _ in index["shards"]]
+        for path, (_, n_bytes) in zip(self._shards, index["shards"], strict=True):
+            if not path.exists() or path.stat().st_size != n_bytes:
+                raise UserError(
+                    f"The shard {path} is missing or cut short; delete it and {folder.parent}, then run again."
+                )
+        self._spans: dict[str, tuple[int, int, int]] = {key: (n, at, count) for key, n, at, count in index["spans"]}
+        self._maps: dict[int, np.memmap[Any, Any]] = {}
 
     def __contains__(self, example_id: str) -> bool:
         return example_id in self._spans
 
+    def __getitem__(self, example_id: str) -> Float[Tensor, "time d_enc"]:
+        """float32 frames of one example. Raises UserError for an id whose speech was never encoded."""
+        shard, first, count = self._span(example_id)
+        if shard not in self._maps:
+            if len(self._maps) >= OPEN_SHARDS:
+                del self._maps[next(iter(self._maps))]
+            self._maps[shard] = np.memmap(self._shards[shard], np.uint8, mode="r")
+        data = self._maps[shard][first : first + count * self.dim * DTYPE.itemsize]
+        return torch.from_numpy(data.view(DTYPE).reshape(count, self.dim).astype(np.float32))
+
     def count(self, example_id: str) -> int:
         """Encoder frames of one example, without reading them."""
-        return self._span(example_id)[1]
+        return self._span(example_id)[2]
 
-    def _span(self, example_id: str) -> tuple[int, int]:
+    def _span(self, example_id: str) -> tuple[int, int, int]:
         if example_id not in self._spans:
             raise UserError(
                 f"There are no speech features for the example {example_id!r}; it has no audio in this study's data."
             )
         return self._spans[example_id]
 
-    def __getitem__(self, example_id: str) -> Float[Tensor, "time d_enc"]:
-        """float32 frames of one example. Raises UserError for an id whose speech was never encoded."""
-        first, count = self._span(example_id)
-        return torch.from_numpy(np.asarray(self._frames[first : first + count], np.float32))
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_maps": {}}  # a memory map would be pickled as the data themselves
 
 
 def compute_features(
@@ -67,47 +94,152 @@ def compute_features(
     examples: Sequence[Example],
     folder: Path,
     *,
+    cache: Path | None = None,
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Encode the audio of every example into `folder` (see `Features`).
+    """Encode the audio of every example, so that `Features(folder)` finds its frames.
 
-    Raises UserError before any encoding when an example has no audio or the disk has no room.
+    What is in the cache is not encoded again. Several processes may work on one cache at once: they share the work
+    where they have the same utterances to do, and never spoil each other's. Equal audio files are encoded once.
+
+    Args:
+        folder: gets `index.json`.
+        cache: where the shards are; None: `folder/cache`. A cache inside the folder above `folder` is found again
+            after both have moved together, another one by its absolute path.
+        batch_size: utterances encoded at once.
+        progress: called as progress(utterances encoded, utterances in all), first with those that were there already.
+
+    Raises:
+        UserError: before any encoding when an example has no audio, the disk has no room, or a shard is damaged.
     """
-    import soundfile
-
+    audio: dict[str, Path] = {}  # by hash of the file
+    keys: list[str] = []
     for example in examples:
         if example.audio is None:
             raise UserError(f"The example {example.id!r} has no audio to encode; speak the data first.")
-    sampled = [soundfile.info(str(example.audio)).duration for example in examples]
-    dim = encoder.config.d_model
-    n_frames = sum(processor.n_frames(int(seconds * 16_000) + 1) for seconds in sampled)
-    require_disk(folder, n_frames * dim * DTYPE.itemsize, f"Caching the speech features of {len(examples)} examples")
-    folder.mkdir(parents=True, exist_ok=True)
+        keys.append(hash_file(example.audio))
+        audio.setdefault(keys[-1], example.audio)
+    n_frames = {key: processor.n_frames(_n_samples(path)) for key, path in audio.items()}
+    n_bytes = {key: n * encoder.config.d_model * DTYPE.itemsize for key, n in n_frames.items()}
+    # Similar lengths together waste no padding; by hash among equals, so that the order of the examples plays no part.
+    order = sorted(audio, key=lambda key: (n_frames[key], key))
 
-    # Similar lengths together waste no padding; the file keeps the examples' own order.
-    order = sorted(range(len(examples)), key=lambda i: sampled[i])
-    frames: dict[int, Any] = {}
-    device = encoder.conv1.weight.device
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        mels, counts = processor.features([read_audio(_audio(examples[i])) for i in rows])
-        encoded = encode_speech(encoder, mels.to(device), counts, processor.speech_length)
-        for row, i in enumerate(rows):
-            frames[i] = encoded[row, : int(counts[row])].to(torch.float16).cpu().numpy()
+    encoding = describe_encoding(encoder, processor)
+    shards = Shards((cache or folder / "cache") / hash_value(encoding)[:16])
+    shards.refresh()
+    for shard in {shards[key].path: shards[key] for key in order if key in shards}.values():
+        verify_shard(shard)
+    missing = {key for key in order if key not in shards}
+    room = sum(n_bytes[key] for key in missing)
+    require_disk(shards.folder, room, f"Caching the speech features of {len(missing)} utterances")
+    shards.folder.mkdir(parents=True, exist_ok=True)
+    write_json(shards.folder / "encoding.json", encoding)
+
+    def told(n_more: int = 0) -> None:
         if progress is not None:
-            progress(min(start + batch_size, len(order)), len(order))
+            progress(len(order) - len(missing) + n_more, len(order))
 
-    spans: list[tuple[str, int, int]] = []
-    first = 0
-    with (folder / "frames.bin").open("wb") as file:
-        for i, example in enumerate(examples):
-            file.write(frames[i].tobytes())
-            spans.append((example.id, first, len(frames[i])))
-            first += len(frames[i])
-    write_json(folder / "index.json", {"dim": dim, "dtype": DTYPE.name, "spans": spans})
+    told()
+    waiting = list(_plan(order, n_bytes))
+    for wait in (False, True):  # first what no other process is at, then what the others have not finished
+        taken, waiting = waiting, []
+        for part in taken:
+            shards.refresh()
+            missing.difference_update(key for key in part if key in shards)
+            todo = [key for key in part if key in missing]
+            if not todo:
+                continue
+            path = shards.folder / shard_name(todo)
+            file = claim(path, wait)
+            if file is None:
+                waiting.append(part)
+                continue
+            with file:
+                frames: dict[str, Float16[ndarray, "time d_enc"]] = {}
+                for start in range(0, len(todo), batch_size):
+                    batch = todo[start : start + batch_size]
+                    frames |= _encode(encoder, processor, {key: audio[key] for key in batch})
+                    told(len(frames))
+                write_shard(file, path, frames)
+            missing.difference_update(todo)
+    shards.refresh()
+    missing.clear()
+    told()
+    _write_index(folder, examples, keys, shards, encoder.config.d_model)
 
 
-def _audio(example: Example) -> Path:
-    assert example.audio is not None  # checked before the long work
-    return example.audio
+def describe_encoding(encoder: WhisperEncoder, processor: SpeechLMProcessor) -> dict[str, Any]:
+    """All that determines the frames of an utterance beside its audio, as JSON."""
+    weights = hashlib.sha256()
+    for name, tensor in sorted(encoder.state_dict().items()):
+        weights.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        weights.update(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
+    described = {
+        "version": VERSION,
+        "weights": weights.hexdigest(),
+        "heads": encoder.config.encoder_attention_heads,
+        "activation": encoder.config.activation_function,
+        "log_mel": {name: getattr(processor.feature_extractor, name, None) for name in LOG_MEL},
+        "speech_length": processor.speech_length,
+        "dtype": DTYPE.name,
+    }
+    if processor.speech_length == "trim":
+        described["stack_factor"] = processor.stack_factor  # the length is rounded up to whole positions
+    return described
+
+
+def _n_samples(path: Path) -> int:
+    """At 16 kHz, by the file's header."""
+    import soundfile
+
+    header = soundfile.info(str(path))
+    n_samples: int = -(-header.frames * SAMPLE_RATE // header.samplerate)
+    return n_samples
+
+
+def _plan(order: Sequence[str], n_bytes: Mapping[str, int]) -> Iterator[list[str]]:
+    """The utterances of each shard, by the whole list alone: not by what is in the cache, nor by who asks."""
+    part: list[str] = []
+    size = 0
+    for key in order:
+        if part and size + n_bytes[key] > SHARD_BYTES:
+            yield part
+            part, size = [], 0
+        part.append(key)
+        size += n_bytes[key]
+    if part:
+        yield part
+
+
+def _encode(
+    encoder: WhisperEncoder, processor: SpeechLMProcessor, audio: Mapping[str, Path]
+) -> dict[str, Float16[ndarray, "time d_enc"]]:
+    mels, counts = processor.features([read_audio(path) for path in audio.values()])
+    encoded = encode_speech(encoder, mels.to(encoder.conv1.weight.device), counts, processor.speech_length)
+    frames = {}
+    for row, (key, path) in enumerate(audio.items()):
+        frames[key] = encoded[row, : int(counts[row])].to(torch.float16).cpu().numpy()
+        if not np.isfinite(frames[key]).all():
+            raise UserError(f"The encoder gives no finite float16 frames for {path}; check the audio and the encoder.")
+    return frames
+
+
+def _write_index(folder: Path, examples: Sequence[Example], keys: Sequence[str], shards: Shards, dim: int) -> None:
+    used = {shards[key].path.name: shards[key] for key in keys}
+    numbers = {name: number for number, name in enumerate(used)}
+    spans = [
+        [example.id, numbers[shards[key].path.name], *shards[key].spans[key]]
+        for example, key in zip(examples, keys, strict=True)
+    ]
+    inside = shards.folder.is_relative_to(folder.parent)
+    write_json(
+        folder / "index.json",
+        {
+            "dim": dim,
+            "dtype": DTYPE.name,
+            "shards_folder": os.path.relpath(shards.folder, folder) if inside else str(shards.folder.absolute()),
+            "shards": [[name, shard.n_bytes] for name, shard in used.items()],
+            "spans": spans,  # id, number of the shard, first byte in it, frames
+        },
+    )

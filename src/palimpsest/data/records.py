@@ -24,7 +24,7 @@ import soundfile
 
 from palimpsest.rundir import UserError, write_jsonl
 
-KEYS = ("id", "question", "answer", "answers", "audio", "voice", "kind")
+KEYS = ("id", "question", "answer", "answers", "audio", "voice", "kind", "augmentation")
 MAX_AUDIO_SECONDS = 30.0  # what a Whisper encoder sees at once; nothing is cut silently, longer audio is an error
 
 
@@ -39,6 +39,7 @@ class Example:
     audio: Path | None = None  # the spoken question
     voice: str | None = None  # whose voice it is
     kind: str | None = None  # group for break-downs, e.g. "capital"
+    augmentation: str | None = None  # of a changed copy of another example's audio: what was changed
 
     def to_row(self, folder: Path) -> dict[str, Any]:
         """The manifest line of this example for a manifest in `folder`.
@@ -55,6 +56,8 @@ class Example:
             row["voice"] = self.voice
         if self.kind is not None:
             row["kind"] = self.kind
+        if self.augmentation is not None:
+            row["augmentation"] = self.augmentation
         return row
 
 
@@ -179,6 +182,7 @@ def _parse(text: str, folder: Path, where: str) -> Example:
         audio=None if audio is None else folder / audio,
         voice=_string(row, "voice", where),
         kind=_string(row, "kind", where),
+        augmentation=_string(row, "augmentation", where),
     )
 
 

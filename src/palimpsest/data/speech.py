@@ -1,9 +1,9 @@
-"""Audio in and out: reading recordings, writing FLAC, and speaking questions with a text-to-speech voice.
+"""Audio in and out: reading recordings, writing FLAC, and speaking questions with text-to-speech voices.
 
 All audio inside palimpsest is mono, float32 in [-1, 1], at 16 kHz. Spoken questions are files named by a hash
 of everything that determines their samples, so speaking is resumable and runs share what they have in common.
 
->>> spoken = speak(examples, Path("runs/demo/data/audio"))     # doctest: +SKIP
+>>> spoken = speak(examples, Path("runs/demo/data/audio"), ["hibari", "espeak-ng:en-us+m3"])     # doctest: +SKIP
 
 Legend: samples = audio samples at 16 kHz.
 """
@@ -15,16 +15,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
-from importlib import metadata
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import numpy as np
 import soundfile
 import soxr
 
 from palimpsest.data.records import MAX_AUDIO_SECONDS, Example, audio_problem
+from palimpsest.data.voices import Speaker, Voice, Voices, choose_voice, find_voices
 from palimpsest.rundir import UserError, hash_value
 
 if TYPE_CHECKING:
@@ -33,47 +33,8 @@ if TYPE_CHECKING:
 
 SAMPLE_RATE = 16_000  # Hz, what Whisper encoders take
 ENCODING = "flac-16bit-16kHz"  # part of the file names: change it when the samples change for the same voice
-SPEED = 1.0  # the voice's own pace
 
-Speaker: TypeAlias = "Callable[[str, float, int], tuple[Float32[ndarray, 'samples'], int]]"
-"""text, speed, seed → mono audio in [-1, 1] and its sample rate in Hz; equal arguments give equal samples."""
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Voices
-# ------------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Voice:
-    """A text-to-speech voice. `load` runs once in every worker process: an importable function, no lambda."""
-
-    name: str
-    version: Callable[[], str]  # raises UserError where the voice is not installed
-    load: Callable[[], Speaker]
-
-
-def _hibari_version() -> str:
-    try:
-        return metadata.version("hibari-tts")
-    except metadata.PackageNotFoundError as error:
-        raise UserError(
-            "The voice hibari is not installed; run `pip install --no-deps -r requirements/embedded.txt`."
-        ) from error
-
-
-def _load_hibari() -> Speaker:
-    try:
-        from hibari import SAMPLE_RATE as RATE
-        from hibari import Hibari
-    except ImportError as error:
-        raise UserError(
-            f"The voice hibari cannot be loaded ({error}); run `pip install onnxruntime` and "
-            "`pip install --no-deps -r requirements/embedded.txt`."
-        ) from error
-    synthesizer = Hibari()  # one thread: the workers are the parallelism
-    return lambda text, speed, seed: (synthesizer(text, speed=speed, seed=seed), RATE)
-
-
-VOICES = {"hibari": Voice("hibari", _hibari_version, _load_hibari)}
+Job = TypeVar("Job")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -92,7 +53,7 @@ def read_audio(path: Path) -> Float32[ndarray, " samples"]:
         frames, rate = soundfile.read(str(path), dtype="float32", always_2d=True)  # (frames, channels)
     except soundfile.SoundFileError as error:
         raise UserError(f"The audio file {path} cannot be decoded ({error}); convert it again.") from error
-    audio = _to_16_khz(frames.mean(axis=1), rate)
+    audio = to_16_khz(frames.mean(axis=1), rate)
     if len(audio) == 0:
         raise UserError(f"The audio file {path} is empty; record it again or remove it.")
     if not np.isfinite(audio).all():
@@ -117,7 +78,8 @@ def write_flac(path: Path, audio: Float32[ndarray, " samples"]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _to_16_khz(audio: Float32[ndarray, " frames"], rate: int) -> Float32[ndarray, " samples"]:
+def to_16_khz(audio: Float32[ndarray, " frames"], rate: int) -> Float32[ndarray, " samples"]:
+    """Resampled where `rate` (Hz) is another."""
     resampled = audio if rate == SAMPLE_RATE else soxr.resample(audio, rate, SAMPLE_RATE)
     return np.ascontiguousarray(resampled, dtype=np.float32)
 
@@ -128,7 +90,7 @@ def _to_16_khz(audio: Float32[ndarray, " frames"], rate: int) -> Float32[ndarray
 def speak(
     examples: Sequence[Example],
     folder: Path,
-    voice: str | Voice = "hibari",
+    voice: Voices = "hibari",
     workers: int = 2,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
@@ -139,7 +101,8 @@ def speak(
     Measured with hibari on two CPU cores: 75 questions a second, 0.005 seconds for a second of speech.
 
     Args:
-        voice: a name in VOICES, or a Voice of your own.
+        voice: a name (see voices.py) or a Voice of your own; of several, each example takes one by a stable hash of
+            its id (see `choose_voice`).
         workers: processes; with 1 it all happens in this one.
         seed: of the voice's noise; the same text with the same seed gives the same bytes.
         progress: called as progress(files done, files in all), first with those that were there already.
@@ -148,85 +111,94 @@ def speak(
         UserError: the voice is unknown or not installed, or it cannot speak some questions within
             MAX_AUDIO_SECONDS (told once, after all others are done).
     """
-    chosen = _find_voice(voice)
-    version = chosen.version()
-    spoken: list[Example] = []
-    texts: dict[Path, str] = {}  # file → what is said in it
-    for example in examples:
-        if example.audio is not None:
-            spoken.append(example)
-            continue
-        key = [ENCODING, chosen.name, version, SPEED, seed, example.question]
-        path = folder / f"{hash_value(key)[:32]}.flac"
-        texts[path] = example.question
-        spoken.append(replace(example, audio=path, voice=chosen.name))
+    return speak_several([(examples, voice)], folder, workers, seed, progress)[0]
+
+
+def speak_several(
+    groups: Sequence[tuple[Sequence[Example], Voices]],
+    folder: Path,
+    workers: int = 2,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[Example]]:
+    """`speak` for several sets of examples at once, each with voices of its own; one pool of workers does it all."""
+    spoken: list[list[Example]] = []
+    jobs: dict[Path, _Speech] = {}
+    for examples, names in groups:
+        voices = find_voices(names)
+        # Also for no example at all: who asks with none wants to know whether the voice is at fault.
+        silent = not examples or any(example.audio is None for example in examples)
+        versions = {voice: voice.version() for voice in voices} if silent else {}
+        spoken.append([])
+        for example in examples:
+            if example.audio is not None:
+                spoken[-1].append(example)
+                continue
+            voice = choose_voice(voices, example.id)
+            key = [ENCODING, voice.name, versions[voice], voice.speed, seed, example.question]
+            path = folder / f"{hash_value(key)[:32]}.flac"
+            jobs[path] = (path, example.question, seed, voice)
+            spoken[-1].append(replace(example, audio=path, voice=voice.label))
 
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(path, text, seed) for path, text in texts.items() if not path.exists()]
-    done, problems = len(texts) - len(jobs), []
+    waiting = [job for path, job in jobs.items() if not path.exists()]
+    done, problems = len(jobs) - len(waiting), []
     if progress is not None:
-        progress(done, len(texts))
-    for problem in _run(jobs, chosen, workers):
+        progress(done, len(jobs))
+    _speakers.clear()
+    for problem in run_jobs(_speak, waiting, workers):
         done += 1
         if problem is not None:
             problems.append(problem)
         if progress is not None:
-            progress(done, len(texts))
+            progress(done, len(jobs))
     if problems:
+        voice_names = ", ".join(dict.fromkeys(voice.label for *_, voice in jobs.values()))
         raise UserError(
-            f"{len(problems)} of {len(texts)} questions cannot be spoken by the voice {chosen.name}, "
+            f"{len(problems)} of {len(jobs)} questions cannot be spoken by the voice {voice_names}, "
             f"the first because {problems[0]}; change or remove these, or give them audio."
         )
     return spoken
 
 
-def _find_voice(voice: str | Voice) -> Voice:
-    if isinstance(voice, Voice):
-        return voice
-    if voice not in VOICES:
-        raise UserError(f"There is no voice {voice!r}; use one of: {', '.join(VOICES)}.")
-    return VOICES[voice]
+_Speech: TypeAlias = tuple[Path, str, int, Voice]  # file, text, seed, voice
+
+_speakers: dict[str, Speaker] = {}  # of this process, by the voice's name; a speaker takes every speed
 
 
-_Job: TypeAlias = tuple[Path, str, int]  # file, text, seed
+def _speak(job: _Speech) -> str | None:
+    """Speak one file; returns why it could not be spoken, None if all went well."""
+    path, text, seed, voice = job
+    if voice.name not in _speakers:
+        _speakers[voice.name] = voice.load()
+    audio, rate = _speakers[voice.name](text, voice.speed, seed)
+    if audio.ndim != 1 or audio.dtype.kind != "f" or not np.isfinite(audio).all():
+        raise UserError(
+            f"The voice {voice.label} gave samples of shape {audio.shape} and type {audio.dtype}; "
+            "it must give one channel of finite floats in [-1, 1]."
+        )
+    if not audio.any():
+        return f"nothing in {text!r} can be pronounced"
+    if len(audio) > MAX_AUDIO_SECONDS * rate:
+        return f"{text[:80]!r} takes {len(audio) / rate:.1f} s, longer than {MAX_AUDIO_SECONDS:.0f} s"
+    write_flac(path, to_16_khz(audio, rate))
+    return None
 
 
-def _run(jobs: list[_Job], voice: Voice, workers: int) -> Iterator[str | None]:
-    """Speak the jobs in their order; yields for each what `_speak_job` returns."""
-    if not jobs:
-        return
-    if workers <= 1:
-        _load_speaker(voice)
-        yield from map(_speak_job, jobs)
+def run_jobs(function: Callable[[Job], str | None], jobs: Sequence[Job], workers: int) -> Iterator[str | None]:
+    """Results of the importable `function`, in the order of the jobs; in this process or in `workers` of them."""
+    if workers <= 1 or not jobs:
+        yield from map(function, jobs)
         return
     # Spawned, not forked: a fork would copy the locks of torch's threads in an unknown state.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, initializer=_load_speaker, initargs=(voice,))
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context)
     try:
-        yield from pool.map(_speak_job, jobs, chunksize=4)
+        yield from pool.map(function, jobs, chunksize=4)
     except BrokenProcessPool as error:
         raise UserError(
-            "The speech workers stopped: memory may be short, or a script calls speak outside "
+            "The speech workers stopped: memory may be short, or a script works on speech outside "
             '`if __name__ == "__main__":`; correct that, or use one worker.'
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-_speakers: list[Speaker] = []  # of this process: the one last loaded
-
-
-def _load_speaker(voice: Voice) -> None:
-    _speakers[:] = [voice.load()]
-
-
-def _speak_job(job: _Job) -> str | None:
-    """Speak one file; returns why it could not be spoken, None if all went well."""
-    path, text, seed = job
-    audio, rate = _speakers[0](text, SPEED, seed)
-    if len(audio) == 0:
-        return f"nothing in {text!r} can be pronounced"
-    if len(audio) > MAX_AUDIO_SECONDS * rate:
-        return f"{text[:80]!r} takes {len(audio) / rate:.1f} s, longer than {MAX_AUDIO_SECONDS:.0f} s"
-    write_flac(path, _to_16_khz(audio, rate))
-    return None

@@ -238,29 +238,33 @@ def _example_identity(example: Example) -> list[Any]:
 # Speaking what has no recording
 # ------------------------------------------------------------------------------------------------------------
 Say = Callable[[Sequence[Example]], list[Example]]
+SayGroups = Callable[[Mapping[str, Sequence[Example]]], dict[str, list[Example]]]
 
 
 def speak_groups(
-    groups: Mapping[str, list[Example]], say: Say, strict: bool
+    groups: Mapping[str, list[Example]], say: SayGroups, strict: bool
 ) -> tuple[dict[str, list[Example]], list[tuple[str, Dropped]]]:
     """Every group with its questions spoken; what cannot be spoken is left out of training and held-out data.
 
     Raises UserError where a task's question cannot be spoken, or, in strict reading, any.
     """
     try:
-        spoken = iter(say([example for group in groups.values() for example in group]))
-        return {key: [next(spoken) for _ in group] for key, group in groups.items()}, []
+        return say(groups), []
     except UserError:
         if strict:
             raise
     result: dict[str, list[Example]] = {}
     dropped: list[tuple[str, Dropped]] = []
     for key, group in groups.items():
+
+        def say_one(examples: Sequence[Example], key: str = key) -> list[Example]:
+            return say({key: examples})[key]
+
         if key in (TRAIN, HELDOUT):
-            result[key], silent = spoken_or_dropped(group, say)
+            result[key], silent = spoken_or_dropped(group, say_one)
             dropped += [(key, item) for item in silent]
         else:
-            result[key] = say(group)
+            result[key] = say_one(group)
     return result, dropped
 
 

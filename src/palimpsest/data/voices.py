@@ -1,0 +1,188 @@
+"""Text-to-speech voices: hibari, espeak-ng with its variants, and any Python callable.
+
+| name | what |
+|---|---|
+| `hibari` | neural, one English voice, from a PyPI wheel |
+| `espeak-ng` | formant synthesis, through the program of that name; speaks `en-us` |
+| `espeak-ng:LANGUAGE`, `espeak-ng:LANGUAGE+VARIANT` | e.g. `espeak-ng:en-gb+f3`; see `espeak-ng --voices=variant` |
+| `NAME@SPEED` | any of them faster or slower, e.g. `hibari@1.2` |
+
+A voice of your own is a `Voice`; put into `VOICES`, it has a name that recipes can use.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import metadata
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+
+from palimpsest.rundir import UserError, hash_value
+
+if TYPE_CHECKING:
+    from jaxtyping import Float32
+    from numpy import ndarray
+
+SPEED = 1.0  # the voice's own pace
+SPEEDS = (0.5, 2.0)  # slower or faster than this is hardly speech
+ESPEAK = "espeak-ng"
+ESPEAK_LANGUAGE = "en-us"
+ESPEAK_WORDS_PER_MINUTE = 175  # espeak-ng's own pace
+WAV_HEADER = 44  # bytes; espeak-ng cannot know the length when it writes one to a pipe
+
+Speaker: TypeAlias = "Callable[[str, float, int], tuple[Float32[ndarray, 'samples'], int]]"
+"""text, speed, seed → mono audio in [-1, 1] and its sample rate in Hz; equal arguments give equal samples."""
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A text-to-speech voice.
+
+    Args:
+        name: part of the audio's file names, and recorded with every example.
+        version: called before anything is spoken; what changes when the samples change for the same text. Raises
+            UserError where the voice is not installed.
+        load: gives the callable that speaks. Runs once in every worker process: an importable function, no lambda.
+        speed: of the speech, 1.0 being the voice's own pace; handed to the callable.
+    """
+
+    name: str
+    version: Callable[[], str]
+    load: Callable[[], Speaker]
+    speed: float = SPEED
+
+    @property
+    def label(self) -> str:
+        """The name, with the speed if it is not the voice's own."""
+        return self.name if self.speed == SPEED else f"{self.name}@{self.speed:g}"
+
+
+Voices: TypeAlias = str | Voice | Sequence[str | Voice]
+
+
+def find_voices(voices: Voices) -> list[Voice]:
+    """The voices behind names, in order. Raises UserError for a name that is unknown, a speed out of range, or none."""
+    several = [voices] if isinstance(voices, (str, Voice)) else list(voices)
+    if not several:
+        raise UserError("The list of voices is empty; name at least one.")
+    return [voice if isinstance(voice, Voice) else _find(voice) for voice in several]
+
+
+def choose_voice(voices: Sequence[Voice], example_id: str) -> Voice:
+    """The voice of an example, by a stable hash of its id.
+
+    It does not depend on the order of the voices nor on the other examples; a voice added later takes its share from
+    the others and leaves the rest as it was.
+    """
+    return min(voices, key=lambda voice: hash_value([example_id, voice.label]))
+
+
+def _find(name: str) -> Voice:
+    base, at, pace = name.partition("@")
+    if base in VOICES:
+        voice = VOICES[base]
+    elif base.startswith(f"{ESPEAK}:"):
+        chosen = base.removeprefix(f"{ESPEAK}:")
+        voice = Voice(base, partial(_espeak_version, chosen), partial(_load_espeak, chosen))
+    else:
+        raise UserError(
+            f"There is no voice {name!r}; use one of: {', '.join(VOICES)}, {ESPEAK}:LANGUAGE+VARIANT, "
+            "with @SPEED behind it if you like."
+        )
+    return replace(voice, speed=_speed(name, pace)) if at else voice
+
+
+def _speed(name: str, pace: str) -> float:
+    try:
+        speed = float(pace)
+    except ValueError:
+        speed = math.nan
+    if not SPEEDS[0] <= speed <= SPEEDS[1]:
+        raise UserError(
+            f"The voice {name!r} has the speed {pace!r}; give a number from {SPEEDS[0]} to {SPEEDS[1]} behind the @."
+        )
+    return speed
+
+
+# ------------------------------------------------------------------------------------------------------------
+# hibari
+# ------------------------------------------------------------------------------------------------------------
+def _hibari_version() -> str:
+    try:
+        return metadata.version("hibari-tts")
+    except metadata.PackageNotFoundError as error:
+        raise UserError(
+            "The voice hibari is not installed; run `pip install --no-deps -r requirements/embedded.txt`."
+        ) from error
+
+
+def _load_hibari() -> Speaker:
+    try:
+        from hibari import SAMPLE_RATE as RATE
+        from hibari import Hibari
+    except ImportError as error:
+        raise UserError(
+            f"The voice hibari cannot be loaded ({error}); run `pip install onnxruntime` and "
+            "`pip install --no-deps -r requirements/embedded.txt`."
+        ) from error
+    synthesizer = Hibari()  # one thread: the workers are the parallelism
+    return lambda text, speed, seed: (synthesizer(text, speed=speed, seed=seed), RATE)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# espeak-ng
+# ------------------------------------------------------------------------------------------------------------
+def _espeak_version(voice: str) -> str:
+    """The program's version, after a check that it has the language and the variant: it takes any other silently."""
+    found = re.search(r"text-to-speech: (\S+)", _espeak("--version").decode())
+    if found is None:
+        raise UserError(f"`{ESPEAK} --version` tells no version; install the program {ESPEAK} again.")
+    language, plus, variant = voice.partition("+")
+    # Columns: priority, language, age and sex, name, file, other languages. MBROLA's voices need another program.
+    rows = [line.split() for line in _espeak("--voices").decode().splitlines()[1:]]
+    languages = {row[1] for row in rows if not any(cell.startswith("mb/") for cell in row)}
+    if language not in languages:
+        raise UserError(f"{ESPEAK} has no language {language!r}; `{ESPEAK} --voices` lists those it has.")
+    variants = re.findall(r"!v/(.+?)\s*$", _espeak("--voices=variant").decode(), re.MULTILINE)
+    if plus and variant not in variants:
+        raise UserError(f"{ESPEAK} has no variant {variant!r}; `{ESPEAK} --voices=variant` lists those it has.")
+    return found[1]
+
+
+def _load_espeak(voice: str) -> Speaker:
+    def say(text: str, speed: float, seed: int) -> tuple[Float32[ndarray, " samples"], int]:
+        # Through stdin: a question that begins with a dash is no option. "[[" would begin phonemes.
+        words_per_minute = round(ESPEAK_WORDS_PER_MINUTE * speed)
+        arguments = ("-v", voice, "-s", str(words_per_minute), "-b", "1", "--stdin", "--stdout")
+        wav = _espeak(*arguments, text=text.replace("[[", "[ ["))
+        if len(wav) <= WAV_HEADER:
+            return np.zeros(0, np.float32), 1
+        rate = int.from_bytes(wav[24:28], "little")
+        return np.frombuffer(wav[WAV_HEADER:], "<i2").astype(np.float32) / 32768, rate
+
+    return say
+
+
+def _espeak(*arguments: str, text: str = "") -> bytes:
+    """What the program writes to stdout. Raises UserError where it is not installed or fails."""
+    program = shutil.which(ESPEAK)
+    if program is None:
+        raise UserError(f"The voice {ESPEAK} needs the program of that name; install it, e.g. `apt install {ESPEAK}`.")
+    result = subprocess.run([program, *arguments], input=text.encode(), capture_output=True, check=False)
+    if result.returncode != 0:
+        message = result.stderr.decode(errors="replace").strip() or f"exit code {result.returncode}"
+        raise UserError(f"`{ESPEAK} {' '.join(arguments)}` failed ({message}); check the name of the voice.")
+    return result.stdout
+
+
+VOICES = {
+    "hibari": Voice("hibari", _hibari_version, _load_hibari),
+    ESPEAK: Voice(ESPEAK, partial(_espeak_version, ESPEAK_LANGUAGE), partial(_load_espeak, ESPEAK_LANGUAGE)),
+}

@@ -1,0 +1,119 @@
+"""The first steps of a study: voices of splits, augmented copies of the training data, a cache that studies share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from transformers import WhisperFeatureExtractor, WhisperModel
+
+from palimpsest.config import parse_config
+from palimpsest.data.features import Features
+from palimpsest.data.voices import VOICES, Voice
+from palimpsest.rundir import UserError
+from palimpsest.study import Study
+from tiny import tiny_encoder, tiny_llama, tiny_tokenizer
+from tones import load_tone, one
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Eight training questions to be spoken, two of the heldout ones recorded."""
+    monkeypatch.setitem(VOICES, "low", Voice("low", one, load_tone))
+    monkeypatch.setitem(VOICES, "high", Voice("high", one, load_tone))
+    tiny_llama(eos_token_id=3).save_pretrained(tmp_path / "llm")
+    tiny_tokenizer().save_pretrained(tmp_path / "llm")
+    encoder = tiny_encoder()
+    whisper = WhisperModel(encoder.config)
+    whisper.encoder.load_state_dict(encoder.state_dict())
+    whisper.save_pretrained(tmp_path / "whisper")
+    WhisperFeatureExtractor(feature_size=80).save_pretrained(tmp_path / "whisper")
+    soundfile.write(tmp_path / "own.wav", np.full(6_000, 0.1), 16_000)
+    rows = {
+        "train": [{"id": f"t{i}", "question": f"What is {i}?", "answer": "It."} for i in range(8)],
+        "heldout": [{"id": f"h{i}", "question": f"Who is {i}?", "answer": "I.", "audio": "own.wav"} for i in range(2)],
+        "task": [{"id": f"k{i}", "question": f"Where is {i}?", "answer": "There."} for i in range(2)],
+    }
+    for name, lines in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {
+        "name": "tiny",
+        "models": {"language_model": str(tmp_path / "llm"), "encoder": str(tmp_path / "whisper")},
+        "speech": {"voice": ["low", "high@1.5"]},
+        "data": {
+            "train": {"source": str(tmp_path / "train.jsonl"), "split": "train"},
+            "heldout": {"source": str(tmp_path / "heldout.jsonl"), "split": "heldout", "voice": "low"},
+        },
+        "methods": {"full": {"kind": "full"}},
+        "evaluation": {
+            "tasks": [{"name": "where", "source": str(tmp_path / "task.jsonl"), "split": "test", "voice": "low@0.5"}]
+        },
+    }
+
+
+def begin(recipe: dict[str, Any], folder: Path) -> Study:
+    study = Study(parse_config(recipe, "test"), folder)
+    study.check()
+    study.data()
+    study.features()
+    return study
+
+
+def test_voices_and_augmented_copies_go_where_they_belong(recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe["speech"]["augmentation"] = {"copies": 2, "speed": [0.8, 1.2], "noise_snr_db": [10, 30]}
+    study = begin(recipe, tmp_path / "run")
+    groups = study.ws.groups
+    assert [e.id for e in groups["train"][8:]] == [f"t{i}~{copy}" for copy in (1, 2) for i in range(8)]
+    assert {e.voice for e in groups["train"]} == {"low", "high@1.5"}
+    assert {e.voice for e in groups["heldout"]} == {None}
+    assert {e.voice for e in groups["task-where"]} == {"low@0.5"}
+    assert not any(e.augmentation for group in ("heldout", "task-where") for e in groups[group])
+    assert all((e.augmentation is None) == (i < 8) for i, e in enumerate(groups["train"]))
+    frames = Features(tmp_path / "run" / "features" / "train")
+    assert not torch.equal(frames["t0~1"][:10], frames["t0"][:10])
+    step = json.loads((tmp_path / "run" / "data" / "step.json").read_text())
+    assert step["inputs"]["voices"] == {
+        "train": [["low", "1"], ["high@1.5", "1"]],
+        "heldout": [["low", "1"]],
+        "task-where": [["low@0.5", "1"]],
+    }
+    assert step["inputs"]["augmentation"][0]["copies"] == 2
+
+
+def test_studies_share_a_cache_and_are_not_run_again_because_of_it(recipe: dict[str, Any], tmp_path: Path) -> None:
+    begin(recipe, tmp_path / "own")
+    shared = {**recipe, "speech": {**recipe["speech"], "feature_cache": str(tmp_path / "cache")}}
+    begin(shared, tmp_path / "one")
+    shards = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")}
+    begin(shared, tmp_path / "two")
+    assert shards
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.safetensors")} == shards
+    assert not list((tmp_path / "two" / "features").rglob("*.safetensors"))
+    own, two = (Features(tmp_path / name / "features" / "train") for name in ("own", "two"))
+    assert all(torch.equal(own[f"t{i}"], two[f"t{i}"]) for i in range(8))
+    before = (tmp_path / "own" / "features" / "step.json").read_text()
+    begin(shared, tmp_path / "own")
+    assert (tmp_path / "own" / "features" / "step.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"voice": ["low", "loud"]}, "no voice 'loud'"),
+        ({"voice": []}, "list of voices is empty"),
+        ({"augmentation": {"copies": 2}}, "speech.augmentation: augmentation changes nothing"),
+        ({"augmentation": {"speed": [1.1, 0.9]}}, r"speed \[1.1, 0.9\] must be a range"),
+        ({"augmentation": {"reverberation": 3}}, "speech.augmentation.reverberation"),
+    ],
+)
+def test_wrong_voices_and_augmentations_are_told_first(
+    recipe: dict[str, Any], tmp_path: Path, section: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        begin({**recipe, "speech": section}, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
