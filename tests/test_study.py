@@ -166,7 +166,7 @@ def test_a_changed_method_runs_only_what_depends_on_it(finished: Path, inputs: P
     changed = recipe(inputs)
     changed["methods"]["lora"]["rank"] = 3
     with pytest.raises(UserError, match=r"another recipe \(methods\.lora\.rank: 2 → 3\); give --changed"):
-        run_study(parse_config(changed, "test"), copy, changed=True)
+        run_study(parse_config(changed, "test"), copy)
     assert {path.relative_to(copy): path.read_text() for path in copy.rglob("step.json")} == steps
     run_study(parse_config(changed, "test"), copy, changed=True)
     again = {path.relative_to(copy): path.read_text() for path in copy.rglob("step.json")}
