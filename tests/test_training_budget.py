@@ -189,6 +189,7 @@ def test_on_a_cpu_the_allocator_keeps_some_of_what_was_freed() -> None:
     gpu, cpu = (memory(setup("full", device=device), BATCH) for device in ("cuda", "cpu"))
     assert gpu.peak == gpu.in_use
     assert cpu.peak - cpu.in_use == cpu.allocator == round(0.5 * cpu.activations)
+    assert memory(setup("full", device="cpu", checkpointing=True), BATCH).allocator == cpu.allocator
 
 
 def test_sharding_divides_what_is_kept() -> None:

@@ -26,7 +26,8 @@ from palimpsest.training.methods import MethodKind
 # Outside the tensors. CPU: Python with torch, transformers and peft. CUDA: context, kernels and cuBLAS workspace, which
 # torch.cuda.max_memory_allocated does not show.
 RUNTIME_BYTES = {"cpu": 550_000_000, "cuda": 1_000_000_000}
-# glibc keeps much of what a step has freed in its heap, in pieces; measured, as a share of the activations
+# glibc keeps much of what a step has freed in its heap, in pieces; measured, as a share of the activations, with
+# checkpointing too (all are computed, piece by piece)
 # (benchmarks/plan.py, docs/plan.md). CUDA's fragmentation is left to the margin of nominal memory.
 ALLOCATOR_SHARE = {"cpu": 0.5, "cuda": 0.0}
 ADAM_STATES = 2  # AdamW: first and second moment, in the precision of the weights
@@ -178,7 +179,7 @@ def memory(setup: Setup, batch: Batch) -> Memory:
         logits=logits,
         gathered=_gathered(setup) if shard > 1 else 0,
         runtime=RUNTIME_BYTES[setup.device],
-        allocator=round(ALLOCATOR_SHARE[setup.device] * kept),
+        allocator=round(ALLOCATOR_SHARE[setup.device] * activation_bytes(replace(setup, checkpointing=False), batch)),
         moments=moments,
     )
 
