@@ -192,5 +192,5 @@ def test_importing_the_report_imports_no_torch_and_nothing_else_of_the_package()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
         "[]",
-        "['palimpsest.paper', 'palimpsest.report', 'palimpsest.rundir', 'palimpsest.schema']",
+        "['palimpsest.auto', 'palimpsest.paper', 'palimpsest.report', 'palimpsest.rundir', 'palimpsest.schema']",
     ]
