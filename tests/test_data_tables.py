@@ -82,6 +82,30 @@ def test_question_sets_in_either_spelling(tmp_path: Path, prefix: str, names: An
     assert load_examples(f"{prefix}:{path}", "test")[0].audio is None  # as text only
 
 
+def test_several_sources_are_one(tmp_path: Path) -> None:
+    """Positions count on, wherever reading starts and whichever rows are asked for; faults name their own source."""
+    turns = [("1", f"Is it {i}?", f"It is {i}.", wav(pitch=200 + i)) for i in range(5)]
+    first = f"voice_assistant:{voice_assistant(tmp_path / 'x.parquet', turns)}"
+    manifest = tmp_path / "own.jsonl"
+    manifest.write_text(
+        "".join(json.dumps({"id": f"o{i}", "question": f"O {i}?", "answer": "A"}) + "\n" for i in range(3))
+    )
+    both = f"{first} + {manifest}"
+    table = open_table(both, "train")
+    assert table.count() == 8
+    assert [row.position for row in rows(both)] == list(range(8))
+    assert [row.question for row in rows(both, start=4)] == ["Is it 4?", "O 0?", "O 1?", "O 2?"]
+    assert [row.question for row in rows(both, only={1, 6})] == ["Is it 1?", "O 1?"]
+    assert rows(both, only={1})[0].audio == wav(pitch=201)
+    examples = load_examples(both, "train", audio=tmp_path / "audio")
+    assert [e.id for e in examples[5:]] == ["o0", "o1", "o2"]
+    assert len({e.id for e in examples}) == 8
+    with pytest.raises(UserError, match="used twice"):
+        load_examples(f"{manifest} + {manifest}", "train")
+    with pytest.raises(UserError, match="does not exist"):
+        open_table(f"{manifest} + {tmp_path / 'gone.jsonl'}", "train")
+
+
 def test_missing_columns_are_named_with_those_found(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "x.parquet", {"question": ["a"], "text": ["b"]})
     found = r"no columns 'round', 'answer', 'question_audio' or 'audio'; found: question, text"

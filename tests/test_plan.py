@@ -81,7 +81,7 @@ def test_every_recipe_can_be_planned_and_every_method_covers_a_model(path: Path)
             add_lora(model, wanted)
         assign((name for name, _ in model.named_parameters()), rules_for(wanted, {0: 1.0, 1: 0.6}))
     for split in (config.data.train, *config.evaluation.tasks):
-        assert split.source == "facts" or is_hub_name(split.source)
+        assert all(source == "facts" or is_hub_name(source) for source in split.source.split(" + "))
 
 
 def test_the_papers_recipes_keep_its_settings() -> None:

@@ -103,7 +103,8 @@ def test_every_table_is_there_for_every_model(finished: Path) -> None:
     assert {r["source"] for r in found["qa"]} == {"measured"}
     assert {r["model"] for r in found["shift"]} == set(METHODS)
     assert {(r["model"], r["of"]) for r in found["clustering"]} == {
-        *((m, of) for m in models for of in ("importance", "mask")),
+        ("base", "mask"),
+        *((m, "importance") for m in models),
         *((m, of) for m in METHODS for of in ("delta", "delta_rank2")),
     }
     assert {r["model"] for r in found["mask_overlap"]} == set(METHODS)

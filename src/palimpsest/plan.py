@@ -201,7 +201,7 @@ def _setup(config: StudyConfig, name: str, decoder: Any, encoder: Any, device: A
         checkpointing=training.gradient_checkpointing,
         accumulation=training.accumulation,
         # A sharded head is not there as a whole for the fused kernel.
-        fused_loss=n_gpus == 1 and device == "cuda" and _fused(getattr(training, "liger", False)),
+        fused_loss=n_gpus == 1 and device == "cuda" and _fused(training.liger),
         device=device,
         n_gpus=n_gpus,
     )
@@ -219,7 +219,7 @@ def largest_batch(config: StudyConfig, lengths: Lengths, setup: Setup, positions
     rows = [lengths.row(i, setup.modality, positions, setup.stack_factor) for i in range(len(lengths.rows))]
     longest = max(length for length, _, _ in rows)
     n_rows = training.batch_size
-    budget: int | None = getattr(training, "max_tokens", None)
+    budget: int | None = training.max_tokens
     if budget is not None:
         if longest > budget:
             raise UserError(f"training.max_tokens is {budget}, the longest example has {longest} tokens; raise it.")
@@ -243,7 +243,7 @@ def _arithmetic(config: StudyConfig, lengths: Lengths, setup: Setup, positions: 
     rows = [lengths.row(i, setup.modality, positions, setup.stack_factor) for i in range(len(lengths.rows))]
     order = list(range(len(rows)))
     random.Random(0).shuffle(order)
-    if getattr(config.training, "max_tokens", None) is not None:
+    if config.training.max_tokens is not None:
         order.sort(key=lambda i: rows[i][0])
     size = config.training.batch_size
     padded = 0.0
@@ -259,7 +259,7 @@ def _arithmetic(config: StudyConfig, lengths: Lengths, setup: Setup, positions: 
 
 def _steps(config: StudyConfig, n: int, tokens: float) -> int:
     training = config.training
-    budget: int | None = getattr(training, "max_tokens", None)
+    budget: int | None = training.max_tokens
     batches = math.ceil(n / training.batch_size)
     if budget is not None:
         batches = max(batches, math.ceil(tokens / budget))
@@ -272,11 +272,13 @@ def _steps(config: StudyConfig, n: int, tokens: float) -> int:
 def read_lengths(config: StudyConfig, options: Options) -> Lengths:
     """Lengths of the training examples: read where the data lies on this machine, else assumed from `options`."""
     from palimpsest.data.records import Example
-    from palimpsest.data.sources import load_examples
+    from palimpsest.data.sources import JOIN, load_examples
 
     train = config.data.train
-    if is_hub_name(train.source):
-        published = PUBLISHED_ROWS.get(train.source.partition("@")[0])
+    parts = train.source.split(JOIN)
+    if any(is_hub_name(part) for part in parts):
+        rows_of = [PUBLISHED_ROWS.get(part.partition("@")[0]) for part in parts]
+        published = None if None in rows_of else sum(n for n in rows_of if n is not None)
         n = options.examples or train.limit or published
         if n is None:
             raise UserError(f"{train.source} is not on this machine; give --examples, how many it will train on.")

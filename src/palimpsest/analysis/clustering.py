@@ -69,15 +69,26 @@ def _top_count(n: int, ratio: float) -> int:
     return max(1, int(n * ratio + 0.5))
 
 
-def effective_rank(matrix: Matrix) -> float:
-    """(Σ σ²)² / Σ σ⁴ of the singular values of a matrix, from 1 to its rank; nan if it is all zero."""
+def gram(matrix: Matrix) -> Matrix | None:
+    """M Mᵀ or Mᵀ M, the smaller one, of the matrix over its largest entry; its eigenvalues are σ². None if all zero."""
     largest = float(np.abs(matrix).max(initial=0.0))
     if largest == 0:
-        return float("nan")
+        return None
     scaled = matrix / np.float32(largest)  # fourth powers of small scores would leave float32's range
-    gram = scaled @ scaled.T if matrix.shape[0] <= matrix.shape[1] else scaled.T @ scaled
-    energy = float(np.trace(gram, dtype=np.float64))
-    return energy**2 / float(np.square(gram, dtype=np.float64).sum())
+    product: Matrix = scaled @ scaled.T if matrix.shape[0] <= matrix.shape[1] else scaled.T @ scaled
+    return product
+
+
+def effective_rank(matrix: Matrix) -> float:
+    """(Σ σ²)² / Σ σ⁴ of the singular values of a matrix, from 1 to its rank; nan if it is all zero."""
+    return rank_of_gram(gram(matrix))
+
+
+def rank_of_gram(product: Matrix | None) -> float:
+    """`effective_rank` of a matrix whose `gram` this is."""
+    if product is None:
+        return float("nan")
+    return float(np.trace(product, dtype=np.float64)) ** 2 / float(np.square(product, dtype=np.float64).sum())
 
 
 def measure_matrix(matrix: Matrix) -> dict[str, float]:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.linalg import eigh
 
-from palimpsest.analysis.clustering import effective_rank
-from palimpsest.analysis.low_rank import leading
+from palimpsest.analysis.clustering import gram, rank_of_gram
 from palimpsest.models.anatomy import layer_index, module_kind
 from palimpsest.rundir import DeltaRecord, UserError
 
@@ -116,23 +116,22 @@ def delta_records(
                 "relative_norm": _relative_norm(change, before),
                 "overlap_with_importance": overlap,
                 "overlap_by_chance": chance,
-                "effective_rank": effective_rank(change.numpy()) if change.ndim == 2 else float("nan"),
-                **_energies(change),
+                **_spectrum(change),
             }
         )
     return records
 
 
-def _energies(change: Float[Tensor, "*shape"]) -> dict[str, float]:
-    """Shares of ‖ΔW‖² in the largest singular directions; nan where there is no change, or no matrix."""
-    values: Tensor | None = None
-    if change.ndim == 2 and bool(change.any()):
-        values = leading(change, max(ENERGY_RANKS))[1].double().square()
-    total = float(torch.linalg.vector_norm(change, dtype=torch.float64)) ** 2
-    return {
-        f"energy_top{rank}": float("nan") if values is None else min(1.0, float(values[:rank].sum()) / total)
-        for rank in ENERGY_RANKS
-    }
+def _spectrum(change: Float[Tensor, "*shape"]) -> dict[str, float]:
+    """Effective rank, and shares of ‖ΔW‖² in the largest singular directions; nan where no change, or no matrix."""
+    product = gram(change.numpy()) if change.ndim == 2 else None
+    found = {"effective_rank": rank_of_gram(product)} | {f"energy_top{rank}": float("nan") for rank in ENERGY_RANKS}
+    if product is None:
+        return found
+    n = len(product)
+    largest = eigh(product, eigvals_only=True, subset_by_index=(max(0, n - max(ENERGY_RANKS)), n - 1))[::-1]
+    total = float(np.trace(product, dtype=np.float64))
+    return found | {f"energy_top{rank}": min(1.0, float(largest[:rank].sum()) / total) for rank in ENERGY_RANKS}
 
 
 def _pair(

@@ -56,7 +56,7 @@ def write_tables(
     given for every reduction. rank: to which changes are cut for the clustering that low rank does not explain.
     """
     tuned = [name for name in models if name != BASE]
-    total, done = 1 + 2 * len(models) + 3 * len(tuned), 0
+    total, done = 1 + len(models) + 3 * len(tuned), 0
 
     def advance() -> None:
         nonlocal done
@@ -83,8 +83,8 @@ def write_tables(
     for name in models:
         tensors = scores(name).tensors(reduction)
         clustering += cluster_records(name, "importance", tensors, **cluster)
-        advance()
-        clustering += cluster_records(name, "mask", _Unpacked(select(tensors, ratio)), **cluster)
+        if name == BASE:  # where the other models' masks lie is the business of mask_overlap
+            clustering += cluster_records(name, "mask", _Unpacked(select(tensors, ratio)), **cluster)
         del tensors
         advance()
     delta: list[DeltaRecord] = []

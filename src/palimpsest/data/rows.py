@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,37 @@ def listed(name: str, where: str, rows: Callable[[], Iterable[Row]]) -> Table:
                 yield row
 
     return Table(name, where, read, count=lambda: sum(1 for _ in rows()))
+
+
+def joined(tables: Sequence[Table]) -> Table:
+    """The rows of several tables, one table after the other; positions count on. Ids begin with all their names."""
+
+    def n_rows(table: Table) -> int:
+        known = table.count()
+        return sum(1 for _ in table.read(0, None, False)) if known is None else known
+
+    def read(start: int, only: Collection[int] | None, audio: bool) -> Iterator[Row]:
+        first = 0
+        for table in tables:
+            end = first + n_rows(table)
+            if start < end:
+                wanted = None if only is None else {p - first for p in only if first <= p < end}
+                for row in table.read(max(0, start - first), wanted, audio):
+                    yield replace(row, position=first + row.position)
+            first = end
+
+    def count() -> int | None:
+        counts = [table.count() for table in tables]
+        return None if None in counts else sum(n for n in counts if n is not None)
+
+    return Table(
+        "+".join(dict.fromkeys(table.name for table in tables)),
+        " + ".join(table.where for table in tables),
+        read,
+        # None: all rows are hashed by whoever asks. A table with an identity of its own is not read for that.
+        None if all(table.identity is None for table in tables) else [identity_of(table) for table in tables],
+        count,
+    )
 
 
 def identity_of(table: Table) -> Any:

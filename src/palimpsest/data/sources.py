@@ -14,6 +14,8 @@
 | `gpt-omni/VoiceAssistant-400K` and others | published spoken sets on the hub, see published.py | as there |
 | `voice_assistant:PATH` and others | local parquet files of these sets | as there; one file is one split |
 
+| `SOURCE + SOURCE` | several of the above, one after the other, in the same split | those they share |
+
 Files and folders are recognized by what they hold; `manifest:PATH`, `audio_folder:PATH`, `llama_questions:PATH` and
 `web_questions:PATH` say it outright.
 """
@@ -31,10 +33,11 @@ from palimpsest.data.filters import Dropped, Filters, refuse, store, text_proble
 from palimpsest.data.own import METADATA, alpaca, audio_folder, is_audio_folder, own_csv, own_parquet
 from palimpsest.data.published import HUB, SCHEMAS, hub_table, local_table
 from palimpsest.data.records import Example, check_audio, read_manifest
-from palimpsest.data.rows import Names, Row, Table, listed
+from palimpsest.data.rows import Names, Row, Table, joined, listed
 from palimpsest.rundir import UserError
 
 FACTS = Path(__file__).parent / "facts"
+JOIN = " + "
 LLAMA_TABLE = "llama_questions_300.tsv"
 LLAMA_COLUMNS = ("Questions", "Answer", "Wav Filename")
 WEB_FILES = {"train": "trainmodel.json", "val": "val.json", "test": "test.json"}
@@ -141,6 +144,8 @@ def _find(source: str, split: str) -> Table | Callable[[bool], list[Example]]:
     def whole(read: ReadWhole, path: Path) -> Callable[[bool], list[Example]]:
         return lambda check: read(path, split, check)
 
+    if JOIN in source:
+        return joined([open_table(part.strip(), split) for part in source.split(JOIN)])
     if source == "facts":
         return whole(_read_manifests, FACTS)
     if (table := hub_table(source, split)) is not None:

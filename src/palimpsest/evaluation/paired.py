@@ -8,8 +8,9 @@ questions, a verdict or its mean over training seeds. Its variance has up to thr
 
 The interval is value ± t·√variance, with Satterthwaite's degrees of freedom (Satterthwaite 1946). A side with one
 seed has no seeds part: the interval then speaks of these trained models, not of training again. The noise of
-single answers is in both parts. A two-way analysis of variance would take it out of one, but in simulation
-(benchmarks/coverage.py) it then called equal methods different in up to 7 % of the cases with three seeds.
+single answers is in both parts. A two-way analysis of variance would take it out of one, but simulated
+beside this estimator, before it was chosen, it called equal methods different in up to 7 % of the cases with three
+seeds (benchmarks/coverage.py has the chosen one alone).
 
 Shapes: seeds = training runs of one method, questions.
 """
