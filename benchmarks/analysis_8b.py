@@ -1,7 +1,7 @@
 """Time and memory of the analysis of an 8B model's scores, from synthetic shards on disk.
 
-    python benchmarks/analysis_8b.py --folder /tmp/scores            # Llama-3.1-8B shapes, 28 GB on disk
-    python benchmarks/analysis_8b.py --layers 4 --folder /tmp/scores # an eighth of it
+    python benchmarks/analysis_8b.py --folder scores             # Llama-3.1-8B shapes, 28 GB on disk
+    python benchmarks/analysis_8b.py --layers 4 --folder scores # an eighth of it
 
 Scores are written as `Scores.save` lays them out, one layer a file, and opened lazily. Each part of the analysis then
 runs in turn in a process of its own; printed are its seconds and its peak resident memory, mapped pages included.
@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from importance import processor
 from safetensors.torch import save_file
 
 from palimpsest.analysis.clustering import cluster_records
@@ -29,7 +28,7 @@ from palimpsest.analysis.layers import layer_distribution
 from palimpsest.analysis.overlap import overlap_records
 from palimpsest.importance.scores import Scores
 from palimpsest.importance.select import select
-from palimpsest.rundir import write_json
+from palimpsest.rundir import cpu_name, write_json
 
 SHAPES = {  # (outputs, inputs) of Llama-3.1-8B
     "self_attn.q_proj": (4096, 4096),
@@ -57,7 +56,7 @@ def main() -> None:
         print(json.dumps(run_part(options)))
         return
     n = options.layers * sum(rows * columns for rows, columns in SHAPES.values())
-    print(f"{processor()}, {options.threads} threads; {options.layers} layers, {n / 1e9:.2f}e9 scores, "
+    print(f"{cpu_name()}, {options.threads} threads; {options.layers} layers, {n / 1e9:.2f}e9 scores, "
           f"{4 * n / GB:.1f} GB")  # fmt: skip
     if not (options.folder / "scores.json").exists():
         start = time.perf_counter()

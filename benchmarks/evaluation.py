@@ -18,13 +18,12 @@ import time
 from importlib.metadata import version
 
 import torch
-from importance import processor
 
 from palimpsest.data.records import Example
 from palimpsest.data.sources import load_examples
 from palimpsest.evaluation.generate import Answer, Answerer, text_answerer
 from palimpsest.models.loading import load_encoder, load_language_model
-from palimpsest.rundir import Modality
+from palimpsest.rundir import Modality, cpu_name
 
 
 def main() -> None:
@@ -40,7 +39,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
-    print(f"{processor()}, {options.threads} threads, {options.clock} time; Python {platform.python_version()}, "
+    print(f"{cpu_name()}, {options.threads} threads, {options.clock} time; Python {platform.python_version()}, "
           f"torch {version('torch')}, transformers {version('transformers')}, float32")  # fmt: skip
     language_model, tokenizer = load_language_model(options.model)
     answer = text_answerer(language_model, tokenizer, options.max_new_tokens)

@@ -35,6 +35,7 @@ from palimpsest.importance.estimate import estimate_importance
 from palimpsest.models.anatomy import scored_parameters
 from palimpsest.models.loading import load_language_model
 from palimpsest.models.loss import supervised_losses
+from palimpsest.rundir import cpu_name
 
 Batch = dict[str, Any]
 MEMORY_VARIANTS = ("freed as they come", "keep all, zeroed", "keep all, freed", "per_batch_abs", "per_sequence_abs")
@@ -62,7 +63,7 @@ def main() -> None:
     if options.memory_of:
         print(json.dumps(peak_of(options)))
         return
-    print(f"{processor()}, {options.threads} threads, {platform.system()}; Python {platform.python_version()}, "
+    print(f"{cpu_name()}, {options.threads} threads, {platform.system()}; Python {platform.python_version()}, "
           f"torch {version('torch')}, transformers {version('transformers')}")  # fmt: skip
     model = load_language_model(options.model)[0].eval()
     for rows in options.rows:
@@ -232,13 +233,6 @@ def keep_all(model: Any, data: list[Batch], set_to_none: bool) -> dict[str, torc
             copies[name] += (weight.detach() * weight.grad).abs()
         model.zero_grad(set_to_none=set_to_none)
     return copies
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

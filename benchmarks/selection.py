@@ -25,10 +25,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from importance import processor
 
 from palimpsest.importance.scores import Scores
 from palimpsest.importance.select import select
+from palimpsest.rundir import cpu_name
 
 RATIO = 0.03
 MB = 1 << 20
@@ -48,7 +48,7 @@ def main() -> None:
     if options.memory_of:
         print(json.dumps(measure(options)))
         return
-    print(f"{processor()}, {options.threads} threads; Python {platform.python_version()}, torch {version('torch')}, "
+    print(f"{cpu_name()}, {options.threads} threads; Python {platform.python_version()}, torch {version('torch')}, "
           f"numpy {version('numpy')}")  # fmt: skip
     print_times(options)
     for n in (options.n // 10, options.n):

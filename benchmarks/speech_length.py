@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from importance import processor as cpu
 from transformers import AutoTokenizer
 
 from palimpsest.data.records import Example
@@ -33,6 +32,7 @@ from palimpsest.data.speech import read_audio, speak
 from palimpsest.models.loading import load_asr, resolve
 from palimpsest.models.processor import SAMPLES_PER_FRAME, SpeechLMProcessor
 from palimpsest.models.speech_lm import SpeechLength, encode_speech
+from palimpsest.rundir import cpu_name
 
 LAST = (1, 2, 3, 5, 10, 25)  # frames from the end of the audio
 N_PARTS = 5  # of the utterance, by position
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"{cpu()}, {options.threads} threads; Python {platform.python_version()}, torch {version('torch')}, "
+    print(f"{cpu_name()}, {options.threads} threads; Python {platform.python_version()}, torch {version('torch')}, "
           f"transformers {version('transformers')}; {options.encoder}")  # fmt: skip
     asr, asr_processor = load_asr(options.encoder)
     tokenizer = AutoTokenizer.from_pretrained(resolve(options.language_model))

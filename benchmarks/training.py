@@ -47,6 +47,7 @@ from palimpsest.models.loading import load_encoder, load_language_model
 from palimpsest.models.loss import supervised_losses
 from palimpsest.models.processor import SpeechLMProcessor
 from palimpsest.models.speech_lm import SpeechLength, SpeechLM
+from palimpsest.rundir import cpu_name
 from palimpsest.training.methods import Method
 from palimpsest.training.train import Settings, train
 
@@ -100,7 +101,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
-    print(f"{processor_name()}, {options.threads} threads, {platform.system()}; Python {platform.python_version()}, "
+    print(f"{cpu_name()}, {options.threads} threads, {platform.system()}; Python {platform.python_version()}, "
           f"torch {version('torch')}, transformers {version('transformers')}")  # fmt: skip
     folder = Path(tempfile.mkdtemp(prefix="palimpsest-benchmark-"))
     try:
@@ -320,13 +321,6 @@ def batches_of(examples: list[Example], size: int) -> list[list[Example]]:
 def audio_of(example: Example) -> Path:
     assert example.audio is not None
     return example.audio
-
-
-def processor_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 if __name__ == "__main__":

@@ -119,11 +119,16 @@ def test_more_faulty_recordings(audio: bytes | Path, reason: str, detail: str) -
     assert detail in found[1]
 
 
-@pytest.mark.parametrize("file_format", ["WAV", "FLAC", "OGG", "MP3"])
-@pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (44_100, 2), (8_000, 1), (48_000, 6)])
+@pytest.mark.parametrize(
+    ("file_format", "rate", "channels"),
+    [
+        (file_format, rate, channels)
+        for file_format in ("WAV", "FLAC", "OGG", "MP3")
+        for rate, channels in ((16_000, 1), (44_100, 2), (8_000, 1), (48_000, 6))
+        if file_format != "MP3" or channels <= 2  # it has no more
+    ],
+)
 def test_any_rate_and_channels_become_16_khz_mono(tmp_path: Path, file_format: str, rate: int, channels: int) -> None:
-    if file_format == "MP3" and channels > 2:
-        pytest.skip("MP3 has two channels at most")
     audio = encoded(np.repeat(tone(1.0, rate)[:, None], channels, 1), rate, file_format)
     found = decode(audio, FILTERS)
     assert isinstance(found, Recording)

@@ -15,14 +15,13 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
-from transformers import WhisperFeatureExtractor, WhisperModel
 
 from audio_files import BROKEN, voice_assistant, wav
 from palimpsest.compare import compare_runs
 from palimpsest.config import parse_config
 from palimpsest.rundir import RESULT_TABLES, UserError
 from palimpsest.study import Study, run_study
-from tiny import tiny_encoder, tiny_llama, tiny_tokenizer
+from tiny import save_tiny_models
 
 METHODS = ("full", "layer_lr", "lora")
 
@@ -31,14 +30,7 @@ METHODS = ("full", "layer_lr", "lora")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny checkpoints and manifests with noise for speech."""
     folder = tmp_path_factory.mktemp("inputs")
-    language_model = tiny_llama(eos_token_id=3)
-    language_model.save_pretrained(folder / "llm")
-    tiny_tokenizer().save_pretrained(folder / "llm")
-    encoder = tiny_encoder()
-    whisper = WhisperModel(encoder.config)
-    whisper.encoder.load_state_dict(encoder.state_dict())
-    whisper.save_pretrained(folder / "whisper")
-    WhisperFeatureExtractor(feature_size=80).save_pretrained(folder / "whisper")
+    save_tiny_models(folder)
     rng = np.random.default_rng(0)
     for split, n in (("train", 24), ("heldout", 6)):
         rows = []

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from transformers import WhisperFeatureExtractor, WhisperModel
 
 from palimpsest.config import parse_config
 from palimpsest.data.features import Features
 from palimpsest.data.voices import VOICES, Voice
 from palimpsest.rundir import UserError
 from palimpsest.study import Study
-from tiny import tiny_encoder, tiny_llama, tiny_tokenizer
+from tiny import save_tiny_models
 from tones import load_tone, one
 
 
@@ -26,13 +25,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Eight training questions to be spoken, two of the heldout ones recorded."""
     monkeypatch.setitem(VOICES, "low", Voice("low", one, load_tone))
     monkeypatch.setitem(VOICES, "high", Voice("high", one, load_tone))
-    tiny_llama(eos_token_id=3).save_pretrained(tmp_path / "llm")
-    tiny_tokenizer().save_pretrained(tmp_path / "llm")
-    encoder = tiny_encoder()
-    whisper = WhisperModel(encoder.config)
-    whisper.encoder.load_state_dict(encoder.state_dict())
-    whisper.save_pretrained(tmp_path / "whisper")
-    WhisperFeatureExtractor(feature_size=80).save_pretrained(tmp_path / "whisper")
+    save_tiny_models(tmp_path)
     soundfile.write(tmp_path / "own.wav", np.full(6_000, 0.1), 16_000)
     rows = {
         "train": [{"id": f"t{i}", "question": f"What is {i}?", "answer": "It."} for i in range(8)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     WhisperConfig,
     WhisperFeatureExtractor,
+    WhisperModel,
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
@@ -95,3 +97,14 @@ def tiny_speech_lm(
         tiny_tokenizer(), WhisperFeatureExtractor(feature_size=80), speech_length=speech_length
     )
     return model.eval(), processor
+
+
+def save_tiny_models(folder: Path) -> None:
+    """What a study of tiny models loads: `folder`/llm and `folder`/whisper."""
+    tiny_llama(eos_token_id=3).save_pretrained(folder / "llm")
+    tiny_tokenizer().save_pretrained(folder / "llm")
+    encoder = tiny_encoder()
+    whisper = WhisperModel(encoder.config)
+    whisper.encoder.load_state_dict(encoder.state_dict())
+    whisper.save_pretrained(folder / "whisper")
+    WhisperFeatureExtractor(feature_size=80).save_pretrained(folder / "whisper")

@@ -367,7 +367,7 @@ def provenance() -> dict[str, Any]:
     for package in ("palimpsest-llm", "torch", "transformers", "peft", "accelerate", "numpy", "safetensors"):
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    hardware: dict[str, Any] = {"machine": platform.machine(), "cpu": _cpu_name(), "cores": os.cpu_count()}
+    hardware: dict[str, Any] = {"machine": platform.machine(), "cpu": cpu_name(), "cores": os.cpu_count()}
     torch = sys.modules.get("torch")
     if torch is not None:
         hardware["threads"] = torch.get_num_threads()
@@ -383,7 +383,8 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name as the system gives it; may be empty."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
