@@ -1,0 +1,222 @@
+"""The adaptor before the language model: its outputs aligned with the embeddings of the words that are spoken.
+
+Each position of the adaptor is read as a token: the one whose input embedding lies nearest to it, or none (`blank`, a
+point of its own). CTC (Graves et al. 2006, doi:10.1145/1143844.1143891) sums over all ways to lay the question's
+tokens along the positions, so no time stamps are needed. After this the speech stands in the prompt nearly as its text
+would; the language model never runs, and an epoch costs a small part of one through the model. Beyond the paper, where
+the adaptor learns from the answers alone.
+
+>>> alignment = align_adaptor(model.adaptor, embedding, examples, features, tokens, AlignSettings())  # doctest: +SKIP
+
+Legend: position = adaptor positions, 10 per second; word = 1 + tokens that occur in the training texts, blank first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from palimpsest.rundir import UserError, hash_value
+from palimpsest.training.batching import EpochBatches
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+    from palimpsest.data.records import Example
+    from palimpsest.models.speech_lm import SpeechAdaptor
+
+Frames = Mapping[str, "Tensor"] | Any  # encoder frames (time, d_enc) by example id: data.features.Features
+Words = list[list[int]]  # of a batch, 1 + index among the known tokens
+CALIBRATION = 256  # utterances that set the adaptor's buffers
+BLANK = 0
+
+
+@dataclass(frozen=True)
+class AlignSettings:
+    epochs: int = 4
+    learning_rate: float = 1e-3  # linear warm-up, then a cosine to zero
+    warmup_steps: int = 100
+    batch_size: int = 32
+    weight_decay: float = 0.01
+    max_grad_norm: float = 5.0
+    sharpness: float = 20.0  # at the start; logit between a token's own embedding and the origin, learned
+    seed: int = 0
+
+
+class TokenReader(nn.Module):
+    """Log-probabilities of tokens at each position: softmax over −(squared distance to the token's embedding).
+
+    Args:
+        embedding: of the tokens that can be read, (word − 1, d_lm); stays as it is.
+        sharpness: of the softmax, in units of the mean squared norm of the embeddings.
+    """
+
+    points: Tensor
+
+    def __init__(self, embedding: Float[Tensor, "tokens d_lm"], sharpness: float) -> None:
+        super().__init__()
+        self.register_buffer("points", embedding.detach().float())
+        self.blank = nn.Parameter(self.points.mean(0, keepdim=True))
+        self.log_sharpness = nn.Parameter(torch.tensor(math.log(sharpness)))
+        self.unit = float(self.points.square().sum(1).mean())
+
+    def forward(self, outputs: Float[Tensor, "batch position d_lm"]) -> Float[Tensor, "batch position word"]:
+        words = torch.cat([self.blank, self.points])
+        with torch.autocast(outputs.device.type, torch.bfloat16):
+            products = outputs @ words.T
+        logits = (2 * products.float() - words.square().sum(1)) / self.unit  # |output|² is the same for every word
+        return (self.log_sharpness.exp() * logits).log_softmax(-1)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What `align_adaptor` found: mean CTC loss of each epoch (nats per token), and how to read an adaptor's output."""
+
+    losses: list[float]
+    reader: TokenReader
+    tokens: list[int]  # token id of word i + 1
+    n_left_out: int  # utterances with fewer positions than their tokens need
+
+    @torch.no_grad()
+    def read(self, outputs: Float[Tensor, "position d_lm"]) -> list[int]:
+        """The token ids of the likeliest word at each position, repetitions and blanks dropped (greedy CTC)."""
+        words = self.reader(outputs[None])[0].argmax(-1).tolist()
+        return [
+            self.tokens[word - 1]
+            for i, word in enumerate(words)
+            if word != BLANK and (i == 0 or words[i - 1] != word)
+        ]  # fmt: skip
+
+
+def align_adaptor(
+    adaptor: SpeechAdaptor,
+    embedding: Float[Tensor, "vocabulary d_lm"],
+    examples: Sequence[Example],
+    frames: Frames,
+    tokens: Mapping[str, Sequence[int]],
+    settings: AlignSettings,
+    *,
+    state: Path | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> Alignment:
+    """Train `adaptor` in place; its buffers are calibrated first.
+
+    Args:
+        embedding: the language model's input embedding.
+        frames: encoder frames by example id.
+        tokens: of each example's question, by its id: what is said, as the language model would read it.
+        state: a file that keeps weights and optimizer after every epoch; given again, training continues from there.
+        progress: called as progress(steps done, steps in all, loss of the last step) after every step.
+
+    Raises UserError when no utterance is long enough for its tokens, and for a `state` of another run.
+    """
+    device = embedding.device
+    usable = [e for e in examples if positions_needed(tokens[e.id]) <= len(frames[e.id]) // adaptor.stack_factor]
+    if not usable:
+        raise UserError("No utterance has as many speech positions as its text has tokens; check texts and recordings.")
+    known = sorted({token for e in usable for token in tokens[e.id]})
+    word_of = {token: i + 1 for i, token in enumerate(known)}
+    reader = TokenReader(embedding[torch.tensor(known, device=device)], settings.sharpness).to(device)
+    _calibrate(adaptor, [frames[e.id] for e in _sample(usable, settings.seed)], float(embedding.float().std()))
+
+    lengths = [len(frames[e.id]) for e in usable]
+    budget = settings.batch_size * sorted(lengths)[len(lengths) // 2]  # long ones in smaller batches
+    plan = EpochBatches(len(usable), settings.batch_size, settings.seed, lengths, max(budget, max(lengths)))
+    total = settings.epochs * len(plan)
+    trained = [*adaptor.parameters(), *reader.parameters()]
+    optimizer = torch.optim.AdamW(trained, settings.learning_rate, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1.0, (step + 1) / settings.warmup_steps) * 0.5 * (1 + math.cos(math.pi * step / total)),
+    )
+    run = hash_value([asdict(settings), [(e.id, list(tokens[e.id])) for e in usable]])
+    parts = {"adaptor": adaptor, "reader": reader, "optimizer": optimizer, "schedule": schedule}
+    losses = _resume(state, run, parts)
+
+    adaptor.train()
+    for epoch in range(len(losses), settings.epochs):
+        loss_sum = 0.0
+        for step, rows in enumerate(plan.batches(epoch)):
+            batch = [usable[i] for i in rows]
+            loss = ctc_loss(adaptor, reader, [frames[e.id].to(device) for e in batch], _words(batch, tokens, word_of))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
+            optimizer.step()
+            schedule.step()
+            loss_sum += loss.item() * len(batch)
+            if progress is not None:
+                progress(epoch * len(plan) + step + 1, total, loss.item())
+        losses.append(loss_sum / len(usable))
+        _save(state, run, parts, losses)
+    adaptor.eval()
+    return Alignment(losses, reader, known, len(examples) - len(usable))
+
+
+def ctc_loss(
+    adaptor: SpeechAdaptor,
+    reader: TokenReader,
+    frames: Sequence[Float[Tensor, "time d_enc"]],
+    words: Sequence[Sequence[int]],
+) -> Float[Tensor, ""]:
+    """Negative log-probability of each utterance's words per word, averaged over utterances."""
+    padded = nn.utils.rnn.pad_sequence(list(frames), batch_first=True).to(adaptor.linear1.weight.dtype)
+    log_probs = reader(adaptor(padded).float())
+    n_positions = torch.tensor([len(item) // adaptor.stack_factor for item in frames])
+    targets: Int[Tensor, " all_words"] = torch.tensor([word for row in words for word in row], device=padded.device)
+    n_words = torch.tensor([len(row) for row in words])
+    return nn.functional.ctc_loss(log_probs.transpose(0, 1), targets, n_positions, n_words, blank=BLANK)
+
+
+def positions_needed(tokens: Sequence[int]) -> int:
+    """CTC needs a position for each token, and a blank between two equal ones. Empty texts can never be read."""
+    if not tokens:
+        return 1 << 30
+    return len(tokens) + sum(a == b for a, b in itertools.pairwise(tokens))
+
+
+def _words(
+    batch: Sequence[Example], tokens: Mapping[str, Sequence[int]], word_of: Mapping[int, int]
+) -> list[list[int]]:
+    return [[word_of[token] for token in tokens[example.id]] for example in batch]
+
+
+def _sample(examples: Sequence[Example], seed: int) -> list[Example]:
+    return random.Random(seed).sample(list(examples), min(CALIBRATION, len(examples)))
+
+
+def _calibrate(adaptor: SpeechAdaptor, frames: Sequence[Float[Tensor, "time d_enc"]], target_std: float) -> None:
+    """From whole positions of each utterance only: a position never spans two of them."""
+    factor = adaptor.stack_factor
+    whole = torch.cat([item[: len(item) // factor * factor] for item in frames])
+    weight = adaptor.linear1.weight
+    adaptor.calibrate(whole[None].to(weight.device, weight.dtype), target_std)
+
+
+def _resume(state: Path | None, run: str, parts: Mapping[str, Any]) -> list[float]:
+    """The losses of the epochs done; `parts` get their state of then."""
+    if state is None or not state.exists():
+        return []
+    saved = torch.load(state, weights_only=True)
+    if saved["run"] != run:
+        raise UserError(f"{state} belongs to an alignment with other settings or texts; delete it to begin anew.")
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    return list(saved["losses"])
+
+
+def _save(state: Path | None, run: str, parts: Mapping[str, Any], losses: list[float]) -> None:
+    if state is None:
+        return
+    temporary = state.with_name(f".{state.name}.tmp")
+    torch.save({"run": run, "losses": losses, **{name: part.state_dict() for name, part in parts.items()}}, temporary)
+    temporary.replace(state)
