@@ -384,6 +384,48 @@ def _training(rng: np.random.Generator) -> list[dict[str, Any]]:
         }
         for method in ("full", "layer_lr", "lora")
         for step in range(1, 361)
+    ] + [
+        eval_row(method, step, modality, whole * float(1 + SCALE[method] * step / 300))
+        for method in ("full", "layer_lr", "lora")
+        for step in (120, 240, 360)
+        for modality, whole in (("text", 4.5), ("speech", 30.0))
+    ]
+
+
+def eval_row(method: str, step: int, modality: str, perplexity: float) -> dict[str, Any]:
+    """A training record of a measurement between steps."""
+    return {
+        "method": method,
+        "kind": "eval",
+        "step": step,
+        "epoch": step / 120,
+        "learning_rate": None,
+        "modality": modality,
+        "n_tokens": 1234,
+        "loss": float(np.log(perplexity)),
+        "perplexity": perplexity,
+    }
+
+
+def deletion_rows(
+    model: str, modality: str, whole: float, of: dict[tuple[str, float, int | None], float | None], **changed: Any
+) -> list[dict[str, Any]]:
+    """Deactivation records: `whole` with nothing removed, `of` (condition, ratio, seed) -> perplexity."""
+    common = {
+        **{"model": model, "modality": modality, "scope": "global", "reduction": "per_batch_abs"},
+        **{"n_examples": 100, "n_tokens": 4321, "n_removed": 1, **changed},
+    }
+    points = {("base", 0.0, None): whole, **of}
+    return [
+        {
+            **common,
+            "condition": condition,
+            "ratio": ratio,
+            "seed": seed,
+            "loss": None if value is None else float(np.log(value)),
+            "perplexity": value,
+        }
+        for (condition, ratio, seed), value in points.items()
     ]
 
 

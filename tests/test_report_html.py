@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from palimpsest.report import write_report
+from palimpsest.report.figures import FIGURES
 from palimpsest.report.html import MAX_CHARACTERS, MAX_QUESTIONS, _flat
 from palimpsest.rundir import UserError, write_text
 from report_fixture import HOSTILE, make_run
@@ -100,7 +101,7 @@ def test_only_the_pages_own_script_may_run(page: str, parsed: _Page) -> None:
 def test_tables_and_figures_can_be_read_aloud(parsed: _Page) -> None:
     assert all(attributes.get("scope") in ("col", "row") for attributes in parsed.all("th"))
     drawings = [tag for tag in parsed.all("svg") if tag.get("role") == "img"]
-    assert len(drawings) == 7
+    assert len(drawings) == len(FIGURES)
     assert all(len(tag["aria-label"] or "") > 20 for tag in drawings)
     assert len(parsed.all("caption")) >= 10
     assert parsed.all("html")[0]["lang"] == "en"

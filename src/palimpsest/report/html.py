@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from palimpsest import paper
 from palimpsest.report import analysis_tables, evaluation_tables, structure_tables, summary, tables
-from palimpsest.report.figures import FIGURES, draw
+from palimpsest.report.figures import FIGURES, OPTIONAL, draw, why_not
 from palimpsest.report.formats import DASH, Table, to_csv, to_html, to_latex, to_markdown
 from palimpsest.report.inputs import (
     MODALITY_NAMES,
@@ -87,12 +87,13 @@ def render(inputs: Inputs) -> str:
     )
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     drawings = {name: drawing for name in FIGURES if (drawing := draw(name, inputs)) is not None}
-    not_drawn = [f"The figure “{name}” has no data." for name in FIGURES if name not in drawings]
+    not_drawn = {name: why_not(name, inputs) for name in FIGURES if name not in drawings}
     return environment.get_template("report.html.j2").render(
         name=inputs.path.resolve().name,
         scale=summary.scale(inputs),
         points=summary.points_of(inputs),
-        missing=[*inputs.missing, *not_drawn],
+        missing=[*inputs.missing, *(why for name, why in not_drawn.items() if name not in OPTIONAL)],
+        not_drawn=not_drawn,
         tables=tables_of(inputs),
         drawings=drawings,
         samples={task_name(task): questions for task, questions in samples_of(inputs).items()},
