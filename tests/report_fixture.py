@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 
 from palimpsest.rundir import write_json, write_jsonl, write_text
 
@@ -45,6 +46,8 @@ def make_run(path: Path, *, hostile: bool = False, without: Collection[str] = ()
         _write_maps(path / "maps")
     if "samples" not in without:
         _write_samples(path, hostile, n_questions)
+    if "data" not in without:
+        _write_data(path / "data", n_questions)
     return path
 
 
@@ -492,6 +495,16 @@ def _write_samples(path: Path, hostile: bool, n_questions: int) -> None:
                     for index in range(n_questions)
                 ]
                 write_jsonl(folder / "samples" / f"{task}-{modality}" / "samples.jsonl", rows)
+
+
+def _write_data(folder: Path, n_questions: int) -> None:
+    """Manifests of the tasks; every question has the same recording, a tone of a fifth of a second."""
+    (folder / "audio").mkdir(parents=True, exist_ok=True)
+    tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(3200) / 16000)
+    soundfile.write(folder / "audio" / "tone.wav", tone.astype(np.float32), 16000)
+    for task in ("llama_questions", "facts"):
+        rows = [{"id": f"q{i}", "audio": "audio/tone.wav", "voice": "invented"} for i in range(n_questions)]
+        write_jsonl(folder / f"task-{task}.jsonl", rows)
 
 
 def _response(index: int, method: str, hostile: bool) -> str:

@@ -14,7 +14,8 @@ import pytest
 
 from palimpsest.report import write_report
 from palimpsest.report.figures import FIGURES
-from palimpsest.report.html import MAX_CHARACTERS, MAX_QUESTIONS, _flat
+from palimpsest.report.html import _flat
+from palimpsest.report.samples import MAX_CHARACTERS, MAX_QUESTIONS
 from palimpsest.rundir import UserError, write_text
 from report_fixture import HOSTILE, make_run
 
