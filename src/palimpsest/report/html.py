@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from palimpsest import paper
-from palimpsest.report import analysis_tables, evaluation_tables, structure_tables, summary, tables
+from palimpsest.report import analysis_tables, commands, evaluation_tables, structure_tables, summary, tables
 from palimpsest.report.figures import FIGURES, OPTIONAL, draw, why_not
 from palimpsest.report.formats import DASH, Table, to_csv, to_html, to_latex, to_markdown
 from palimpsest.report.inputs import (
@@ -40,7 +40,8 @@ MAX_VALUE = 400  # characters of one provenance value
 def write_report(run: Path, *, audio: bool = True) -> Path:
     """Write `run`/report.html from what the run directory holds and return its path.
 
-    Missing or damaged parts are named in the report, not raised. The same directory gives the same bytes.
+    Missing or damaged parts are named in the report, not raised. The same directory,
+    called from the same place, gives the same bytes.
 
     Args:
         audio: put recordings of the spoken questions shown into the page.
@@ -70,6 +71,8 @@ def render(inputs: Inputs, *, audio: bool = True) -> str:
     not_drawn = {name: why_not(name, inputs) for name in FIGURES if name not in drawings}
     return environment.get_template("report.html.j2").render(
         name=inputs.path.resolve().name,
+        run=inputs.path,
+        commands=commands,
         scale=summary.scale(inputs),
         points=summary.points_of(inputs),
         missing=[
