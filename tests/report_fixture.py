@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import soundfile
 
 from palimpsest.rundir import write_json, write_jsonl, write_text
 
@@ -45,6 +46,8 @@ def make_run(path: Path, *, hostile: bool = False, without: Collection[str] = ()
         _write_maps(path / "maps")
     if "samples" not in without:
         _write_samples(path, hostile, n_questions)
+    if "data" not in without:
+        _write_data(path / "data", n_questions)
     return path
 
 
@@ -384,6 +387,48 @@ def _training(rng: np.random.Generator) -> list[dict[str, Any]]:
         }
         for method in ("full", "layer_lr", "lora")
         for step in range(1, 361)
+    ] + [
+        eval_row(method, step, modality, whole * float(1 + SCALE[method] * step / 300))
+        for method in ("full", "layer_lr", "lora")
+        for step in (120, 240, 360)
+        for modality, whole in (("text", 4.5), ("speech", 30.0))
+    ]
+
+
+def eval_row(method: str, step: int, modality: str, perplexity: float) -> dict[str, Any]:
+    """A training record of a measurement between steps."""
+    return {
+        "method": method,
+        "kind": "eval",
+        "step": step,
+        "epoch": step / 120,
+        "learning_rate": None,
+        "modality": modality,
+        "n_tokens": 1234,
+        "loss": float(np.log(perplexity)),
+        "perplexity": perplexity,
+    }
+
+
+def deletion_rows(
+    model: str, modality: str, whole: float, of: dict[tuple[str, float, int | None], float | None], **changed: Any
+) -> list[dict[str, Any]]:
+    """Deactivation records: `whole` with nothing removed, `of` (condition, ratio, seed) -> perplexity."""
+    common = {
+        **{"model": model, "modality": modality, "scope": "global", "reduction": "per_batch_abs"},
+        **{"n_examples": 100, "n_tokens": 4321, "n_removed": 1, **changed},
+    }
+    points = {("base", 0.0, None): whole, **of}
+    return [
+        {
+            **common,
+            "condition": condition,
+            "ratio": ratio,
+            "seed": seed,
+            "loss": None if value is None else float(np.log(value)),
+            "perplexity": value,
+        }
+        for (condition, ratio, seed), value in points.items()
     ]
 
 
@@ -450,6 +495,16 @@ def _write_samples(path: Path, hostile: bool, n_questions: int) -> None:
                     for index in range(n_questions)
                 ]
                 write_jsonl(folder / "samples" / f"{task}-{modality}" / "samples.jsonl", rows)
+
+
+def _write_data(folder: Path, n_questions: int) -> None:
+    """Manifests of the tasks; every question has the same recording, a tone of a fifth of a second."""
+    (folder / "audio").mkdir(parents=True, exist_ok=True)
+    tone = 0.3 * np.sin(2 * np.pi * 440 * np.arange(3200) / 16000)
+    soundfile.write(folder / "audio" / "tone.wav", tone.astype(np.float32), 16000)
+    for task in ("llama_questions", "facts"):
+        rows = [{"id": f"q{i}", "audio": "audio/tone.wav", "voice": "invented"} for i in range(n_questions)]
+        write_jsonl(folder / f"task-{task}.jsonl", rows)
 
 
 def _response(index: int, method: str, hostile: bool) -> str:

@@ -14,7 +14,7 @@ from palimpsest.report.heatmaps import _representative, short_name
 from palimpsest.report.inputs import Inputs, read_inputs
 from palimpsest.report.style import _LOOKS, _OTHERS, look, to_inline_svg, to_svg
 from palimpsest.rundir import UserError, write_json
-from report_fixture import invented_results, make_run
+from report_fixture import accuracy_row, invented_results, make_run
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,27 @@ def test_without_data_there_is_no_figure_and_an_old_one_goes(tmp_path: Path) -> 
 def test_an_unknown_name_lists_the_known_ones(run: Path) -> None:
     with pytest.raises(UserError, match="figure1, figure2"):
         write_figure(run, "figure9")
+
+
+def test_the_plane_has_intervals_in_both_directions_and_the_base_as_reference(tmp_path: Path) -> None:
+    rows = [
+        accuracy_row("base", "facts", "text", 120),
+        accuracy_row("base", "facts", "cascade", 90),
+        accuracy_row("full", "facts", "text", 60),
+        accuracy_row("full", "facts", "speech", 0),
+    ]
+    write_json(tmp_path / "results.json", {"schema": 1, "qa": rows})
+    drawing = draw("t2t_s2t", read_inputs(tmp_path))
+    assert drawing is not None
+    (axis,) = drawing.figure.axes
+    cascade, full = (bars.lines[2] for bars in axis.containers)  # (horizontal, vertical) spans
+    for bars, x, y in ((cascade, rows[0], rows[1]), (full, rows[2], rows[3])):
+        spans = [np.abs(bar.get_segments()[0]).round(6).tolist() for bar in bars]
+        ends = [[round(100 * record[key], 6) for key in ("ci_low", "ci_high")] for record in (x, y)]
+        at = [round(100 * record["accuracy"], 6) for record in (x, y)]
+        assert spans == [[[ends[0][0], at[1]], [ends[0][1], at[1]]], [[at[0], ends[1][0]], [at[0], ends[1][1]]]]
+    assert axis.get_ylim()[0] < 0  # a mark at zero is not cut
+    assert "facts, Base: T2T 40.0 % (34.6 to 45.6)" in drawing.tips.values()
 
 
 @pytest.mark.parametrize("name", ["figure2", "deactivation"])

@@ -65,7 +65,12 @@ def _run_study(config: Any, out: Path, changed: bool) -> None:
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="Run directory of a study.")]) -> None:
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory of a study.")],
+    audio: Annotated[
+        bool, typer.Option("--audio/--no-audio", help="Put recordings of spoken questions into the page.")
+    ] = True,
+) -> None:
     """Make the figures and report.html of a run again from its results.
 
     Example: palimpsest report runs/demo
@@ -76,7 +81,7 @@ def report(run: Annotated[Path, typer.Argument(help="Run directory of a study.")
     if not run.is_dir():
         raise UserError(f"{run} is not a run directory; give the --out of a study.")
     write_figures(run)
-    typer.echo(f"Report: {write_report(run)}")
+    typer.echo(f"Report: {write_report(run, audio=audio)}")
 
 
 @app.command()

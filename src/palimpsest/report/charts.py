@@ -1,14 +1,12 @@
-"""Charts of a run: functions of its `Inputs` that return a `Drawing`, or None where the data are missing."""
+"""Charts of a finished run: functions of its `Inputs` that return a `Drawing`, or None where the data are missing."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from palimpsest.report.formats import interval, percent, significant
@@ -23,14 +21,12 @@ from palimpsest.report.inputs import (
     task_name,
     text_layers,
 )
-from palimpsest.report.style import GREYS, INK, WIDTH, Drawing, look, no_labels, power_of_ten
+from palimpsest.report.style import GREYS, INK, LINE_HEIGHT, WIDTH, Drawing, log_labels, look, model_legend
 from palimpsest.rundir import DeactivationRecord, LayerRecord, QARecord
 
 CONDITIONS = {"base": "whole", "bottom": "bottom removed", "random": "random removed", "top": "top removed"}
 HATCHES = ("", "....", "////", "")
 PAPER_RATIO = 0.03
-MAX_CURVE_POINTS = 120
-LINE_HEIGHT = 2.9  # inches
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -68,10 +64,10 @@ def _layers(inputs: Inputs, name: str, title: str, models: Sequence[str]) -> Dra
     if totals and max(totals) > 30 * min(totals):
         total.set_yscale("log")
         total.set_ylim(min(totals) / 1.3, max(totals) * 1.3)
-        _log_labels(total)
+        log_labels(total)
     elif totals:
         total.set_ylim(0, 1.05 * max(totals))
-    _model_legend(figure, shown, inputs)
+    model_legend(figure, shown, methods_in(inputs.results))
     peaks = [f"{method_name(model)} {peak_layer(rows, model)}" for model in shown]
     drawing.caption = (
         f"Sum of the text importance ({rows[0]['reduction']}) of each layer's weights: left as a share of "
@@ -123,7 +119,7 @@ def deactivation(inputs: Inputs) -> Drawing | None:
         axis.grid(visible=False, axis="x")
         axis.margins(y=0.18)
         axis.set_ylim(bottom=1)  # the least a perplexity can be
-        _log_labels(axis)
+        log_labels(axis)
     panels[0].set_ylabel("perplexity (logarithmic)")
     bars = [
         Patch(facecolor=grey, edgecolor=INK, linewidth=0.7, hatch=hatch)
@@ -217,19 +213,17 @@ def plane(inputs: Inputs) -> Drawing | None:
         return None
     figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
     drawing = Drawing("t2t_s2t", "Typed against spoken questions", "", "", figure)
-    panels = figure.subplots(1, max(2, len(tasks)), squeeze=False)[0]
-    for axis, task in zip(panels, tasks, strict=False):
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for axis, task in zip(panels, tasks, strict=True):
         _plane_panel(drawing, axis, task, rows, inputs)
-    for axis in panels[len(tasks) :]:
-        axis.set_visible(False)
     handles = {
         label: handle for axis in panels for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4)
     drawing.caption = (
         f"Accuracy on typed (T2T) and on spoken (S2T) questions, scoring rule {metric}, with "
-        "95 % Wilson intervals. The band is the base model's T2T accuracy: a method to its left has lost "
-        "text ability."
+        "95 % Wilson intervals in both directions. Dashed line and band: the base model's T2T accuracy and its "
+        "interval; a method to its left has lost text ability. Hollow: the text model after a speech recogniser."
     )
     drawing.alt = "Scatter chart: " + "; ".join(drawing.tips.values()) + "."
     return drawing
@@ -242,7 +236,7 @@ def _plane_panel(
     base = rows.get((task, "base", "text"))
     if base is not None:
         axis.axvspan(100 * base["ci_low"], 100 * base["ci_high"], color=GREYS[1], alpha=0.35, linewidth=0)
-        line = axis.axvline(100 * base["accuracy"], color=INK, linewidth=1, label="Base T2T")
+        line = axis.axvline(100 * base["accuracy"], color=INK, linewidth=0.8, linestyle=(0, (4, 3)), label="Base T2T")
         drawing.tip(line, f"{task_name(task)}, Base: T2T {_written(base)}")
     for method in methods:
         text = rows.get((task, method, "text"))
@@ -256,10 +250,11 @@ def _plane_panel(
             axis.errorbar(
                 [x],
                 [y],
-                xerr=[[x - 100 * text["ci_low"]], [100 * text["ci_high"] - x]],
-                yerr=[[y - 100 * heard["ci_low"]], [100 * heard["ci_high"] - y]],
+                xerr=_arms(text),
+                yerr=_arms(heard),
                 color=mark.color,
-                linewidth=0.8,
+                linewidth=1.1,
+                capsize=2.5,
             )
             (point,) = axis.plot(
                 [x],
@@ -273,65 +268,15 @@ def _plane_panel(
             )
             drawing.tip(point, f"{task_name(task)}, {name}: T2T {_written(text)}, spoken {_written(heard)}")
     axis.set(title=task_name(task), xlabel="T2T accuracy, %", ylabel="S2T accuracy, %")
-    axis.set_xlim(left=0)
-    axis.set_ylim(bottom=0)
+    for low, high, limit in ((*axis.get_xlim(), axis.set_xlim), (*axis.get_ylim(), axis.set_ylim)):
+        limit(min(low, -0.03 * high), high)  # a mark at zero is seen whole
+
+
+def _arms(row: QARecord) -> list[list[float]]:
+    """Down and up from the accuracy to the ends of its interval, in percent; rounding makes no negative length."""
+    down, up = row["accuracy"] - row["ci_low"], row["ci_high"] - row["accuracy"]
+    return [[max(0.0, 100 * down)], [max(0.0, 100 * up)]]
 
 
 def _written(row: QARecord) -> str:
     return f"{percent(row['accuracy'])} % ({interval(row['ci_low'], row['ci_high'])})"
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------
-def training(inputs: Inputs) -> Drawing | None:
-    """Training loss by step, averaged in windows where a run has more steps than the figure can show."""
-    steps_only = [row for row in inputs.results["training"] if row.get("kind", "train") == "train"]
-    records = [row for row in steps_only if row["loss"] is not None]
-    methods = sorted({row["method"] for row in records}, key=method_key)
-    if not methods:
-        return None
-    figure = Figure(figsize=(WIDTH, LINE_HEIGHT), layout="constrained")
-    axis = figure.subplots()
-    drawing = Drawing("training", "Training loss", "", "", figure)
-    ends = []
-    for method in methods:
-        rows = sorted((row for row in records if row["method"] == method), key=lambda row: row["step"])
-        windows = np.array_split(
-            np.array([(row["step"], row["loss"]) for row in rows]), min(len(rows), MAX_CURVE_POINTS)
-        )
-        steps, losses = np.array([window.mean(axis=0) for window in windows]).T
-        mark = look(method, methods_in(inputs.results))
-        (line,) = axis.plot(
-            steps,
-            losses,
-            color=mark.color,
-            linestyle=mark.line,
-            marker=mark.marker,
-            markevery=max(1, len(steps) // 8),
-        )
-        ends.append(f"{method_name(method)} from {significant(losses[0])} to {significant(losses[-1])}")
-        drawing.tip(line, ends[-1])
-    axis.set(xlabel="step", ylabel="loss, nats per supervised token")
-    _model_legend(figure, methods, inputs)
-    drawing.caption = f"Training loss, mean of each window of steps: {'; '.join(ends)}."
-    drawing.alt = f"Line chart of the training loss: {'; '.join(ends)}."
-    return drawing
-
-
-def _model_legend(figure: Figure, models: Sequence[str], inputs: Inputs) -> None:
-    methods = methods_in(inputs.results)
-    marks = [look(model, methods) for model in models]
-    handles = [Line2D([], [], color=mark.color, marker=mark.marker, linestyle=mark.line) for mark in marks]
-    figure.legend(
-        handles,
-        [method_name(model) for model in models],
-        loc="outside lower center",
-        ncols=len(models),
-        handlelength=3.5,
-    )
-
-
-def _log_labels(axis: Axes) -> None:
-    axis.yaxis.set_major_formatter(power_of_ten())
-    axis.yaxis.set_minor_formatter(no_labels())

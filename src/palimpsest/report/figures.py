@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from palimpsest.report import charts, heatmaps
+from palimpsest.report import charts, curves, heatmaps
 from palimpsest.report.inputs import Inputs, read_inputs
 from palimpsest.report.style import Drawing, style, to_png, to_svg
 from palimpsest.rundir import UserError, write_text
@@ -16,9 +16,13 @@ FIGURES: dict[str, Callable[[Inputs], Drawing | None]] = {
     "figure3": charts.layers_mitigated,
     "figure4": heatmaps.changes,
     "deactivation": charts.deactivation,
+    "deletion": curves.deletion,
     "t2t_s2t": charts.plane,
-    "training": charts.training,
+    "training": curves.training,
+    "retention": curves.retention,
 }
+# Figures that a complete run may lack, with what is said in their place.
+OPTIONAL: dict[str, Callable[[Inputs], str]] = {"retention": curves.why_no_retention}
 
 
 def draw(name: str, inputs: Inputs) -> Drawing | None:
@@ -33,13 +37,22 @@ def draw(name: str, inputs: Inputs) -> Drawing | None:
         return FIGURES[name](inputs)
 
 
+def why_not(name: str, inputs: Inputs) -> str:
+    """Why `draw` has nothing for the figure called `name`."""
+    return OPTIONAL[name](inputs) if name in OPTIONAL else f"The figure “{name}” has no data."
+
+
 def write_figure(run: Path, name: str) -> list[Path]:
-    """Write `run`/figures/`name`.svg and .png and return their paths; none where the run has no data for it.
+    """Write `run`/figures/`name`.svg and .png and return their paths.
 
     Raises:
-        UserError: there is no such figure, or `run` is not a folder.
+        UserError: there is no such figure, the run has no data for it, or `run` is not a folder.
     """
-    return _write(run, name, read_inputs(run))
+    inputs = read_inputs(run)
+    paths = _write(run, name, inputs)
+    if not paths:
+        raise UserError(f"{run}: {why_not(name, inputs)}")
+    return paths
 
 
 def write_figures(run: Path) -> list[Path]:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,66 +16,46 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from palimpsest import paper
-from palimpsest.report import analysis_tables, evaluation_tables, structure_tables, summary, tables
-from palimpsest.report.figures import FIGURES, draw
+from palimpsest.report import analysis_tables, commands, evaluation_tables, structure_tables, summary, tables
+from palimpsest.report.figures import FIGURES, OPTIONAL, draw, why_not
 from palimpsest.report.formats import DASH, Table, to_csv, to_html, to_latex, to_markdown
 from palimpsest.report.inputs import (
-    MODALITY_NAMES,
     Inputs,
-    Sample,
     at,
     lora_rank,
     main_metric,
     main_reduction,
-    method_key,
-    method_name,
-    modality_key,
     read_inputs,
     task_name,
 )
+from palimpsest.report.recordings import read_recordings
+from palimpsest.report.samples import MAX_QUESTIONS, samples_of
 from palimpsest.report.style import Drawing, to_inline_svg
 from palimpsest.rundir import write_text
 
 TEMPLATES = Path(__file__).parent / "templates"
-MAX_QUESTIONS = 20  # of a task, whose answers are shown
-MAX_CHARACTERS = 600  # of one answer
 MAX_VALUE = 400  # characters of one provenance value
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One cell of the samples: what a model wrote, and whether it counted as right."""
-
-    response: str
-    verdict: str  # right | wrong | failed | unscored
-    cut: int  # characters not shown
-
-
-@dataclass(frozen=True)
-class Question:
-    """A question with the answers of every method (rows) by input (columns); None where there is none."""
-
-    text: str
-    gold: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, tuple[Answer | None, ...]], ...]
-
-
-def write_report(run: Path) -> Path:
+def write_report(run: Path, *, audio: bool = True) -> Path:
     """Write `run`/report.html from what the run directory holds and return its path.
 
-    Missing or damaged parts are named in the report, not raised. The same directory gives the same bytes.
+    Missing or damaged parts are named in the report, not raised. The same directory,
+    called from the same place, gives the same bytes.
+
+    Args:
+        audio: put recordings of the spoken questions shown into the page.
 
     Raises:
         UserError: `run` is not a folder.
     """
     path = run / "report.html"
-    page = render(read_inputs(run))
+    page = render(read_inputs(run), audio=audio)
     write_text(path, page.encode("utf-8", "replace").decode("utf-8"))  # JSON can hold lone surrogates
     return path
 
 
-def render(inputs: Inputs) -> str:
+def render(inputs: Inputs, *, audio: bool = True) -> str:
     """The page as text."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
@@ -87,15 +66,27 @@ def render(inputs: Inputs) -> str:
     )
     script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     drawings = {name: drawing for name in FIGURES if (drawing := draw(name, inputs)) is not None}
-    not_drawn = [f"The figure “{name}” has no data." for name in FIGURES if name not in drawings]
+    questions = samples_of(inputs)
+    recordings = read_recordings(inputs, questions, audio)
+    not_drawn = {name: why_not(name, inputs) for name in FIGURES if name not in drawings}
     return environment.get_template("report.html.j2").render(
         name=inputs.path.resolve().name,
+        run=inputs.path,
+        commands=commands,
         scale=summary.scale(inputs),
         points=summary.points_of(inputs),
-        missing=[*inputs.missing, *not_drawn],
+        missing=[
+            *inputs.missing,
+            *recordings.missing,
+            *(why for name, why in not_drawn.items() if name not in OPTIONAL),
+        ],
+        not_drawn=not_drawn,
         tables=tables_of(inputs),
         drawings=drawings,
-        samples={task_name(task): questions for task, questions in samples_of(inputs).items()},
+        samples=questions,
+        task_name=task_name,
+        recordings=recordings,
+        audio=audio,
         max_questions=MAX_QUESTIONS,
         metric=main_metric(inputs.results),
         provenance=_provenance(inputs),
@@ -159,60 +150,6 @@ def _ranks(inputs: Inputs) -> dict[str, int]:
         if rank is not None:
             ranks[method] = rank
     return ranks
-
-
-def samples_of(inputs: Inputs) -> dict[str, list[Question]]:
-    """The first questions of each task with the answers of every method, side by side."""
-    metric = main_metric(inputs.results)
-    tasks = sorted({task for _, task, _ in inputs.samples}, key=_task_order(inputs))
-    shown: dict[str, list[Question]] = {}
-    for task in tasks:
-        files = {(method, modality): rows for (method, of, modality), rows in inputs.samples.items() if of == task}
-        methods = sorted({method for method, _ in files}, key=method_key)
-        modalities = sorted({modality for _, modality in files}, key=modality_key)
-        by_id = {key: {row["id"]: row for row in rows} for key, rows in files.items()}
-        first: dict[str, Sample] = {}
-        for rows in files.values():
-            for row in rows:
-                first.setdefault(row["id"], row)
-        shown[task] = [
-            Question(
-                text=sample["question"],
-                gold=" · ".join(sample["answers"]),
-                columns=tuple(MODALITY_NAMES.get(modality, modality) for modality in modalities),
-                rows=tuple(
-                    (
-                        method_name(method),
-                        tuple(
-                            _answer(by_id.get((method, modality), {}).get(identifier), metric)
-                            for modality in modalities
-                        ),
-                    )
-                    for method in methods
-                ),
-            )
-            for identifier, sample in list(first.items())[:MAX_QUESTIONS]
-        ]
-    return shown
-
-
-def _task_order(inputs: Inputs) -> Callable[[str], tuple[int, str]]:
-    """Tasks in the order of the accuracy records."""
-    order = list(dict.fromkeys(row["task"] for row in inputs.results["qa"]))
-    return lambda task: (order.index(task) if task in order else len(order), task)
-
-
-def _answer(sample: Sample | None, metric: str) -> Answer | None:
-    if sample is None:
-        return None
-    if sample["failed"]:
-        verdict = "failed"
-    elif metric not in sample["verdicts"]:
-        verdict = "unscored"
-    else:
-        verdict = "right" if sample["verdicts"][metric] else "wrong"
-    response = sample["response"]
-    return Answer(response[:MAX_CHARACTERS], verdict, max(0, len(response) - MAX_CHARACTERS))
 
 
 def _provenance(inputs: Inputs) -> list[tuple[str, list[tuple[str, str]]]]:

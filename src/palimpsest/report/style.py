@@ -15,16 +15,19 @@ from html import escape
 
 import matplotlib
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from palimpsest.report.inputs import METHOD_ORDER
+from palimpsest.report.inputs import METHOD_ORDER, method_name
 
 INK = "#1c1e21"
 RULE = "#d4d7db"
 GREYS = ("#f2f3f5", "#c3c7cd", "#878d96", "#3d4249")  # four steps, told apart in print
 COLOR_MAP = "cividis"  # even in lightness, hence readable in grey
 WIDTH = 7.2  # inches, a two-column page
+LINE_HEIGHT = 2.9  # inches, of a figure with one row of line charts
 
 _RC = {
     "figure.facecolor": "none",
@@ -171,3 +174,22 @@ def power_of_ten() -> FuncFormatter:
 
 def no_labels() -> NullFormatter:
     return NullFormatter()
+
+
+def log_labels(axis: Axes) -> None:
+    """Powers of ten on the y axis, nothing between them."""
+    axis.yaxis.set_major_formatter(power_of_ten())
+    axis.yaxis.set_minor_formatter(no_labels())
+
+
+def model_legend(figure: Figure, models: Sequence[str], methods: Sequence[str]) -> None:
+    """A line under the figure: `models` by name, looks as everywhere among all `methods` of the run."""
+    marks = [look(model, methods) for model in models]
+    handles = [Line2D([], [], color=mark.color, marker=mark.marker, linestyle=mark.line) for mark in marks]
+    figure.legend(
+        handles,
+        [method_name(model) for model in models],
+        loc="outside lower center",
+        ncols=min(len(models), 6),
+        handlelength=3.5,
+    )

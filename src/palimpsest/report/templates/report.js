@@ -55,22 +55,30 @@ async function copy(text) {
   }
 }
 
+async function answer(button, text, what) {
+  const done = await copy(text);
+  document.getElementById("status").textContent = done ? `Copied ${what}.` : "The browser did not allow copying.";
+  if (done) {
+    button.classList.add("done");
+    setTimeout(() => button.classList.remove("done"), 1500);
+  }
+  button.focus();
+}
+
 for (const line of document.querySelectorAll(".copy")) {
   line.hidden = false;
-  line.addEventListener("click", async (event) => {
+  line.addEventListener("click", (event) => {
     const button = event.target.closest("button");
     if (!button) return;
     const source = line.parentElement.querySelector(`template[data-format="${button.dataset.format}"]`);
-    const done = await copy(source.content.textContent);
-    document.getElementById("status").textContent = done
-      ? `Copied as ${button.textContent}.`
-      : "The browser did not allow copying.";
-    if (done) {
-      button.classList.add("done");
-      setTimeout(() => button.classList.remove("done"), 1500);
-    }
-    button.focus();
+    answer(button, source.content.textContent, `as ${button.textContent}`);
   });
+}
+
+for (const button of document.querySelectorAll(".command button")) {
+  button.hidden = false;
+  const text = button.previousElementSibling.textContent;
+  button.addEventListener("click", () => answer(button, text, "the command"));
 }
 
 // On paper every part is open but the samples, which stay as the reader left them.
