@@ -85,7 +85,7 @@ def _answer(
 ) -> None:
     options = ws.config.evaluation
     inputs = {
-        "model": ws.model_inputs(name),
+        "model": ws.model_inputs(name, heard=modality == "speech"),
         "data": ws.fingerprint("data"),
         "task": task.name,
         "options": options.model_dump(include={"max_new_tokens", "batch_size"}),

@@ -30,6 +30,7 @@ class Models(_Strict):
     language_model: str
     encoder: str
     asr: str | None = None  # the cascade's recogniser; none: no cascade
+    adaptor: str | None = None  # a speech LLM whose adaptor every method starts from; none: a fresh one
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"  # "auto": CUDA if there is one, else CPU
 
@@ -199,6 +200,8 @@ class StudyConfig(_Strict):
         for name in self.methods:
             if name == "base" or not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"the method name {name!r} must be letters, digits, - and _, and not 'base'")
+        if self.models.adaptor is not None and self.speech.calibrate_adaptor:
+            raise ValueError("speech.calibrate_adaptor is for a fresh adaptor; that of models.adaptor brings its own")
         if self.evaluation.text_asr and self.models.asr is None:
             raise ValueError("evaluation.text_asr needs a recogniser; name one as models.asr")
         tasks = [task.name for task in self.evaluation.tasks]

@@ -1,20 +1,24 @@
-"""From a trained SpeechLM to folders that others load: the language model inside, the whole model, or the LoRA adapter.
+"""From a trained SpeechLM to folders that others load: the language model inside, the whole model, the LoRA adapter, or
+what was trained alone (a light SpeechLM).
 
 Every folder is written under a temporary name beside its place, then renamed, and has a model card (model_card.py).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palimpsest.model_card import Facts, Kind, model_card, study_of
-from palimpsest.models.loading import WEIGHT_FILES, is_speech_lm, load_speech_lm
+from palimpsest.models import light as light_folder
+from palimpsest.models.embedded import PREFIX
+from palimpsest.models.loading import is_speech_lm, load_speech_lm, resolve, weight_bytes
 from palimpsest.rundir import UserError, read_json, require_disk, write_json, write_text
 
 if TYPE_CHECKING:
@@ -42,6 +46,10 @@ def export(
     text_llm: Path | None = None,
     speech_lm: Path | None = None,
     adapter: Path | None = None,
+    light: Path | None = None,
+    language_model: str | None = None,
+    encoder: str | None = None,
+    sources: Path | None = None,
 ) -> list[str]:
     """Write the folders that are asked for and return a line about each.
 
@@ -51,18 +59,32 @@ def export(
         text_llm: the language model alone, with its tokenizer, for AutoModelForCausalLM and AutoTokenizer.
         speech_lm: the whole SpeechLM with its processor, for AutoModel(ForCausalLM) and AutoProcessor.
         adapter: the low-rank updates alone, for peft; LoRA methods only.
+        light: adaptor and low-rank updates beside the names of language model and encoder, for palimpsest; methods of
+            kind adaptor and lora only.
+        language_model, encoder: those names, for `light` from a checkpoint outside a run.
+        sources: JSON list of rows with `kind`, `utterances` and `licence`, and `voice` if known: what the training data
+            was made of, for the cards.
 
-    Both models end their answers where palimpsest ends them: the tokenizer's end of turn is added to the ids that end
-    generation, if it is not among them.
+    Both whole models end their answers where palimpsest ends them: the tokenizer's end of turn is added to the ids that
+    end generation, if it is not among them.
 
     Raises UserError, before anything is loaded or written, for a source without the method or the adapter, and for a
     target that is not empty.
     """
     checkpoint = find_checkpoint(source, method)
-    asked: dict[Kind, Path | None] = {"text_llm": text_llm, "speech_lm": speech_lm, "adapter": adapter}
+    asked: dict[Kind, Path | None] = {
+        "text_llm": text_llm, "speech_lm": speech_lm, "adapter": adapter, "light": light,
+    }  # fmt: skip
     wanted = {kind: folder.absolute() for kind, folder in asked.items() if folder is not None}
     _check(checkpoint, wanted)
     study = study_of(checkpoint.run, checkpoint.method)
+    made_of = [] if sources is None else read_sources(sources)
+    trained_on = study.get("models", {"language_model": language_model, "encoder": encoder})
+    if light is not None and None in (trained_on["language_model"], trained_on["encoder"]):
+        raise UserError(
+            f"{checkpoint.path} lies outside a run, which would tell what it was trained on; give --language-model "
+            "NAME and --encoder NAME."
+        )
     if set(wanted) != {"adapter"}:
         model, processor = load_speech_lm(checkpoint.path, dtype="auto")
         _set_end_ids(model.language_model, processor.tokenizer)
@@ -74,24 +96,30 @@ def export(
             write = partial(_write_text_llm, model.language_model, processor)
         elif kind == "speech_lm":
             write = partial(_write_speech_lm, model, processor)
+        elif kind == "light":
+            write = partial(_write_light, checkpoint, model, processor, trained_on)
         else:
             write = partial(_write_adapter, checkpoint, study.get("models", {}).get("language_model"))
         working = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         try:
             working.mkdir(parents=True)
             facts = write(working)
-            write_text(working / "README.md", model_card(kind, facts, study))
+            write_text(working / "README.md", model_card(kind, facts, study, made_of))
             if folder.exists():
                 folder.rmdir()  # empty, or the check would have refused it
             working.rename(folder)
         finally:
             shutil.rmtree(working, ignore_errors=True)
-        lines.append(f"{kind.replace('_', ' ')}: {folder} ({facts.n_parameters / 1e6:.1f} M parameters, {facts.dtype})")
+        n_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        size = f"{facts.n_parameters / 1e6:.1f} M parameters, {facts.dtype}, {n_bytes / 1e6:.1f} MB"
+        lines.append(f"{kind.replace('_', ' ')}: {folder} ({size})")
     return lines
 
 
 def find_checkpoint(source: Path, method: str | None = None) -> Checkpoint:
     """The checkpoint that `source` and `method` name. Raises UserError with the methods there are."""
+    if str(source).startswith(PREFIX):
+        source = Path(resolve(str(source)))
     if is_speech_lm(str(source)):
         if method is not None:
             raise UserError(f"{source} is one checkpoint; leave out --method, or give the run directory.")
@@ -115,7 +143,7 @@ def find_checkpoint(source: Path, method: str | None = None) -> Checkpoint:
 
 def _check(checkpoint: Checkpoint, wanted: dict[Kind, Path]) -> None:
     if not wanted:
-        raise UserError("Nothing to export was named; give --text-llm DIR, --speech-lm DIR or --adapter DIR.")
+        raise UserError("Nothing to export was named; give --text-llm DIR, --speech-lm, --adapter or --light.")
     if len(set(wanted.values())) < len(wanted):
         raise UserError("Two exports were given the same folder; give each a folder of its own.")
     for folder in wanted.values():
@@ -123,10 +151,25 @@ def _check(checkpoint: Checkpoint, wanted: dict[Kind, Path]) -> None:
             raise UserError(f"{folder} is there already and not empty; give a new folder.")
     if "adapter" in wanted and not (checkpoint.path / ADAPTER).exists():
         raise UserError(f"{checkpoint.path} has no adapter to export; only methods of kind lora have one.")
-    n_bytes = sum(file.stat().st_size for pattern in WEIGHT_FILES for file in checkpoint.path.glob(pattern))
+    if "light" in wanted and light_folder.is_light(checkpoint.path):
+        raise UserError(f"{checkpoint.path} is a light folder already; copy it.")
     for kind, folder in wanted.items():
-        if kind != "adapter":
-            require_disk(folder.parent, n_bytes, f"The export to {folder}")
+        if kind in ("text_llm", "speech_lm"):
+            require_disk(folder.parent, weight_bytes(str(checkpoint.path)), f"The export to {folder}")
+
+
+def read_sources(file: Path) -> list[dict[str, Any]]:
+    """The rows of --sources. Raises UserError for a file that is not such a list."""
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{file} cannot be read as JSON ({error}); --sources takes a list of what was trained on."
+        ) from error
+    keys = {"kind", "utterances", "licence"}
+    if not (isinstance(rows, list) and rows and all(isinstance(row, dict) and keys <= row.keys() for row in rows)):
+        raise UserError(f"{file} is no list of rows with kind, utterances and licence, which --sources takes.")
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,6 +218,39 @@ def _write_adapter(checkpoint: Checkpoint, base: str | None, folder: Path) -> Fa
             n_parameters += tensor.numel()
             dtypes.add(str(tensor.dtype).removeprefix("torch."))
     return Facts(n_parameters, " and ".join(sorted(dtypes)), config["peft_type"], chat=True, system=None)
+
+
+def _write_light(
+    checkpoint: Checkpoint, model: SpeechLM, processor: SpeechLMProcessor, names: Mapping[str, str], folder: Path
+) -> Facts:
+    from safetensors.torch import load_file
+
+    adapter = checkpoint.path / ADAPTER
+    step = checkpoint.path / "step.json"
+    trained = {"method": checkpoint.method, "fingerprint": read_json(step)["fingerprint"]} if step.exists() else {}
+    light_folder.write_light(
+        folder,
+        model,
+        processor,
+        language_model=names["language_model"],
+        encoder=names["encoder"],
+        adapter=adapter.parent if adapter.exists() else None,
+        trained=trained,
+    )
+    parts, matrices = "adaptor", [*load_file(folder / light_folder.ADAPTOR).values()]
+    if adapter.exists():
+        parts += f" and LoRA of rank {read_json(adapter)['r']}"
+        matrices += load_file(folder / light_folder.ADAPTER).values()
+    n_parameters = sum(matrix.numel() for matrix in matrices)
+    return Facts(
+        n_parameters,
+        "float16",
+        f"{parts} of a SpeechLM",
+        chat=True,
+        system=processor.style.system,
+        language_model=names["language_model"],
+        encoder=names["encoder"],
+    )
 
 
 def _facts(model: PreTrainedModel, processor: SpeechLMProcessor) -> Facts:

@@ -12,7 +12,7 @@ from palimpsest.workspace import Modality, Workspace, folder_of
 def perplexity_step(ws: Workspace, name: str) -> None:
     """NAME/perplexity/: losses-MODALITY.jsonl per example and records.json; speech of models that hear."""
     inputs = {
-        "model": ws.model_inputs(name),
+        "model": ws.model_inputs(name, heard=True),
         "features": ws.fingerprint("features"),
         "prompt": ws.config.prompt.model_dump(),
         "batch_size": ws.config.deactivation.batch_size,

@@ -6,7 +6,8 @@ Everything comes from the run directory; what the run does not say, the card doe
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +15,13 @@ import yaml
 
 import palimpsest
 from palimpsest.evaluation.scoring import PRIMARY
-from palimpsest.models.embedded import MODELS, PREFIX
+from palimpsest.models.embedded import MODELS, PREFIX, SHIPPED
 from palimpsest.rundir import read_json, read_jsonl
 
-Kind = Literal["text_llm", "speech_lm", "adapter"]
+Kind = Literal["text_llm", "speech_lm", "adapter", "light"]
 Study = dict[str, Any]
+Sources = Sequence[Mapping[str, Any]]
+HEARS = ("speech_lm", "light")
 
 WHAT = {
     "text_llm": "The language model inside a speech LLM, taken out unchanged: a plain Hugging Face causal LM.",
@@ -26,6 +29,8 @@ WHAT = {
     "or text.",
     "adapter": "The low-rank updates (LoRA) that speech training made to a language model. They change the language "
     "model alone: to hear, it also needs the encoder and the adaptor of the whole speech LLM.",
+    "light": "What speech training added to a language model, without the model itself: the adaptor and, if the model "
+    "was tuned, low-rank updates (LoRA). palimpsest makes the speech LLM of these, the language model and the encoder.",
 }
 METHODS = {
     "full": "all weights of the language model and the adaptor trained (Full-FT)",
@@ -33,8 +38,13 @@ METHODS = {
     "lora": "low-rank updates of the language model (LoRA, merged into its weights) and the adaptor trained",
     "adaptor": "the adaptor trained, the language model frozen",
 }
-PIPELINE = {"text_llm": "text-generation", "speech_lm": "audio-text-to-text", "adapter": "text-generation"}
-LIBRARY = {"text_llm": "transformers", "speech_lm": "palimpsest", "adapter": "peft"}
+PIPELINE = {
+    "text_llm": "text-generation",
+    "speech_lm": "audio-text-to-text",
+    "adapter": "text-generation",
+    "light": "audio-text-to-text",
+}
+LIBRARY = {"text_llm": "transformers", "speech_lm": "palimpsest", "adapter": "peft", "light": "palimpsest"}
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,9 @@ class Facts:
     architecture: str
     chat: bool  # the tokenizer has a chat template
     system: str | None  # the system turn of the study's prompts
+    # What it was trained on, of a checkpoint outside a run.
+    language_model: str | None = None
+    encoder: str | None = None
 
 
 def study_of(run: Path | None, method: str | None) -> Study:
@@ -67,18 +80,25 @@ def study_of(run: Path | None, method: str | None) -> Study:
     }
 
 
-def model_card(kind: Kind, facts: Facts, study: Study) -> str:
-    """The whole card as Markdown with YAML front matter."""
+def model_card(kind: Kind, facts: Facts, study: Study, sources: Sources = ()) -> str:
+    """The whole card as Markdown with YAML front matter.
+
+    sources: what the training data was made of: `kind`, `utterances`, `licence` and, if known, `voice` of each.
+    """
+    if study:
+        models = study["models"]
+        facts = replace(facts, language_model=models["language_model"], encoder=models["encoder"])
     title = f"{study['name']}: {study['method']}" if study else "Speech LLM"
     sections = [
-        _front_matter(kind, study),
+        _front_matter(kind, facts),
         f"# {title}",
         f"{WHAT[kind]} Written by palimpsest {palimpsest.__version__}.",
         _made_of(facts, study),
         _training(study),
+        _sources(sources),
         _measured(kind, study),
-        _loading(kind, facts, study),
-        _licences(kind, study),
+        _loading(kind, facts),
+        _licences(kind, facts, study, sources),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -98,6 +118,8 @@ class Part:
 def part(name: str) -> Part:
     """An `embedded:` model, a hub name, or a local folder, of which only the last part of the path is told."""
     if name.startswith(PREFIX):
+        if name.removeprefix(PREFIX) in SHIPPED:
+            return Part(f"`{name}`, which comes with palimpsest", None, "Apache-2.0")
         model = MODELS.get(name.removeprefix(PREFIX))
         if model is None:
             return Part(name, None, None)
@@ -121,8 +143,8 @@ def _without_path(source: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Sections
 # ---------------------------------------------------------------------------------------------------------------------
-def _front_matter(kind: Kind, study: Study) -> str:
-    base = part(study["models"]["language_model"]) if study else Part("", None, None)
+def _front_matter(kind: Kind, facts: Facts) -> str:
+    base = part(facts.language_model) if facts.language_model is not None else Part("", None, None)
     fields: dict[str, Any] = {"library_name": LIBRARY[kind], "pipeline_tag": PIPELINE[kind], "tags": ["palimpsest"]}
     if base.hub is not None:
         fields["base_model"] = base.hub
@@ -133,13 +155,17 @@ def _front_matter(kind: Kind, study: Study) -> str:
 
 def _made_of(facts: Facts, study: Study) -> str:
     rows = [("Architecture", f"{facts.architecture}, {facts.n_parameters / 1e6:.1f} M parameters, {facts.dtype}")]
+    if facts.language_model is not None:
+        rows.append(("Base model", part(facts.language_model).label))
+    if facts.encoder is not None:
+        rows.append(("Speech encoder", f"{part(facts.encoder).label}, frozen"))
     if study:
         method = study["methods"][study["method"]]
+        start = study["models"].get("adaptor")
         train = study["data"]["train"]
         count = f"{study['n_train']} questions of " if study["n_train"] else ""
         rows += [
-            ("Base model", part(study["models"]["language_model"]).label),
-            ("Speech encoder", f"{part(study['models']['encoder']).label}, frozen"),
+            ("Adaptor started from", "" if start is None else part(start).label),
             ("Method", f"`{study['method']}`: {METHODS.get(method['kind'], method['kind'])}"),
             ("Training data", f"{count}{_without_path(train['source'])}, split {train['split']}"),
             ("Voice of the questions", ", ".join(study["voices"])),
@@ -159,7 +185,7 @@ def _training(study: Study) -> str:
     recipe = {
         "seed": study.get("seed"),
         "prompt": study.get("prompt"),
-        "speech": study.get("speech"),
+        "speech": {key: value for key, value in (study.get("speech") or {}).items() if key != "feature_cache"},
         "methods": {study["method"]: method},
         "training": study.get("training"),
     }
@@ -171,7 +197,7 @@ def _measured(kind: Kind, study: Study) -> str:
     if not study:
         return ""
     # An adapter and a language model alone cannot hear, so only answers to text are theirs.
-    heard = kind == "speech_lm"
+    heard = kind in HEARS
     shown = {"base": ("text", "cascade" if heard else ""), study["method"]: ("text", "speech" if heard else "")}
     rows = [row for row in study["qa"] if row["metric"] == PRIMARY and row["modality"] in shown.get(row["method"], ())]
     if not rows:
@@ -189,13 +215,15 @@ def _measured(kind: Kind, study: Study) -> str:
     return "\n".join(["## Measured", "", note, "", *table])
 
 
-def _loading(kind: Kind, facts: Facts, study: Study) -> str:
+def _loading(kind: Kind, facts: Facts) -> str:
     if kind == "speech_lm":
         code = SPEECH_CODE
+    elif kind == "light":
+        code = LIGHT_CODE
     elif kind == "text_llm":
         code = CHAT_CODE if facts.chat else PLAIN_CODE
     else:
-        name = study["models"]["language_model"] if study else "BASE MODEL"
+        name = facts.language_model or "BASE MODEL"
         code = ADAPTER_CODE.replace("BASE", Path(name).name if _is_path(name) else name)
     if kind == "text_llm" and facts.system is not None and facts.chat:
         turn = f'{{"role": "system", "content": {json.dumps(facts.system, ensure_ascii=False)}}}, '
@@ -203,20 +231,27 @@ def _loading(kind: Kind, facts: Facts, study: Study) -> str:
     return f"## How to load it\n\n```python\n{code}```"
 
 
-def _licences(kind: Kind, study: Study) -> str:
-    if not study:
+def _sources(sources: Sources) -> str:
+    if not sources:
         return ""
-    named = [("Base model", study["models"]["language_model"])]
-    if kind == "speech_lm":
-        named.append(("Speech encoder", study["models"]["encoder"]))
-    lines = []
-    for what, name in named:
-        found = part(name)
-        lines.append(f"- {what}, {found.label}: {found.licence or 'not recorded in the run; see where it comes from'}")
-    source = study["data"]["train"]["source"]
-    licence = "Apache-2.0" if source == "facts" else "not recorded in the run; see where it comes from"
-    lines.append(f"- Training data, {_without_path(source)}: {licence}")
-    return "\n".join(["## Licences of what it was made of", "", *lines])
+    rows = [f"| {row['kind']} | {row.get('voice') or ''} | {row['utterances']} | {row['licence']} |" for row in sources]
+    return "\n".join(["## Training data", "", "| set | voice | utterances | licence |", "|---|---|---|---|", *rows])
+
+
+def _licences(kind: Kind, facts: Facts, study: Study, sources: Sources) -> str:
+    unknown = "not recorded in the run; see where it comes from"
+    named = [("Base model", facts.language_model)]
+    if kind in HEARS:
+        named.append(("Speech encoder", facts.encoder))
+    found = [(what, part(name)) for what, name in named if name is not None]
+    lines = [f"- {what}, {item.label}: {item.licence or unknown}" for what, item in found]
+    if sources:
+        sets = dict.fromkeys((row["kind"], row["licence"]) for row in sources)
+        lines += [f"- Training data, {name}: {licence}" for name, licence in sets]
+    elif study:
+        source = study["data"]["train"]["source"]
+        lines.append(f"- Training data, {_without_path(source)}: {'Apache-2.0' if source == 'facts' else unknown}")
+    return "\n".join(["## Licences of what it was made of", "", *lines]) if lines else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,6 +285,15 @@ from transformers import AutoModelForCausalLM, AutoProcessor
 path = "."  # this folder, or its name on the hub
 processor = AutoProcessor.from_pretrained(path)
 model = AutoModelForCausalLM.from_pretrained(path)
+wave, rate = soundfile.read("question.wav", dtype="float32")  # mono, 16 kHz, up to 30 s
+output = model.generate(**processor(audio=wave), max_new_tokens=64, do_sample=False)
+print(processor.tokenizer.decode(output[0], skip_special_tokens=True))
+"""
+
+LIGHT_CODE = """import soundfile
+from palimpsest import load_speech_lm
+
+model, processor = load_speech_lm(".")  # this folder
 wave, rate = soundfile.read("question.wav", dtype="float32")  # mono, 16 kHz, up to 30 s
 output = model.generate(**processor(audio=wave), max_new_tokens=64, do_sample=False)
 print(processor.tokenizer.decode(output[0], skip_special_tokens=True))

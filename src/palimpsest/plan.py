@@ -337,10 +337,10 @@ def _processor(config: StudyConfig) -> Any:
     """The prompts' processor, if the language model's tokenizer is on this machine or can be had."""
     from transformers import AutoTokenizer, WhisperFeatureExtractor
 
-    from palimpsest.models.loading import resolve
+    from palimpsest.models.loading import text_source
     from palimpsest.models.processor import PromptStyle, SpeechLMProcessor
 
-    where = resolve(config.models.language_model)
+    where = text_source(config.models.language_model)
     if not Path(where).is_dir():
         return None
     return SpeechLMProcessor(

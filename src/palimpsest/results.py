@@ -50,7 +50,10 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
                 asked = "cascade" if (name, modality) == ("base", "text_asr") else modality
                 file = folder / "samples" / f"{task.name}-{asked}" / "samples.jsonl"
                 # In what modalities a model is asked is the recipe's to say; a file may be left from an earlier one.
-                deaf = modality == "speech" and name != "base" and config.methods[name].modality == "text"
+                base_is_deaf = config.models.adaptor is None
+                deaf = modality == "speech" and (
+                    base_is_deaf if name == "base" else config.methods[name].modality == "text"
+                )
                 if deaf or not file.exists():
                     continue
                 _, rows = read_finished(file)

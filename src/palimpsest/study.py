@@ -52,7 +52,7 @@ class Study:
         per_task_base = 2 if config.models.asr else 1  # text, cascade
         asked = sum(2 if method.modality == "speech" else 1 for method in config.methods.values())
         n_steps = 7 + (3 + per_task_base * n_tasks) + 4 * len(config.methods) + asked * n_tasks
-        n_steps += (1 + len(config.methods)) * config.evaluation.probe
+        n_steps += (1 + len(config.methods)) * config.evaluation.probe + (config.models.adaptor is not None) * n_tasks
         n_steps += len(config.methods) * n_tasks * config.evaluation.text_asr
         self.config = config
         self.ws = Workspace(config, folder, reporter or Reporter(n_steps, quiet=not is_main()))
@@ -73,6 +73,8 @@ class Study:
         probe(self.ws, BASE)
         for task in self.config.evaluation.tasks:
             answers(self.ws, BASE, task, "text")
+            if self.ws.hears(BASE):
+                answers(self.ws, BASE, task, "speech")
             if self.config.models.asr:
                 cascade(self.ws, task)
         for name in self.config.methods:
@@ -107,6 +109,7 @@ class Study:
             for i, name in enumerate(used):
                 resolve(name)  # converts an embedded model on its first use
                 advance(i + 1, len(used))
+        self.ws.require_adaptor()
         self.ws.require_disk()
         write_text(self.ws.dir.path / "study.yaml", dump_config(self.config))
 
@@ -222,7 +225,7 @@ class Study:
     def deactivation(self, name: str) -> None:
         """NAME/deactivation/: perplexity of held-out answers with the top, bottom and random weights set to zero."""
         inputs = {
-            "model": self.ws.model_inputs(name),
+            "model": self.ws.model_inputs(name, heard=True),
             "importance": self.ws.fingerprint(f"{folder_of(name)}/importance"),
             "reduction": self.config.importance.reduction,
             "features": self.ws.fingerprint("features"),
@@ -240,7 +243,7 @@ class Study:
             collators = {modality: self.ws.collator(modality, "heldout") for modality in modalities}
             records = deactivation_records(
                 name,
-                self.ws.base if name == BASE else self.ws.speech_lm(name),
+                self.ws.base if name == BASE and not self.ws.hears(BASE) else self.ws.speech_lm(name),
                 self.ws.scores(name).tensors(reduction),
                 {
                     modality: partial(batches, collator, heldout, options.batch_size, self.ws.device)
@@ -270,6 +273,7 @@ class Study:
             "method": method.model_dump(),
             "training": options.model_dump(),
             "seeds": [self.ws.seed("adaptor"), self.ws.seed("train")],
+            **self.ws.adaptor_inputs,
         }
         if method.kind == "layer_lr":
             inputs["scores"] = self.ws.fingerprint(f"{BASE}/importance")

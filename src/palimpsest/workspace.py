@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from palimpsest.importance.scores import Scores
     from palimpsest.models.processor import SpeechLMProcessor
     from palimpsest.models.speech_lm import SpeechLM
+    from palimpsest.models.trained_adaptor import TrainedAdaptor
     from palimpsest.training.held_out import HeldOut
     from palimpsest.training.settings import Settings
 
@@ -152,8 +153,10 @@ class Workspace:
         return {g: dict(Counter(row["reason"] for row in rows if row["split"] == g)) for g in sorted(groups)}
 
     def hears(self, name: str) -> bool:
-        """Whether a model can be asked in speech: not the base, which has no adaptor, nor one tuned on text alone."""
-        return name != BASE and self.config.methods[name].modality == "speech"
+        """Whether a model can be asked in speech: the base if the recipe names an adaptor, not one tuned on text."""
+        if name == BASE:
+            return self.config.models.adaptor is not None
+        return self.config.methods[name].modality == "speech"
 
     def collator(self, modality: Modality, group: str) -> Collator:
         features = Features(self.dir.path / "features" / group) if modality == "speech" else None
@@ -205,14 +208,14 @@ class Workspace:
 
     @cached_property
     def processor(self) -> SpeechLMProcessor:
-        from transformers import AutoTokenizer, WhisperFeatureExtractor
+        from transformers import WhisperFeatureExtractor
 
-        from palimpsest.models.loading import resolve
+        from palimpsest.models.loading import load_tokenizer, resolve
         from palimpsest.models.processor import PromptStyle, SpeechLMProcessor
 
         speech, prompt = self.config.speech, self.config.prompt
         return SpeechLMProcessor(
-            AutoTokenizer.from_pretrained(resolve(self.config.models.language_model)),
+            load_tokenizer(self.config.models.language_model),
             WhisperFeatureExtractor.from_pretrained(resolve(self.config.models.encoder)),
             stack_factor=speech.stack_factor,
             speech_length=speech.length,
@@ -226,16 +229,36 @@ class Workspace:
         models = self.config.models
         return load_language_model(models.language_model, dtype=models.dtype, device=self.device)[0]
 
+    @cached_property
+    def adaptor(self) -> TrainedAdaptor | None:
+        """What every method starts from, if the recipe names one."""
+        from palimpsest.models.trained_adaptor import read_adaptor
+
+        source = self.config.models.adaptor
+        return None if source is None else read_adaptor(source)
+
+    def require_adaptor(self) -> None:
+        """An adaptor that does not fit the study is told before the long work."""
+        if self.adaptor is not None:
+            from palimpsest.models.trained_adaptor import require_fit
+
+            require_fit(self.adaptor, self.config.models, self.config.speech)
+
     def new_speech_lm(self) -> SpeechLM:
-        """The base language model behind a fresh adaptor, the same for every method."""
-        from palimpsest.models.loading import load_encoder, load_language_model
+        """The base language model behind the adaptor that every method starts from: a fresh one, or models.adaptor."""
+        from palimpsest.models.loading import load_language_model
+
+        models = self.config.models
+        self.__dict__.pop("base", None)  # training needs the room; read again when asked for
+        self.forget()
+        return self._behind_adaptor(load_language_model(models.language_model, dtype=models.dtype)[0])
+
+    def _behind_adaptor(self, language_model: PreTrainedModel) -> SpeechLM:
+        from palimpsest.models.loading import load_encoder
         from palimpsest.models.speech_lm import SpeechLM
 
         models, speech = self.config.models, self.config.speech
-        self.__dict__.pop("base", None)  # training needs the room; read again when asked for
-        self.forget()
         encoder, _ = load_encoder(models.encoder, dtype=models.dtype)
-        language_model, _ = load_language_model(models.language_model, dtype=models.dtype)
         model = SpeechLM.from_parts(
             encoder,
             language_model,
@@ -244,7 +267,9 @@ class Workspace:
             speech_length=speech.length,
             seed=self.seed("adaptor"),
         )
-        if speech.calibrate_adaptor:
+        if self.adaptor is not None:
+            model.adaptor.load_state_dict(self.adaptor.tensors)
+        elif speech.calibrate_adaptor:
             import torch
 
             features = Features(self.dir.path / "features" / "train")
@@ -263,8 +288,12 @@ class Workspace:
         gc.collect()
 
     def speech_lm(self, name: str) -> SpeechLM:
+        """A trained model, or the base behind the adaptor of the recipe."""
         from palimpsest.models.loading import load_speech_lm
 
+        if name == BASE and (self._tuned is None or self._tuned[0] != BASE):
+            self.forget()
+            self._tuned = (BASE, self._behind_adaptor(self.base).eval())
         if self._tuned is None or self._tuned[0] != name:
             self.forget()
             folder = self.dir.path / "methods" / name / "checkpoint"
@@ -298,16 +327,22 @@ class Workspace:
     def encoder_hash(self) -> str:
         return self.model_hash(self.config.models.encoder)
 
+    @property
+    def adaptor_inputs(self) -> dict[str, str]:
+        """Nothing without models.adaptor, so that what was made before there was the key keeps its fingerprint."""
+        return {} if self.adaptor is None else {"adaptor": self.adaptor.fingerprint, "encoder": self.encoder_hash}
+
     @staticmethod
     def model_hash(name: str) -> str:
         from palimpsest.models.loading import fingerprint
 
         return fingerprint(name)
 
-    def model_inputs(self, name: str) -> dict[str, Any]:
+    def model_inputs(self, name: str, heard: bool = False) -> dict[str, Any]:
+        """What identifies a model; `heard`: as it is when asked in speech, which makes a difference for the base."""
         dtype = self.config.models.dtype
         if name == BASE:
-            return {"base": self.base_hash, "dtype": dtype}
+            return {"base": self.base_hash, "dtype": dtype, **(self.adaptor_inputs if heard else {})}
         return {"checkpoint": self.fingerprint(f"methods/{name}/checkpoint"), "dtype": dtype}
 
     def provenance(self, started: float) -> dict[str, Any]:
@@ -324,6 +359,7 @@ class Workspace:
                 },
                 "encoder": {"name": models.encoder, "hash": self.encoder_hash},
                 "asr": {"name": models.asr},
+                **({} if self.adaptor is None else {"adaptor": {"name": models.adaptor, **self.adaptor_inputs}}),
             },
             "data": {
                 name: {

@@ -19,12 +19,33 @@ def export(
     text_llm: Annotated[Path | None, typer.Option(help="New folder for the language model alone.")] = None,
     speech_lm: Annotated[Path | None, typer.Option(help="New folder for the whole speech LLM.")] = None,
     adapter: Annotated[Path | None, typer.Option(help="New folder for the LoRA adapter alone.")] = None,
+    light: Annotated[
+        Path | None,
+        typer.Option(help="New folder for adaptor and LoRA, beside the names of what they were trained on."),
+    ] = None,
+    language_model: Annotated[
+        str | None, typer.Option(help="With --light, of a checkpoint outside a run: its language model.")
+    ] = None,
+    encoder: Annotated[str | None, typer.Option(help="Likewise its speech encoder.")] = None,
+    sources: Annotated[
+        Path | None, typer.Option(help="JSON list of what the training data was made of, with licences, for the cards.")
+    ] = None,
 ) -> None:
-    """Write a trained model as plain Hugging Face folders, each with a model card.
+    """Write a trained model as plain Hugging Face folders, or as a light folder, each with a model card.
 
     Example: palimpsest export runs/demo --method lora --text-llm lora-text --speech-lm lora-speech
     """
     from palimpsest.export import export as write
 
-    for line in write(source, method=method, text_llm=text_llm, speech_lm=speech_lm, adapter=adapter):
+    for line in write(
+        source,
+        method=method,
+        text_llm=text_llm,
+        speech_lm=speech_lm,
+        adapter=adapter,
+        light=light,
+        language_model=language_model,
+        encoder=encoder,
+        sources=sources,
+    ):
         typer.echo(line)

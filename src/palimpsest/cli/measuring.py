@@ -25,14 +25,19 @@ class Precision(StrEnum):
 
 @app.command()
 def ask(
-    model: Annotated[str, typer.Option(help="Folder of a speech LLM, e.g. runs/demo/methods/lora/checkpoint.")],
+    model: Annotated[
+        str,
+        typer.Option(help="Folder of a speech LLM, e.g. runs/demo/methods/lora/checkpoint; for text, any causal LM."),
+    ] = "embedded:smollm2-135m-speech",
     audio: Annotated[Path | None, typer.Option(help="The question as a recording (wav, flac, …; up to 30 s).")] = None,
     text: Annotated[str | None, typer.Option(help="The question as text.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
 ) -> None:
     """Ask a speech LLM one question, as speech or as text; any causal LM answers text.
 
-    Example: palimpsest ask --model runs/demo/methods/lora/checkpoint --audio question.wav
+    Without --model it is the small speech LLM that comes with palimpsest.
+
+    Example: palimpsest ask --audio question.wav
     """
     from palimpsest.ask import answer
 

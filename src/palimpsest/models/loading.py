@@ -1,4 +1,7 @@
-"""One way to load a model: by `embedded:` name, by local folder, or by hub name."""
+"""One way to load a model: by `embedded:` name, by local folder, or by hub name.
+
+A SpeechLM's folder is a whole checkpoint or a light one (light.py); both are taken wherever a SpeechLM is.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import safe_open
 
-from palimpsest.models import embedded
+from palimpsest.models import embedded, light
 from palimpsest.models.anatomy import layer_index
 from palimpsest.rundir import UserError, hash_file, hash_value, read_json
 
@@ -32,6 +35,8 @@ def resolve(name: str) -> str:
     if name.startswith(embedded.PREFIX):
         return str(embedded.checkpoint(name))
     path = Path(name)
+    if light.is_light(path):
+        return str(path)
     if path.is_dir():
         if not (path / "config.json").exists():
             raise UserError(f"{path} has no config.json; give the folder of a Hugging Face checkpoint.")
@@ -50,6 +55,9 @@ def fingerprint(name: str) -> str:
     where = resolve(name)
     folder = Path(where)
     if folder.is_dir():
+        if light.is_light(folder):  # which names its files and the models under it by their hashes
+            light.read_light(folder)
+            return hash_file(folder / light.FILE)
         files = sorted(f for pattern in ("config.json", *WEIGHT_FILES) for f in folder.glob(pattern))
         return hash_value([[file.name, hash_file(file)] for file in files])
     from transformers import AutoConfig
@@ -57,9 +65,30 @@ def fingerprint(name: str) -> str:
     return hash_value([where, _from_pretrained(AutoConfig, where)._commit_hash])
 
 
+def text_source(name: str) -> str:
+    """Where the config, the tokenizer and most weights of a language model are: of a light SpeechLM, its base model."""
+    where = resolve(name)
+    return text_source(light.read_light(Path(where)).language_model.name) if light.is_light(Path(where)) else where
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a language model or SpeechLM."""
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, text_source(name))
+
+
+def embedding_width(name: str) -> int:
+    """Numbers per token in a language model's embedding, from its config."""
+    from transformers import AutoConfig
+
+    config = _from_pretrained(AutoConfig, text_source(name)).get_text_config()
+    return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
+
+
 def weight_bytes(name: str) -> int:
     """Size of the weights on disk (local folders), or by the config's count of float32 numbers (hub)."""
-    where = resolve(name)
+    where = text_source(name)
     if Path(where).is_dir():
         return sum(file.stat().st_size for pattern in WEIGHT_FILES for file in Path(where).glob(pattern))
     import torch
@@ -94,9 +123,9 @@ class StoredLanguageModel(Mapping[str, "Tensor"]):
 
 def is_speech_lm(name: str) -> bool:
     path = Path(name)
-    return (path / "config.json").exists() and read_json(path / "config.json").get(
-        "model_type"
-    ) == "palimpsest_speech_lm"
+    return light.is_light(path) or (
+        (path / "config.json").exists() and read_json(path / "config.json").get("model_type") == "palimpsest_speech_lm"
+    )
 
 
 def model_kind(where: str) -> Literal["speech_lm", "audio_llm", "language_model"]:
@@ -188,7 +217,7 @@ def load_encoder(name: str, *, dtype: torch.dtype | str = "float32", device: str
 def load_speech_lm(
     folder: str | Path, *, dtype: torch.dtype | str = "float32", device: str = "cpu"
 ) -> tuple[SpeechLM, SpeechLMProcessor]:
-    """(SpeechLM in eval mode, its processor) from a folder written by `save_pretrained` of both."""
+    """(SpeechLM in eval mode, its processor) from a folder written by `save_pretrained` of both, or a light one."""
     from palimpsest.models.processor import SpeechLMProcessor
     from palimpsest.models.speech_lm import SpeechLM
 
@@ -197,6 +226,8 @@ def load_speech_lm(
         raise UserError(
             f"{folder} is not a speech LLM written by palimpsest; give a methods/NAME/checkpoint folder of a run."
         )
+    if light.is_light(Path(where)):
+        return light.load_light(Path(where), dtype=dtype, device=device)
     model = _from_pretrained(SpeechLM, where, dtype=dtype).to(device).eval()
     return model, _from_pretrained(SpeechLMProcessor, where)
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from palimpsest.models.anatomy import scored_parameters
-from palimpsest.models.loading import resolve
+from palimpsest.models.loading import text_source
 from palimpsest.rundir import UserError, read_json
 from palimpsest.training.budget import Decoder, Encoder
 
@@ -139,7 +139,7 @@ def _last_part(name: str) -> str:
 
 
 def _load(kind: Any, name: str) -> Any:
-    where = resolve(name)
+    where = text_source(name)
     try:
         return kind.from_pretrained(where)
     except (OSError, ValueError) as error:

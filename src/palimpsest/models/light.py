@@ -1,0 +1,220 @@
+"""A light SpeechLM: only what was trained, beside the names and hashes of the models it was trained on.
+
+    light.json            language model and encoder (name, content hash), prompt, hashes of the two files below
+    adaptor.safetensors   the adaptor: matrices float16, biases and the buffers of its calibration float32
+    adapter/              the low-rank updates in PEFT's format, float16, of a method of kind lora
+
+`load_speech_lm` composes the SpeechLM again: language model, low-rank updates merged, encoder, adaptor. Another
+language model or encoder than the one trained on is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from palimpsest.rundir import UserError, hash_file, read_json, write_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from palimpsest.models.processor import SpeechLMProcessor
+    from palimpsest.models.speech_lm import SpeechLM
+
+FILE, ADAPTOR = "light.json", "adaptor.safetensors"
+ADAPTER = Path("adapter", "adapter_model.safetensors")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model the SpeechLM is composed of: `name` as for `load_language_model` or `load_encoder`."""
+
+    name: str
+    content: str  # content_hash of its parameters
+
+
+@dataclass(frozen=True)
+class Light:
+    """The contents of light.json."""
+
+    language_model: Part
+    encoder: Part
+    dtype: Literal["float32", "bfloat16"]  # that it was trained in
+    stack_factor: int
+    speech_length: Literal["trim", "pad_to_30s"]
+    system: str | None  # of the prompts
+    speech_instruction: str
+    files: Mapping[str, str]  # name → SHA-256
+    trained: Mapping[str, Any]  # method and fingerprint of the training step, where they are known
+
+
+def is_light(folder: Path) -> bool:
+    return (folder / FILE).exists()
+
+
+def content_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of names, shapes and values rounded to bfloat16, in order of the names.
+
+    Rounded, so that a model has one hash whether it is kept or loaded in float32 or bfloat16 (or came from float16).
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+def read_light(folder: Path) -> Light:
+    """light.json, after the files it names were found to be whole. Raises UserError."""
+    try:
+        values = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        parts = {key: Part(**values[key]) for key in ("language_model", "encoder")}
+        light = Light(**{**values, **parts})
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / FILE} is damaged or of another version of palimpsest ({type(error).__name__}: {error}); "
+            "copy the folder again."
+        ) from error
+    for name, expected in light.files.items():
+        if not (folder / name).exists() or hash_file(folder / name) != expected:
+            raise UserError(f"{folder / name} is not the file that {FILE} describes; copy the folder again.")
+    return light
+
+
+def load_light(
+    folder: Path, *, dtype: torch.dtype | str = "float32", device: str = "cpu"
+) -> tuple[SpeechLM, SpeechLMProcessor]:
+    """(SpeechLM in eval mode, its processor); dtype "auto" is the one it was trained in.
+
+    Raises UserError for damaged files, and for a language model or encoder with other weights than trained on.
+    """
+    from safetensors.torch import load_file
+
+    from palimpsest.models.loading import load_encoder, load_language_model
+    from palimpsest.models.processor import PromptStyle, SpeechLMProcessor
+    from palimpsest.models.speech_lm import SpeechLM
+
+    light = read_light(folder)
+    dtype = light.dtype if dtype == "auto" else dtype
+    language_model, tokenizer = load_language_model(light.language_model.name, dtype=dtype)
+    _require_same(folder, "language model", light.language_model, language_model)
+    encoder, feature_extractor = load_encoder(light.encoder.name, dtype=dtype)
+    _require_same(folder, "encoder", light.encoder, encoder)
+    if (folder / ADAPTER).exists():
+        language_model = merged(language_model, folder / ADAPTER.parent)
+    adaptor = load_file(folder / ADAPTOR)
+    model = SpeechLM.from_parts(
+        encoder,
+        language_model,
+        stack_factor=light.stack_factor,
+        adaptor_hidden_size=len(adaptor["linear1.bias"]),
+        speech_length=light.speech_length,
+    )
+    model.adaptor.load_state_dict(adaptor)
+    style = PromptStyle(light.system, light.speech_instruction)
+    processor = SpeechLMProcessor(tokenizer, feature_extractor, light.stack_factor, light.speech_length, style)
+    return model.to(device).eval(), processor
+
+
+def _require_same(folder: Path, what: str, part: Part, model: nn.Module) -> None:
+    if content_hash(model.named_parameters()) != part.content:
+        raise UserError(f"{folder} was trained with another {what} than {part.name} is here: the weights differ.")
+
+
+def merged(language_model: Any, adapter: Path) -> Any:
+    """The language model with the low-rank updates of a PEFT folder in its weights; changes it in place."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(language_model, str(adapter)).merge_and_unload()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+def write_light(
+    folder: Path,
+    model: SpeechLM,
+    processor: SpeechLMProcessor,
+    *,
+    language_model: str,
+    encoder: str,
+    adapter: Path | None,
+    trained: Mapping[str, Any],
+) -> None:
+    """What `model` has learned, into `folder`, which exists and is empty.
+
+    language_model, encoder: names of what it was trained on; adapter: the PEFT folder of its training, if it has one.
+    Raises UserError unless those, with the low-rank updates merged, are the model's own.
+    """
+    from safetensors.torch import load_file, save_file
+
+    from palimpsest.models.loading import load_encoder, load_language_model
+
+    dtype: torch.dtype = model.dtype
+    base, _ = load_language_model(language_model, dtype=dtype)
+    heard, _ = load_encoder(encoder, dtype=dtype)
+    parts = {
+        "language_model": Part(language_model, content_hash(base.named_parameters())),
+        "encoder": Part(encoder, content_hash(heard.named_parameters())),
+    }
+    if content_hash(model.encoder.named_parameters()) != parts["encoder"].content:
+        raise UserError(f"The encoder of the checkpoint is not {encoder}; name the one it was trained with.")
+    _require_made_of(model.language_model, base if adapter is None else merged(base, adapter), language_model, adapter)
+
+    save_file({name: _stored(tensor) for name, tensor in model.adaptor.state_dict().items()}, folder / ADAPTOR)
+    files = [ADAPTOR]
+    if adapter is not None:
+        (folder / ADAPTER).parent.mkdir()
+        updates = load_file(adapter / ADAPTER.name)
+        save_file({name: _stored(tensor) for name, tensor in updates.items()}, folder / ADAPTER)
+        config = read_json(adapter / "adapter_config.json")
+        write_json(
+            folder / ADAPTER.parent / "adapter_config.json", {**config, "base_model_name_or_path": language_model}
+        )
+        files.append(ADAPTER.as_posix())
+    light = Light(
+        **parts,
+        dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        stack_factor=model.config.stack_factor,
+        speech_length=model.config.speech_length,
+        system=processor.style.system,
+        speech_instruction=processor.style.speech_instruction,
+        files={name: hash_file(folder / name) for name in files},
+        trained=trained,
+    )
+    write_json(folder / FILE, asdict(light))
+
+
+def _stored(tensor: Tensor) -> Tensor:
+    """Matrices in float16. What is small stays float32: 1/σ of a feature that hardly varies is beyond float16."""
+    import torch
+
+    return tensor.detach().to("cpu", torch.float16 if tensor.ndim == 2 else torch.float32).contiguous()
+
+
+def _require_made_of(trained: Any, expected: Any, name: str, adapter: Path | None) -> None:
+    """Raise UserError unless the weights are the same up to rounding, where merging on another machine may differ."""
+    import torch
+
+    weights = dict(expected.named_parameters())
+    for key, tensor in trained.named_parameters():
+        other = weights.get(key)
+        if other is not None and other.shape == tensor.shape:
+            step = 2 * torch.finfo(tensor.dtype).eps
+            if torch.allclose(tensor, other, rtol=step, atol=step * float(other.detach().abs().max())):
+                continue
+        updates = "" if adapter is None else " with the low-rank updates beside the checkpoint"
+        raise UserError(
+            f"The language model of the checkpoint is not {name}{updates} ({key} differs), so it has no light form; "
+            "only methods of kind adaptor and lora have one."
+        )

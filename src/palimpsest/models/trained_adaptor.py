@@ -1,0 +1,104 @@
+"""The adaptor of a trained speech LLM, for a study that starts from it (`models.adaptor`)."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from palimpsest.models import light
+from palimpsest.models.loading import embedding_width, is_speech_lm, load_encoder, resolve
+from palimpsest.rundir import UserError, hash_value, read_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from palimpsest.config import Models, Speech
+
+
+@dataclass(frozen=True)
+class TrainedAdaptor:
+    """An adaptor's weights and calibration, and what it was trained behind. Widths count numbers."""
+
+    source: str
+    tensors: dict[str, Tensor]  # by name in SpeechAdaptor, float32
+    stack_factor: int
+    speech_length: Literal["trim", "pad_to_30s"]
+    encoder: str  # content_hash of the encoder
+
+    @property
+    def hidden(self) -> int:
+        return len(self.tensors["linear1.bias"])
+
+    @property
+    def output(self) -> int:
+        return len(self.tensors["linear2.bias"])
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights to the last bit, with what decides how they are used."""
+        values = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in self.tensors.items()}
+        return hash_value([values, self.stack_factor, self.speech_length])
+
+
+def read_adaptor(source: str) -> TrainedAdaptor:
+    """From a SpeechLM's folder, full or light, or an `embedded:` name. Raises UserError for anything else."""
+    from safetensors.torch import load_file
+
+    where = resolve(source)
+    folder = Path(where)
+    if not is_speech_lm(where):
+        raise UserError(
+            f"models.adaptor: {source} is no speech LLM; give a methods/NAME/checkpoint folder of a run, a folder that "
+            "`palimpsest export --light` wrote, or an embedded: name."
+        )
+    if light.is_light(folder):
+        settings = light.read_light(folder)
+        tensors = {name: tensor.float() for name, tensor in load_file(folder / light.ADAPTOR).items()}
+        return TrainedAdaptor(source, tensors, settings.stack_factor, settings.speech_length, settings.encoder.content)
+    config = read_json(folder / "config.json")
+    stored = _read_parts(folder, ("adaptor.", "encoder."))
+    return TrainedAdaptor(
+        source,
+        {name: tensor.float() for name, tensor in stored["adaptor."].items()},
+        config["stack_factor"],
+        config["speech_length"],
+        light.content_hash(stored["encoder."].items()),
+    )
+
+
+def _read_parts(folder: Path, prefixes: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
+    from safetensors import safe_open
+
+    parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
+    for path in sorted(folder.glob("*.safetensors")):
+        file: Any
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (no mapping)
+                for prefix in prefixes:
+                    if key.startswith(prefix):
+                        parts[prefix][key.removeprefix(prefix)] = file.get_tensor(key)
+    return parts
+
+
+def require_fit(adaptor: TrainedAdaptor, models: Models, speech: Speech) -> None:
+    """Raise UserError, naming the recipe's key, unless the adaptor fits the study of these two sections."""
+    source = f"models.adaptor: {adaptor.source}"
+    wanted = {
+        "speech.stack_factor": (speech.stack_factor, adaptor.stack_factor),
+        "speech.length": (speech.length, adaptor.speech_length),
+        "speech.adaptor_hidden_size": (speech.adaptor_hidden_size, adaptor.hidden),
+    }
+    for key, (given, trained) in wanted.items():
+        if given != trained:
+            raise UserError(f"{source} was trained with {key} {trained}, the recipe has {given}; set it to {trained}.")
+    width = embedding_width(models.language_model)
+    if width != adaptor.output:
+        raise UserError(
+            f"{source} speaks to a language model of width {adaptor.output}, {models.language_model} has {width}; use "
+            "the language model it was trained for."
+        )
+    encoder, _ = load_encoder(models.encoder)
+    if light.content_hash(encoder.named_parameters()) != adaptor.encoder:
+        raise UserError(f"{source} was trained behind another encoder than {models.encoder}; use that one.")
