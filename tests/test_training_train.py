@@ -13,7 +13,7 @@ from palimpsest.data.records import Example
 from palimpsest.models.speech_lm import SpeechLM
 from palimpsest.rundir import UserError
 from palimpsest.training.methods import Method
-from palimpsest.training.train import AdaptorFirst, Settings, n_steps, train
+from palimpsest.training.train import AdaptorFirst, Align, Settings, n_steps, train
 from spoken import spoken
 from tiny import tiny_speech_lm
 
@@ -72,6 +72,8 @@ FIRST = AdaptorFirst(epochs=1, learning_rate=1e-2, target="repeat")
         ("lora", replace(SETTINGS, adaptor_first=FIRST), 3, 3),  # in the adaptor's phase of 3 steps
         ("lora", replace(BUDGET, adaptor_first=FIRST), 3, 3),  # in the first step of the method's phase
         ("full", replace(SETTINGS, adaptor_first=FIRST), 8, 8),  # deep in the method's phase
+        ("lora", replace(SETTINGS, align=Align(epochs=2), adaptor_first=FIRST), 1, 1),  # in the alignment
+        ("full", replace(SETTINGS, align=Align(epochs=2)), 7, 7),  # after it
     ],
 )
 def test_interrupted_and_resumed_gives_the_same_weights(

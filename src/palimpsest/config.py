@@ -129,6 +129,11 @@ class AdaptorFirst(_Strict):
     instruction: str = "Repeat what is said in the speech."  # beside the speech, with target repeat
 
 
+class Align(_Strict):
+    epochs: int = Field(4, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+
+
 class Training(_Strict):
     epochs: float = Field(3.0, gt=0)
     batch_size: int = Field(32, ge=1)
@@ -144,6 +149,7 @@ class Training(_Strict):
     liger: bool | Literal["auto"] = "auto"  # head and loss in one kernel; auto: where it is installed, on CUDA
     eval_every: int | None = Field(None, ge=1)  # optimizer steps between perplexities of data.heldout
     report_to: tuple[str, ...] = ()  # loggers of transformers, such as tensorboard and wandb
+    align: Align | None = None  # the adaptor's outputs with the embeddings of the words, before all else
     adaptor_first: AdaptorFirst | None = None  # a phase of its own for the adaptor, before the method
 
 

@@ -287,7 +287,7 @@ class Study:
 
             scales, trained, settings = None, Method(**method.model_dump()), self.ws.settings
             if method.modality == "text":  # written questions pass by the adaptor
-                settings = replace(settings, adaptor_first=None)
+                settings = replace(settings, align=None, adaptor_first=None)
             if method.kind == "layer_lr":
                 reduction, seed = self.config.importance.reduction, self.ws.seed("shuffled layers")
                 scales = method_scales(trained, self.ws.scores(BASE), reduction=reduction, seed=seed)

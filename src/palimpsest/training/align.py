@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from palimpsest.processes import is_main, share
 from palimpsest.rundir import UserError, hash_value
 from palimpsest.training.batching import EpochBatches
 
@@ -31,13 +32,17 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
+    from palimpsest.data.collate import Collator
     from palimpsest.data.records import Example
-    from palimpsest.models.speech_lm import SpeechAdaptor
+    from palimpsest.models.speech_lm import SpeechAdaptor, SpeechLM
+    from palimpsest.schema import TrainingRecord
+    from palimpsest.training.settings import Settings
 
 Frames = Mapping[str, "Tensor"] | Any  # encoder frames (time, d_enc) by example id: data.features.Features
 Words = list[list[int]]  # of a batch, 1 + index among the known tokens
 CALIBRATION = 256  # utterances that set the adaptor's buffers
 BLANK = 0
+STATE = "state"
 
 
 @dataclass(frozen=True)
@@ -120,17 +125,12 @@ def align_adaptor(
     Raises UserError when no utterance is long enough for its tokens, and for a `state` of another run.
     """
     device = embedding.device
-    usable = [e for e in examples if positions_needed(tokens[e.id]) <= len(frames[e.id]) // adaptor.stack_factor]
-    if not usable:
-        raise UserError("No utterance has as many speech positions as its text has tokens; check texts and recordings.")
+    usable, plan = plan_of(examples, frames, tokens, adaptor.stack_factor, settings)
     known = sorted({token for e in usable for token in tokens[e.id]})
     word_of = {token: i + 1 for i, token in enumerate(known)}
     reader = TokenReader(embedding[torch.tensor(known, device=device)], settings.sharpness).to(device)
     _calibrate(adaptor, [frames[e.id] for e in _sample(usable, settings.seed)], float(embedding.float().std()))
 
-    lengths = [len(frames[e.id]) for e in usable]
-    budget = settings.batch_size * sorted(lengths)[len(lengths) // 2]  # long ones in smaller batches
-    plan = EpochBatches(len(usable), settings.batch_size, settings.seed, lengths, max(budget, max(lengths)))
     total = settings.epochs * len(plan)
     trained = [*adaptor.parameters(), *reader.parameters()]
     optimizer = torch.optim.AdamW(trained, settings.learning_rate, weight_decay=settings.weight_decay)
@@ -162,6 +162,71 @@ def align_adaptor(
     return Alignment(losses, reader, known, len(examples) - len(usable))
 
 
+def plan_of(
+    examples: Sequence[Example],
+    frames: Frames,
+    tokens: Mapping[str, Sequence[int]],
+    stack_factor: int,
+    settings: AlignSettings,
+) -> tuple[list[Example], EpochBatches]:
+    """The examples long enough for their tokens, and their batches. Raises UserError if there are none."""
+    usable = [e for e in examples if positions_needed(tokens[e.id]) <= len(frames[e.id]) // stack_factor]
+    if not usable:
+        raise UserError("No utterance has as many speech positions as its text has tokens; check texts and recordings.")
+    lengths = [len(frames[e.id]) for e in usable]
+    budget = settings.batch_size * sorted(lengths)[len(lengths) // 2]  # long ones in smaller batches
+    return usable, EpochBatches(len(usable), settings.batch_size, settings.seed, lengths, max(budget, max(lengths)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As a phase of training
+# ---------------------------------------------------------------------------------------------------------------------
+def align_steps(examples: Sequence[Example], collator: Collator, settings: Settings) -> int:
+    """Optimizer steps of the alignment that the settings ask for."""
+    if settings.align is None:
+        return 0
+    tokens, options = _spoken(examples, collator), _options(settings)
+    plan = plan_of(examples, collator.features, tokens, collator.processor.stack_factor, options)[1]
+    return options.epochs * len(plan)
+
+
+def align_phase(
+    model: SpeechLM,
+    examples: Sequence[Example],
+    collator: Collator,
+    settings: Settings,
+    advance: Callable[[int], None] | None,
+    folder: Path,
+) -> list[TrainingRecord]:
+    """The alignment of a training run, by rank 0 for all; its loss is of another kind, so there are no records."""
+    if is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        align_adaptor(
+            model.adaptor,
+            model.get_input_embeddings().get_parameter("weight").detach(),
+            examples,
+            collator.features,
+            _spoken(examples, collator),
+            _options(settings),
+            state=folder / STATE,
+            progress=None if advance is None else lambda done, _total, _loss: advance(done),
+        )
+    weights = {name: value.cpu() for name, value in model.adaptor.state_dict().items()} if is_main() else None
+    model.adaptor.load_state_dict(share(weights))
+    return []
+
+
+def _spoken(examples: Sequence[Example], collator: Collator) -> dict[str, list[int]]:
+    tokenizer = collator.processor.tokenizer
+    return {e.id: tokenizer(e.question, add_special_tokens=False)["input_ids"] for e in examples}
+
+
+def _options(settings: Settings) -> AlignSettings:
+    assert settings.align is not None
+    return AlignSettings(settings.align.epochs, settings.align.learning_rate, seed=settings.seed)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 def ctc_loss(
     adaptor: SpeechAdaptor,
     reader: TokenReader,

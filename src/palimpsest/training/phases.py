@@ -53,6 +53,8 @@ def phases_of(
     above the token budget.
     """
     phases: list[Phase] = []
+    if settings.align is not None and collator.modality != "speech":
+        raise UserError("training.align needs spoken questions; remove it for a method trained on text.")
     first = settings.adaptor_first
     if first is not None:
         if collator.modality != "speech":

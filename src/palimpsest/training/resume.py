@@ -6,6 +6,7 @@ The state folder lives while training runs:
     checkpoint-N/                the Trainer's checkpoints of the method's phase
     adaptor/checkpoint-N/        those of the adaptor's phase
     adaptor/done.safetensors     the adaptor after its phase, with the phase's records beside it
+    align/done.safetensors       the adaptor after its alignment; align/state while that runs
 """
 
 from __future__ import annotations
@@ -108,5 +109,11 @@ def keep_logs(state: Path, folder: Path) -> None:
 
 
 def _has_something_to_resume(state: Path) -> bool:
-    marks = (f"checkpoint-*/{COMPLETE}", f"adaptor/checkpoint-*/{COMPLETE}", f"adaptor/{DONE}")
+    marks = (
+        f"checkpoint-*/{COMPLETE}",
+        f"adaptor/checkpoint-*/{COMPLETE}",
+        f"adaptor/{DONE}",
+        f"align/{DONE}",
+        "align/state",
+    )
     return any(next(state.glob(mark), None) is not None for mark in marks)

@@ -19,6 +19,14 @@ class AdaptorFirst:
 
 
 @dataclass(frozen=True)
+class Align:
+    """Before the first phase: the adaptor's outputs aligned with the embeddings of the words spoken (align.py)."""
+
+    epochs: int = 4
+    learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
 class Settings:
     """Defaults are the paper's (LLaMA-Omni stage 1) where it states them."""
 
@@ -37,13 +45,15 @@ class Settings:
     liger: bool | Literal["auto"] = "auto"
     eval_every: int | None = None  # optimizer steps
     report_to: tuple[str, ...] = ()
+    align: Align | None = None
     adaptor_first: AdaptorFirst | None = None
 
     @classmethod
     def of(cls, options: Mapping[str, Any], seed: int) -> Settings:
         """From the `training` section of a study's configuration."""
-        first = options["adaptor_first"]
-        return cls(**{**options, "seed": seed, "adaptor_first": None if first is None else AdaptorFirst(**first)})
+        parts: dict[str, type[Align] | type[AdaptorFirst]] = {"align": Align, "adaptor_first": AdaptorFirst}
+        made = {key: None if options[key] is None else kind(**options[key]) for key, kind in parts.items()}
+        return cls(**{**options, "seed": seed, **made})
 
 
 def n_steps(n_examples: int, settings: Settings, *, n_batches: int | None = None, epochs: float | None = None) -> int:

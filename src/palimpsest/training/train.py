@@ -19,12 +19,13 @@ from palimpsest.processes import is_main
 from palimpsest.rundir import UserError
 from palimpsest.schema import TrainingRecord
 from palimpsest.training import distributed
+from palimpsest.training.align import align_phase, align_steps
 from palimpsest.training.callbacks import require_loggers
 from palimpsest.training.held_out import HeldOut
 from palimpsest.training.methods import Method, add_lora, merge_lora
 from palimpsest.training.phases import phases_of
 from palimpsest.training.resume import adaptor_phase, describe_run, keep_logs, require_same_run
-from palimpsest.training.settings import AdaptorFirst, Settings, n_steps
+from palimpsest.training.settings import AdaptorFirst, Align, Settings, n_steps
 from palimpsest.training.trainer import run_phase
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from palimpsest.data.records import Example
     from palimpsest.models.speech_lm import SpeechLM
 
-__all__ = ["AdaptorFirst", "Settings", "n_steps", "require_options", "train"]
+__all__ = ["AdaptorFirst", "Align", "Settings", "n_steps", "require_options", "train"]
 Progress = Callable[[int, int], None]
 
 
@@ -69,11 +70,17 @@ def train(
         raise UserError("training.eval_every is set, but there are no held-out examples to evaluate on; give some.")
     kernel = require_options(settings, model.device, sharded=sharded)
     phases = phases_of(method, settings, examples, collator, scales)
-    total = sum(phase.steps for phase in phases)
+    n_align = align_steps(examples, collator, settings)
+    total = n_align + sum(phase.steps for phase in phases)
     state = folder / "trainer"
     require_same_run(state, describe_run(method, settings, scales, examples, collator))
 
     records: list[TrainingRecord] = []
+    if n_align:
+        advance = None if progress is None else partial(_advance, progress, 0, total)
+        records += adaptor_phase(
+            model, state / "align", partial(align_phase, model, examples, collator, settings, advance)
+        )
     for phase in phases:
         # Everything random from here on (LoRA's initial matrices, dropout) comes from the method's own seed.
         torch.manual_seed(settings.seed)
@@ -86,7 +93,7 @@ def train(
             kernel=kernel,
             held_out=held_out,
             sharded=sharded,
-            advance=None if progress is None else partial(_advance, progress, phase.before, total),
+            advance=None if progress is None else partial(_advance, progress, n_align + phase.before, total),
         )
         if phase.name == "adaptor":
             records += adaptor_phase(model, state / "adaptor", run)
