@@ -17,7 +17,7 @@ ORDER: list[set[str]] = [
     {"importance", "training"},
     {"analysis", "evaluation"},
     {
-        *("results", "workspace", "answering", "heldout", "ask", "evaluate", "compare", "compare_text"),
+        *("results", "workspace", "answering", "heldout", "ask", "evaluate", "compare", "compare_text", "pairing"),
         *("measure", "validation", "prepare", "inspection", "plan", "plan_text", "export", "model_card"),
     },
     {"study"},

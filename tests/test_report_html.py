@@ -14,8 +14,8 @@ import pytest
 
 from palimpsest.report import write_report
 from palimpsest.report.figures import FIGURES
-from palimpsest.report.html import _flat, tables_of
-from palimpsest.report.inputs import read_inputs
+from palimpsest.report.html import MAX_VALUE, tables_of
+from palimpsest.report.inputs import flat, read_inputs
 from palimpsest.report.samples import MAX_CHARACTERS, MAX_QUESTIONS
 from palimpsest.rundir import UserError, write_text
 from report_fixture import HOSTILE, make_run
@@ -178,7 +178,7 @@ def test_no_folder_is_the_users_mistake(tmp_path: Path) -> None:
 
 def test_provenance_is_flattened_in_order() -> None:
     value = {"a": {"b": 1, "c": ["x", "y"]}, "d": [{"e": None}], "f": {}, "g": "z" * 500}
-    assert list(_flat(value)) == [
+    assert list(flat(value, MAX_VALUE)) == [
         ("a.b", "1"),
         ("a.c", "x, y"),
         ("d.0.e", "None"),

@@ -80,7 +80,7 @@ def compare_runs(
         )
     if pairs and not tables["accuracy"] and not tables["perplexity"]:
         raise UserError("The systems have no task and modality in common; evaluate them on the same task first.")
-    tables["not_compared"] = _not_compared(pairs)
+    tables["not_compared"] = not_compared(pairs)
     if seeds and with_losses:
         tables["not_compared"].append("Losses of several seeds; leave out --seeds to compare those of single runs.")
     write_json(out / "compare.json", tables)
@@ -96,7 +96,7 @@ def _pairs(systems: Sequence[System], every: bool) -> list[tuple[System, System]
     return [(a, b) for a, b in combinations(systems, 2) if comparable(a, b)]
 
 
-def _not_compared(pairs: Sequence[tuple[System, System]]) -> list[str]:
+def not_compared(pairs: Sequence[tuple[System, System]]) -> list[str]:
     """What only one of a pair has, a sentence each; speech of a base is not missed: it cannot hear."""
     sentences = []
     for a, b in pairs:
@@ -279,7 +279,7 @@ def loss_records(pairs: Sequence[tuple[System, System]]) -> list[LossPairRecord]
 
 def _loss(a: System, b: System, key: Key) -> LossPairRecord:
     first, second = a.losses[key], b.losses[key]
-    losses_a, losses_b, tokens = _aligned(first, second)
+    losses_a, losses_b, tokens = aligned(first, second)
     effect = loss_difference(losses_a, losses_b, tokens)
     return {
         "task": key[0],
@@ -301,7 +301,7 @@ def _loss(a: System, b: System, key: Key) -> LossPairRecord:
     }
 
 
-def _aligned(first: Losses, second: Losses) -> tuple[Any, Any, Any]:
+def aligned(first: Losses, second: Losses) -> tuple[Any, Any, Any]:
     """Losses of both and the tokens, by sorted id."""
     a, b = first.result.samples, second.result.samples
     if first.data != second.data or a.keys() != b.keys():

@@ -66,22 +66,39 @@ def _run_study(config: Any, out: Path, changed: bool) -> None:
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Run directory of a study.")],
+    runs: Annotated[list[Path], typer.Argument(help="Run directory of a study; several are compared in one page.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File of the page; default RUN/report.html, of several comparison.html here.")
+    ] = None,
     audio: Annotated[
-        bool, typer.Option("--audio/--no-audio", help="Put recordings of spoken questions into the page.")
+        bool, typer.Option("--audio/--no-audio", help="Put recordings of spoken questions into the page of one run.")
     ] = True,
 ) -> None:
-    """Make the figures and report.html of a run again from its results.
+    """Make the figures and report.html of a run again from its results, or one page that compares several runs.
 
     Example: palimpsest report runs/demo
     """
+    for run in runs:
+        if not run.is_dir():
+            raise UserError(f"{run} is not a run directory; give the --out of a study.")
+    if out is not None and out.is_dir():
+        raise UserError(f"{out} is a folder; give a file for the page with --out.")
+    typer.echo(f"Report: {_one_report(runs[0], out, audio) if len(runs) == 1 else _comparison(runs, out)}")
+
+
+def _one_report(run: Path, out: Path | None, audio: bool) -> Path:
     from palimpsest.report.figures import write_figures
     from palimpsest.report.html import write_report
 
-    if not run.is_dir():
-        raise UserError(f"{run} is not a run directory; give the --out of a study.")
     write_figures(run)
-    typer.echo(f"Report: {write_report(run, audio=audio)}")
+    return write_report(run, out, audio=audio)
+
+
+def _comparison(runs: list[Path], out: Path | None) -> Path:
+    from palimpsest.pairing import pair_runs
+    from palimpsest.report.comparison import write_comparison
+
+    return write_comparison(runs, pair_runs(runs), out or Path("comparison.html"))
 
 
 @app.command()

@@ -29,6 +29,10 @@ def report(run: Path, audio: bool = True) -> str:
     return f"palimpsest report {shown(run)}" + ("" if audio else " --no-audio")
 
 
+def comparison(runs: Sequence[Path], out: Path) -> str:
+    return f"palimpsest report {' '.join(map(shown, runs))} --out {shown(out)}"
+
+
 def figure(name: str, run: Path) -> str:
     return f"palimpsest figure {name} {shown(run)}"
 

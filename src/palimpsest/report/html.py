@@ -6,39 +6,30 @@ carries a content security policy under which only its own script runs and nothi
 
 from __future__ import annotations
 
-import base64
-import hashlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
-from palimpsest import paper
-from palimpsest.report import analysis_tables, commands, evaluation_tables, structure_tables, summary, tables
+from palimpsest.report import analysis_tables, evaluation_tables, structure_tables, summary, tables
 from palimpsest.report.figures import FIGURES, OPTIONAL, draw, why_not
-from palimpsest.report.formats import DASH, Table, to_csv, to_html, to_latex, to_markdown
+from palimpsest.report.formats import DASH, Table
 from palimpsest.report.inputs import (
     Inputs,
     at,
+    flat,
     lora_rank,
     main_metric,
     main_reduction,
     read_inputs,
     task_name,
 )
+from palimpsest.report.page import render_page, write_page
 from palimpsest.report.recordings import read_recordings
 from palimpsest.report.samples import MAX_QUESTIONS, samples_of
-from palimpsest.report.style import Drawing, to_inline_svg
-from palimpsest.rundir import write_text
 
-TEMPLATES = Path(__file__).parent / "templates"
 MAX_VALUE = 400  # characters of one provenance value
 
 
-def write_report(run: Path, *, audio: bool = True) -> Path:
-    """Write `run`/report.html from what the run directory holds and return its path.
+def write_report(run: Path, out: Path | None = None, *, audio: bool = True) -> Path:
+    """Write `out`, by default `run`/report.html, from what the run directory holds and return its path.
 
     Missing or damaged parts are named in the report, not raised. The same directory,
     called from the same place, gives the same bytes.
@@ -49,30 +40,22 @@ def write_report(run: Path, *, audio: bool = True) -> Path:
     Raises:
         UserError: `run` is not a folder.
     """
-    path = run / "report.html"
+    path = out or run / "report.html"
     page = render(read_inputs(run), audio=audio)
-    write_text(path, page.encode("utf-8", "replace").decode("utf-8"))  # JSON can hold lone surrogates
+    write_page(path, page)
     return path
 
 
 def render(inputs: Inputs, *, audio: bool = True) -> str:
     """The page as text."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     drawings = {name: drawing for name in FIGURES if (drawing := draw(name, inputs)) is not None}
     questions = samples_of(inputs)
     recordings = read_recordings(inputs, questions, audio)
     not_drawn = {name: why_not(name, inputs) for name in FIGURES if name not in drawings}
-    return environment.get_template("report.html.j2").render(
+    return render_page(
+        "report.html.j2",
         name=inputs.path.resolve().name,
         run=inputs.path,
-        commands=commands,
         scale=summary.scale(inputs),
         points=summary.points_of(inputs),
         missing=[
@@ -91,20 +74,7 @@ def render(inputs: Inputs, *, audio: bool = True) -> str:
         metric=main_metric(inputs.results),
         provenance=_provenance(inputs),
         config=inputs.config_text,
-        citation=paper.CITATION,
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        styles=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
-        svg=_svg,
-        to_html=to_html,
-        to_markdown=to_markdown,
-        to_latex=to_latex,
-        to_csv=to_csv,
     )
-
-
-def _svg(drawing: Drawing) -> Markup:
-    return Markup(to_inline_svg(drawing))  # matplotlib escapes the texts it is given
 
 
 def tables_of(inputs: Inputs) -> dict[str, Table]:
@@ -154,22 +124,9 @@ def _ranks(inputs: Inputs) -> dict[str, int]:
 
 def _provenance(inputs: Inputs) -> list[tuple[str, list[tuple[str, str]]]]:
     """Titled groups of rows: the many fingerprints of the steps apart from the rest."""
-    rows = list(_flat(inputs.provenance))
+    rows = list(flat(inputs.provenance, MAX_VALUE))
     steps = [row for row in rows if row[0].startswith("steps.")]
     return [
         ("Versions, hardware, models, data", [row for row in rows if row not in steps]),
         ("Fingerprints of the steps", steps),
     ]
-
-
-def _flat(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
-    """Nested provenance as (dotted key, value) rows, in the order of the file."""
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _flat(item, (*path, str(key)))
-    elif isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
-        for index, item in enumerate(value):
-            yield from _flat(item, (*path, str(index)))
-    elif path:
-        written = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        yield ".".join(path), written if len(written) <= MAX_VALUE else f"{written[:MAX_VALUE]} …"

@@ -10,7 +10,7 @@ import json
 import re
 import zipfile
 import zlib
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
@@ -162,6 +162,19 @@ def at(value: Any, *keys: str) -> Any:
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
+
+
+def flat(value: Any, limit: int | None = None, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """Nested mappings as (dotted key, value) rows in their order; values cut after `limit` characters."""
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from flat(item, limit, (*path, str(key)))
+    elif isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        for index, item in enumerate(value):
+            yield from flat(item, limit, (*path, str(index)))
+    elif path:
+        written = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        yield ".".join(path), written if limit is None or len(written) <= limit else f"{written[:limit]} …"
 
 
 def main_metric(results: Results) -> str:
