@@ -106,7 +106,9 @@ def test_the_base_hears_what_a_method_that_learned_nothing_hears(finished: Path)
         if row["modality"] == "speech"
     }
     assert {("base", "idle"), ("base", "full")} <= pairs
-    assert "base model heard through the adaptor that the methods started from" in (finished / "report.html").read_text()
+    assert (
+        "base model heard through the adaptor that the methods started from" in (finished / "report.html").read_text()
+    )
 
 
 def test_every_method_starts_from_it_and_the_run_says_so(finished: Path, inputs: Path) -> None:
