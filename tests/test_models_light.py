@@ -178,6 +178,43 @@ def test_the_code_of_its_card_runs(small: Path, tmp_path: Path, capsys: pytest.C
     assert capsys.readouterr().out.strip()
 
 
+def test_its_card_says_what_the_run_does_not(checkpoint: Path, models: Path, tmp_path: Path) -> None:
+    from palimpsest.evaluate import evaluate_model
+
+    soundfile.write(tmp_path / "q.wav", WAVE, 16_000)
+    row = {"id": "a", "question": "why?", "answer": "so.", "audio": "q.wav"}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n")
+    options: dict[str, Any] = {"split": "test", "limit": None, "max_new_tokens": 2, "batch_size": 1, "device": "cpu"}
+    for model, modality in ((checkpoint, "speech"), (models / "llm", "text")):
+        out, data = tmp_path / modality, str(tmp_path / "q.jsonl")
+        list(evaluate_model(str(model), data, out, modality=modality, asr="", **options))  # type: ignore[arg-type]
+    sources = [
+        {"kind": "webquestions", "voice": "hibari", "utterances": 70, "licence": "CC-BY 4.0"},
+        {"kind": "webquestions", "voice": "espeak-ng:en-us", "utterances": 30, "licence": "CC-BY 4.0"},
+    ]
+    (tmp_path / "sources.json").write_text(json.dumps(sources))
+    (tmp_path / "notes.md").write_text("Taught to write down what is said.\n")
+    told: dict[str, Any] = {
+        "language_model": str(models / "llm"), "encoder": str(models / "whisper"),
+        "sources": tmp_path / "sources.json", "evaluations": [tmp_path / "speech", tmp_path / "text"],
+        "notes": tmp_path / "notes.md",
+    }  # fmt: skip
+    export.export(checkpoint, light=tmp_path / "out", **told)
+    card = (tmp_path / "out/README.md").read_text()
+    assert "## Training\n\nTaught to write down what is said.\n" in card
+    assert re.search(r"\| this model \| q \| speech \| [01] of 1 \|", card)
+    assert re.search(r"\| base model \| q \| text \| [01] of 1 \|", card)
+    assert "| webquestions | espeak-ng:en-us | 30 | CC-BY 4.0 |" in card
+    assert card.count("- Training data, webquestions: CC-BY 4.0") == 1
+    assert str(tmp_path) not in card
+    binding = json.loads((tmp_path / "text/samples-text.json").read_text())
+    (tmp_path / "text/samples-text.json").write_text(json.dumps({**binding, "model": "another"}))
+    with pytest.raises(UserError, match=r"results-text\.json was measured on another model"):
+        export.export(checkpoint, light=tmp_path / "again", **told)
+    with pytest.raises(UserError, match=r"no results-MODALITY\.json"):
+        export.export(checkpoint, light=tmp_path / "again", **{**told, "evaluations": [tmp_path / "out"]})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What does not pass
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,7 +352,7 @@ def test_the_shipped_folder_is_whole_and_public() -> None:
     licences = card.partition("## Licences")[2].splitlines()
     named = [line for line in licences if line.startswith("- ")]
     assert len(named) >= 3
-    assert all(re.search(r": (Apache-2\.0|MIT|CC-BY|CC0)", line) for line in named), named
+    assert all(re.search(r": (Apache-2\.0|MIT|CC-BY|CC0|as this project)", line) for line in named), named
     for name in ("README.md", "light.json", "adapter/adapter_config.json"):
         if name in files:
             text = files[name].read_text(encoding="utf-8")

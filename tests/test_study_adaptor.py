@@ -65,7 +65,7 @@ def recipe(inputs: Path, adaptor: str | None = "light", **changes: Any) -> dict[
             "idle": {"kind": "adaptor", "learning_rate": 1e-30},
             "full": {"kind": "full", "learning_rate": 1e-2},
         },
-        "training": {"epochs": 1, "batch_size": 8},
+        "training": {"epochs": 2, "batch_size": 8, "warmup_ratio": 0},  # two steps, the first at the full rate
         "importance": {"n_examples": 8, "batch_size": 4},
         "deactivation": {"random_seeds": 1},
         "analysis": {"shuffles": 1, "bootstrap": 100, "rank_draws": 0},
@@ -106,6 +106,9 @@ def test_the_base_hears_what_a_method_that_learned_nothing_hears(finished: Path)
         if row["modality"] == "speech"
     }
     assert {("base", "idle"), ("base", "full")} <= pairs
+    assert (
+        "base model heard through the adaptor that the methods started from" in (finished / "report.html").read_text()
+    )
 
 
 def test_every_method_starts_from_it_and_the_run_says_so(finished: Path, inputs: Path) -> None:
@@ -115,11 +118,10 @@ def test_every_method_starts_from_it_and_the_run_says_so(finished: Path, inputs:
     for name, tensor in source.items():
         assert torch.equal(idle[f"adaptor.{name}"], tensor.float()), name
     moved = (full["adaptor.linear1.weight"] - source["linear1.weight"].float()).abs()
-    assert 0 < float(moved.max()) < 0.1  # one step of Adam at 1e-2
+    assert 0 < float(moved.max()) < 0.1  # two steps of Adam at 1e-2
     fingerprint = read_adaptor(str(inputs / "light")).fingerprint
     provenance = json.loads((finished / "provenance.json").read_text())
-    assert provenance["models"]["adaptor"]["name"] == str(inputs / "light")
-    assert provenance["models"]["adaptor"]["adaptor"] == fingerprint
+    assert provenance["models"]["adaptor"] == {"name": str(inputs / "light"), "hash": fingerprint}
     for step in ("methods/full/checkpoint", "base/deactivation", "base/perplexity", "base/samples/numbers-speech"):
         assert fingerprint in (finished / step / "step.json").read_text(), step
     for step in ("base/importance", "base/samples/numbers-text"):  # what another adaptor does not change

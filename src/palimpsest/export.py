@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palimpsest.model_card import Facts, Kind, model_card, study_of
+from palimpsest.model_card import THIS, Facts, Kind, Told, model_card, study_of
 from palimpsest.models import light as light_folder
 from palimpsest.models.embedded import PREFIX
-from palimpsest.models.loading import is_speech_lm, load_speech_lm, resolve, weight_bytes
-from palimpsest.rundir import UserError, read_json, require_disk, write_json, write_text
+from palimpsest.models.loading import fingerprint, is_speech_lm, load_speech_lm, resolve, weight_bytes
+from palimpsest.rundir import UserError, hash_value, read_json, require_disk, write_json, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,6 +50,8 @@ def export(
     language_model: str | None = None,
     encoder: str | None = None,
     sources: Path | None = None,
+    evaluations: Sequence[Path] = (),
+    notes: Path | None = None,
 ) -> list[str]:
     """Write the folders that are asked for and return a line about each.
 
@@ -64,6 +66,9 @@ def export(
         language_model, encoder: those names, for `light` from a checkpoint outside a run.
         sources: JSON list of rows with `kind`, `utterances` and `licence`, and `voice` if known: what the training data
             was made of, for the cards.
+        evaluations: folders that `palimpsest evaluate` wrote about this checkpoint or the language model it was trained
+            on, whose accuracies the cards then hold.
+        notes: Markdown on how the model was made, for the cards.
 
     Both whole models end their answers where palimpsest ends them: the tokenizer's end of turn is added to the ids that
     end generation, if it is not among them.
@@ -78,8 +83,12 @@ def export(
     wanted = {kind: folder.absolute() for kind, folder in asked.items() if folder is not None}
     _check(checkpoint, wanted)
     study = study_of(checkpoint.run, checkpoint.method)
-    made_of = [] if sources is None else read_sources(sources)
     trained_on = study.get("models", {"language_model": language_model, "encoder": encoder})
+    told = Told(
+        sources=[] if sources is None else read_sources(sources),
+        qa=[row for folder in evaluations for row in read_evaluation(folder, checkpoint, trained_on)],
+        notes="" if notes is None else read_text(notes),
+    )
     if light is not None and None in (trained_on["language_model"], trained_on["encoder"]):
         raise UserError(
             f"{checkpoint.path} lies outside a run, which would tell what it was trained on; give --language-model "
@@ -104,7 +113,7 @@ def export(
         try:
             working.mkdir(parents=True)
             facts = write(working)
-            write_text(working / "README.md", model_card(kind, facts, study, made_of))
+            write_text(working / "README.md", model_card(kind, facts, study, told))
             if folder.exists():
                 folder.rmdir()  # empty, or the check would have refused it
             working.rename(folder)
@@ -161,14 +170,42 @@ def _check(checkpoint: Checkpoint, wanted: dict[Kind, Path]) -> None:
 def read_sources(file: Path) -> list[dict[str, Any]]:
     """The rows of --sources. Raises UserError for a file that is not such a list."""
     try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{file} cannot be read as JSON ({error}); --sources takes a list of what was trained on."
-        ) from error
+        rows = json.loads(read_text(file))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON ({error}); --sources takes a list of what was trained on.") from error
     keys = {"kind", "utterances", "licence"}
     if not (isinstance(rows, list) and rows and all(isinstance(row, dict) and keys <= row.keys() for row in rows)):
         raise UserError(f"{file} is no list of rows with kind, utterances and licence, which --sources takes.")
+    return rows
+
+
+def read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as text ({error}); give another file.") from error
+
+
+def read_evaluation(folder: Path, checkpoint: Checkpoint, names: Mapping[str, str | None]) -> list[dict[str, Any]]:
+    """The rows `qa` of an evaluation's folder, their method THIS or "base".
+
+    Raises UserError unless it is of the checkpoint, of its language model, or of that behind its encoder as recogniser.
+    """
+    language_model, encoder = names["language_model"], names["encoder"]
+    known = {fingerprint(str(checkpoint.path)): THIS}
+    if language_model is not None:
+        known[fingerprint(language_model)] = "base"
+    if language_model is not None and encoder is not None:
+        known[hash_value([fingerprint(language_model), fingerprint(encoder)])] = "base"
+    files = sorted(folder.glob("results-*.json"))
+    if not files:
+        raise UserError(f"{folder} has no results-MODALITY.json; give the --out of `palimpsest evaluate`.")
+    rows = []
+    for file in files:
+        measured = read_json(folder / file.name.replace("results-", "samples-"))["model"]
+        if measured not in known:
+            raise UserError(f"{file} was measured on another model than {checkpoint.path} and {language_model}.")
+        rows += [{**row, "method": known[measured]} for row in read_json(file)["qa"]]
     return rows
 
 

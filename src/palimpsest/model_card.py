@@ -20,7 +20,6 @@ from palimpsest.rundir import read_json, read_jsonl
 
 Kind = Literal["text_llm", "speech_lm", "adapter", "light"]
 Study = dict[str, Any]
-Sources = Sequence[Mapping[str, Any]]
 HEARS = ("speech_lm", "light")
 
 WHAT = {
@@ -61,6 +60,24 @@ class Facts:
     encoder: str | None = None
 
 
+@dataclass(frozen=True)
+class Told:
+    """What the run does not say.
+
+    sources: what the training data was made of: `kind`, `utterances`, `licence` and, if known, `voice` of each.
+    qa: rows of results.json's table of that name, of evaluations outside the run; method "base" or `THIS`.
+    notes: Markdown on how the model was made.
+    """
+
+    sources: Sequence[Mapping[str, Any]] = ()
+    qa: Sequence[Mapping[str, Any]] = ()
+    notes: str = ""
+
+
+NOTHING = Told()
+THIS = "this model"
+
+
 def study_of(run: Path | None, method: str | None) -> Study:
     """What the card needs of a run: its study.yaml, and `method`, `n_train`, `voices` and `qa` (rows of results.json).
 
@@ -80,11 +97,8 @@ def study_of(run: Path | None, method: str | None) -> Study:
     }
 
 
-def model_card(kind: Kind, facts: Facts, study: Study, sources: Sources = ()) -> str:
-    """The whole card as Markdown with YAML front matter.
-
-    sources: what the training data was made of: `kind`, `utterances`, `licence` and, if known, `voice` of each.
-    """
+def model_card(kind: Kind, facts: Facts, study: Study, told: Told = NOTHING) -> str:
+    """The whole card as Markdown with YAML front matter."""
     if study:
         models = study["models"]
         facts = replace(facts, language_model=models["language_model"], encoder=models["encoder"])
@@ -94,11 +108,11 @@ def model_card(kind: Kind, facts: Facts, study: Study, sources: Sources = ()) ->
         f"# {title}",
         f"{WHAT[kind]} Written by palimpsest {palimpsest.__version__}.",
         _made_of(facts, study),
-        _training(study),
-        _sources(sources),
-        _measured(kind, study),
+        _training(study, told.notes),
+        _sources(told.sources),
+        _measured(kind, study, told.qa),
         _loading(kind, facts),
-        _licences(kind, facts, study, sources),
+        _licences(kind, facts, study, told.sources),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -176,7 +190,9 @@ def _made_of(facts: Facts, study: Study) -> str:
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
-def _training(study: Study) -> str:
+def _training(study: Study, notes: str) -> str:
+    if not study and notes:
+        return f"## Training\n\n{notes.strip()}"
     if not study:
         return (
             "This checkpoint lies outside a run directory: how it was trained and measured is not recorded beside it."
@@ -190,16 +206,22 @@ def _training(study: Study) -> str:
         "training": study.get("training"),
     }
     text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
-    return f"## Training\n\nFrom the resolved recipe of the study `{study['name']}`:\n\n```yaml\n{text}```"
+    lead = f"{notes.strip()}\n\n" if notes else ""
+    return f"## Training\n\n{lead}From the resolved recipe of the study `{study['name']}`:\n\n```yaml\n{text}```"
 
 
-def _measured(kind: Kind, study: Study) -> str:
-    if not study:
+def _measured(kind: Kind, study: Study, more: Sequence[Mapping[str, Any]]) -> str:
+    if not study and not more:
         return ""
     # An adapter and a language model alone cannot hear, so only answers to text are theirs.
     heard = kind in HEARS
-    shown = {"base": ("text", "cascade" if heard else ""), study["method"]: ("text", "speech" if heard else "")}
-    rows = [row for row in study["qa"] if row["metric"] == PRIMARY and row["modality"] in shown.get(row["method"], ())]
+    own = ("text", "speech" if heard else "")
+    shown = {"base": ("text", "cascade" if heard else ""), study.get("method"): own, THIS: own}
+    rows = [
+        row
+        for row in [*study.get("qa", []), *more]
+        if row["metric"] == PRIMARY and row["modality"] in shown.get(row["method"], ())
+    ]
     if not rows:
         return f"## Measured\n\nNothing: the run has no results.json with answers of this method scored by `{PRIMARY}`."
     lines = []
@@ -231,14 +253,14 @@ def _loading(kind: Kind, facts: Facts) -> str:
     return f"## How to load it\n\n```python\n{code}```"
 
 
-def _sources(sources: Sources) -> str:
+def _sources(sources: Sequence[Mapping[str, Any]]) -> str:
     if not sources:
         return ""
     rows = [f"| {row['kind']} | {row.get('voice') or ''} | {row['utterances']} | {row['licence']} |" for row in sources]
     return "\n".join(["## Training data", "", "| set | voice | utterances | licence |", "|---|---|---|---|", *rows])
 
 
-def _licences(kind: Kind, facts: Facts, study: Study, sources: Sources) -> str:
+def _licences(kind: Kind, facts: Facts, study: Study, sources: Sequence[Mapping[str, Any]]) -> str:
     unknown = "not recorded in the run; see where it comes from"
     named = [("Base model", facts.language_model)]
     if kind in HEARS:

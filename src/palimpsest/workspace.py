@@ -359,7 +359,7 @@ class Workspace:
                 },
                 "encoder": {"name": models.encoder, "hash": self.encoder_hash},
                 "asr": {"name": models.asr},
-                **({} if self.adaptor is None else {"adaptor": {"name": models.adaptor, **self.adaptor_inputs}}),
+                "adaptor": {"name": models.adaptor, "hash": self.adaptor and self.adaptor.fingerprint},
             },
             "data": {
                 name: {

@@ -30,6 +30,13 @@ def export(
     sources: Annotated[
         Path | None, typer.Option(help="JSON list of what the training data was made of, with licences, for the cards.")
     ] = None,
+    evaluations: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--evaluation", help="Folder of `palimpsest evaluate` whose accuracies the cards hold; repeatable."
+        ),
+    ] = None,
+    notes: Annotated[Path | None, typer.Option(help="Markdown on how the model was made, for the cards.")] = None,
 ) -> None:
     """Write a trained model as plain Hugging Face folders, or as a light folder, each with a model card.
 
@@ -47,5 +54,7 @@ def export(
         language_model=language_model,
         encoder=encoder,
         sources=sources,
+        evaluations=evaluations or [],
+        notes=notes,
     ):
         typer.echo(line)

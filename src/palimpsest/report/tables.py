@@ -176,9 +176,12 @@ def accuracy(records: Sequence[QARecord], metric: str, model: str = DASH, tuned_
         tuple(rows),
         f"Ours: scoring rule {metric}, 95 % Wilson interval and number of questions in brackets. The paper "
         "states neither its scoring rule nor intervals, so the two are not the same measurement."
-        f"{_deaf(tuned_on_text)}",
+        f"{_deaf(tuned_on_text)}{BASE_HEARD if any(key[1:] == ('base', 'speech') for key in cells) else ''}",
         frozenset(published_rows),
     )
+
+
+BASE_HEARD = " The base model heard through the adaptor that the methods started from."
 
 
 def _deaf(tuned_on_text: Sequence[str]) -> str:
