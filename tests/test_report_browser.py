@@ -1,0 +1,219 @@
+"""The report in a real browser: it works from disk without a network, and what a model wrote runs nowhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from browser import chromium, contrast, foreign, overflow, visit
+from palimpsest.report import write_report
+from palimpsest.report.formats import Table, to_csv, to_latex, to_markdown
+from palimpsest.report.html import tables_of
+from palimpsest.report.inputs import read_inputs
+from palimpsest.rundir import read_json, read_jsonl, write_json, write_jsonl
+from report_fixture import make_run
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Locator, Page
+
+SCRIPT = "<script>window.hacked=1</script>"
+IMAGE = '"><img src=x onerror=window.hacked=1>'
+# The tips that show when the pointer rests on the middle of each mark: of its box as far as it is inside the drawing,
+# or of its line.
+POINT_AT_MARKS = """drawing => {
+    const frame = drawing.getBoundingClientRect();
+    const middle = (mark) => {
+        const box = mark.getBoundingClientRect();
+        const between = (low, high, least, most) => (Math.max(low, least) + Math.min(high, most)) / 2;
+        return [between(box.left, box.right, frame.left, frame.right),
+                between(box.top, box.bottom, frame.top, frame.bottom)];
+    };
+    const half = (path) => {
+        const point = path.getPointAtLength(path.getTotalLength() / 2).matrixTransform(path.getScreenCTM());
+        return [point.x, point.y];
+    };
+    return Array.from(drawing.querySelectorAll('g:has(> title)'), (mark) => {
+        const path = mark.querySelector('path');
+        const hits = [middle(mark), ...(path ? [half(path)] : [])].map((at) => document.elementFromPoint(...at));
+        return hits.map((hit) => hit?.closest('g:has(> title)')).find(Boolean)?.querySelector('title').textContent;
+    }).filter(Boolean);
+}"""
+PAPER_WIDTH = 700  # CSS pixels, A4 between its margins
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def report(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of an invented run with hostile text wherever a model, a data set or a user can put some."""
+    run = make_run(tmp_path_factory.mktemp("run"), hostile=True)
+    results = read_json(run / "results.json")
+    results["claims"][0]["statement"] = SCRIPT + IMAGE
+    for row in results["qa"]:
+        if row["method"] == "lora_r16":
+            row["method"] = IMAGE
+        if row["task"] == "facts":
+            row["task"] = IMAGE
+    write_json(run / "results.json", results)
+    (run / "methods" / "lora_r16").rename(run / "methods" / IMAGE)
+    for folder in [*run.glob("base/samples/facts-*"), *run.glob("methods/*/samples/facts-*")]:
+        rows = read_jsonl(folder / "samples.jsonl")
+        rows[0] |= {"response": SCRIPT + IMAGE, "question": SCRIPT + "why?" + IMAGE, "answers": [IMAGE, SCRIPT]}
+        write_jsonl(folder / "samples.jsonl", rows)
+        folder.rename(folder.with_name(f"{IMAGE}-{folder.name.rpartition('-')[2]}"))
+    return write_report(run)
+
+
+@pytest.fixture(scope="module")
+def tables(report: Path) -> dict[str, Table]:
+    return tables_of(read_inputs(report.parent))
+
+
+@pytest.fixture
+def page(browser: Browser, report: Path) -> Iterator[Page]:
+    """The open report; at the end of every test it must have kept quiet and asked for nothing."""
+    with visit(browser, report.as_uri()) as (page, log):
+        yield page
+        assert log.problems == []
+        assert foreign(log, report.as_uri()) == []
+
+
+def test_hostile_text_stays_text(page: Page) -> None:
+    assert page.evaluate("window.hacked") is None
+    # The content security policy would stop a script that got in: so look for the elements, too.
+    assert page.locator("img, iframe, object, embed").count() == 0
+    assert page.locator("script").count() == 1
+    assert page.evaluate(
+        "Array.from(document.querySelectorAll('*')).every(e => e.getAttributeNames().every(n => !n.startsWith('on')))"
+    )
+    answer = page.locator(".response", has_text="window.hacked")
+    assert answer.count() >= 5
+    assert answer.first.text_content() == SCRIPT + IMAGE
+    assert page.locator("summary bdi", has_text="why?").text_content() == SCRIPT + "why?" + IMAGE
+    assert page.locator(".gold bdi", has_text="hacked").text_content() == f"{IMAGE} · {SCRIPT}"
+    assert page.locator("#table-claims td", has_text="hacked").first.text_content() == SCRIPT + IMAGE
+    assert page.locator("h3", has_text="hacked").text_content() == IMAGE
+    assert page.locator(".answers tbody th", has_text="hacked").first.text_content() == IMAGE
+
+
+@pytest.mark.parametrize(("name", "column"), [("comparisons", "p"), ("accuracy", "T2T %"), ("accuracy", "Method")])
+def test_tables_sort_by_click_and_by_keyboard(page: Page, tables: dict[str, Table], name: str, column: str) -> None:
+    """First ascending, then descending; what is not there comes last both times."""
+    table, shown = tables[name], page.locator(f"#table-{name}")
+    index = [c.title for c in table.columns].index(column)
+    assert len({row[index].sort for row in table.rows}) > 2  # there is something to sort
+    head = shown.locator("thead th").nth(index)
+
+    head.get_by_role("button").click()
+    ascending = _sorted(table.rows, index, descending=False)
+    assert head.get_attribute("aria-sort") == "ascending"
+    assert _rows(shown) == _written(ascending)
+
+    page.keyboard.press("Enter")  # the button kept the focus
+    assert head.get_attribute("aria-sort") == "descending"
+    assert _rows(shown) == _written(_sorted(ascending, index, descending=True))
+
+    page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Space")  # the button of the column before
+    assert head.get_attribute("aria-sort") is None
+    before = shown.locator("thead th").nth(index - 1)
+    assert before.get_attribute("aria-sort") == "ascending"
+
+
+@pytest.mark.parametrize("name", ["claims", "accuracy"])
+def test_tables_are_copied_in_three_forms(page: Page, tables: dict[str, Table], name: str) -> None:
+    block = page.locator(".table", has=page.locator(f"#table-{name}"))
+    for title, write in (("Markdown", to_markdown), ("LaTeX", to_latex), ("CSV", to_csv)):
+        block.get_by_role("button", name=title, exact=True).click()
+        page.wait_for_function("title => document.querySelector('#status').textContent.includes(title)", arg=title)
+        assert page.evaluate("navigator.clipboard.readText()") == write(tables[name])
+
+
+def test_figures_show_and_tell_their_values(page: Page) -> None:
+    drawings = page.locator("svg.drawing").all()
+    assert len(drawings) >= 7
+    for drawing in drawings:
+        drawing.scroll_into_view_if_needed()
+        box = drawing.bounding_box()
+        assert box is not None
+        assert min(box["width"], box["height"]) > 100
+        told = drawing.evaluate(POINT_AT_MARKS)
+        if drawing.locator("title").count():
+            assert told, drawing.get_attribute("aria-label")
+            assert all(re.search(r"\d", tip) for tip in told)
+    assert page.locator("svg.drawing:has(title)").count() >= 5
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_light_and_dark_can_be_read(browser: Browser, report: Path, scheme: Any) -> None:
+    with visit(browser, report.as_uri(), color_scheme=scheme) as (page, log):
+        for selector in (
+            "p.lede",
+            ".note",
+            "figcaption",
+            "td small",
+            ".verdict",
+            "nav a",
+            "svg.drawing",
+            ".published td",
+        ):
+            assert contrast(page, selector) >= 4.5, selector  # WCAG AA
+        red = int(re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[0])
+        assert red > 200 if scheme == "light" else red < 50
+        assert overflow(page) == 0
+    assert log.problems == []
+
+
+def test_a_narrow_window_needs_no_sideways_scrolling(browser: Browser, report: Path) -> None:
+    with visit(browser, report.as_uri(), viewport={"width": 400, "height": 800}) as (page, log):
+        page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+        assert overflow(page) == 0
+        assert page.locator("#table-accuracy").is_visible()
+    assert log.problems == []
+
+
+def test_paper_is_white_complete_and_wide_enough(browser: Browser, report: Path) -> None:
+    window = {"width": PAPER_WIDTH, "height": 1000}
+    with visit(browser, report.as_uri(), viewport=window, color_scheme="dark") as (page, log):
+        closed = "document.querySelectorAll('details:not([open]):not(.sample)').length"
+        n_closed = page.evaluate(closed)
+        page.evaluate(f"addEventListener('beforeprint', () => {{ window.closedOnPaper = {closed}; }})")
+        page.emulate_media(media="print")
+        assert contrast(page, "body") == pytest.approx(21)
+        assert not page.locator("nav").is_visible()
+        assert page.locator(".copy:visible").count() == 0
+        assert page.pdf().startswith(b"%PDF")
+        assert page.evaluate("window.closedOnPaper") == 0
+        assert page.evaluate(closed) == n_closed > 0  # and the screen is as it was
+        page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+        assert overflow(page) == 0
+    assert log.problems == []
+
+
+def _sorted(rows: Any, index: int, descending: bool) -> list[Any]:
+    there = [row for row in rows if row[index].sort is not None]
+    absent = [row for row in rows if row[index].sort is None]
+    return sorted(there, key=lambda row: _natural(row[index].sort), reverse=descending) + absent
+
+
+def _natural(value: float | str) -> Any:
+    """Numbers in texts count as numbers: rank 8 before rank 16."""
+    if not isinstance(value, str):
+        return value
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", value)]
+
+
+def _written(rows: Any) -> list[list[str]]:
+    return [[f"{cell.text} {cell.detail}".strip() for cell in row] for row in rows]
+
+
+def _rows(shown: Locator) -> list[list[str]]:
+    return shown.evaluate("table => Array.from(table.tBodies[0].rows, r => Array.from(r.cells, c => c.textContent))")
