@@ -37,6 +37,7 @@ def make_run(path: Path, *, hostile: bool = False, without: Collection[str] = ()
         write_json(path / "results.json", {"schema": 1, **results})
     if "provenance.json" not in without:
         write_json(path / "provenance.json", invented_provenance(hostile))
+        write_json(path / "base" / "importance" / "step.json", {"step": "base/importance"})
     if "study.yaml" not in without:
         write_text(
             path / "study.yaml",

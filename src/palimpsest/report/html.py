@@ -24,6 +24,7 @@ from palimpsest.report.inputs import (
 from palimpsest.report.page import render_page, write_page
 from palimpsest.report.recordings import read_recordings
 from palimpsest.report.samples import MAX_QUESTIONS, samples_of
+from palimpsest.report.steps import missing_steps
 
 MAX_VALUE = 400  # characters of one provenance value
 
@@ -60,6 +61,7 @@ def render(inputs: Inputs, *, audio: bool = True) -> str:
         points=summary.points_of(inputs),
         missing=[
             *inputs.missing,
+            *missing_steps(inputs.path, inputs.provenance),
             *recordings.missing,
             *(why for name, why in not_drawn.items() if name not in OPTIONAL),
         ],
