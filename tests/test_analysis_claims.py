@@ -200,6 +200,9 @@ LORA_SHIFT = {"model": "lora"}
         (6, edit("comparisons", {**TEXT, "method_a": "layer_lr"}, 0.03, 0.01), "fails"),
         (6, edit("comparisons", {**TEXT, "method_a": "layer_lr"}, 0.005, 0.02), "undecided"),
         (7, replace_clusters("lora", "delta", 1.2), "fails"),
+        # More clustered as it is, which its low rank may explain; at the same rank it is less so, or as much.
+        (7, replace_clusters("lora", "delta_rank8", 1.0), "fails"),
+        (7, replace_clusters("lora", "delta_rank8", 1.1), "undecided"),
         (8, edit("comparisons", {**TEXT, "method_b": "lora_r24"}, 0.07, 0.02), "undecided"),  # −0.015 ± 0.02
         (8, edit("comparisons", {**TEXT, "method_b": "lora_r24"}, 0.10, 0.02), "fails"),  # −0.03 ± 0.02
     ],
@@ -268,6 +271,15 @@ def test_undefined_matrices_are_left_out() -> None:
     broken.update(name="model.layers.99.mlp.up_proj.weight", value=None, null_mean=None)
     tables["clustering"].append(broken)
     assert claim(2, tables)["value"] == pytest.approx(claim(2, results())["value"])
+
+
+def test_few_matrices_decide_nothing() -> None:
+    tables = results()
+    tables["clustering"] = [row for row in tables["clustering"] if int(row["name"].split(".")[2]) < 9]
+    for number in (2, 7):
+        record = claim(number, tables)
+        assert record["verdict"] == "undecided"
+        assert "at least 10 matrices" in record["note"]
 
 
 def test_tasks_are_pooled_by_their_questions() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palimpsest.analysis.clustering import (
@@ -50,6 +50,7 @@ def test_concentration_by_hand() -> None:
     assert hundred["top5"] == pytest.approx((100 + 99 + 98 + 97 + 96) / 5050)
 
 
+@settings(deadline=None)  # of a test on a busy machine, time says nothing
 @given(st.lists(st.floats(0.01, 100), min_size=2, max_size=30))
 def test_gini_is_the_mean_absolute_difference(sums: list[float]) -> None:
     x = np.array(sums)
@@ -170,6 +171,7 @@ def test_effective_rank_by_hand() -> None:
     assert math.isnan(effective_rank(np.zeros((3, 2), dtype=np.float32)))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 5))
 def test_effective_rank_is_that_of_the_singular_values(rows: int, columns: int, seed: int) -> None:
     matrix = np.random.default_rng(seed).normal(size=(rows, columns)).astype(np.float32)

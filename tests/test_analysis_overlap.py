@@ -60,6 +60,14 @@ def test_correlation_by_hand() -> None:
     assert correlation_records(shift, reversed_qa, metric="m")[0]["kendall_tau"] == pytest.approx(-1.0)
 
 
+def test_correlation_with_ties_counts_orders() -> None:
+    """Losses 1, 1, 2 along the shift: τ_b = 2 / √(3 · 2); of the three orders of the losses two are as extreme."""
+    shift = [shifted("full", 0.3), shifted("layer_lr", 0.2), shifted("lora", 0.1)]
+    qa = [answered("base", 60), answered("full", 40), answered("layer_lr", 50), answered("lora", 50)]
+    (row,) = correlation_records(shift, qa, metric="m")
+    assert (row["kendall_tau"], row["p_value"]) == pytest.approx((2 / 6**0.5, 2 / 3))
+
+
 def test_correlation_pools_tasks_and_says_what_is_missing() -> None:
     shift = [shifted("full", 0.3), shifted("layer_lr", 0.2), shifted("lora", 0.1)]
     qa = [answered(m, c, t) for t in "ab" for m, c in (("base", 60), ("full", 50), ("lora", 55))]

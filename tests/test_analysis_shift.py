@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 from scipy.spatial import distance
@@ -33,7 +33,7 @@ def noisy(
 
 
 def records(
-    a: ModelLayers, b: ModelLayers, reduction: str = "per_batch_abs", **options: int
+    a: ModelLayers, b: ModelLayers, reduction: str = "per_batch_abs", **options: Any
 ) -> dict[str, dict[str, Any]]:
     return {row["measure"]: dict(row) for row in shift_records(a, b, modality="text", reduction=reduction, **options)}
 
@@ -61,6 +61,7 @@ def test_measures_by_hand() -> None:
 positive = st.lists(st.floats(1e-3, 1e3), min_size=6, max_size=6)
 
 
+@settings(deadline=None)
 @given(positive, positive)
 def test_measures_agree_with_scipy(a: list[float], b: list[float]) -> None:
     p, q = np.array(a) / sum(a), np.array(b) / sum(b)
@@ -71,6 +72,7 @@ def test_measures_agree_with_scipy(a: list[float], b: list[float]) -> None:
         assert measure("spearman", a, b) == pytest.approx(stats.spearmanr(a, b).statistic, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(positive, st.floats(0.1, 10))
 def test_a_change_of_size_alone_is_no_shift(a: list[float], factor: float) -> None:
     scaled = [factor * value for value in a]
@@ -79,6 +81,7 @@ def test_a_change_of_size_alone_is_no_shift(a: list[float], factor: float) -> No
     assert measure("magnitude_ratio", a, scaled) == pytest.approx(factor)
 
 
+@settings(deadline=None)
 @given(positive, positive)
 def test_measures_work_on_stacks_of_draws(a: list[float], b: list[float]) -> None:
     stack = (np.array([a, b]), np.array([b, a]))
@@ -131,6 +134,25 @@ def test_noise_floor_is_even_against_odd_batches() -> None:
     row = records(scored("base", batches), scored("full", batches))
     assert row["jensen_shannon"]["noise_floor"] == pytest.approx(0.5)
     assert row["magnitude_ratio"]["noise_floor"] == pytest.approx(3.0)  # per batch: 6 against 2
+
+
+@pytest.mark.parametrize("reduction", ["per_batch_abs", "signed_sum"])
+def test_noise_floor_is_the_base_against_itself_on_other_data(reduction: str) -> None:
+    """Not the halves of the base, not the model: the base's totals (1, 1, 0) against (0, 3, 3) on other questions."""
+    base = scored("base", np.tile([1.0, 1.0, 0.0], (12, 1)))
+    model = scored("full", np.tile([1.0, 0.0, 0.0], (12, 1)))
+    other = scored("base", np.tile([0.0, 3.0, 3.0], (7, 1)))  # its batches need not match: another data set
+    rows = records(base, model, reduction, other=other)
+    by_hand = {
+        "jensen_shannon": 0.5,
+        "wasserstein_1": 0.5,
+        "centre_shift": 0.5,
+        "peak_shift": 0.5,  # of equal layers the first: from depth 0 to depth ½
+        "cosine": 0.5,
+        "spearman": -0.5,  # ranks (2.5, 2.5, 1) and (1, 2.5, 2.5)
+        "magnitude_ratio": (7 * 6) / (12 * 2),
+    }
+    assert {name: row["noise_floor"] for name, row in rows.items()} == pytest.approx(by_hand)
 
 
 @pytest.mark.parametrize("reduction", ["signed_sum", "per_sequence_abs", "fisher"])

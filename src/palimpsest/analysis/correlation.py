@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from palimpsest.schema import CorrelationRecord
 
 MEASURES = ("jensen_shannon", "wasserstein_1")
 MIN_MODELS = 3
+ALL_ORDERS = 8  # models: with ties, p is counted over all orders of up to so many (8! = 40320)
 Row = Mapping[str, Any]
 
 
@@ -22,8 +24,9 @@ def correlation_records(
     """Kendall's τ_b between a model's shift from the base and its loss of text accuracy, exact two-sided p.
 
     shift, qa: tables of results.json. The loss is the base's accuracy from text minus the model's, pooled over tasks by
-    number of questions. Models are methods, and seeds of methods where there are several: these are not independent of
-    each other, so p is a guide. With `MIN_MODELS` models the smallest possible p is 1/3, with 5 models 1/60.
+    number of questions; models may lose the same (ties). Models are methods, and seeds of methods where there are
+    several: these are not independent of each other, so p is a guide. With `MIN_MODELS` models the
+    smallest possible p is 1/3, with 5 models 1/60.
     """
     loss = _text_loss(qa, metric, base)
     by_measure: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
@@ -39,10 +42,8 @@ def correlation_records(
         if len(models) < MIN_MODELS:
             note = f"needs at least {MIN_MODELS} tuned models with shift and text accuracy, there are {len(models)}"
         else:
-            result = stats.kendalltau([values[m] for m in models], [loss[m] for m in models])
-            if np.isfinite(result.statistic):
-                tau, p = float(result.statistic), float(result.pvalue)
-            else:
+            tau, p = _kendall([values[m] for m in models], [loss[m] for m in models])
+            if tau is None:
                 note = "all models lost the same, or shifted the same"
         records.append(
             {
@@ -57,6 +58,25 @@ def correlation_records(
             }
         )
     return records
+
+
+def _kendall(x: Sequence[float], y: Sequence[float]) -> tuple[float | None, float | None]:
+    """τ_b and its two-sided p; both None if one side is all equal, p None with ties among more than `ALL_ORDERS`.
+
+    With ties scipy's p is a normal approximation, far too small for a few models; here the orders are counted.
+    """
+    result = stats.kendalltau(x, y)
+    if not np.isfinite(result.statistic):
+        return None, None
+    tau = float(result.statistic)
+    if len(set(x)) == len(x) and len(set(y)) == len(y):
+        return tau, float(result.pvalue)
+    if len(x) > ALL_ORDERS:
+        return tau, None
+    signs = np.sign(np.subtract.outer(x, x))
+    orders = np.array(list(permutations(y)))
+    agreement = (np.sign(orders[:, :, None] - orders[:, None, :]) * signs).sum(axis=(1, 2))
+    return tau, float((np.abs(agreement) >= abs((np.sign(np.subtract.outer(y, y)) * signs).sum())).mean())
 
 
 def _text_loss(qa: Sequence[Row], metric: str, base: str) -> dict[str, float]:
