@@ -246,6 +246,12 @@ def test_structure_tables_show_whole_models_with_their_intervals() -> None:
     assert [column.title for column in summary.columns] == ["Of", "Model", "top5_rows", "top5_columns"]
     assert _row(summary, 0) == ["importance", "Base", "5.00 [4.50 to 5.50]", "5.00 [4.50 to 5.50]"]
     assert [_row(summary, i)[0] for i in range(1, 5)] == ["change", "change", "change of rank 8", "change of rank 8"]
+    unmeasured = [
+        row | ({"ratio": None, "ci_low": None, "ci_high": None} if row["measure"] == "top5_columns" else {})
+        for row in results["clustering_summary"]
+    ]
+    table = structure_tables.clustering_summary(unmeasured)
+    assert [column.title for column in table.columns] == ["Of", "Model", "top5_rows"]  # no column of dashes
     overlap = structure_tables.mask_overlap(results["mask_overlap"])
     assert _row(overlap, 0) == ["Full-FT", "Base", "3", "40.0 [35.0 to 45.0]", "60.0", "3.0"]
     assert len(overlap.rows) == 3

@@ -9,6 +9,7 @@ from typing import cast
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from palimpsest.report.formats import significant
 from palimpsest.report.inputs import MAIN_REDUCTION, Inputs, at, method_key, method_name, methods_in
@@ -148,6 +149,7 @@ def training(inputs: Inputs) -> Drawing | None:
         ends.append(f"{method_name(method)} from {significant(losses[0])} to {significant(losses[-1])}")
         drawing.tip(line, ends[-1])
     axis.set(xlabel="step", ylabel="loss, nats per supervised token")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     model_legend(figure, methods, methods_in(inputs.results))
     drawing.caption = f"Training loss, mean of each window of steps: {'; '.join(ends)}.{_phases(axis, records)}"
     drawing.alt = f"Line chart of the training loss: {'; '.join(ends)}."
@@ -177,6 +179,7 @@ def retention(inputs: Inputs) -> Drawing | None:
             ends.append(f"{method_name(method)}, {MODALITIES[modality]}, from {first} to {last}")
         with_base |= _base_line(drawing, axis, inputs, modality, [r for r in records if r.get("modality") == modality])
         axis.set(title=f"{MODALITIES[modality].capitalize()}", xlabel="step", ylabel="perplexity")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         values = [row["perplexity"] for (of, _), rows in curves.items() if of == modality for row in rows]
         if max(values) > WIDE_RANGE * min(values):
             axis.set_yscale("log")

@@ -15,7 +15,7 @@ ORDER = ("importance", "mask", "delta")
 def clustering_summary(records: Sequence[ClusteringSummaryRecord]) -> Table:
     """One row per model and what was measured: typical ratios of the measures to their shuffled null."""
     rows_of = [row for row in records if row["kind"] == "all"]
-    measures = list(dict.fromkeys(row["measure"] for row in rows_of))
+    measures = list(dict.fromkeys(row["measure"] for row in rows_of if row["ratio"] is not None))
     cells = {(row["of"], row["model"], row["measure"]): row for row in rows_of}
     lines = sorted(
         {(row["of"], row["model"]) for row in rows_of},

@@ -81,10 +81,12 @@ for (const button of document.querySelectorAll(".command button")) {
   button.addEventListener("click", () => answer(button, text, "the command"));
 }
 
-// On paper every part is open but the samples, which stay as the reader left them.
+// On paper every part is open but the samples and tables of many pages, which stay as the reader left them.
+const LONG = 100; // rows
 let closed = [];
 addEventListener("beforeprint", () => {
-  closed = Array.from(document.querySelectorAll("details:not([open]):not(.sample)"));
+  closed = Array.from(document.querySelectorAll("details:not([open]):not(.sample)"))
+    .filter((part) => part.querySelectorAll("tr").length <= LONG);
   for (const part of closed) part.open = true;
 });
 addEventListener("afterprint", () => {
