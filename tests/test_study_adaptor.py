@@ -179,3 +179,5 @@ def test_calibrating_a_trained_adaptor_is_refused(inputs: Path) -> None:
     speech = {"adaptor_hidden_size": 24, "calibrate_adaptor": True}
     with pytest.raises(UserError, match="calibrate_adaptor is for a fresh adaptor"):
         parse_config(recipe(inputs, speech=speech), "test")
+    with pytest.raises(UserError, match="align is for a fresh adaptor"):
+        parse_config(recipe(inputs, training={"align": {"epochs": 1, "learning_rate": 1e-3}}), "test")

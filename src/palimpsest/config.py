@@ -208,6 +208,8 @@ class StudyConfig(_Strict):
                 raise ValueError(f"the method name {name!r} must be letters, digits, - and _, and not 'base'")
         if self.models.adaptor is not None and self.speech.calibrate_adaptor:
             raise ValueError("speech.calibrate_adaptor is for a fresh adaptor; that of models.adaptor brings its own")
+        if self.models.adaptor is not None and self.training.align is not None:
+            raise ValueError("training.align is for a fresh adaptor: it would calibrate that of models.adaptor anew")
         if self.evaluation.text_asr and self.models.asr is None:
             raise ValueError("evaluation.text_asr needs a recogniser; name one as models.asr")
         tasks = [task.name for task in self.evaluation.tasks]
