@@ -18,7 +18,7 @@ ORDER: list[set[str]] = [
     {"analysis", "evaluation"},
     {
         *("results", "workspace", "answering", "heldout", "ask", "evaluate", "compare", "compare_text", "pairing"),
-        *("measure", "validation", "prepare", "inspection", "plan", "plan_text", "export", "model_card"),
+        *("measure", "validation", "prepare", "inspection", "plan", "plan_text", "export", "model_card", "seeds"),
     },
     {"study"},
     {"cli"},

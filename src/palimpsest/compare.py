@@ -59,10 +59,10 @@ def compare_runs(
     Raises:
         UserError: nothing to pair, unfinished or damaged samples, samples of different versions.
     """
-    systems = read_systems(runs, metric, methods)
+    systems = read_systems(runs, metric, None if seeds else methods)
     with_losses = any(system.losses for system in systems)
     if seeds:
-        systems = pool_seeds(systems)
+        systems = _named(pool_seeds(systems), methods)  # by the methods' own names, not those of their runs
     pairs = _pairs(systems, every=seeds or methods is not None or len(runs) == 1)
     tables: dict[str, Any] = {
         "schema": 1,
@@ -87,6 +87,13 @@ def compare_runs(
     page = markdown(tables)
     write_text(out / "compare.md", page)
     yield from page.rstrip().split("\n")
+
+
+def _named(systems: Sequence[System], methods: Sequence[str] | None) -> list[System]:
+    absent = [method for method in methods or [] if method not in {system.method for system in systems}]
+    if absent:
+        raise UserError(f"No run has a method {absent[0]!r}; correct --methods.")
+    return [system for system in systems if methods is None or system.method in methods]
 
 
 def _pairs(systems: Sequence[System], every: bool) -> list[tuple[System, System]]:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from palimpsest.changes import differences, in_words
 from palimpsest.rundir import UserError
+from palimpsest.schema import method_of, run_name
 
 Fraction = float
 
@@ -173,6 +174,10 @@ class Analysis(_Strict):
     bootstrap: int = Field(1000, ge=100)
 
 
+# What the runs of a method after its first may be spared; clustering: with it parameter change and overlap of masks.
+SeedMeasure = Literal["importance", "clustering", "deactivation", "probe"]
+
+
 class EvaluationTask(Split):
     name: str
 
@@ -190,6 +195,10 @@ class StudyConfig(_Strict):
 
     name: str
     seed: int = Field(0, ge=0)
+    seeds: int = Field(1, ge=1)  # training runs of every method
+    seeds_measure: tuple[SeedMeasure, ...] = get_args(
+        SeedMeasure
+    )  # besides accuracy and perplexity, after the first run
     models: Models
     speech: Speech = Speech()
     prompt: Prompt = Prompt()
@@ -206,6 +215,10 @@ class StudyConfig(_Strict):
         for name in self.methods:
             if name == "base" or not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"the method name {name!r} must be letters, digits, - and _, and not 'base'")
+            if self.seeds > 1 and method_of(name) != (name, 0):
+                raise ValueError(f"the method name {name!r} is that of a run of {method_of(name)[0]!r}; choose another")
+        if "importance" not in self.seeds_measure and {"clustering", "deactivation"} & set(self.seeds_measure):
+            raise ValueError("seeds_measure names clustering or deactivation, which need importance; add importance")
         if self.models.adaptor is not None and self.speech.calibrate_adaptor:
             raise ValueError("speech.calibrate_adaptor is for a fresh adaptor; that of models.adaptor brings its own")
         if self.models.adaptor is not None and self.training.align is not None:
@@ -216,6 +229,19 @@ class StudyConfig(_Strict):
         if len(set(tasks)) < len(tasks):
             raise ValueError(f"evaluation.tasks names a task twice: {tasks}")
         return self
+
+    @property
+    def runs(self) -> dict[str, MethodConfig]:
+        """Every training run by its folder in methods/: the first run of each method, then the second of each …"""
+        return {run_name(name, i): method for i in range(self.seeds) for name, method in self.methods.items()}
+
+    def number_of(self, run: str) -> int:
+        """Which run of its method it is, from 0; the base is trained in none, and counts as 0."""
+        return 0 if run in self.methods else method_of(run)[1]
+
+    def measures(self, run: str, what: SeedMeasure) -> bool:
+        """Whether a run is measured in a way that those after a method's first may be spared."""
+        return self.number_of(run) == 0 or what in self.seeds_measure
 
 
 def load_config(path: Path) -> StudyConfig:

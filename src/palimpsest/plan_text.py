@@ -77,7 +77,8 @@ def _what(plan: Plan) -> Iterator[str]:
     config, setup = plan.config, plan.methods[0].setup
     decoder, encoder = setup.decoder, setup.encoder
     training = config.training
-    yield f"{config.name}: {len(plan.methods)} methods"
+    runs = f", {config.seeds} training runs of each" if config.seeds > 1 else ""
+    yield f"{config.name}: {len(plan.methods)} methods{runs}"
     yield (
         f"  language model  {config.models.language_model} ({plan.origins['language model']}): {decoder.parameters:,} "
         f"parameters, {decoder.matrices:,} of them in the matrices of its {decoder.layers} layers"
@@ -134,27 +135,38 @@ def _time(plan: Plan, options: Options) -> Iterator[str]:
     )
     reached = options.utilisation * speed * options.n_gpus
     rows = [["encode the speech, once", "", "", f"{plan.encoding_flops:.2e}", _duration(plan.encoding_flops / reached)]]
+    all_runs = 0.0
     for method in plan.methods:
         traffic = method.steps * optimizer_traffic(method.setup) / options.n_gpus
         seconds = method.flops / reached + traffic / (BANDWIDTH_SHARE * plan.gpu.bandwidth)
         tokens = method.tokens * plan.config.training.epochs
         rows.append([method.name, f"{tokens:.3g}", f"{method.steps:,}", f"{method.flops:.2e}", _duration(seconds)])
+        all_runs += plan.config.seeds * seconds
+    if plan.config.seeds > 1:
+        rows.append([f"all methods, {plan.config.seeds} runs of each", "", "", "", _duration(all_runs)])
     yield from _table(["", "tokens", "steps", "FLOPs", "time"], rows)
     yield "Not counted: making speech, importance, deactivation and evaluation."
 
 
 def _disk(plan: Plan) -> Iterator[str]:
-    models = 1 + len(plan.methods)
-    kept = sum(method.checkpoint for method in plan.methods) + models * plan.scores + plan.features
+    config = plan.config
+    models = 1 + sum(config.measures(run, "importance") for run in config.runs)
+    checkpoints = config.seeds * sum(method.checkpoint for method in plan.methods)
+    kept = checkpoints + models * plan.scores + plan.features
     passing = max(method.while_training for method in plan.methods)
     yield f"Disk, GB: {(kept + passing) / GB:.1f} at most, {kept / GB:.1f} in the end"
     rows = [
         ["encoder frames of the training data (16-bit)", f"{plan.features / GB:.2f}"],
         [f"importance, two reductions of {models} models", f"{models * plan.scores / GB:.2f}"],
-        [f"checkpoints of {len(plan.methods)} methods", f"{sum(m.checkpoint for m in plan.methods) / GB:.2f}"],
+        [f"checkpoints of {_runs(plan)}", f"{checkpoints / GB:.2f}"],
         ["while one trains: three checkpoints with optimizer state", f"{passing / GB:.2f}"],
     ]
     yield from _table(None, rows)
+
+
+def _runs(plan: Plan) -> str:
+    n = len(plan.methods)
+    return f"{n} methods" if plan.config.seeds == 1 else f"{n * plan.config.seeds} training runs"
 
 
 def _table(heads: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from palimpsest.analysis.claims import claim_records
@@ -16,6 +16,7 @@ from palimpsest.evaluation.scoring import PRIMARY
 from palimpsest.evaluation.stats import compare, with_holm
 from palimpsest.evaluation.tasks import Task
 from palimpsest.rundir import RESULT_TABLES, SCHEMA, ComparisonRecord, Modality, RunDir, read_json
+from palimpsest.seeds import Verdicts, seed_comparisons, seed_records
 
 if TYPE_CHECKING:
     from palimpsest.config import StudyConfig
@@ -25,12 +26,14 @@ MODALITIES: tuple[Modality, ...] = ("text", "speech", "cascade", "text_asr")
 
 def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -> dict[str, Any]:
     """The value of results.json for a run whose `steps` are done; `seed` is the bootstrap's."""
-    names = ["base", *config.methods]
+    names = ["base", *config.runs]
+    first_runs = ["base", *config.methods]
     tables: dict[str, Any] = {"schema": SCHEMA} | {table: [] for table in RESULT_TABLES}
     for name in names:
         folder = run.path / ("base" if name == "base" else f"methods/{name}")
-        tables["deactivation"] += read_json(folder / "deactivation" / "records.json")
-        if config.evaluation.probe:
+        if config.measures(name, "deactivation"):
+            tables["deactivation"] += read_json(folder / "deactivation" / "records.json")
+        if config.evaluation.probe and config.measures(name, "probe"):
             tables["probe"] += read_json(folder / "probe" / "records.json")
         tables["perplexity"] += read_json(folder / "perplexity" / "records.json")
         if name != "base":
@@ -39,11 +42,12 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
         tables[table] = read_json(run.path / "analysis" / f"{table}.json")
 
     comparisons: list[ComparisonRecord] = []
+    right: dict[tuple[str, str], Verdicts] = {}
     for task_config in config.evaluation.tasks:
         examples = read_manifest(run.path / "data" / f"task-{task_config.name}.jsonl")
         task = Task(task_config.name, tuple(examples))
         for modality in MODALITIES if config.evaluation.text_asr else MODALITIES[:3]:
-            verdicts: dict[str, dict[str, bool]] = {}
+            verdicts: dict[str, Mapping[str, bool]] = {}
             for name in names:
                 folder = run.path / ("base" if name == "base" else f"methods/{name}")
                 # The base model's answers to transcripts are its cascade.
@@ -52,7 +56,7 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
                 # In what modalities a model is asked is the recipe's to say; a file may be left from an earlier one.
                 base_is_deaf = config.models.adaptor is None
                 deaf = modality == "speech" and (
-                    base_is_deaf if name == "base" else config.methods[name].modality == "text"
+                    base_is_deaf if name == "base" else config.runs[name].modality == "text"
                 )
                 if deaf or not file.exists():
                     continue
@@ -60,10 +64,15 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
                 tables["qa"] += summarise(rows, name, task, modality)
                 tables["qa_floors"] += floor_records(rows, name, task, modality, seed)
                 verdicts[name] = verdicts_by_id(rows, PRIMARY)
-            if len(verdicts) > 1:
-                comparisons += compare(verdicts, task=task.name, modality=modality, metric=PRIMARY, seed=seed)
+            right[task.name, modality] = verdicts
+            first = {name: verdicts[name] for name in first_runs if name in verdicts}
+            if len(first) > 1:
+                comparisons += compare(first, task=task.name, modality=modality, metric=PRIMARY, seed=seed)
     tables["comparisons"] = with_holm(comparisons)
     tables["correlations"] = correlation_records(tables["shift"], tables["qa"], metric=PRIMARY)
+    if config.seeds > 1:
+        tables["seeds"] = seed_records(run.path, list(config.methods), config.seeds, right, tables)
+        tables["seed_comparisons"] = seed_comparisons(list(config.methods), config.seeds, right, run.path, seed)
     tables["claims"] = claim_records(tables)
     tables["timings"] = run.timings(steps)
     return tables

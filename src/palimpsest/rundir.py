@@ -38,6 +38,8 @@ RESULT_TABLES = (
     "mask_overlap",
     "correlations",
     "training",
+    "seeds",
+    "seed_comparisons",
     "claims",
     "timings",
 )

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import NotRequired, TypedDict
+
+
+def run_name(method: str, number: int) -> str:
+    """The folder of a method's training run: the method's own name for the first, else `full-seed1`, `full-seed2` …"""
+    return method if number == 0 else f"{method}-seed{number}"
+
+
+def method_of(run: str) -> tuple[str, int]:
+    """The inverse of `run_name`: (method, number of the run)."""
+    found = re.fullmatch(r"(.+)-seed([1-9]\d*)", run)
+    return (found[1], int(found[2])) if found else (run, 0)
 
 
 class ClusteringSummaryRecord(TypedDict):
@@ -119,6 +131,25 @@ class PairRecord(TypedDict):
     p_holm: float
     detectable: float | None  # the smallest true difference found with probability 0.8; None: no difference would be
     verdict: str  # better | worse | no difference shown, of b
+
+
+class SeedRecord(TypedDict):
+    """A measure over the training runs of a method that differ in their seeds; docs/evaluation.md has the interval."""
+
+    method: str
+    reference: str | None  # what a ratio, a shift or a difference is relative to
+    measure: str  # accuracy, perplexity, perplexity_ratio, perplexity_ratio_top …, jensen_shannon …
+    task: str | None
+    modality: str
+    basis: str | None  # scoring rule of an accuracy, reduction of the importance behind a shift
+    n_seeds: int
+    n: int | None  # questions or answers
+    values: list[float | None]  # of each run, in their order
+    mean: float | None  # geometric for perplexities and their ratios
+    std: float | None  # of the values, n − 1
+    ci_low: float | None
+    ci_high: float | None
+    ci_over: str  # what the 95 % interval is over: "seeds, questions", "seeds, batches", "seeds"
 
 
 class RetentionRecord(TypedDict):

@@ -50,10 +50,12 @@ class Study:
     def __init__(self, config: StudyConfig, folder: Path, reporter: Reporter | None = None) -> None:
         n_tasks = len(config.evaluation.tasks)
         per_task_base = 2 if config.models.asr else 1  # text, cascade
-        asked = sum(2 if method.modality == "speech" else 1 for method in config.methods.values())
-        n_steps = 7 + (3 + per_task_base * n_tasks) + 4 * len(config.methods) + asked * n_tasks
-        n_steps += (1 + len(config.methods)) * config.evaluation.probe + (config.models.adaptor is not None) * n_tasks
-        n_steps += len(config.methods) * n_tasks * config.evaluation.text_asr
+        asked = sum(2 if method.modality == "speech" else 1 for method in config.runs.values())
+        n_steps = 7 + (3 + per_task_base * n_tasks) + 2 * len(config.runs) + asked * n_tasks
+        n_steps += sum(config.measures(run, what) for run in config.runs for what in ("importance", "deactivation"))
+        n_steps += sum(config.measures(run, "probe") for run in (BASE, *config.runs)) * config.evaluation.probe
+        n_steps += (config.models.adaptor is not None) * n_tasks
+        n_steps += len(config.runs) * n_tasks * config.evaluation.text_asr
         self.config = config
         self.ws = Workspace(config, folder, reporter or Reporter(n_steps, quiet=not is_main()))
 
@@ -77,12 +79,15 @@ class Study:
                 answers(self.ws, BASE, task, "speech")
             if self.config.models.asr:
                 cascade(self.ws, task)
-        for name in self.config.methods:
+        for name in self.config.runs:
             self.train(name)
-            self.importance(name)
-            self.deactivation(name)
+            if self.config.measures(name, "importance"):
+                self.importance(name)
+            if self.config.measures(name, "deactivation"):
+                self.deactivation(name)
             perplexity_step(self.ws, name)
-            probe(self.ws, name)
+            if self.config.measures(name, "probe"):
+                probe(self.ws, name)
             for task in self.config.evaluation.tasks:
                 answers(self.ws, name, task, "text")
                 if self.ws.hears(name):
@@ -262,7 +267,7 @@ class Study:
     # -- training -----------------------------------------------------------------------------------------------------
     def train(self, name: str) -> None:
         """methods/NAME/checkpoint/: the SpeechLM after training, its processor and its loss curve."""
-        options, method = self.config.training, self.config.methods[name]
+        options, method = self.config.training, self.config.runs[name]
         inputs: dict[str, Any] = {
             "base": self.ws.base_hash,
             "encoder": self.ws.encoder_hash,
@@ -272,28 +277,29 @@ class Study:
             "prompt": self.config.prompt.model_dump(),
             "method": method.model_dump(),
             "training": options.model_dump(),
-            "seeds": [self.ws.seed("adaptor"), self.ws.seed("train")],
+            "seeds": [self.ws.seed("adaptor", name), self.ws.seed("train", name)],
             **self.ws.adaptor_inputs,
         }
         if method.kind == "layer_lr":
             inputs["scores"] = self.ws.fingerprint(f"{BASE}/importance")
             inputs["reduction"] = self.config.importance.reduction
         if method.importance == "shuffled":
-            inputs["shuffle"] = self.ws.seed("shuffled layers")
+            inputs["shuffle"] = self.ws.seed("shuffled layers", name)
 
         def write(folder: Path, advance: Advance) -> None:
             from palimpsest.training.methods import Method, method_scales
             from palimpsest.training.train import train
 
-            scales, trained, settings = None, Method(**method.model_dump()), self.ws.settings
+            scales, trained = None, Method(**method.model_dump())
+            settings = replace(self.ws.settings, seed=self.ws.seed("train", name))
             if method.modality == "text":  # written questions pass by the adaptor
                 settings = replace(settings, align=None, adaptor_first=None)
             if method.kind == "layer_lr":
-                reduction, seed = self.config.importance.reduction, self.ws.seed("shuffled layers")
+                reduction, seed = self.config.importance.reduction, self.ws.seed("shuffled layers", name)
                 scales = method_scales(trained, self.ws.scores(BASE), reduction=reduction, seed=seed)
                 if is_main():
                     write_json(folder / "layer_scales.json", {str(layer): scale for layer, scale in scales.items()})
-            model = self.ws.new_speech_lm()
+            model = self.ws.new_speech_lm(name)
             records = train(
                 model,
                 self.ws.groups["train"],
@@ -318,16 +324,19 @@ class Study:
     # -- analysis and report ------------------------------------------------------------------------------------------
     def analysis(self) -> None:
         """analysis/: layer distribution, shift, clustering, parameter change; maps/: their heat maps."""
-        names = [BASE, *self.config.methods]
-        inputs = {
+        names = [BASE, *(run for run in self.config.runs if self.config.measures(run, "importance"))]
+        clustered = [name for name in names if self.config.measures(name, "clustering")]
+        inputs: dict[str, Any] = {
             "importance": {name: self.ws.fingerprint(f"{folder_of(name)}/importance") for name in names},
             "other": self.ws.fingerprint(f"{BASE}/importance_other"),
-            "checkpoints": {name: self.ws.fingerprint(f"methods/{name}/checkpoint") for name in self.config.methods},
+            "checkpoints": {name: self.ws.fingerprint(f"methods/{name}/checkpoint") for name in names[1:]},
             "options": self.config.analysis.model_dump(),
             "reduction": self.config.importance.reduction,
             "ratio": self.config.deactivation.ratio,
             "seed": self.ws.seed("analysis"),
         }
+        if clustered != names:
+            inputs["clustered"] = clustered
 
         def tables(folder: Path, advance: Advance) -> None:
             from palimpsest.analysis.tables import write_tables
@@ -335,6 +344,7 @@ class Study:
             write_tables(
                 folder,
                 models=names,
+                clustered=clustered,
                 scores=self.ws.scores,
                 weights=self.ws.weights,
                 other=lambda: self.ws.scores(BASE, other=True),
@@ -353,7 +363,7 @@ class Study:
 
             write_study_maps(
                 folder,
-                models=names,
+                models=[BASE, *self.config.methods],
                 scores=self.ws.scores,
                 weights=self.ws.weights,
                 reduction=self.config.importance.reduction,

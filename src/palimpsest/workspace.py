@@ -117,9 +117,10 @@ class Workspace:
     def fingerprint(self, step: str) -> str:
         return next(s.fingerprint for s in self.done if s.name == step)
 
-    def seed(self, purpose: str) -> int:
-        """Every seed of a study derives from its one seed and the purpose it serves."""
-        return int(hash_value([self.config.seed, purpose])[:8], 16) % (2**31)
+    def seed(self, purpose: str, run: str = BASE) -> int:
+        """Every seed of a study derives from its one seed, the purpose it serves and, after the first, the run."""
+        number = self.config.number_of(run)
+        return int(hash_value([self.config.seed, purpose, *([number] if number else [])])[:8], 16) % (2**31)
 
     # -- data ---------------------------------------------------------------------------------------------------------
     @cached_property
@@ -156,7 +157,7 @@ class Workspace:
         """Whether a model can be asked in speech: the base if the recipe names an adaptor, not one tuned on text."""
         if name == BASE:
             return self.config.models.adaptor is not None
-        return self.config.methods[name].modality == "speech"
+        return self.config.runs[name].modality == "speech"
 
     def collator(self, modality: Modality, group: str) -> Collator:
         features = Features(self.dir.path / "features" / group) if modality == "speech" else None
@@ -194,7 +195,7 @@ class Workspace:
         from palimpsest.models.loading import weight_bytes
 
         # Per model a checkpoint and two reductions of importance; while one trains, its optimizer's state.
-        need = 3 * weight_bytes(self.config.models.language_model) * (len(self.config.methods) + 2)
+        need = 3 * weight_bytes(self.config.models.language_model) * (len(self.config.runs) + 2)
         have = sum(file.stat().st_size for file in self.dir.path.rglob("*") if file.is_file())
         require_disk(self.dir.path, max(0, need - have), f"The study {self.config.name}")
 
@@ -244,16 +245,19 @@ class Workspace:
 
             require_fit(self.adaptor, self.config.models, self.config.speech)
 
-    def new_speech_lm(self) -> SpeechLM:
-        """The base language model behind the adaptor that every method starts from: a fresh one, or models.adaptor."""
+    def new_speech_lm(self, run: str) -> SpeechLM:
+        """The base language model behind the adaptor that a run starts from: a fresh one, or that of models.adaptor.
+
+        A fresh one is the same for every method's run of the same number.
+        """
         from palimpsest.models.loading import load_language_model
 
         models = self.config.models
         self.__dict__.pop("base", None)  # training needs the room; read again when asked for
         self.forget()
-        return self._behind_adaptor(load_language_model(models.language_model, dtype=models.dtype)[0])
+        return self._behind_adaptor(load_language_model(models.language_model, dtype=models.dtype)[0], run)
 
-    def _behind_adaptor(self, language_model: PreTrainedModel) -> SpeechLM:
+    def _behind_adaptor(self, language_model: PreTrainedModel, run: str = BASE) -> SpeechLM:
         from palimpsest.models.loading import load_encoder
         from palimpsest.models.speech_lm import SpeechLM
 
@@ -265,7 +269,7 @@ class Workspace:
             stack_factor=speech.stack_factor,
             adaptor_hidden_size=speech.adaptor_hidden_size,
             speech_length=speech.length,
-            seed=self.seed("adaptor"),
+            seed=self.seed("adaptor", run),
         )
         if self.adaptor is not None:
             model.adaptor.load_state_dict(self.adaptor.tensors)

@@ -30,6 +30,16 @@ corrected for there being eight claims.
 
 Accuracies are paired differences in the metric `METRIC`, pooled over tasks by their number of questions; the
 tasks' intervals are combined as those of independent normal estimates (root of summed squares).
+
+Where every method was trained several times (`seeds` in the recipe), claims 3 to 8 are about the methods' means
+over their runs, and the intervals are over seeds and questions (claims 5, 6, 8: table seed_comparisons), over
+seeds and batches (3, 4: table seeds), over seeds and matrices (7); the rules and bounds stay as they are. Not each
+run is judged by itself, with a vote: a run's own interval holds nothing of what another seed would give, all runs
+share their questions and so err together, and a vote of three forgets how close they were. Claims 1 and 2 are
+about the base, which is trained in none. A run's number pairs it with that of another method in claims 4 and 7
+(same adaptor, same order of examples); accuracies are not paired by run, only by question. Claim 7 is about the
+first runs where the recipe spares the others the measurement (`seeds_measure`), and its note says so; likewise
+claims 3 and 4.
 """
 
 from __future__ import annotations
@@ -43,7 +53,9 @@ from typing import Any
 import numpy as np
 
 from palimpsest.analysis.clustering import bootstrap_mean, log_ratios
+from palimpsest.analysis.spread import over_runs
 from palimpsest.rundir import ClaimRecord
+from palimpsest.schema import run_name
 
 RATIO = 0.03
 REDUCTION = "per_batch_abs"  # of claims 3 and 4: the one whose layer totals have an interval
@@ -101,9 +113,10 @@ class Claim:
 def claim_records(results: Results) -> list[ClaimRecord]:
     """The eight claims, in order.
 
-    results: tables of `results.json` by name (deactivation, comparisons, shift, clustering; others are
-    ignored), as written or as read back. Methods are expected under the names base, full, layer_lr, lora and
-    lora_r<rank>. A table or row that is not there makes the claim undecided, with a note that names it.
+    results: tables of `results.json` by name (deactivation, comparisons, shift, clustering, and of several runs
+    seeds and seed_comparisons; others are ignored), as written or as read back. Methods are expected under the
+    names base, full, layer_lr, lora and lora_r<rank>. A table or row that is not there makes the claim undecided,
+    with a note that names it.
     """
     return [_record(number, claim, results) for number, claim in enumerate(CLAIMS, start=1)]
 
@@ -181,14 +194,16 @@ def _full_shifts(results: Results) -> list[Part]:
     if row["noise_floor"] is None:
         raise Missing("noise floor of the shift of full (needs the scores of each batch)")
     bound = NOISE_FACTOR * row["noise_floor"]
-    return [_of(row).above(bound, f"divergence against {NOISE_FACTOR:g} × noise floor = {bound:.4g}")]
+    divergence, runs = _shifted(results, row)
+    return [divergence.above(bound, f"divergence against {NOISE_FACTOR:g} × noise floor = {bound:.4g}{runs}")]
 
 
 def _others_shift_less(results: Results) -> list[Part]:
-    return [
-        _of(_shift(results, method, "full", "jensen_shannon_difference")).below(0.0, f"{method} − full")
-        for method in ("layer_lr", "lora")
-    ]
+    parts = []
+    for method in ("layer_lr", "lora"):
+        difference, runs = _shifted(results, _shift(results, method, "full", "jensen_shannon_difference"))
+        parts.append(difference.below(0.0, f"{method} − full{runs}"))
+    return parts
 
 
 def _text_retention(results: Results) -> list[Part]:
@@ -213,16 +228,16 @@ def _change_clusters(results: Results) -> list[Part]:
     parts = []
     for of, how in (("delta", ""), (cut, f", both of rank {cut.removeprefix('delta_rank')}, over random vectors")):
         for axis in ("rows", "columns"):
-            by_method = []
-            for method in ("lora", "layer_lr"):
-                key = (method, of, f"top5_{axis}")
-                if key not in table:
-                    raise Missing(f"clustering of the change of {method} ({of}), measure {key[2]}")
-                by_method.append(table[key])
-            lora, layer_lr = by_method
-            differences = [lora[name] - layer_lr[name] for name in lora if name in layer_lr]
-            ratio = _ratio(differences, f"change of lora and layer_lr ({of}), {axis}")
-            parts.append(ratio.above(1.0, f"{axis}, lora / layer_lr{how}"))
+            by_run: list[dict[str, float]] = []
+            for number in range(_n_runs(results)):
+                lora, layer_lr = (table.get((run_name(m, number), of, f"top5_{axis}")) for m in ("lora", "layer_lr"))
+                if lora is not None and layer_lr is not None:
+                    by_run.append({name: lora[name] - layer_lr[name] for name in lora if name in layer_lr})
+                elif number == 0:
+                    method = "layer_lr" if lora is not None else "lora"
+                    raise Missing(f"clustering of the change of {method} ({of}), measure top5_{axis}")
+            ratio = _mean_ratio(by_run, f"change of lora and layer_lr ({of}), {axis}")
+            parts.append(ratio.above(1.0, f"{axis}, lora / layer_lr{how}{_means(results, len(by_run))}"))
     return parts
 
 
@@ -264,6 +279,40 @@ def _of(row: Row) -> Interval:
     return Interval(row["value"], row["ci_low"], row["ci_high"])
 
 
+def _n_runs(results: Results) -> int:
+    """Training runs of every method."""
+    return max((row["n_seeds"] for row in results.get("seeds", [])), default=1)
+
+
+def _means(results: Results, n: int) -> str:
+    """What a part's name says of the runs it is about; nothing where each method has one."""
+    return "" if _n_runs(results) == 1 else f", mean of {n} runs" if n > 1 else ", first runs alone"
+
+
+def _shifted(results: Results, row: Row) -> tuple[Interval, str]:
+    """A shift, of the method's mean over its runs where there are several, and of which runs."""
+    fields = ("reference", "measure", "modality")
+    for pooled in results.get("seeds", []):
+        same = all(pooled[field] == row[field] for field in fields)
+        if same and (pooled["method"], pooled["basis"]) == (row["model"], row["reduction"]):
+            if pooled["mean"] is None or "batches" not in pooled["ci_over"]:
+                raise Missing(f"interval over batches of {row['measure']} of every run of {row['model']}")
+            mean = Interval(pooled["mean"], pooled["ci_low"], pooled["ci_high"])
+            return mean, _means(results, pooled["n_seeds"])
+    return _of(row), _means(results, 1)
+
+
+def _mean_ratio(by_run: Sequence[Mapping[str, float]], what: str) -> Interval:
+    """exp of a mean over runs and matrices, with its interval over both."""
+    if len(by_run) == 1:
+        return _ratio(by_run[0].values(), what)
+    shared = [name for name in by_run[0] if all(math.isfinite(run.get(name, math.nan)) for run in by_run)]
+    over_matrices = _ratio([float(np.mean([run[name] for run in by_run])) for name in shared], what)
+    value, low, high = (math.log(x) for x in (over_matrices.value, over_matrices.low, over_matrices.high))
+    values = [float(np.mean([run[name] for name in shared])) for run in by_run]
+    return Interval(*(math.exp(x) for x in over_runs(values, max(0.0, value - low), max(0.0, high - value))))
+
+
 def _ratio(log_values: Any, what: str) -> Interval:
     values = np.array([value for value in log_values if math.isfinite(value)])
     if len(values) < MIN_MATRICES:
@@ -272,8 +321,9 @@ def _ratio(log_values: Any, what: str) -> Interval:
 
 
 def _gain(results: Results, modality: str, before: str, after: str) -> Interval:
-    """accuracy(after) − accuracy(before), pooled over tasks by number of questions."""
-    rows = [row for row in results.get("comparisons", []) if (row["modality"], row["metric"]) == (modality, METRIC)]
+    """accuracy(after) − accuracy(before), pooled over tasks by number of questions; of several runs, their means."""
+    table = "seed_comparisons" if _n_runs(results) > 1 else "comparisons"
+    rows = [row for row in results.get(table, []) if (row["modality"], row["metric"]) == (modality, METRIC)]
     rows = [row for row in rows if {row["method_a"], row["method_b"]} == {before, after}]
     if not rows:
         raise Missing(f"comparison of {before} with {after}, {modality}, metric {METRIC}")

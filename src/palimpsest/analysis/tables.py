@@ -17,7 +17,7 @@ from palimpsest.importance.mask import Mask
 from palimpsest.importance.select import select
 from palimpsest.models.anatomy import layer_index, module_kind
 from palimpsest.rundir import ClusteringRecord, DeltaRecord, LayerRecord, ShiftRecord, write_json
-from palimpsest.schema import MaskOverlapRecord
+from palimpsest.schema import MaskOverlapRecord, method_of, run_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +36,7 @@ def write_tables(
     folder: Path,
     *,
     models: Sequence[str],
+    clustered: Sequence[str] | None = None,
     scores: Callable[[str], Scores],
     weights: Callable[[str], Weights],
     other: Callable[[], Scores] | None = None,
@@ -50,13 +51,15 @@ def write_tables(
 ) -> None:
     """Write TABLE.json for each of `TABLES`.
 
-    models: "base" first. `scores`, `weights` and `other` open a model's files; they are opened for each use and
-    dropped, since pages of a mapped file count as memory as long as it is open. other: the base's scores on other
-    data, for noise floors. `reduction` is the one that clustering and overlaps are taken of; layers and shift are
-    given for every reduction. rank: to which changes are cut for the clustering that low rank does not explain.
+    models: "base" first. clustered: those whose clustering, change and overlap are computed too; None: all. `scores`,
+    `weights` and `other` open a model's files; they are opened for each use and dropped, since pages of a mapped file
+    count as memory as long as it is open. other: the base's scores on other data, for noise floors. `reduction` is the
+    one that clustering and overlaps are taken of; layers and shift are given for every reduction. rank: to which
+    changes are cut for the clustering that low rank does not explain.
     """
     tuned = [name for name in models if name != BASE]
-    total, done = 1 + len(models) + 3 * len(tuned), 0
+    clustered = models if clustered is None else clustered
+    total, done = 1 + len(clustered) + 3 * sum(name != BASE for name in clustered), 0
 
     def advance() -> None:
         nonlocal done
@@ -74,13 +77,14 @@ def write_tables(
             layers += layer_records(model, **options)
         for name in tuned:
             shift += shift_records(by_model[BASE], by_model[name], **options, **draws, other=elsewhere)
-            if name != "full" and "full" in by_model:
-                shift += contrast_records(by_model[BASE], by_model[name], by_model["full"], **options, **draws)
+            full = _full_of(name, models)
+            if full is not None:
+                shift += contrast_records(by_model[BASE], by_model[name], by_model[full], **options, **draws)
     advance()
 
     cluster: dict[str, Any] = {"n_shuffles": n_shuffles, "rank_draws": rank_draws, "seed": seed}
     clustering: list[ClusteringRecord] = []
-    for name in models:
+    for name in clustered:
         tensors = scores(name).tensors(reduction)
         clustering += cluster_records(name, "importance", tensors, **cluster)
         if name == BASE:  # where the other models' masks lie is the business of mask_overlap
@@ -89,7 +93,7 @@ def write_tables(
         advance()
     delta: list[DeltaRecord] = []
     overlap: list[MaskOverlapRecord] = []
-    for name in tuned:
+    for name in [name for name in clustered if name != BASE]:
         clustering += cluster_records(name, "delta", AbsoluteChange(weights(BASE), weights(name)), **cluster)
         advance()
         clustering += low_rank_records(name, Change(weights(BASE), weights(name)), rank, seed=seed)
@@ -118,6 +122,13 @@ def write_tables(
     }
     for table in TABLES:
         write_json(folder / f"{table}.json", tables[table])
+
+
+def _full_of(name: str, models: Sequence[str]) -> str | None:
+    """The full fine-tuning that a model is set against: of several training runs the one of the same number."""
+    same = run_name("full", method_of(name)[1])
+    full = same if same in models else "full"
+    return full if full in models and full != name else None
 
 
 class _Unpacked(Mapping[str, "Tensor"]):

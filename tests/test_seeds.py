@@ -1,0 +1,393 @@
+"""Several training runs of every method: their mean and interval by hand, the claims on them, a tiny study of two."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from palimpsest.analysis.claims import claim_records
+from palimpsest.analysis.spread import mean_arms, over_runs
+from palimpsest.compare import compare_runs
+from palimpsest.config import StudyConfig, parse_config
+from palimpsest.rundir import UserError, write_json, write_jsonl
+from palimpsest.schema import method_of, run_name
+from palimpsest.seeds import seed_comparisons, seed_records
+from palimpsest.study import Study, run_study
+from tiny import save_tiny_models
+
+T2 = 4.302652729911275  # t of 2 degrees of freedom at 97.5 %, from a table
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The interval
+# ------------------------------------------------------------------------------------------------------------
+def test_the_interval_of_three_runs_by_hand() -> None:
+    mean, low, high = over_runs([1.0, 2.0, 3.0])
+    spread = T2 * 1.0 / math.sqrt(3)  # their standard deviation is 1
+    assert (mean, low, high) == pytest.approx((2.0, 2.0 - spread, 2.0 + spread))
+    # Arms over data of 3 and 4 add as squares, each on its own side.
+    mean, low, high = over_runs([1.0, 2.0, 3.0], 3.0, 4.0)
+    assert (mean, low, high) == pytest.approx((2.0, 2 - math.sqrt(9 + spread**2), 2 + math.sqrt(16 + spread**2)))
+
+
+def test_runs_that_agree_have_the_interval_of_one() -> None:
+    """The data are shared: three runs on them say no more about other data than one."""
+    below, above = mean_arms([5.0] * 3, [4.0] * 3, [7.0] * 3)
+    assert over_runs([5.0] * 3, below, above) == pytest.approx((5.0, 4.0, 7.0))
+
+
+def test_the_arms_are_means_and_none_is_below_0() -> None:
+    assert mean_arms([1.0, 2.0], [0.0, 1.5], [2.0, 5.0]) == pytest.approx((0.75, 2.0))
+    assert mean_arms([1.0, 2.0], [1.5, 2.5], [2.0, 5.0]) == pytest.approx((0.0, 2.0))
+    with pytest.raises(ValueError, match="two or more"):
+        over_runs([1.0])
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=6), st.floats(0, 50), st.floats(0, 50))
+def test_more_noise_never_narrows_the_interval(values: list[float], below: float, above: float) -> None:
+    mean, low, high = over_runs(values, below, above)
+    alone = over_runs(values)
+    assert low <= min(alone[1], mean - below) + 1e-9
+    assert high >= max(alone[2], mean + above) - 1e-9
+
+
+@given(st.text("abc_-0123456789", min_size=1), st.integers(0, 30))
+def test_names_of_runs_can_be_taken_apart_again(method: str, number: int) -> None:
+    if method_of(method) == (method, 0):
+        assert method_of(run_name(method, number)) == (method, number)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The tables
+# ------------------------------------------------------------------------------------------------------------
+def losses(folder: Path, values: dict[str, tuple[float, int]]) -> None:
+    write_jsonl(folder / "losses-text.jsonl", [{"id": i, "loss": x, "n_tokens": n} for i, (x, n) in values.items()])
+    write_json(folder / "losses-text.json", {"schema": 1, "n": len(values)})
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> dict[str, Any]:
+    """Method m, two runs, on four questions and two answers of 1 and 3 tokens; base beside it."""
+    by_run = {"base": (1.0, 3.0), "m": (3.0, 3.0), "m-seed1": (3.0, 5.0)}  # nats per token: 1, 1.5, 2
+    for name, (first, second) in by_run.items():
+        folder = tmp_path / (name if name == "base" else f"methods/{name}") / "perplexity"
+        losses(folder, {"a": (first, 1), "b": (second, 3)})
+    row = {"task": "heldout", "modality": "text", "n_examples": 2}
+    shift = {"reference": "base", "modality": "text", "reduction": "per_batch_abs", "noise_floor": 0.01}
+    off = {"modality": "text", "n_examples": 2}
+    removed = {"m": (2.0, 4.0), "m-seed1": (3.0, 7.0)}
+    return {
+        "perplexity": [{**row, "method": name, "loss": sum(x) / 4} for name, x in by_run.items()],
+        "deactivation": [
+            {**off, "model": name, "condition": condition, "loss": loss}
+            for name, (whole, top) in removed.items()
+            for condition, loss in (("base", whole), ("top", top))
+        ],
+        "shift": [
+            {**shift, "model": "m", "measure": "jensen_shannon", "value": 0.4, "ci_low": 0.3, "ci_high": 0.6},
+            {**shift, "model": "m-seed1", "measure": "jensen_shannon", "value": 0.6, "ci_low": 0.5, "ci_high": 0.8},
+            {**shift, "model": "m", "measure": "spearman", "value": 0.9, "ci_low": None, "ci_high": None},
+            {**shift, "model": "m-seed1", "measure": "spearman", "value": None, "ci_low": None, "ci_high": None},
+            {**shift, "model": "m", "measure": "only_once", "value": 0.4, "ci_low": 0.3, "ci_high": 0.6},
+        ],
+        "verdicts": {
+            ("facts", "text"): {
+                "base": dict(zip("abcd", (True, True, True, False), strict=True)),
+                "m": dict(zip("abcd", (True, True, False, False), strict=True)),
+                "m-seed1": dict(zip("abcd", (True, True, True, False), strict=True)),
+            }
+        },
+    }
+
+
+def test_the_seeds_table_by_hand(tables: dict[str, Any], tmp_path: Path) -> None:
+    records = seed_records(tmp_path, ["m"], 2, tables["verdicts"], tables)
+    found = {(r["measure"], r["reference"]): r for r in records}
+    assert {key[0] for key in found} == {
+        "accuracy", "perplexity", "perplexity_ratio", "perplexity_ratio_top", "jensen_shannon", "spearman",
+    }  # fmt: skip
+
+    accuracy = found["accuracy", None]
+    assert (accuracy["values"], accuracy["mean"], accuracy["n"], accuracy["n_seeds"]) == ([0.5, 0.75], 0.625, 4, 2)
+    assert accuracy["std"] == pytest.approx(0.25 / math.sqrt(2))
+    # The interval, of the formula below in the test of comparisons, is wider than what an accuracy can be.
+    assert (accuracy["ci_low"], accuracy["ci_high"], accuracy["ci_over"]) == (0.0, 1.0, "seeds, questions")
+
+    # Nats per token 1.5 and 2 over the base's 1: ratios e^0.5 and e^1, mean e^0.75.
+    ratio = found["perplexity_ratio", "base"]
+    assert ratio["values"] == pytest.approx([math.exp(0.5), math.e])
+    assert ratio["mean"] == pytest.approx(math.exp(0.75))
+    assert ratio["std"] == pytest.approx((math.e - math.exp(0.5)) / math.sqrt(2))
+    # Mean loss less the base's: 2 and 1 over 1 and 3 tokens, 0.75 per token, residuals ±1.25; their error is
+    # sqrt(2·1.25²)·sqrt(2)/4 = 0.625. Both parts have one degree of freedom: t = 12.706.
+    t1 = 12.706204736432095
+    data, spread = t1 * 0.625, t1 * (0.5 / math.sqrt(2)) / math.sqrt(2)
+    assert ratio["ci_high"] == pytest.approx(math.exp(0.75 + math.hypot(data, spread)))
+    assert ratio["ci_over"] == "seeds, answers"
+    assert found["perplexity", None]["mean"] == pytest.approx(math.exp(1.75))
+
+    top = found["perplexity_ratio_top", "m"]  # e^2 and e^4 without the top weights
+    assert top["values"] == pytest.approx([math.exp(2), math.exp(4)])
+    assert (top["mean"], top["ci_over"]) == (pytest.approx(math.exp(3)), "seeds")
+
+    shift = found["jensen_shannon", "base"]
+    spread = t1 * (0.2 / math.sqrt(2)) / math.sqrt(2)
+    assert shift["mean"] == pytest.approx(0.5)
+    assert shift["ci_low"] == pytest.approx(0.5 - math.hypot(0.1, spread))
+    assert shift["ci_high"] == pytest.approx(0.5 + math.hypot(0.2, spread))
+    assert shift["ci_over"] == "seeds, batches"
+    assert (found["spearman", "base"]["mean"], found["spearman", "base"]["values"]) == (None, [0.9, None])
+
+
+def test_a_loss_that_is_not_finite_leaves_the_mean_out_and_is_no_error(tables: dict[str, Any], tmp_path: Path) -> None:
+    next(row for row in tables["perplexity"] if row["method"] == "m-seed1")["loss"] = None
+    next(row for row in tables["deactivation"] if row["condition"] == "top")["loss"] = math.inf
+    found = {r["measure"]: r for r in seed_records(tmp_path, ["m"], 2, tables["verdicts"], tables)}
+    for measure in ("perplexity", "perplexity_ratio", "perplexity_ratio_top"):
+        record = found[measure]
+        assert (record["mean"], record["std"], record["ci_low"], record["values"]) == (None, None, None, [None, None])
+
+
+def test_comparisons_are_of_means_over_runs(tables: dict[str, Any], tmp_path: Path) -> None:
+    (row,) = seed_comparisons(["m"], 2, tables["verdicts"], tmp_path, 0)
+    assert (row["method_a"], row["seeds_a"], row["method_b"], row["seeds_b"]) == ("base", 1, "m", 2)
+    assert (row["accuracy_a"], row["accuracy_b"], row["difference"]) == (0.75, 0.625, -0.125)
+    # Differences of the questions 0, 0, −0.5, 0: variance 0.1875 / 3, over 4. Seeds 0.5 and 0.75: variance 0.03125, over 2.
+    questions, seeds = 0.0625 / 4, 0.03125 / 2
+    df = (questions + seeds) ** 2 / (questions**2 / 3 + seeds**2)
+    half = float(stats.t.ppf(0.975, df)) * math.sqrt(questions + seeds)
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx((-0.125 - half, -0.125 + half))
+    assert row["test"] == "clustered_t"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The claims
+# ------------------------------------------------------------------------------------------------------------
+def gain(method_a: str, method_b: str, low: float, high: float) -> dict[str, Any]:
+    return {
+        "task": "facts", "modality": "text", "metric": "token_sequence_numbers", "method_a": method_a,
+        "method_b": method_b, "n": 100, "difference": (low + high) / 2, "ci_low": low, "ci_high": high,
+    }  # fmt: skip
+
+
+def pooled(method: str, reference: str, measure: str, mean: float, low: float, high: float) -> dict[str, Any]:
+    return {
+        "method": method, "reference": reference, "measure": measure, "modality": "text", "basis": "per_batch_abs",
+        "n_seeds": 3, "mean": mean, "ci_low": low, "ci_high": high, "ci_over": "seeds, batches",
+    }  # fmt: skip
+
+
+def first_run(method: str, reference: str, measure: str, value: float) -> dict[str, Any]:
+    return {
+        "model": method, "reference": reference, "measure": measure, "modality": "text", "noise_floor": 0.1,
+        "reduction": "per_batch_abs", "value": value, "ci_low": value - 0.01, "ci_high": value + 0.01,
+    }  # fmt: skip
+
+
+def test_claims_are_about_the_means_over_runs() -> None:
+    """The first runs alone would say the opposite each time."""
+    results = {
+        "comparisons": [gain("base", "full", 0.1, 0.2), gain("full", "layer_lr", -0.2, -0.1),
+                        gain("full", "lora", -0.2, -0.1)],
+        "seed_comparisons": [gain("base", "full", -0.2, -0.1), gain("full", "layer_lr", 0.1, 0.2),
+                             gain("full", "lora", 0.1, 0.2)],
+        "shift": [first_run("full", "base", "jensen_shannon", 0.1),
+                  *(first_run(m, "full", "jensen_shannon_difference", 0.1) for m in ("layer_lr", "lora"))],
+        "seeds": [pooled("full", "base", "jensen_shannon", 0.5, 0.3, 0.7),
+                  pooled("layer_lr", "full", "jensen_shannon_difference", -0.1, -0.2, -0.05),
+                  pooled("lora", "full", "jensen_shannon_difference", -0.1, -0.3, 0.05)],
+    }  # fmt: skip
+    claims = {record["claim"]: record for record in claim_records(results)}
+    assert (claims[3]["verdict"], claims[3]["value"]) == ("holds", 0.5)
+    assert claims[4]["verdict"] == "undecided"
+    assert claims[5]["verdict"] == "holds"
+    assert "mean of 3 runs" in claims[3]["note"]
+    alone = {record["claim"]: record for record in claim_records({**results, "seeds": []})}
+    assert [alone[number]["verdict"] for number in (3, 4, 5)] == ["fails", "fails", "fails"]
+    # A measurement that the recipe spared the further runs: the first runs', and said.
+    spared = {record["claim"]: record for record in claim_records({**results, "seeds": results["seeds"][:1]})}
+    assert (spared[4]["verdict"], "first runs alone" in spared[4]["note"]) == ("fails", True)
+
+
+def change(model: str, name: str, log_ratio: float) -> list[dict[str, Any]]:
+    row = {"model": model, "name": name, "null_mean": 1.0, "value": math.exp(log_ratio)}
+    return [
+        {**row, "of": of, "measure": measure}
+        for of in ("delta", "delta_rank8")
+        for measure in ("top5_rows", "top5_columns")
+    ]
+
+
+def test_the_clustering_claim_averages_matrices_over_runs() -> None:
+    """LoRA over Layer-LR: log ratios 1, 1 in one run and 3, 3 in the other; matrices agree, seeds do not."""
+    rows = []
+    for number, by_matrix in enumerate(((1.0, 1.0), (3.0, 3.0))):
+        for name, log_ratio in zip("xy", by_matrix, strict=True):
+            rows += change(run_name("lora", number), name, log_ratio) + change(run_name("layer_lr", number), name, 0.0)
+    several = claim_records({"clustering": rows, "seeds": [{**pooled("m", "base", "x", 0, 0, 0), "n_seeds": 2}]})[6]
+    half = 12.706204736432095 * math.sqrt(2) / math.sqrt(2)
+    assert several["value"] == pytest.approx(math.exp(2))
+    assert (several["ci_low"], several["ci_high"]) == pytest.approx((math.exp(2 - half), math.exp(2 + half)))
+    assert several["verdict"] == "undecided"
+    one = claim_records({"clustering": rows})[6]
+    assert (one["value"], one["verdict"]) == (pytest.approx(math.e), "holds")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The recipe and the study
+# ------------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny_models(folder)
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 24), ("heldout", 4)):
+        rows = [
+            {"id": f"{split}{i}", "question": f"What is {i}?", "answer": f"It is {i}.", "audio": f"{split}{i}.wav"}
+            for i in range(n)
+        ]
+        for i, row in enumerate(rows):
+            soundfile.write(folder / row["audio"], rng.normal(0, 0.1, 6_400 + 800 * (i % 3)), 16_000)
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    source = {split: {"source": str(folder / f"{split}.jsonl"), "split": split} for split in ("train", "heldout")}
+    return {
+        "name": "tiny",
+        "models": {"language_model": str(folder / "llm"), "encoder": str(folder / "whisper")},
+        "speech": {"adaptor_hidden_size": 24},
+        "data": source,
+        "methods": {
+            "full": {"kind": "full", "learning_rate": 1e-3},
+            "lora": {"kind": "lora", "learning_rate": 1e-3, "rank": 2, "dropout": 0.3},
+        },
+        "training": {"epochs": 1, "batch_size": 4},
+        "importance": {"n_examples": 20, "batch_size": 2},
+        "deactivation": {"random_seeds": 1},
+        "analysis": {"shuffles": 1, "bootstrap": 100, "rank_draws": 0},
+        "evaluation": {
+            "tasks": [{"name": "numbers", **source["heldout"]}],
+            "max_new_tokens": 3,
+            "batch_size": 4,
+            "probe": False,
+        },
+    }
+
+
+def config(recipe: dict[str, Any], **changes: Any) -> StudyConfig:
+    return parse_config({**recipe, **changes}, "test")
+
+
+def test_names_of_runs_are_not_left_to_methods(recipe: dict[str, Any]) -> None:
+    methods = {"full": {"kind": "full"}, "full-seed1": {"kind": "full"}}
+    assert list(config(recipe, methods=methods).runs) == ["full", "full-seed1"]  # one run each: as before
+    with pytest.raises(UserError, match="'full-seed1' is that of a run of 'full'"):
+        config(recipe, methods=methods, seeds=2)
+    with pytest.raises(UserError, match="need importance"):
+        config(recipe, seeds=2, seeds_measure=["deactivation"])
+    with pytest.raises(UserError, match="seeds_measure"):
+        config(recipe, seeds=2, seeds_measure=["accuracy"])
+    several = config(recipe, seeds=3, seeds_measure=["importance"])
+    assert list(several.runs) == ["full", "lora", "full-seed1", "lora-seed1", "full-seed2", "lora-seed2"]
+    assert [several.measures(run, "probe") for run in ("base", "full", "full-seed1")] == [True, True, False]
+
+
+def test_seeds_differ_by_run_and_purpose_and_those_of_the_first_stay(recipe: dict[str, Any], tmp_path: Path) -> None:
+    one, three = (Study(config(recipe, seeds=n), tmp_path / "run").ws for n in (1, 3))
+    for purpose in ("adaptor", "train"):
+        assert one.seed(purpose) == one.seed(purpose, "full") == three.seed(purpose, "lora")
+    runs = ("full", "full-seed1", "full-seed2")
+    every = [three.seed(purpose, run) for purpose in ("adaptor", "train") for run in runs]
+    assert len(set(every)) == 6
+    assert three.seed("adaptor", "full-seed1") == three.seed("adaptor", "lora-seed1")  # methods are paired by number
+
+
+def run(config: StudyConfig, folder: Path) -> dict[str, Any]:
+    study = Study(config, folder)
+    study.run()
+    assert study.ws.reporter.n_done == study.ws.reporter.n_steps  # as many steps as were announced
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    del found["timings"]
+    return found
+
+
+def steps(folder: Path) -> dict[Path, int]:
+    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("step.json")}
+
+
+def test_a_study_of_two_runs_adds_to_that_of_one_repeats_and_resumes(recipe: dict[str, Any], tmp_path: Path) -> None:
+    one, two = config(recipe), config(recipe, seeds=2)
+    grown = tmp_path / "grown"
+    first = run(one, grown)
+    before = steps(grown)
+    shutil.copytree(grown, tmp_path / "again")
+    with pytest.raises(UserError, match=r"another recipe \(seeds: 1 → 2\)"):
+        run_study(two, grown)
+    found = run(two, grown)
+
+    # The first runs were left alone, the second are others, and all is measured of all.
+    after = steps(grown)
+    assert {path for path in before if before[path] != after[path]} == {Path("analysis/step.json")}
+    runs = ("full", "lora", "full-seed1", "lora-seed1")
+    for table, field in (("qa", "method"), ("deactivation", "model"), ("delta", "method"), ("mask_overlap", "model")):
+        assert {r[field] for r in found[table]} - {"base"} == set(runs), table
+        old = [r for r in found[table] if not r[field].endswith("-seed1")]
+        assert old == first[table], table
+    assert found["comparisons"] == first["comparisons"]
+    weights = {name: (grown / "methods" / name / "checkpoint/model.safetensors").read_bytes() for name in runs}
+    assert len(set(weights.values())) == 4
+    curves = {name: [r["loss"] for r in found["training"] if r["method"] == name] for name in runs}
+    assert curves["full"][0] != curves["full-seed1"][0]  # another adaptor and another order from the first step on
+
+    # What is said of both together.
+    by_measure = {(r["method"], r["measure"], r["modality"]): r for r in found["seeds"] if r["reference"] != "full"}
+    accuracy = by_measure["full", "accuracy", "speech"]
+    each = [r["accuracy"] for name in ("full", "full-seed1") for r in found["qa"]
+            if (r["method"], r["modality"], r["metric"]) == (name, "speech", accuracy["basis"])]  # fmt: skip
+    assert (accuracy["values"], accuracy["mean"]) == (each, pytest.approx(sum(each) / 2))
+    ratio = by_measure["full", "perplexity_ratio", "text"]
+    table = {r["method"]: r["perplexity"] for r in found["perplexity"] if r["modality"] == "text"}
+    assert ratio["values"] == pytest.approx([table[name] / table["base"] for name in ("full", "full-seed1")])
+    pairs = {(r["model"], r["reference"]) for r in found["shift"] if r["measure"] == "jensen_shannon_difference"}
+    assert pairs == {("lora", "full"), ("lora-seed1", "full-seed1")}
+    assert {(r["method_a"], r["method_b"], r["seeds_b"]) for r in found["seed_comparisons"]} == {
+        ("base", "full", 2), ("base", "lora", 2), ("full", "lora", 2),
+    }  # fmt: skip
+    compare_runs_says_the_same(grown, found, tmp_path)
+
+    # A study that has two from the start is the same to the bit, also when it was cut and resumed.
+    again = tmp_path / "again"
+    shutil.rmtree(again / "methods/full/samples")
+    assert run(two, again) == found
+    for name in runs:
+        assert (again / "methods" / name / "checkpoint/model.safetensors").read_bytes() == weights[name], name
+    shutil.rmtree(again / "methods/lora-seed1")
+    assert run(two, again) == found
+    assert (again / "methods/lora-seed1/checkpoint/model.safetensors").read_bytes() == weights["lora-seed1"]
+
+    # Further runs that are measured less: what lies there from before is not taken for a result.
+    less = run(config(recipe, seeds=2, seeds_measure=["importance"]), again)
+    assert {r["model"] for r in less["shift"]} == set(runs)
+    for table, field in (("deactivation", "model"), ("delta", "method"), ("mask_overlap", "model")):
+        assert {r[field] for r in less[table]} - {"base"} == {"full", "lora"}, table
+    assert [r for r in less["seeds"] if r["measure"] == "accuracy"] == [
+        r for r in found["seeds"] if r["measure"] == "accuracy"
+    ]
+
+
+def compare_runs_says_the_same(folder: Path, found: dict[str, Any], tmp_path: Path) -> None:
+    list(compare_runs([folder], tmp_path / "compare", metric="token_sequence_numbers", seeds=True, methods=["full"]))
+    tables = json.loads((tmp_path / "compare/compare.json").read_text())
+    assert [system["label"] for system in tables["systems"]] == ["full"]
+    list(compare_runs([folder], tmp_path / "compare", metric="token_sequence_numbers", seeds=True))
+    rows = json.loads((tmp_path / "compare/compare.json").read_text())["accuracy"]
+    key = ("task", "modality", "method_a", "method_b", "difference", "ci_low", "ci_high", "p_value")
+    assert sorted([r[k] for k in key] for r in rows) == sorted([r[k] for k in key] for r in found["seed_comparisons"])
