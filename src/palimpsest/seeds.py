@@ -87,13 +87,14 @@ def _accuracy(method: str, task: str, modality: str, right: Matrix) -> SeedRecor
 
 
 def _perplexities(run: Path, method: str, runs: Sequence[str], table: Rows) -> list[SeedRecord]:
-    """Perplexity on the held-out answers, and from text its ratio to the base's."""
+    """Perplexity on the held-out answers, and its ratio to the base's where the base has one."""
     records = []
     for modality in dict.fromkeys(row["modality"] for row in table if row["method"] == method):
         rows = [row for row in table if row["modality"] == modality and row["method"] in (*runs, BASE)]
         about: dict[str, Any] = {"task": rows[0]["task"], "n": rows[0]["n_examples"], "over": "seeds, answers"}
         finite = all(_is_finite(row["loss"]) for row in rows)
-        for measure, reference in (("perplexity", None), ("perplexity_ratio", BASE))[: 2 if modality == "text" else 1]:
+        measures = [("perplexity", None), ("perplexity_ratio", BASE)]
+        for measure, reference in measures if any(row["method"] == BASE for row in rows) else measures[:1]:
             logs, arms = None, (0.0, 0.0)
             if finite:
                 losses, tokens = _losses(run, runs, modality)

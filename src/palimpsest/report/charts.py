@@ -21,6 +21,7 @@ from palimpsest.report.inputs import (
     task_name,
     text_layers,
 )
+from palimpsest.report.seeds import n_runs
 from palimpsest.report.style import GREYS, INK, LINE_HEIGHT, WIDTH, Drawing, log_labels, look, model_legend
 from palimpsest.rundir import DeactivationRecord, LayerRecord, QARecord
 
@@ -129,7 +130,8 @@ def deactivation(inputs: Inputs) -> Drawing | None:
     example = next((row for row in rows if row["condition"] != "base"), rows[0])
     drawing.caption = (
         f"Perplexity of the held-out answers after setting {100 * example['ratio']:g} % of the weights to "
-        f"zero (scope {example['scope']}, scores {example['reduction']}). Random: mean over seeds, the line "
+        f"zero (scope {example['scope']}, scores {example['reduction']}). "
+        f"{'Random: mean over seeds' if n_runs(inputs.results) == 1 else 'Mean over runs and random masks'}, the line "
         f"spans the smallest and the largest. {example['n_examples']} examples."
     )
     drawing.alt = "Bar chart: " + "; ".join(drawing.tips.values()) + "."
@@ -222,11 +224,15 @@ def plane(inputs: Inputs) -> Drawing | None:
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4)
     drawing.caption = (
         f"Accuracy on typed (T2T) and on spoken (S2T) questions, scoring rule {metric}, with "
-        "95 % Wilson intervals in both directions. Dashed line and band: the base model's T2T accuracy and its "
-        "interval; a method to its left has lost text ability. Hollow: the text model after a speech recogniser."
+        f"{_intervals(n_runs(inputs.results))} in both directions. Dashed line and band: the base model's T2T accuracy "
+        "and its interval; a method to its left has lost text ability. Hollow: the text model after a speech recogniser."
     )
     drawing.alt = "Scatter chart: " + "; ".join(drawing.tips.values()) + "."
     return drawing
+
+
+def _intervals(runs: int) -> str:
+    return "95 % Wilson intervals" if runs == 1 else f"95 % intervals over seeds and questions of {runs} training runs"
 
 
 def _plane_panel(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from palimpsest.report import charts, curves, heatmaps
 from palimpsest.report.inputs import Inputs, read_inputs
+from palimpsest.report.seeds import by_method
 from palimpsest.report.style import Drawing, style, to_png, to_svg
 from palimpsest.rundir import UserError, write_text
 
@@ -26,7 +27,7 @@ OPTIONAL: dict[str, Callable[[Inputs], str]] = {"retention": curves.why_no_reten
 
 
 def draw(name: str, inputs: Inputs) -> Drawing | None:
-    """The figure called `name`; None where the run has no data for it.
+    """The figure called `name`, of methods rather than their runs; None where the run has no data for it.
 
     Raises:
         UserError: there is no such figure.
@@ -34,7 +35,7 @@ def draw(name: str, inputs: Inputs) -> Drawing | None:
     if name not in FIGURES:
         raise UserError(f"There is no figure {name!r}; choose one of {', '.join(FIGURES)}.")
     with style():
-        return FIGURES[name](inputs)
+        return FIGURES[name](by_method(inputs))
 
 
 def why_not(name: str, inputs: Inputs) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from palimpsest.report import analysis_tables, evaluation_tables, structure_tables, summary, tables
+from palimpsest.report import analysis_tables, evaluation_tables, seeds, structure_tables, summary, tables
 from palimpsest.report.figures import FIGURES, OPTIONAL, draw, why_not
 from palimpsest.report.formats import DASH, Table
 from palimpsest.report.inputs import (
@@ -24,6 +24,7 @@ from palimpsest.report.inputs import (
 from palimpsest.report.page import render_page, write_page
 from palimpsest.report.recordings import read_recordings
 from palimpsest.report.samples import MAX_QUESTIONS, samples_of
+from palimpsest.report.seeds import by_method, n_runs
 from palimpsest.report.steps import missing_steps
 
 MAX_VALUE = 400  # characters of one provenance value
@@ -49,6 +50,7 @@ def write_report(run: Path, out: Path | None = None, *, audio: bool = True) -> P
 
 def render(inputs: Inputs, *, audio: bool = True) -> str:
     """The page as text."""
+    every_run, inputs = inputs, by_method(inputs)
     drawings = {name: drawing for name in FIGURES if (drawing := draw(name, inputs)) is not None}
     questions = samples_of(inputs)
     recordings = read_recordings(inputs, questions, audio)
@@ -66,7 +68,7 @@ def render(inputs: Inputs, *, audio: bool = True) -> str:
             *(why for name, why in not_drawn.items() if name not in OPTIONAL),
         ],
         not_drawn=not_drawn,
-        tables=tables_of(inputs),
+        tables=tables_of(inputs, every_run),
         drawings=drawings,
         samples=questions,
         task_name=task_name,
@@ -79,18 +81,24 @@ def render(inputs: Inputs, *, audio: bool = True) -> str:
     )
 
 
-def tables_of(inputs: Inputs) -> dict[str, Table]:
-    """Every table that has a row of this run; one with the paper's numbers alone would pass for a result."""
-    results = inputs.results
+def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Table]:
+    """Every table that has a row of this run; one with the paper's numbers alone would pass for a result.
+
+    every_run: the inputs before `by_method`, for the tables that list every training run.
+    """
+    results, runs = inputs.results, (every_run or inputs).results
+    of_each = n_runs(results)
     metric = main_metric(results)
     model = summary.model_name(inputs) or DASH
     every = [
-        tables.deactivation(results["deactivation"]),
-        tables.accuracy(results["qa"], metric, model, _tuned_on_text(inputs)),
-        tables.accuracy_details(results["qa"]),
+        tables.deactivation(runs["deactivation"]),
+        tables.accuracy(results["qa"], metric, model, _tuned_on_text(inputs), of_each),
+        tables.accuracy_details(runs["qa"]),
         evaluation_tables.floors(results["qa_floors"], metric),
-        tables.lora_rank(results["qa"], metric, _ranks(inputs), model),
-        tables.comparisons(results["comparisons"]),
+        tables.lora_rank(results["qa"], metric, _ranks(inputs), model, of_each),
+        tables.comparisons(runs["comparisons"] if of_each == 1 else []),  # else of first runs alone
+        seeds.seeds(results["seeds"]),
+        seeds.comparisons(results["seed_comparisons"]),
         evaluation_tables.perplexity(results["perplexity"]),
         tables.claims(results["claims"]),
         analysis_tables.probe(results["probe"]),

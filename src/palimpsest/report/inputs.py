@@ -48,6 +48,7 @@ MAY_BE_NULL = {
     "correlations": {"kendall_tau", "p_value"},
     "training": {"loss", "learning_rate", "grad_norm", "perplexity"},
 }
+MAY_BE_EMPTY = {"seeds", "seed_comparisons"}  # where every method was trained once
 MAX_SAMPLES_BYTES = 64 * 2**20  # of one samples.jsonl
 
 
@@ -68,6 +69,8 @@ class Results(TypedDict):
     mask_overlap: list[schema.MaskOverlapRecord]
     correlations: list[schema.CorrelationRecord]
     training: list[schema.TrainingRecord]
+    seeds: list[schema.SeedRecord]
+    seed_comparisons: list[schema.PairRecord]
     claims: list[rundir.ClaimRecord]
     timings: list[rundir.TimingRecord]
 
@@ -131,7 +134,11 @@ def read_inputs(run: Path) -> Inputs:
 # Order and names, the same everywhere in a report
 # ----------------------------------------------------------------------------------------------------------
 def method_key(method: str) -> tuple[int, str]:
-    """Sort key: base and the paper's methods first, in its order; then the others by name."""
+    """Sort key: base and the paper's methods first, in its order; then the others by name; runs after their method."""
+    method, number = schema.method_of(method)
+    if number:
+        group, name = method_key(method)
+        return group, f"{name}-seed{number:06d}"
     rank = lora_rank(method)
     if rank is not None:
         return (len(METHOD_ORDER), f"{rank:06d}")
@@ -139,6 +146,9 @@ def method_key(method: str) -> tuple[int, str]:
 
 
 def method_name(method: str) -> str:
+    method, number = schema.method_of(method)
+    if number:
+        return f"{method_name(method)}, run {number + 1}"
     rank = lora_rank(method)
     return METHOD_NAMES.get(method, method) if rank is None else f"LoRA rank {rank}"
 
@@ -243,7 +253,7 @@ def _read_results(path: Path, missing: list[str]) -> Results:
         rows = None if raw is None else raw.get(table)
         tables[table] = []
         if rows is None or rows == []:
-            if raw is not None:
+            if raw is not None and table not in MAY_BE_EMPTY:
                 missing.append(f"{path.name} has no records in “{table}”.")
             continue
         if not isinstance(rows, list):

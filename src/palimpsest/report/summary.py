@@ -20,6 +20,7 @@ from palimpsest.report.inputs import (
     task_name,
     text_layers,
 )
+from palimpsest.report.seeds import n_runs
 from palimpsest.rundir import ComparisonRecord, QARecord
 
 NO_SPEECH = 0.10  # an S2T accuracy whose whole 95 % interval lies below this is called no understanding
@@ -64,6 +65,8 @@ def scale(inputs: Inputs) -> str:
         what += f" ({_millions(scored)} weights in its layers)"
     on = f"{examples:,} spoken questions".replace(",", "\u202f") if isinstance(examples, int) else "spoken questions"
     sentence = f"This run trained {what} on {on}" + (f" for up to {steps} steps" if steps is not None else "")
+    runs = n_runs(inputs.results)
+    sentence += f", {runs} times with each method" if runs > 1 else ""
     known_large = (
         isinstance(parameters, int)
         and isinstance(examples, int)

@@ -126,10 +126,12 @@ def _published(value: paper.Value | None, written: str) -> Cell:
     return Cell(f"{written} *" if value.certainty == "digest" else written, sort=value.value)
 
 
-def accuracy(records: Sequence[QARecord], metric: str, model: str = DASH, tuned_on_text: Sequence[str] = ()) -> Table:
+def accuracy(
+    records: Sequence[QARecord], metric: str, model: str = DASH, tuned_on_text: Sequence[str] = (), n_runs: int = 1
+) -> Table:
     """Table 2: accuracy from text (T2T), from speech (S2T) and of the cascade, under one scoring rule.
 
-    `tuned_on_text` names the methods that were trained on questions given as text.
+    `tuned_on_text` names the methods that were trained on questions given as text; `n_runs` of each method are meant.
     """
     asked = {row["modality"] for row in records}
     modalities = [modality for modality in MODALITY_NAMES if modality != "text_asr" or modality in asked]
@@ -174,7 +176,7 @@ def accuracy(records: Sequence[QARecord], metric: str, model: str = DASH, tuned_
         "Accuracy from typed (T2T) and spoken (S2T) questions (the paper's Table 2)",
         columns,
         tuple(rows),
-        f"Ours: scoring rule {metric}, 95 % Wilson interval and number of questions in brackets. The paper "
+        f"Ours: scoring rule {metric}, {_brackets(n_runs)}. The paper "
         "states neither its scoring rule nor intervals, so the two are not the same measurement."
         f"{_deaf(tuned_on_text)}{BASE_HEARD if any(key[1:] == ('base', 'speech') for key in cells) else ''}",
         frozenset(published_rows),
@@ -182,6 +184,15 @@ def accuracy(records: Sequence[QARecord], metric: str, model: str = DASH, tuned_
 
 
 BASE_HEARD = " The base model heard through the adaptor that the methods started from."
+
+
+def _brackets(n_runs: int) -> str:
+    if n_runs == 1:
+        return "95 % Wilson interval and number of questions in brackets"
+    return (
+        f"means of {n_runs} training runs; in brackets the 95 % interval over seeds and questions (of the base, which "
+        "has one, Wilson's) and the number of questions"
+    )
 
 
 def _deaf(tuned_on_text: Sequence[str]) -> str:
@@ -251,7 +262,9 @@ def accuracy_details(records: Sequence[QARecord]) -> Table:
     )
 
 
-def lora_rank(records: Sequence[QARecord], metric: str, ranks: Mapping[str, int], model: str = DASH) -> Table:
+def lora_rank(
+    records: Sequence[QARecord], metric: str, ranks: Mapping[str, int], model: str = DASH, n_runs: int = 1
+) -> Table:
     """Table 3: LoRA by rank. `ranks` gives the rank of each LoRA method of this run."""
     columns = (
         Column("Source"),
@@ -298,7 +311,7 @@ def lora_rank(records: Sequence[QARecord], metric: str, ranks: Mapping[str, int]
         "LoRA by rank (the paper's Table 3)",
         columns,
         tuple(rows),
-        f"Ours: scoring rule {metric}, 95 % Wilson interval and number of questions in brackets.",
+        f"Ours: scoring rule {metric}, {_brackets(n_runs)}.",
         frozenset(published_rows),
     )
 
