@@ -18,7 +18,8 @@ ORDER: list[set[str]] = [
     {"analysis", "evaluation"},
     {
         *("results", "workspace", "answering", "heldout", "ask", "evaluate", "compare", "compare_text", "pairing"),
-        *("measure", "validation", "prepare", "inspection", "plan", "plan_text", "export", "model_card", "seeds"),
+        *("measure", "validation", "prepare", "inspection", "plan", "plan_text", "export", "model_card"),
+        *("seeds", "steps"),
     },
     {"study"},
     {"cli"},

@@ -19,10 +19,14 @@ from palimpsest.analysis.claims import claim_records
 from palimpsest.analysis.spread import mean_arms, over_runs
 from palimpsest.compare import compare_runs
 from palimpsest.config import StudyConfig, parse_config
-from palimpsest.rundir import UserError, write_json, write_jsonl
+from palimpsest.report.html import render
+from palimpsest.report.inputs import main_metric, method_key, method_name, read_inputs
+from palimpsest.report.seeds import by_method
+from palimpsest.rundir import UserError, read_json, write_json, write_jsonl
 from palimpsest.schema import method_of, run_name
 from palimpsest.seeds import seed_comparisons, seed_records
 from palimpsest.study import Study, run_study
+from report_fixture import make_run
 from tiny import save_tiny_models
 
 T2 = 4.302652729911275  # t of 2 degrees of freedom at 97.5 %, from a table
@@ -53,7 +57,7 @@ def test_the_arms_are_means_and_none_is_below_0() -> None:
         over_runs([1.0])
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=6), st.floats(0, 50), st.floats(0, 50))
 def test_more_noise_never_narrows_the_interval(values: list[float], below: float, above: float) -> None:
     mean, low, high = over_runs(values, below, above)
@@ -62,7 +66,7 @@ def test_more_noise_never_narrows_the_interval(values: list[float], below: float
     assert high >= max(alone[2], mean + above) - 1e-9
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(st.text("abc_-0123456789", min_size=1), st.integers(0, 30))
 def test_names_of_runs_can_be_taken_apart_again(method: str, number: int) -> None:
     if method_of(method) == (method, 0):
@@ -243,6 +247,52 @@ def test_the_clustering_claim_averages_matrices_over_runs() -> None:
     assert several["verdict"] == "undecided"
     one = claim_records({"clustering": rows})[6]
     assert (one["value"], one["verdict"]) == (pytest.approx(math.e), "holds")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The report
+# ------------------------------------------------------------------------------------------------------------
+def test_the_report_shows_methods_and_lists_their_runs(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    one = read_inputs(folder)
+    assert by_method(one) is one
+    assert not any("seed" in line for line in one.missing)
+    metric = main_metric(one.results)
+    results = read_json(folder / "results.json")
+    of_full = [r for r in results["qa"] if r["method"] == "full" and r["metric"] == metric]
+    results["qa"] += [{**r, "method": "full-seed1", "accuracy": 1.0} for r in of_full]
+    results["layers"] += [
+        {**r, "model": "full-seed1", "total": r["total"] + 2} for r in results["layers"] if r["model"] == "full"
+    ]
+    results["seeds"] = [
+        {"method": "full", "reference": None, "measure": "accuracy", "task": r["task"], "modality": r["modality"],
+         "basis": metric, "n_seeds": 2, "n": 25, "values": [0.111, 0.333], "mean": 0.222, "std": 0.157,
+         "ci_low": 0.0, "ci_high": 0.9, "ci_over": "seeds, questions"}
+        for r in of_full
+    ]  # fmt: skip
+    write_json(folder / "results.json", results)
+    several = read_inputs(folder)
+    shown = by_method(several).results
+    assert {r["method"] for r in shown["qa"]} == {r["method"] for r in one.results["qa"]}
+    assert {(r["accuracy"], r["ci_high"]) for r in shown["qa"] if (r["method"], r["metric"]) == ("full", metric)} == {
+        (0.222, 0.9)
+    }
+    totals = [[r["total"] for r in x["layers"] if r["model"] == "full"] for x in (one.results, shown)]
+    assert totals[1] == pytest.approx([total + 1 for total in totals[0]])
+    page = render(several)
+    assert "Several training runs of each method" in page
+    assert "11.1, 33.3" in page
+    assert "means of 2 training runs" in page
+    assert "Full-FT, run 2" in page  # in the table of every accuracy
+    assert "Several training runs" not in render(one)
+
+
+def test_runs_stand_behind_their_method() -> None:
+    names = ["lora-seed1", "full", "lora", "full-seed1", "base", "lora_r8-seed2", "lora_r8", "mine"]
+    assert sorted(names, key=method_key) == [
+        "base", "full", "full-seed1", "lora", "lora-seed1", "lora_r8", "lora_r8-seed2", "mine",
+    ]  # fmt: skip
+    assert [method_name(name) for name in ("lora_r8-seed2", "mine-seed1")] == ["LoRA rank 8, run 3", "mine, run 2"]
 
 
 # ------------------------------------------------------------------------------------------------------------

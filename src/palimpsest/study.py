@@ -30,6 +30,7 @@ from palimpsest.processes import is_main, joined, sharded, share, wait_for_all, 
 from palimpsest.progress import Advance, Reporter
 from palimpsest.results import collect
 from palimpsest.rundir import write_json, write_jsonl, write_text
+from palimpsest.steps import n_steps
 from palimpsest.workspace import BASE, DROPPED, Modality, Workspace, folder_of
 
 
@@ -48,16 +49,8 @@ def run_study(config: StudyConfig, folder: Path, reporter: Reporter | None = Non
 
 class Study:
     def __init__(self, config: StudyConfig, folder: Path, reporter: Reporter | None = None) -> None:
-        n_tasks = len(config.evaluation.tasks)
-        per_task_base = 2 if config.models.asr else 1  # text, cascade
-        asked = sum(2 if method.modality == "speech" else 1 for method in config.runs.values())
-        n_steps = 7 + (3 + per_task_base * n_tasks) + 2 * len(config.runs) + asked * n_tasks
-        n_steps += sum(config.measures(run, what) for run in config.runs for what in ("importance", "deactivation"))
-        n_steps += sum(config.measures(run, "probe") for run in (BASE, *config.runs)) * config.evaluation.probe
-        n_steps += (config.models.adaptor is not None) * n_tasks
-        n_steps += len(config.runs) * n_tasks * config.evaluation.text_asr
         self.config = config
-        self.ws = Workspace(config, folder, reporter or Reporter(n_steps, quiet=not is_main()))
+        self.ws = Workspace(config, folder, reporter or Reporter(n_steps(config), quiet=not is_main()))
 
     # -- the whole study ----------------------------------------------------------------------------------------------
     def run(self) -> Path:
@@ -65,6 +58,15 @@ class Study:
         if is_main():
             self.check()
         wait_for_all()
+        self.base()
+        for name in self.config.runs:
+            self.method(name)
+        self.ws.forget()
+        self.analysis()
+        return share(self.report(started) if is_main() else None)
+
+    def base(self) -> None:
+        """What all methods share: data, features, and the base model measured."""
         self.data()
         self.features()
         self.ws.require_budget()
@@ -79,24 +81,23 @@ class Study:
                 answers(self.ws, BASE, task, "speech")
             if self.config.models.asr:
                 cascade(self.ws, task)
-        for name in self.config.runs:
-            self.train(name)
-            if self.config.measures(name, "importance"):
-                self.importance(name)
-            if self.config.measures(name, "deactivation"):
-                self.deactivation(name)
-            perplexity_step(self.ws, name)
-            if self.config.measures(name, "probe"):
-                probe(self.ws, name)
-            for task in self.config.evaluation.tasks:
-                answers(self.ws, name, task, "text")
-                if self.ws.hears(name):
-                    answers(self.ws, name, task, "speech")
-                if self.config.evaluation.text_asr:
-                    answers(self.ws, name, task, "text_asr")
-        self.ws.forget()
-        self.analysis()
-        return share(self.report(started) if is_main() else None)
+
+    def method(self, name: str) -> None:
+        """One training run of a method, and its measurements; `base` must be done."""
+        self.train(name)
+        if self.config.measures(name, "importance"):
+            self.importance(name)
+        if self.config.measures(name, "deactivation"):
+            self.deactivation(name)
+        perplexity_step(self.ws, name)
+        if self.config.measures(name, "probe"):
+            probe(self.ws, name)
+        for task in self.config.evaluation.tasks:
+            answers(self.ws, name, task, "text")
+            if self.ws.hears(name):
+                answers(self.ws, name, task, "speech")
+            if self.config.evaluation.text_asr:
+                answers(self.ws, name, task, "text_asr")
 
     def check(self) -> None:
         """What can be known to be wrong before the long work: sources, audio, models, disk; then study.yaml."""

@@ -225,7 +225,7 @@ def plane(inputs: Inputs) -> Drawing | None:
     drawing.caption = (
         f"Accuracy on typed (T2T) and on spoken (S2T) questions, scoring rule {metric}, with "
         f"{_intervals(n_runs(inputs.results))} in both directions. Dashed line and band: the base model's T2T accuracy "
-        "and its interval; a method to its left has lost text ability. Hollow: the text model after a speech recogniser."
+        "and its interval; a method to its left has lost text ability. Hollow: the text model after a recogniser."
     )
     drawing.alt = "Scatter chart: " + "; ".join(drawing.tips.values()) + "."
     return drawing
