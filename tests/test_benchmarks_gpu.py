@@ -13,7 +13,7 @@ import pytest
 import soundfile
 import yaml
 
-from palimpsest.rundir import write_jsonl
+from palimpsest.rundir import read_jsonl, write_jsonl
 from tiny import save_tiny_models
 
 FOLDER = Path(__file__).parent.parent / "benchmarks" / "gpu"
@@ -124,9 +124,10 @@ def test_a_study_travels_in_parts_runs_in_stages_and_comes_back(
     assert f"all {len(parts)} parts are here" in capsys.readouterr().out
     packed = yaml.safe_load((there / "work/inputs/recipe.yaml").read_text())
     assert (packed["evaluation"]["batch_size"], packed["data"]["train"]["source"]) == (2, "inputs/data/train.jsonl")
-    row = json.loads((there / "work/inputs/data/train.jsonl").read_text().splitlines()[0])
-    sent, _ = soundfile.read(there / "work/inputs/data" / row["audio"])
-    assert (row["id"], len(sent)) == ("train0", 6_400)
+    rows = read_jsonl(there / "work/inputs/data/train.jsonl")
+    assert {row["id"] for row in rows} == {f"train{i}" for i in range(22)}
+    sent, rate = soundfile.read(there / "work/inputs/data" / rows[0]["audio"])
+    assert (rows[0]["audio"][-5:], len(sent), rate) == (".opus", 6_400, 16_000)
 
     # No time: nothing is lost and nothing pretended. Then on, with weights for whoever ships them.
     run = ("work", "--cpu", "--workers", "0", "--first", "full", "--results", there / "out", "--keep", "lora")

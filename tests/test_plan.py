@@ -182,6 +182,31 @@ def test_hub_names_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.Monke
     )
 
 
+def test_several_training_runs_are_counted(tmp_path: Path) -> None:
+    """On disk 3 × 3 checkpoints instead of 3; importance of the base and of all runs, or of the first alone."""
+
+    def disk(**changes: Any) -> tuple[list[float], list[str]]:
+        path = recipe(tmp_path, **changes)
+        said = list(plan_recipe(path, Options(gpu="L4")))
+        of = make_plan(load_config(path), Options(gpu="L4"))
+        checkpoints = sum(method.checkpoint for method in of.methods)
+        return [checkpoints / 1e9, of.scores / 1e9], said
+
+    def entry(lines: list[str], start: str) -> float:
+        return float(next(line for line in lines if line.strip().startswith(start)).split()[-1])
+
+    (checkpoints, scores), said = disk(seeds=3)
+    assert said[0] == "tiny: 3 methods, 3 training runs of each"
+    assert entry(said, "checkpoints of 9 training runs") == round(3 * checkpoints, 2) > 0
+    assert entry(said, "importance, two reductions of 10 models") == round(10 * scores, 2)
+    assert any(line.strip().startswith("all methods, 3 runs of each") for line in said)
+    _, less = disk(seeds=3, seeds_measure=["probe"])
+    assert any("two reductions of 4 models" in line for line in less)
+    _, one = disk()
+    assert one[0] == "tiny: 3 methods"
+    assert not any("runs" in line for line in one)
+
+
 def test_time_and_disk_follow_the_formulas(tmp_path: Path) -> None:
     path = recipe(tmp_path)
     plan = make_plan(load_config(path), Options(gpu="A100-40GB"))

@@ -415,7 +415,7 @@ def test_a_study_of_two_runs_adds_to_that_of_one_repeats_and_resumes(recipe: dic
     }  # fmt: skip
     compare_runs_says_the_same(grown, found, tmp_path)
 
-    # A study that has two from the start is the same to the bit, also when it was cut and resumed.
+    # Another folder that grows from one run to two ends the same to the bit, also when steps are lost and made again.
     again = tmp_path / "again"
     shutil.rmtree(again / "methods/full/samples")
     assert run(two, again) == found
