@@ -34,6 +34,9 @@ from palimpsest.steps import n_steps
 from palimpsest.workspace import BASE, DROPPED, Modality, Workspace, folder_of
 
 
+BY_MODEL = ("importance", "checkpoints")  # inputs of the analysis
+
+
 def run_study(config: StudyConfig, folder: Path, reporter: Reporter | None = None, *, changed: bool = False) -> Path:
     """Run or resume a study in `folder`; returns the path of its report.
 
@@ -336,6 +339,8 @@ class Study:
             "ratio": self.config.deactivation.ratio,
             "seed": self.ws.seed("analysis"),
         }
+        mapped = [BASE, *self.config.methods]  # further runs would only repeat the picture
+        of_maps = {**inputs, **{key: {n: inputs[key][n] for n in mapped if n in inputs[key]} for key in BY_MODEL}}
         if clustered != names:
             inputs["clustered"] = clustered
 
@@ -364,7 +369,7 @@ class Study:
 
             write_study_maps(
                 folder,
-                models=[BASE, *self.config.methods],
+                models=mapped,
                 scores=self.ws.scores,
                 weights=self.ws.weights,
                 reduction=self.config.importance.reduction,
@@ -372,7 +377,7 @@ class Study:
             advance(1, 1)
 
         self.ws.step("analysis", "analysis", inputs, tables)
-        self.ws.step("maps", "analysis", inputs, maps)
+        self.ws.step("maps", "analysis", of_maps, maps)
 
     def report(self, started: float) -> Path:
         """results.json, provenance.json, figures/ and report.html, from what the steps left."""
