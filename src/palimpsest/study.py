@@ -33,7 +33,6 @@ from palimpsest.rundir import write_json, write_jsonl, write_text
 from palimpsest.steps import n_steps
 from palimpsest.workspace import BASE, DROPPED, Modality, Workspace, folder_of
 
-
 BY_MODEL = ("importance", "checkpoints")  # inputs of the analysis
 
 
