@@ -44,6 +44,7 @@ OPUS_LEVEL = 0.92  # libsndfile's compression level: about 26 kbit/s
 LEFT_OUT = (".safetensors", ".npy", ".bin", ".pt", ".flac", ".wav", ".opus")
 KEPT_OF_CHECKPOINTS = ("training.json", "layer_scales.json", "config.json", "step.json")
 LEFT_OUT_FOLDERS = ("features", "trainer", ".working", "cache", "audio")
+UNFINISHED = 3  # exit code of a worker whose time was up
 END = 45.0  # seconds before the limit at which the steps in progress are stopped, for packing what there is
 
 
@@ -316,27 +317,60 @@ def run(options: argparse.Namespace, started: float) -> None:
     if options.only:
         worker(stages[int(options.only[0])], options.only[1], deadline)
         return
-    finished = None
-    for number, stage in enumerate(stages):
-        told = f"stage {number + 1} of {len(stages)}: {', '.join(stage.methods)}, {stage.seeds} runs of each"
-        print(f"[{time.monotonic() - started:.0f} s] {told}", flush=True)
-        try:
-            finish(stage, number, options, deadline)
-        except OutOfTime:
-            print(f"[{time.monotonic() - started:.0f} s] time is up; call again to continue", flush=True)
-            break
-        finished = stage
+    done = Done(stages)
+
+    def say(what: str) -> None:
+        print(f"[{time.monotonic() - started:.0f} s] {what}", flush=True)
+
+    try:
+        for number in range(done.n_stages, len(stages)):
+            stage = stages[number]
+            times = "once" if stage.seeds == 1 else f"{stage.seeds} times"
+            say(f"stage {number + 1} of {len(stages)}: {', '.join(stage.methods)}, {times}")
+            finish(stage, number, options, deadline, done)
+            done.stage(number)
+            give(Path("run"), results, options)
+            say(f"results in {results}")
+        say("the study is finished")
+    except OutOfTime:
+        say("time is up; call again to continue")
+    finally:
+        done.restore()
         give(Path("run"), results, options)
-        print(f"[{time.monotonic() - started:.0f} s] results in {results}", flush=True)
-    else:
-        print(f"[{time.monotonic() - started:.0f} s] the study is finished", flush=True)
-        return
-    if finished is not None:  # what results.json is of, not what was begun
+
+
+class Done:
+    """What is finished, in WORK/done.json, so that a further call neither looks at it again nor undoes its analysis."""
+
+    def __init__(self, stages: list[Any]) -> None:
+        self.stages = stages
+        self.recipe = sha256(Path("inputs/recipe.yaml")) + "".join(f" {len(stage.methods)}" for stage in stages)
+        self.n_stages, self.runs = 0, set[str]()
+        if Path("done.json").exists():
+            said = json.loads(Path("done.json").read_text(encoding="utf-8"))
+            if said["recipe"] == self.recipe:
+                self.n_stages, self.runs = said["stages"], set(said["runs"])
+
+    def stage(self, number: int) -> None:
+        self.n_stages = number + 1
+        self.write()
+
+    def run(self, name: str) -> None:
+        self.runs.add(name)
+        self.write()
+
+    def write(self) -> None:
+        from palimpsest.rundir import write_json
+
+        write_json(Path("done.json"), {"recipe": self.recipe, "stages": self.n_stages, "runs": sorted(self.runs)})
+
+    def restore(self) -> None:
+        """study.yaml is that of results.json, not that of the stage that was begun after it."""
         from palimpsest.config import dump_config
         from palimpsest.rundir import write_text
 
-        write_text(Path("run/study.yaml"), dump_config(finished))
-    give(Path("run"), results, options)
+        if self.n_stages:
+            write_text(Path("run/study.yaml"), dump_config(self.stages[self.n_stages - 1]))
 
 
 def nothing_to_say() -> Any:
@@ -352,7 +386,7 @@ def stages_of(config: Any, first: list[str]) -> Iterator[Any]:
         yield config.model_copy(update={"seeds": n})
 
 
-def finish(stage: Any, number: int, options: argparse.Namespace, deadline: float) -> None:
+def finish(stage: Any, number: int, options: argparse.Namespace, deadline: float, done: Done) -> None:
     """One stage to its report. Raises OutOfTime."""
     from palimpsest.study import Study
 
@@ -368,7 +402,7 @@ def finish(stage: Any, number: int, options: argparse.Namespace, deadline: float
     hold.parent.mkdir(parents=True, exist_ok=True)
     hold.touch()
     try:
-        side_by_side(list(stage.runs), number, options, deadline)
+        side_by_side([name for name in stage.runs if name not in done.runs], number, options, deadline, done)
     finally:
         hold.unlink()
         with suppress(OSError):
@@ -376,7 +410,7 @@ def finish(stage: Any, number: int, options: argparse.Namespace, deadline: float
     Study(stage, Path("run"), reporter(stage, deadline)).run()
 
 
-def side_by_side(names: list[str], number: int, options: argparse.Namespace, deadline: float) -> None:
+def side_by_side(names: list[str], number: int, options: argparse.Namespace, deadline: float, done: Done) -> None:
     """Every training run in a process of its own, `--workers` at a time. Raises OutOfTime; exits for a failed one."""
     Path("logs").mkdir(exist_ok=True)
     waiting, running = list(names), {}
@@ -396,10 +430,14 @@ def side_by_side(names: list[str], number: int, options: argparse.Namespace, dea
             if process.poll() is not None:
                 log.close()
                 del running[name]
-                failed += [name] if process.returncode else []
+                if process.returncode == 0:
+                    done.run(name)
+                failed += [name] if process.returncode not in (0, UNFINISHED) else []
         if time.monotonic() >= deadline and not running:
             raise OutOfTime
         time.sleep(0.2)
+    if any(name not in done.runs for name in names) and not failed:
+        raise OutOfTime  # the last workers stopped in time, but not at their end
     if failed:
         told = Path("logs", f"{failed[0]}.txt").read_text(encoding="utf-8").strip().splitlines()[-20:]
         sys.exit("\n".join([f"The training run {failed[0]} failed; the end of its log:", *told]))
@@ -413,7 +451,7 @@ def worker(stage: Any, name: str, deadline: float) -> None:
         study.base()  # done before: this only looks
         study.method(name)
     except OutOfTime:
-        print("time is up", flush=True)
+        sys.exit(UNFINISHED)
 
 
 def reporter(stage: Any, deadline: float) -> Any:
