@@ -151,8 +151,10 @@ def write_opus(group: str, examples: Iterable[Any], folder: Path) -> None:
 
 def take_model(name: str, role: str, work: Path) -> str:
     """Copy what `name` needs into `work`; returns what the recipe calls it there."""
-    from palimpsest.models.embedded import MODELS, PREFIX
+    from palimpsest.models.embedded import MODELS, PREFIX, SHIPPED
 
+    if name.removeprefix(PREFIX) in SHIPPED:
+        return name  # travels with the sources
     if name.startswith(PREFIX):
         model = MODELS[name.removeprefix(PREFIX)]
         for package in (model.package, *(part[0] for part in model.parts), "gguf"):
@@ -160,6 +162,10 @@ def take_model(name: str, role: str, work: Path) -> str:
         return name
     if not Path(name).exists():
         sys.exit(f"models.{role} is {name}: only embedded models and local folders can be packed.")
+    if role == "adaptor" and sum(file.stat().st_size for file in files_in(Path(name))) > 100 * MB:
+        sys.exit(
+            f"models.adaptor is {name}, with the whole language model; give what `palimpsest export --light` writes."
+        )
     target = work / "models" / role
     if Path(name).is_dir():
         shutil.copytree(name, target)
