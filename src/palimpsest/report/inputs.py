@@ -114,6 +114,9 @@ def read_inputs(run: Path) -> Inputs:
     results = _read_results(run / "results.json", missing)
     provenance = _read_mapping(run / "provenance.json", missing)
     config = _read_mapping(run / "study.yaml", missing)
+    several = at(config, "seeds")
+    if isinstance(several, int) and several > 1:
+        missing += [f"results.json has no records in “{t}”." for t in sorted(MAY_BE_EMPTY) if not dict(results)[t]]
     config_text = ""
     if config:
         config_text = (run / "study.yaml").read_text(encoding="utf-8")
