@@ -76,3 +76,13 @@ def test_a_step_is_measured_again_only_where_the_run_has_it(tmp_path: Path) -> N
     command = commands.again(tmp_path, commands.STEPS["deactivation"])
     assert command == f"rm -r {tmp_path}/methods/*/deactivation && {commands.study(tmp_path)}"
     assert commands.again(tmp_path, ["maps"]) == commands.study(tmp_path)
+
+
+def test_the_steps_are_folders_of_a_run_directory() -> None:
+    layout = (Path(__file__).parent.parent / "docs" / "run-directory.md").read_text(encoding="utf-8").split("```")[1]
+    lines = {line.split("/")[0]: line for line in layout.splitlines() if "/" in line}
+    for steps in commands.STEPS.values():
+        for step in steps:
+            folder, *inside = step.replace("methods/*", "methods").split("/")
+            assert folder in lines, step
+            assert all(re.search(rf"\b{part}/", lines[folder]) for part in inside), step
