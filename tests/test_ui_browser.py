@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 HOSTILE = '<script>window.hacked=1</script>"><img src=x onerror=window.hacked=1> ${window.hacked=1} {{window.hacked=1}}'
+OF_GRADIO = {"Method not implemented."}  # what its waveform says of every recording
 LONG = 60_000  # ms, for what loads a model or draws
 
 
@@ -51,7 +52,7 @@ def page(browser: Browser, address: str) -> Iterator[Page]:
         page.set_default_timeout(LONG)
         page.get_by_role("button", name="Ask every model").wait_for()
         yield page
-        assert log.problems == []
+        assert set(log.problems) <= OF_GRADIO
         assert foreign(log, address) == []
 
 
