@@ -12,11 +12,11 @@ import warnings
 
 from rich.console import Console
 
-from palimpsest.cli import compare, data, export, measuring, plan, probe, studies
+from palimpsest.cli import compare, data, export, measuring, plan, probe, studies, ui
 from palimpsest.cli.app import app
 from palimpsest.rundir import UserError
 
-__all__ = ["app", "compare", "data", "export", "main", "measuring", "plan", "probe", "studies"]
+__all__ = ["app", "compare", "data", "export", "main", "measuring", "plan", "probe", "studies", "ui"]
 
 
 def main() -> None:

@@ -1,0 +1,198 @@
+"""One question to every model of a run: the base, each method and the cascade, one model in memory at a time.
+
+>>> for state in ask_everyone(panel, text="What is the capital of France?"):  # doctest: +SKIP
+...     print(state.status)
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from palimpsest.config import StudyConfig, load_config
+from palimpsest.data.records import Example
+from palimpsest.data.speech import read_audio
+from palimpsest.report.inputs import method_name
+from palimpsest.rundir import UserError
+
+if TYPE_CHECKING:
+    from palimpsest.evaluation.generate import Answerer
+
+BASE = "base"
+Input = Literal["text", "speech", "cascade"]
+Key = tuple[str, Input]  # (model, how it was asked)
+EMPTY = "(empty answer)"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Who can be asked in a run, and why the others cannot."""
+
+    run: Path
+    config: StudyConfig
+    refusals: dict[Key, str]  # a sentence each
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return (BASE, *self.config.methods)
+
+    def keys(self, inputs: tuple[Input, ...]) -> list[Key]:
+        """What is to be answered, base first; the cascade belongs to the base model."""
+        return [(m, i) for m in self.models for i in inputs if i != "cascade" or m == BASE]
+
+
+@dataclass(frozen=True)
+class State:
+    """How far the asking is. `answers` grows; an answer that could not be given is a sentence in `refusals`."""
+
+    status: str
+    answers: dict[Key, str]
+    refusals: dict[Key, str]
+
+
+def title(model: str) -> str:
+    return method_name(model)
+
+
+def open_panel(run: Path) -> Panel:
+    """Read study.yaml and see which checkpoints are there; nothing is loaded.
+
+    Raises:
+        UserError: no study.yaml, or a damaged one.
+    """
+    if not (run / "study.yaml").is_file():
+        raise UserError(f"{run} holds no study.yaml; give the run directory of a study.")
+    config = load_config(run / "study.yaml")
+    refusals: dict[Key, str] = {(BASE, "speech"): "The base model cannot hear: ask it by text, or see the cascade."}
+    if config.models.asr is None:
+        refusals[BASE, "cascade"] = "The study names no recogniser (models.asr), so there is no cascade."
+    for name, method in config.methods.items():
+        if method.modality == "text":
+            refusals[name, "speech"] = f"{title(name)} was tuned on text alone and cannot hear."
+        if not (_checkpoint(run, name) / "config.json").is_file():
+            absent = f"methods/{name}/checkpoint is not there: the study has not trained {title(name)} yet."
+            refusals |= {(name, "text"): absent, (name, "speech"): absent}
+    return Panel(run, config, refusals)
+
+
+def ask_everyone(
+    panel: Panel, *, text: str | None = None, audio: Path | None = None, max_new_tokens: int | None = None
+) -> Iterator[State]:
+    """Answers, greedy, as a study gives them: to the text, to the recording, or to both.
+
+    Yields a state when a model starts to load and when it has answered. What keeps one model from answering is told
+    in its place, and the others go on.
+
+    Raises:
+        UserError: neither text nor a recording, or a recording that cannot be read; before any model is loaded.
+    """
+    typed = text is not None and bool(text.strip())
+    if not typed and audio is None:
+        raise UserError("Type a question, record one, or choose a file.")
+    if audio is not None:
+        read_audio(audio)
+    by_text: tuple[Input, ...] = ("text",) if typed else ()
+    by_ear: tuple[Input, ...] = ("speech", "cascade") if audio is not None else ()
+    example = Example(id="question", question=text if typed and text else "", answers=("",), answer="", audio=audio)
+    limit = max_new_tokens or panel.config.evaluation.max_new_tokens
+    keys = panel.keys(by_text + by_ear)
+    state = State("", {}, {key: panel.refusals[key] for key in keys if key in panel.refusals})
+
+    heard: str | None = None
+    if (BASE, "cascade") in keys and (BASE, "cascade") not in state.refusals:
+        yield (state := replace(state, status=f"Loading the recogniser {panel.config.models.asr} …"))
+        try:
+            heard = _transcript(panel, example)
+        except _failures() as error:
+            state = replace(state, refusals={**state.refusals, (BASE, "cascade"): _sentence(error)})
+    for model in panel.models:
+        wanted = [key for key in keys if key[0] == model and key not in state.refusals]
+        if not wanted:
+            continue
+        yield (state := replace(state, status=f"Loading {title(model)} …"))
+        answers, refusals = dict(state.answers), dict(state.refusals)
+        for key, given in _answers(panel, wanted, example, heard, limit).items():
+            if isinstance(given, Exception):
+                refusals[key] = _sentence(given)
+            else:
+                answers[key] = given
+        state = State(state.status, answers, refusals)
+        gc.collect()  # the room is needed by the next model
+        yield state
+    yield replace(state, status="Done.")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# One model
+# ----------------------------------------------------------------------------------------------------------
+def _answers(
+    panel: Panel, wanted: list[Key], example: Example, heard: str | None, limit: int
+) -> dict[Key, str | Exception]:
+    try:
+        answerers = _load(panel, wanted[0][0], heard, limit)
+    except _failures() as error:
+        return dict.fromkeys(wanted, error)
+    given: dict[Key, str | Exception] = {}
+    for model, how in wanted:
+        try:
+            (answer,) = answerers[how]([example], how)
+        except _failures() as error:
+            given[model, how] = error
+            continue
+        response = answer.response or EMPTY
+        given[model, how] = f"Heard: {answer.transcript or '(nothing)'}\n\n{response}" if how == "cascade" else response
+    return given
+
+
+def _load(panel: Panel, model: str, heard: str | None, limit: int) -> dict[Input, Answerer]:
+    from palimpsest.evaluation.cascade import cascade_answerer, heard_before
+    from palimpsest.evaluation.generate import text_answerer
+    from palimpsest.evaluation.speech import recording_answerer
+    from palimpsest.models.loading import load_language_model, load_speech_lm
+
+    models, system = panel.config.models, panel.config.prompt.system
+    if model == BASE:
+        language_model, tokenizer = load_language_model(
+            models.language_model, dtype=models.dtype, device=_device(panel)
+        )
+        by_text = text_answerer(language_model, tokenizer, limit, system)
+        return {"text": by_text, "cascade": cascade_answerer(heard_before({"question": heard}), by_text)}
+    checkpoint = _checkpoint(panel.run, model)
+    speech_lm, processor = load_speech_lm(checkpoint, dtype=models.dtype, device=_device(panel))
+    return {
+        "text": text_answerer(speech_lm.language_model, processor.tokenizer, limit, system),
+        "speech": recording_answerer(speech_lm, processor, limit),
+    }
+
+
+def _transcript(panel: Panel, example: Example) -> str:
+    from palimpsest.evaluation.cascade import transcribe
+    from palimpsest.models.loading import load_asr
+
+    model, processor = load_asr(str(panel.config.models.asr), device=_device(panel))
+    return transcribe(model, processor, [example])[example.id]
+
+
+def _device(panel: Panel) -> str:
+    import torch
+
+    wanted = panel.config.models.device
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
+def _checkpoint(run: Path, method: str) -> Path:
+    return run / "methods" / method / "checkpoint"
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What is one model's trouble and not a defect: its files, its limits, the memory."""
+    import torch
+
+    return (UserError, OSError, ValueError, MemoryError, torch.OutOfMemoryError)
+
+
+def _sentence(error: Exception) -> str:
+    return f"Could not answer: {' '.join(str(error).split()) or type(error).__name__}"

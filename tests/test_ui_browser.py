@@ -1,0 +1,113 @@
+"""The UI in a real browser, on a small run of tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from browser import chromium, foreign, overflow, visit
+from palimpsest.evaluation.generate import Answer
+from palimpsest.ui import asking
+from ui_fixture import make_ui_run
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+pytestmark = pytest.mark.slow
+HOSTILE = '<script>window.hacked=1</script>"><img src=x onerror=window.hacked=1> ${window.hacked=1} {{window.hacked=1}}'
+OF_GRADIO = {"Method not implemented."}  # what its waveform says of every recording
+LONG = 60_000  # ms, for what loads a model or draws
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ui")
+    make_ui_run(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    pytest.importorskip("gradio", reason="Gradio is not installed (extra ui)")
+    from palimpsest.ui.page import served
+
+    with served(folder / "run") as page:
+        assert page.server_name == "127.0.0.1"
+        assert page.share_url is None
+        yield page.local_url
+
+
+@pytest.fixture(scope="module")
+def browser(address: str) -> Iterator[Browser]:
+    with chromium() as running:
+        yield running
+
+
+@pytest.fixture
+def page(browser: Browser, address: str) -> Iterator[Page]:
+    with visit(browser, address) as (page, log):
+        page.set_default_timeout(LONG)
+        page.get_by_role("button", name="Ask every model").wait_for()
+        yield page
+        assert set(log.problems) <= OF_GRADIO
+        assert foreign(log, address) == []
+
+
+def ask(page: Page) -> None:
+    page.get_by_role("button", name="Ask every model").click()
+    said = page.get_by_label("Status")
+    page.wait_for_function("box => box.value === 'Done.'", arg=said.element_handle())
+
+
+def box(page: Page, key: str) -> str:
+    return page.locator(f"#{key} textarea").input_value()
+
+
+def test_a_typed_question_is_answered_by_every_model(page: Page, folder: Path) -> None:
+    page.get_by_label("Question as text").fill("What is it?")
+    ask(page)
+    *_, last = asking.ask_everyone(asking.open_panel(folder / "run"), text="What is it?")
+    assert box(page, "text-base") == last.answers["base", "text"]
+    assert box(page, "text-full") == last.answers["full", "text"]
+    assert "is not there" in box(page, "text-lora")
+
+
+def test_a_recording_from_a_file_is_answered_by_who_can_hear(page: Page, folder: Path) -> None:
+    page.get_by_label("Upload file").click()
+    page.locator("input[type=file]").first.set_input_files(folder / "question.wav")
+    page.locator("audio, .waveform-container, #waveform").first.wait_for(state="attached")
+    page.wait_for_timeout(2000)  # the upload
+    ask(page)
+    *_, last = asking.ask_everyone(asking.open_panel(folder / "run"), audio=folder / "question.wav")
+    assert box(page, "speech-full") == last.answers["full", "speech"]
+    assert "cannot hear" in box(page, "speech-base")
+
+
+def test_a_hostile_answer_stays_text(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking, "_load", lambda *_: {"text": lambda examples, how: [Answer(HOSTILE, 1)]})
+    page.get_by_label("Question as text").fill(HOSTILE)
+    ask(page)
+    assert box(page, "text-full") == HOSTILE
+    assert page.evaluate("window.hacked") is None
+    assert page.locator("img[src=x]").count() == 0
+
+
+def test_the_explorer_shows_its_figures(page: Page) -> None:
+    page.get_by_role("tab", name="Importance").click()
+    for part in ("grids", "matrices"):
+        figure = page.locator(f"#{part} img")
+        figure.wait_for()
+        size = figure.bounding_box()
+        assert size is not None
+        assert min(size["width"], size["height"]) > 100
+    assert "top 5 %" in box(page, "notes")
+    assert "maps/importance.npz is not there" in box(page, "missing")
+
+
+def test_a_narrow_window_needs_no_sideways_scrolling(browser: Browser, address: str) -> None:
+    with visit(browser, address, viewport={"width": 400, "height": 800}) as (page, _):
+        page.get_by_role("button", name="Ask every model").wait_for(timeout=LONG)
+        assert overflow(page) == 0
