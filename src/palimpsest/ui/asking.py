@@ -37,7 +37,7 @@ class Panel:
 
     @property
     def models(self) -> tuple[str, ...]:
-        return (BASE, *self.config.methods)
+        return (BASE, *self.config.runs)
 
     def keys(self, inputs: tuple[Input, ...]) -> list[Key]:
         """What is to be answered, base first; the cascade belongs to the base model."""
@@ -66,10 +66,12 @@ def open_panel(run: Path) -> Panel:
     if not (run / "study.yaml").is_file():
         raise UserError(f"{run} holds no study.yaml; give the run directory of a study.")
     config = load_config(run / "study.yaml")
-    refusals: dict[Key, str] = {(BASE, "speech"): "The base model cannot hear: ask it by text, or see the cascade."}
+    refusals: dict[Key, str] = {}
+    if config.models.adaptor is None:
+        refusals[BASE, "speech"] = "The base model cannot hear: ask it by text, or see the cascade."
     if config.models.asr is None:
         refusals[BASE, "cascade"] = "The study names no recogniser (models.asr), so there is no cascade."
-    for name, method in config.methods.items():
+    for name, method in config.runs.items():
         if method.modality == "text":
             refusals[name, "speech"] = f"{title(name)} was tuned on text alone and cannot hear."
         if not (_checkpoint(run, name) / "config.json").is_file():
@@ -152,14 +154,22 @@ def _load(panel: Panel, model: str, heard: str | None, limit: int) -> dict[Input
     from palimpsest.evaluation.generate import text_answerer
     from palimpsest.evaluation.speech import recording_answerer
     from palimpsest.models.loading import load_language_model, load_speech_lm
+    from palimpsest.progress import Reporter
+    from palimpsest.workspace import Workspace
 
     models, system = panel.config.models, panel.config.prompt.system
     if model == BASE:
+        hear = heard_before({"question": heard})
+        if models.adaptor is not None:  # the recipe gives the base ears, and a run's workspace puts them on
+            ws = Workspace(panel.config, panel.run, Reporter(0, quiet=True))
+            by_text = text_answerer(ws.base, ws.processor.tokenizer, limit, system)
+            by_ear = recording_answerer(ws.speech_lm(BASE), ws.processor, limit)
+            return {"text": by_text, "speech": by_ear, "cascade": cascade_answerer(hear, by_text)}
         language_model, tokenizer = load_language_model(
             models.language_model, dtype=models.dtype, device=_device(panel)
         )
         by_text = text_answerer(language_model, tokenizer, limit, system)
-        return {"text": by_text, "cascade": cascade_answerer(heard_before({"question": heard}), by_text)}
+        return {"text": by_text, "cascade": cascade_answerer(hear, by_text)}
     checkpoint = _checkpoint(panel.run, model)
     speech_lm, processor = load_speech_lm(checkpoint, dtype=models.dtype, device=_device(panel))
     return {
