@@ -212,6 +212,8 @@ def test_paper_is_white_complete_and_wide_enough(browser: Browser, report: Path)
         assert page.evaluate(closed) == n_closed > 0  # and the screen is as it was
         page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
         assert overflow(page) == 0
+        cut = "Array.from(document.querySelectorAll('.scroll'), part => part.scrollWidth - part.clientWidth)"
+        assert max(page.evaluate(cut)) <= 1  # nothing hides in a box that paper cannot scroll
     assert log.problems == []
 
 
