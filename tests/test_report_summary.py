@@ -130,6 +130,16 @@ def test_speech_that_is_understood_is_not_denied(tmp_path: Path) -> None:
     assert "Full-FT (1.0\u00a0%), 95 % interval 0.3 to 2.9: no understanding of speech shown." in answer
 
 
+def test_speech_is_read_against_the_base_that_hears_and_the_cascade(tmp_path: Path) -> None:
+    rows = [("base", "speech", 60), ("base", "cascade", 120), ("lora", "speech", 150)]
+    answer = _answers(tmp_path, HEARS, qa=[accuracy_row(method, "facts", put, n) for method, put, n in rows])
+    assert (
+        "the base through the adaptor it was given answers 20.0\u00a0%; the base after a recogniser 40.0\u00a0%"
+        in answer
+    )
+    assert "adaptor" not in _answers(tmp_path, HEARS, qa=[accuracy_row("lora", "facts", "speech", 150)])
+
+
 def test_few_questions_do_not_prove_deafness(tmp_path: Path) -> None:
     # none of 20: the upper Wilson bound is 16 %
     answer = _answers(tmp_path, HEARS, qa=[accuracy_row("full", "facts", "speech", 0, n=20)])

@@ -212,7 +212,7 @@ def _hears(inputs: Inputs) -> list[Finding]:
         )
     findings += [
         Finding(
-            f"{task_name(task)}, spoken questions:",
+            f"{task_name(task)}, spoken questions{_beside(inputs, task)}:",
             tuple(
                 f"{_named(row)}, 95 % interval {interval(row['ci_low'], row['ci_high'])}"
                 + (": no understanding of speech shown." if row["ci_high"] < NO_SPEECH else ".")
@@ -223,6 +223,14 @@ def _hears(inputs: Inputs) -> list[Finding]:
         for task in dict.fromkeys(row["task"] for row in rows)
     ]
     return findings
+
+
+def _beside(inputs: Inputs, task: str) -> str:
+    """What the methods' answers to speech are read against: the base through its adaptor, the cascade."""
+    heard, written = _base(_accuracies(inputs, "speech"), task), _base(_accuracies(inputs, "cascade"), task)
+    parts = [f"the base through the adaptor it was given answers {_share(heard['accuracy'])}"] if heard else []
+    parts += [f"the base after a recogniser {_share(written['accuracy'])}"] if written else []
+    return f" ({'; '.join(parts)})" if parts else ""
 
 
 # ----------------------------------------------------------------------------------------------------------
