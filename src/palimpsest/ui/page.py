@@ -172,12 +172,12 @@ def _importance_tab(gradio: Any, inputs: Inputs) -> None:
         measure = gradio.Dropdown(
             [(words, key) for key, words in explorer.MEASURES.items()], value="mean", label="Importance by"
         )
-    grids = gradio.Plot(label="Layers × kinds", elem_id="grids")
+    grids = gradio.Plot(label="Layers × kinds", show_label=False, elem_id="grids")
     chosen = gradio.Dropdown(
         [(short_name(name), name) for name in names], value=names[len(names) // 2] if names else None,
         label="One matrix", elem_id="matrix",
     )  # fmt: skip
-    matrices = gradio.Plot(label="Rows and columns", elem_id="matrices")
+    matrices = gradio.Plot(label="Rows and columns", show_label=False, elem_id="matrices")
     notes = gradio.Textbox(label="About these figures", interactive=False, lines=2, elem_id="notes")
 
     def draw_grids(name: str, by: str, what: str) -> Any:
