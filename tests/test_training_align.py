@@ -25,12 +25,17 @@ def adaptor(seed: int = 0) -> SpeechAdaptor:
     return SpeechAdaptor(D_ENC, 32, D_LM, FACTOR)
 
 
-def planted(n: int) -> tuple[torch.Tensor, list[Example], dict[str, torch.Tensor], dict[str, list[int]]]:
+class Heard(dict[str, torch.Tensor]):
+    def count(self, example_id: str) -> int:
+        return len(self[example_id])
+
+
+def planted(n: int) -> tuple[torch.Tensor, list[Example], Heard, dict[str, list[int]]]:
     """Utterances in which each token sounds for two positions as a pattern of its own, between silences."""
     generator = torch.Generator().manual_seed(1)
     embedding = torch.randn(VOCABULARY, D_LM, generator=generator)
     sound = torch.randn(VOCABULARY, D_ENC, generator=generator) * 2
-    examples, frames, tokens = [], {}, {}
+    examples, frames, tokens = [], Heard(), {}
     for i in range(n):
         said = torch.randint(2, VOCABULARY, (int(torch.randint(1, 5, (), generator=generator)),), generator=generator)
         heard = []

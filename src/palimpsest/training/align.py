@@ -19,7 +19,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -38,11 +38,19 @@ if TYPE_CHECKING:
     from palimpsest.schema import TrainingRecord
     from palimpsest.training.settings import Settings
 
-Frames = Mapping[str, "Tensor"] | Any  # encoder frames (time, d_enc) by example id: data.features.Features
-Words = list[list[int]]  # of a batch, 1 + index among the known tokens
 CALIBRATION = 256  # utterances that set the adaptor's buffers
 BLANK = 0
 STATE = "state"
+
+
+class Frames(Protocol):
+    """Encoder frames by example id, as data.features.Features has them."""
+
+    def __getitem__(self, example_id: str, /) -> Float[Tensor, "time d_enc"]: ...
+
+    def count(self, example_id: str, /) -> int:
+        """Frames of an example, without reading them."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -170,10 +178,10 @@ def plan_of(
     settings: AlignSettings,
 ) -> tuple[list[Example], EpochBatches]:
     """The examples long enough for their tokens, and their batches. Raises UserError if there are none."""
-    usable = [e for e in examples if positions_needed(tokens[e.id]) <= len(frames[e.id]) // stack_factor]
+    usable = [e for e in examples if positions_needed(tokens[e.id]) <= frames.count(e.id) // stack_factor]
     if not usable:
         raise UserError("No utterance has as many speech positions as its text has tokens; check texts and recordings.")
-    lengths = [len(frames[e.id]) for e in usable]
+    lengths = [frames.count(e.id) for e in usable]
     budget = settings.batch_size * sorted(lengths)[len(lengths) // 2]  # long ones in smaller batches
     return usable, EpochBatches(len(usable), settings.batch_size, settings.seed, lengths, max(budget, max(lengths)))
 
@@ -186,7 +194,7 @@ def align_steps(examples: Sequence[Example], collator: Collator, settings: Setti
     if settings.align is None:
         return 0
     tokens, options = _spoken(examples, collator), _options(settings)
-    plan = plan_of(examples, collator.features, tokens, collator.processor.stack_factor, options)[1]
+    plan = plan_of(examples, _features(collator), tokens, collator.processor.stack_factor, options)[1]
     return options.epochs * len(plan)
 
 
@@ -205,7 +213,7 @@ def align_phase(
             model.adaptor,
             model.get_input_embeddings().get_parameter("weight").detach(),
             examples,
-            collator.features,
+            _features(collator),
             _spoken(examples, collator),
             _options(settings),
             state=folder / STATE,
@@ -219,6 +227,11 @@ def align_phase(
 def _spoken(examples: Sequence[Example], collator: Collator) -> dict[str, list[int]]:
     tokenizer = collator.processor.tokenizer
     return {e.id: tokenizer(e.question, add_special_tokens=False)["input_ids"] for e in examples}
+
+
+def _features(collator: Collator) -> Frames:
+    assert collator.features is not None  # the speech modality has them
+    return collator.features
 
 
 def _options(settings: Settings) -> AlignSettings:
