@@ -19,7 +19,7 @@ ORDER: list[set[str]] = [
     {
         *("results", "workspace", "answering", "heldout", "ask", "evaluate", "compare", "compare_text", "pairing"),
         *("measure", "validation", "prepare", "inspection", "plan", "plan_text", "export", "model_card"),
-        *("seeds", "steps"),
+        *("seeds", "steps", "by_voice"),
     },
     {"study", "ui"},
     {"cli"},

@@ -67,7 +67,8 @@ def test_every_table_taken_away_is_named(run: Path, table: str) -> None:
     write_json(run / "results.json", {"schema": 1, **invented_results(), table: []})
     if table in MAY_BE_EMPTY:
         write_text(run / "study.yaml", "seeds: 3\n")
-    assert f"results.json has no records in “{table}”." in page_of(run)
+    said = f"results.json has no records in “{table}”." in page_of(run)
+    assert said == (table != "voices")  # which are there only where a task is spoken in several
 
 
 @pytest.mark.parametrize(

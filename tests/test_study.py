@@ -84,7 +84,11 @@ def test_every_table_is_there_for_every_model(finished: Path) -> None:
     found = json.loads((finished / "results.json").read_text())
     assert found["schema"] == 1
     assert set(found) == {"schema", *RESULT_TABLES}
-    assert [table for table in RESULT_TABLES if not found[table]] == ["seeds", "seed_comparisons"]  # one run each
+    assert [table for table in RESULT_TABLES if not found[table]] == [
+        "voices",
+        "seeds",
+        "seed_comparisons",
+    ]  # one run each
     models = {"base", *METHODS}
     assert {r["model"] for r in found["deactivation"]} == models
     assert {(r["method"], r["modality"]) for r in found["qa"]} == {("base", "text")} | {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from palimpsest.analysis.claims import claim_records
 from palimpsest.analysis.correlation import correlation_records
 from palimpsest.analysis.tables import TABLES
+from palimpsest.by_voice import RECORDING, voice_records
 from palimpsest.data.records import read_manifest
 from palimpsest.evaluation.floors import floor_records
 from palimpsest.evaluation.generate import summarise, verdicts_by_id
@@ -43,6 +44,7 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
 
     comparisons: list[ComparisonRecord] = []
     right: dict[tuple[str, str], Verdicts] = {}
+    trained_on = {example.voice or RECORDING for example in read_manifest(run.path / "data" / "train.jsonl")}
     for task_config in config.evaluation.tasks:
         examples = read_manifest(run.path / "data" / f"task-{task_config.name}.jsonl")
         task = Task(task_config.name, tuple(examples))
@@ -68,6 +70,10 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
             first = {name: verdicts[name] for name in first_runs if name in verdicts}
             if len(first) > 1:
                 comparisons += compare(first, task=task.name, modality=modality, metric=PRIMARY, seed=seed)
+        by_modality = {modality: verdicts for (name, modality), verdicts in right.items() if name == task.name}
+        tables["voices"] += voice_records(
+            task.name, examples, list(config.methods), config.seeds, by_modality, trained_on
+        )
     tables["comparisons"] = with_holm(comparisons)
     tables["correlations"] = correlation_records(tables["shift"], tables["qa"], metric=PRIMARY)
     if config.seeds > 1:

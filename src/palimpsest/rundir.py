@@ -27,6 +27,7 @@ RESULT_TABLES = (
     "deactivation",
     "qa",
     "qa_floors",
+    "voices",
     "perplexity",
     "comparisons",
     "probe",

@@ -91,6 +91,23 @@ class FloorRecord(TypedDict):
     ci_high: float
 
 
+class VoiceRecord(TypedDict):
+    """Accuracy by the voice of the question, of tasks spoken in several; mean over the training runs of a method."""
+
+    method: str
+    task: str
+    modality: str  # speech | cascade
+    voice: str  # "recording": came with its audio and no name of a voice
+    trained_on: bool  # is it a voice of the study's training questions?
+    n: int  # questions
+    n_seeds: int
+    metric: str
+    accuracy: float
+    ci_low: float  # 95 %
+    ci_high: float
+    accuracy_text: float  # of the same questions as text
+
+
 class PerplexityRecord(TypedDict):
     """On target answers; the per-example losses behind it are in a file losses-MODALITY.jsonl."""
 

@@ -18,7 +18,7 @@ from palimpsest.report.formats import (
     text,
 )
 from palimpsest.report.inputs import MODALITY_NAMES, method_key, method_name, modality_key, task_name
-from palimpsest.schema import FloorRecord, PerplexityRecord
+from palimpsest.schema import FloorRecord, PerplexityRecord, VoiceRecord
 
 FLOORS = {
     "unrelated": "Answers to other questions %",
@@ -56,6 +56,41 @@ def floors(records: Sequence[FloorRecord], metric: str) -> Table:
         rows,
         f"Scoring rule {metric}. Answers to other questions: each answer scored against the gold answers of another "
         "question, mean over several draws. An accuracy near these numbers says nothing. Brackets: 95 % interval.",
+    )
+
+
+def voices(records: Sequence[VoiceRecord]) -> Table:
+    """Accuracy by the voice of the question, of tasks spoken in several voices."""
+    columns = (
+        Column("Task"),
+        Column("Input"),
+        Column("Method"),
+        Column("Voice"),
+        Column("Trained on"),
+        *(Column(title, numeric=True) for title in ("Questions", "Accuracy %", "The same as text %")),
+    )
+    rows = tuple(
+        (
+            text(task_name(row["task"])),
+            text(row["modality"]),
+            text(method_name(row["method"])),
+            text(row["voice"]),
+            text("yes" if row["trained_on"] else "no"),
+            count(row["n"]),
+            Cell(percent(row["accuracy"]), interval(row["ci_low"], row["ci_high"]), row["accuracy"]),
+            number(row["accuracy_text"], percent(row["accuracy_text"])),
+        )
+        for row in sorted(
+            records, key=lambda row: (row["task"], modality_key(row["modality"]), method_key(row["method"]))
+        )
+    )
+    return Table(
+        "voices",
+        "Accuracy by the voice of the question",
+        columns,
+        rows,
+        "Mean over the training runs of a method. Trained on: the voice of some of the study's training questions. The "
+        "questions differ from voice to voice; the last column says how hard they are. Brackets: 95 % interval.",
     )
 
 

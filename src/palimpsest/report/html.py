@@ -95,6 +95,7 @@ def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Tabl
         tables.accuracy(results["qa"], metric, model, _tuned_on_text(inputs), of_each),
         tables.accuracy_details(runs["qa"]),
         evaluation_tables.floors(results["qa_floors"], metric),
+        evaluation_tables.voices(results["voices"]),
         tables.lora_rank(results["qa"], metric, _ranks(inputs), model, of_each),
         tables.comparisons(runs["comparisons"] if of_each == 1 else []),  # else of first runs alone
         seeds.seeds(results["seeds"]),

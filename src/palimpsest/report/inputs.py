@@ -48,7 +48,8 @@ MAY_BE_NULL = {
     "correlations": {"kendall_tau", "p_value"},
     "training": {"loss", "learning_rate", "grad_norm", "perplexity"},
 }
-MAY_BE_EMPTY = {"seeds", "seed_comparisons"}  # where every method was trained once
+OF_SEVERAL_RUNS = {"seeds", "seed_comparisons"}  # empty where every method was trained once
+MAY_BE_EMPTY = OF_SEVERAL_RUNS | {"voices"}  # empty where no task is spoken in several voices
 MAX_SAMPLES_BYTES = 64 * 2**20  # of one samples.jsonl
 
 
@@ -58,6 +59,7 @@ class Results(TypedDict):
     deactivation: list[rundir.DeactivationRecord]
     qa: list[rundir.QARecord]
     qa_floors: list[schema.FloorRecord]
+    voices: list[schema.VoiceRecord]
     perplexity: list[schema.PerplexityRecord]
     comparisons: list[rundir.ComparisonRecord]
     probe: list[schema.ProbeRecord]
@@ -116,7 +118,7 @@ def read_inputs(run: Path) -> Inputs:
     config = _read_mapping(run / "study.yaml", missing)
     several = at(config, "seeds")
     if isinstance(several, int) and several > 1:
-        missing += [f"results.json has no records in “{t}”." for t in sorted(MAY_BE_EMPTY) if not dict(results)[t]]
+        missing += [f"results.json has no records in “{t}”." for t in sorted(OF_SEVERAL_RUNS) if not dict(results)[t]]
     config_text = ""
     if config:
         config_text = (run / "study.yaml").read_text(encoding="utf-8")
