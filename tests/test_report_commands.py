@@ -68,6 +68,7 @@ def test_a_run_below_the_working_folder_is_relative_to_it(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     assert commands.report(tmp_path / "runs" / "my run") == "palimpsest report 'runs/my run'"
     assert commands.report(Path("demo"), audio=False) == "palimpsest report demo --no-audio"
+    assert commands.report(Path("demo"), samples=False) == "palimpsest report demo --no-samples"
     assert commands.study(Path("/elsewhere")) == "palimpsest study /elsewhere/study.yaml --out /elsewhere"
 
 

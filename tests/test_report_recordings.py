@@ -180,6 +180,18 @@ def test_no_audio_leaves_them_out_and_says_so(tmp_path: Path) -> None:
     assert "made without the recordings" in page
 
 
+def test_no_samples_leaves_out_questions_answers_and_recordings(tmp_path: Path) -> None:
+    make(tmp_path, [{"id": "q0", "audio": "a.wav"}])
+    whole = write_report(tmp_path, tmp_path / "whole.html").read_text(encoding="utf-8")
+    assert CliRunner().invoke(app, ["report", str(tmp_path), "--no-samples"]).exit_code == 0
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for part in ("Why 0?", 'class="response"', "<audio "):
+        assert part in whole
+        assert part not in page
+    assert "made without questions and answers" in page
+    assert "--no-samples" in page
+
+
 def test_a_hostile_manifest_stays_text(tmp_path: Path) -> None:
     hostile = '"><img src=x onerror=alert(1)>'
     make(tmp_path, [{"id": "q0", "audio": f"{hostile}.wav", "voice": hostile}, {"id": "q1", "audio": ["a"]}])

@@ -73,6 +73,10 @@ def report(
     audio: Annotated[
         bool, typer.Option("--audio/--no-audio", help="Put recordings of spoken questions into the page of one run.")
     ] = True,
+    samples: Annotated[
+        bool,
+        typer.Option("--samples/--no-samples", help="Show questions and answers; without, no recordings either."),
+    ] = True,
 ) -> None:
     """Make the figures and report.html of a run again from its results, or one page that compares several runs.
 
@@ -83,15 +87,15 @@ def report(
             raise UserError(f"{run} is not a run directory; give the --out of a study.")
     if out is not None and out.is_dir():
         raise UserError(f"{out} is a folder; give a file for the page with --out.")
-    typer.echo(f"Report: {_one_report(runs[0], out, audio) if len(runs) == 1 else _comparison(runs, out)}")
+    typer.echo(f"Report: {_one_report(runs[0], out, audio, samples) if len(runs) == 1 else _comparison(runs, out)}")
 
 
-def _one_report(run: Path, out: Path | None, audio: bool) -> Path:
+def _one_report(run: Path, out: Path | None, audio: bool, samples: bool) -> Path:
     from palimpsest.report.figures import write_figures
     from palimpsest.report.html import write_report
 
     write_figures(run)
-    return write_report(run, out, audio=audio)
+    return write_report(run, out, audio=audio, samples=samples)
 
 
 def _comparison(runs: list[Path], out: Path | None) -> Path:

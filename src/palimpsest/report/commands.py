@@ -25,8 +25,9 @@ def shown(run: Path) -> str:
     return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else run))
 
 
-def report(run: Path, audio: bool = True) -> str:
-    return f"palimpsest report {shown(run)}" + ("" if audio else " --no-audio")
+def report(run: Path, audio: bool = True, samples: bool = True) -> str:
+    left_out = " --no-samples" if not samples else " --no-audio" if not audio else ""
+    return f"palimpsest report {shown(run)}{left_out}"
 
 
 def comparison(runs: Sequence[Path], out: Path) -> str:

@@ -30,7 +30,7 @@ from palimpsest.report.steps import missing_steps
 MAX_VALUE = 400  # characters of one provenance value
 
 
-def write_report(run: Path, out: Path | None = None, *, audio: bool = True) -> Path:
+def write_report(run: Path, out: Path | None = None, *, audio: bool = True, samples: bool = True) -> Path:
     """Write `out`, by default `run`/report.html, from what the run directory holds and return its path.
 
     Missing or damaged parts are named in the report, not raised. The same directory,
@@ -38,21 +38,22 @@ def write_report(run: Path, out: Path | None = None, *, audio: bool = True) -> P
 
     Args:
         audio: put recordings of the spoken questions shown into the page.
+        samples: show questions and answers; False leaves out the recordings too.
 
     Raises:
         UserError: `run` is not a folder.
     """
     path = out or run / "report.html"
-    page = render(read_inputs(run), audio=audio)
+    page = render(read_inputs(run), audio=audio, samples=samples)
     write_page(path, page)
     return path
 
 
-def render(inputs: Inputs, *, audio: bool = True) -> str:
+def render(inputs: Inputs, *, audio: bool = True, samples: bool = True) -> str:
     """The page as text."""
     every_run, inputs = inputs, by_method(inputs)
     drawings = {name: drawing for name in FIGURES if (drawing := draw(name, inputs)) is not None}
-    questions = samples_of(inputs)
+    questions = samples_of(inputs) if samples else {}
     recordings = read_recordings(inputs, questions, audio)
     not_drawn = {name: why_not(name, inputs) for name in FIGURES if name not in drawings}
     return render_page(
@@ -71,6 +72,7 @@ def render(inputs: Inputs, *, audio: bool = True) -> str:
         tables=tables_of(inputs, every_run),
         drawings=drawings,
         samples=questions,
+        show_samples=samples,
         task_name=task_name,
         recordings=recordings,
         audio=audio,
