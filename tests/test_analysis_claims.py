@@ -237,6 +237,16 @@ def test_missing_tables_are_named(number: int, table: str, words: str) -> None:
     assert words in record["note"]
 
 
+def test_a_rank_that_only_the_recipe_knows_takes_part() -> None:
+    """Without it the middle of 4 and 24 would be 4."""
+    names = [("lora_r4", "lora_r24", -0.2), ("lora", "lora_r24", 0.1), ("lora", "lora_r4", -0.3)]
+    rows = [compared(modality, a, b, gain) for modality in ("text", "speech") for a, b, gain in names]
+    record = claim_records({"comparisons": rows}, {"lora": 8, "lora_other": 16})[7]
+    assert (record["value"], record["verdict"]) == (pytest.approx(-0.1), "fails")
+    assert "r 8 − r 24" in record["note"]
+    assert "r 4 − r 24" in claim_records({"comparisons": rows})[7]["note"]
+
+
 def test_nothing_at_all() -> None:
     assert {record["verdict"] for record in claim_records({})} == {"undecided"}
 

@@ -79,6 +79,7 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
     if config.seeds > 1:
         tables["seeds"] = seed_records(run.path, list(config.methods), config.seeds, right, tables)
         tables["seed_comparisons"] = seed_comparisons(list(config.methods), config.seeds, right, run.path, seed)
-    tables["claims"] = claim_records(tables)
+    ranks = {name: method.rank for name, method in config.methods.items() if method.kind == "lora"}
+    tables["claims"] = claim_records(tables, ranks)
     tables["timings"] = run.timings(steps)
     return tables

@@ -18,8 +18,8 @@ level.
 7. Clustering of the weight change: the ratio of claim 2 is larger for LoRA than for Layer-LR on the same
    matrices, for rows and for columns; and it still is when both changes are cut to LoRA's rank and set against
    random singular vectors (low_rank.py), since LoRA's change has a low rank by construction.
-8. LoRA rank (methods named lora_r8, lora_r16, …): the middle rank (of an even number, the lower of the two)
-   is above the largest in accuracy, averaged over text and speech.
+8. LoRA rank (methods named lora_r8, lora_r16, …, and those whose rank the recipe gives): the middle rank (of an
+   even number, the lower of the two) is above the largest in accuracy, averaged over text and speech.
 
 A part with an interval holds if all of the interval is on the claimed side, fails if all of it is on the
 other, and is undecided otherwise. A claim holds if all its parts hold, fails if one fails, and is undecided
@@ -47,7 +47,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -110,15 +111,17 @@ class Claim:
     test: Callable[[Results], list[Part]]  # raises Missing; the first part is the record's value
 
 
-def claim_records(results: Results) -> list[ClaimRecord]:
+def claim_records(results: Results, ranks: Mapping[str, int] | None = None) -> list[ClaimRecord]:
     """The eight claims, in order.
 
     results: tables of `results.json` by name (deactivation, comparisons, shift, clustering, and of several runs
     seeds and seed_comparisons; others are ignored), as written or as read back. Methods are expected under the
     names base, full, layer_lr, lora and lora_r<rank>. A table or row that is not there makes the claim undecided,
     with a note that names it.
+    ranks: of LoRA methods whose name does not say it.
     """
-    return [_record(number, claim, results) for number, claim in enumerate(CLAIMS, start=1)]
+    of_rank = replace(CLAIMS[-1], test=partial(_moderate_rank, known=ranks or {}))
+    return [_record(number, claim, results) for number, claim in enumerate((*CLAIMS[:-1], of_rank), start=1)]
 
 
 def _record(number: int, claim: Claim, results: Results) -> ClaimRecord:
@@ -241,13 +244,15 @@ def _change_clusters(results: Results) -> list[Part]:
     return parts
 
 
-def _moderate_rank(results: Results) -> list[Part]:
-    methods = {row[side] for row in results.get("comparisons", []) for side in ("method_a", "method_b")}
-    ranks = sorted(int(found[1]) for found in (re.fullmatch(r"lora_r(\d+)", name) for name in methods) if found)
-    if len(ranks) < 2:
-        raise Missing("comparisons of at least two methods named lora_r<rank>")
+def _moderate_rank(results: Results, known: Mapping[str, int] | None = None) -> list[Part]:
+    compared = {row[side] for row in results.get("comparisons", []) for side in ("method_a", "method_b")}
+    named = {name: int(found[1]) for name in compared if (found := re.fullmatch(r"lora_r(\d+)", name))}
+    methods = {rank: name for name, rank in sorted({**(known or {}), **named}.items()) if name in compared}
+    if len(methods) < 2:
+        raise Missing("comparisons of LoRA methods of at least two ranks, named lora_r<rank>")
+    ranks = sorted(methods)
     moderate, largest = ranks[(len(ranks) - 1) // 2], ranks[-1]
-    gains = [_gain(results, modality, f"lora_r{largest}", f"lora_r{moderate}") for modality in ("text", "speech")]
+    gains = [_gain(results, modality, methods[largest], methods[moderate]) for modality in ("text", "speech")]
     # The same questions in both modalities: averaged widths are right or too wide, whatever the correlation.
     value, low, high = (float(np.mean([getattr(gain, field) for gain in gains])) for field in ("value", "low", "high"))
     return [Interval(value, low, high).above(0.0, f"mean of text and speech, r {moderate} − r {largest}")]
