@@ -4,7 +4,7 @@
 
 In the page a comment names a table of the report, the columns and rows wanted; the table below it is replaced:
 
-    <!-- table: seeds; columns: Task, Input, Method, Mean; Measure = Accuracy % -->
+    <!-- table: seeds; columns: Task | Input | Method | Mean; Measure = Accuracy % -->
 
 A condition `Column = value | value` keeps the rows whose cell begins with one of the values. `--check` writes nothing,
 and fails where the page differs from the records.
@@ -41,7 +41,7 @@ class Wanted:
         conditions = {}
         for part in parts:
             if part.startswith("columns:"):
-                columns = tuple(column.strip() for column in part.removeprefix("columns:").split(","))
+                columns = tuple(column.strip() for column in part.removeprefix("columns:").split("|"))
             else:
                 column, _, values = part.partition(" = ")
                 conditions[column] = tuple(value.strip() for value in values.split("|"))

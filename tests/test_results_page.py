@@ -44,7 +44,7 @@ TABLE = Table(
 
 
 def test_columns_and_rows_are_chosen_and_the_old_table_replaced() -> None:
-    mark = "<!-- table: fruit; columns: Mass, Name; Colour = green; Name = app | plum -->\n"
+    mark = "<!-- table: fruit; columns: Mass | Name; Colour = green; Name = app | plum -->\n"
     old = f"Before.\n\n{mark}| x |\n| --- |\n| 1 |\n\nAfter.\n"
     new = page.filled(old, {"fruit": TABLE})
     assert new == f"Before.\n\n{mark}| Mass | Name |\n| ---: | --- |\n| 0.20 \\[0.1 to 0.3\\] | apple |\n\nAfter.\n"
