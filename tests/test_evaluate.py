@@ -10,11 +10,17 @@ from typing import Any
 
 import pytest
 
+from palimpsest.ask import answer
+from palimpsest.data.collate import Collator, batches
+from palimpsest.data.sources import load_examples
 from palimpsest.evaluate import evaluate_model
 from palimpsest.evaluation import judge
+from palimpsest.evaluation.generate import text_answerer
 from palimpsest.evaluation.losses import read_losses
-from palimpsest.rundir import UserError, read_json
-from tiny import tiny_llama, tiny_tokenizer
+from palimpsest.evaluation.perplexity import perplexity
+from palimpsest.models.processor import PromptStyle
+from palimpsest.rundir import UserError, read_json, read_jsonl
+from tiny import tiny_llama, tiny_speech_lm, tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +48,24 @@ def evaluated(setup: tuple[str, str], out: Path, **changes: Any) -> list[str]:
     }
     lines: Iterator[str] = evaluate_model(*setup, out, **options)
     return list(lines)
+
+
+def test_a_speech_llm_is_asked_in_text_with_its_own_system_turn(setup: tuple[str, str], tmp_path: Path) -> None:
+    model, processor = tiny_speech_lm()
+    processor.style = PromptStyle(system="Be brief.")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    language_model, tokenizer = model.language_model, processor.tokenizer
+    examples = load_examples(setup[1], "test")
+    wanted = [a.response for a in text_answerer(language_model, tokenizer, 4, "Be brief.")(examples, "text")]
+    assert wanted != [a.response for a in text_answerer(language_model, tokenizer, 4)(examples, "text")]
+
+    evaluated((str(tmp_path / "model"), setup[1]), tmp_path / "out", perplexity=True)
+    assert [row["response"] for row in read_jsonl(tmp_path / "out" / "samples-text.jsonl")] == wanted
+    assert answer(str(tmp_path / "model"), text=examples[0].question, max_new_tokens=4) == wanted[0]
+    by_hand = perplexity(language_model, batches(Collator(processor, "text"), examples, 3, "cpu"))
+    found = read_json(tmp_path / "out" / "results-text.json")["perplexity"][0]["perplexity"]
+    assert found == pytest.approx(by_hand.perplexity)
 
 
 def test_accuracy_floors_and_perplexity(setup: tuple[str, str], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from palimpsest.data.records import Example
 from palimpsest.data.speech import read_audio
-from palimpsest.models.loading import is_speech_lm, load_language_model, load_speech_lm, resolve
+from palimpsest.models.loading import is_speech_lm, load_speech_lm, load_text_model, resolve
 from palimpsest.rundir import UserError
 
 
@@ -22,9 +22,10 @@ def answer(model: str, *, audio: Path | None = None, text: str | None = None, ma
             raise UserError("The question given with --text is empty.")
         from palimpsest.evaluation.generate import text_answerer
 
-        language_model, tokenizer = load_language_model(model)
+        language_model, processor = load_text_model(model)
         example = Example(id="question", question=text, answers=("",), answer="")
-        return text_answerer(language_model, tokenizer, max_new_tokens)([example], "text")[0].response
+        asked = text_answerer(language_model, processor.tokenizer, max_new_tokens, processor.style.system)
+        return asked([example], "text")[0].response
 
     assert audio is not None
     wave = read_audio(audio)  # before the model is loaded: a bad file is known at once

@@ -140,8 +140,7 @@ def _perplexity(
     from palimpsest.data.collate import Collator
     from palimpsest.data.features import Features, compute_features
     from palimpsest.evaluation.losses import measure_losses
-    from palimpsest.models.loading import load_language_model, load_speech_lm
-    from palimpsest.models.processor import SpeechLMProcessor
+    from palimpsest.models.loading import load_speech_lm, load_text_model
 
     asked: Any
     if modality == "speech":
@@ -149,8 +148,8 @@ def _perplexity(
         compute_features(asked.encoder, processor, task.examples, out / "features")
         collator = Collator(processor, "speech", Features(out / "features"))
     else:
-        asked, tokenizer = load_language_model(where, device=device)
-        collator = Collator(SpeechLMProcessor(tokenizer, None), "text")
+        asked, processor = load_text_model(where, device=device)
+        collator = Collator(processor, "text")
     return measure_losses(
         asked, collator, task.examples, batch_size, out, method=model, task=task.name, progress=advance
     )
@@ -158,7 +157,7 @@ def _perplexity(
 
 def _answerer(where: str, modality: Modality, asr: str, max_new_tokens: int, device: str) -> Any:
     from palimpsest.evaluation.generate import text_answerer
-    from palimpsest.models.loading import load_asr, load_audio_llm, load_language_model, load_speech_lm, model_kind
+    from palimpsest.models.loading import load_asr, load_audio_llm, load_speech_lm, load_text_model, model_kind
 
     kind = model_kind(where)
     if kind == "speech_lm" and modality == "speech":
@@ -170,7 +169,8 @@ def _answerer(where: str, modality: Modality, asr: str, max_new_tokens: int, dev
 
         answer = audio_llm_answerer(*load_audio_llm(where, dtype="auto", device=device), max_new_tokens)
     else:
-        answer = text_answerer(*load_language_model(where, device=device), max_new_tokens)
+        language_model, processor = load_text_model(where, device=device)
+        answer = text_answerer(language_model, processor.tokenizer, max_new_tokens, processor.style.system)
     if modality in ("text", "speech"):
         return answer
     from palimpsest.evaluation.cascade import cascade_answerer, transcribe

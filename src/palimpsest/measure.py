@@ -111,9 +111,8 @@ def deactivate_model(
 
 
 def _text_setup(model: str) -> tuple[Any, Collator]:
-    """The language model and a text collator with its own prompt style; only the tokenizer matters for text."""
-    from palimpsest.models.loading import load_language_model
-    from palimpsest.models.processor import SpeechLMProcessor
+    """The language model and a text collator that writes its prompts."""
+    from palimpsest.models.loading import load_text_model
 
-    language_model, tokenizer = load_language_model(model)
-    return language_model, Collator(SpeechLMProcessor(tokenizer, None), "text")
+    language_model, processor = load_text_model(model)
+    return language_model, Collator(processor, "text")

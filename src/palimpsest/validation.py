@@ -149,11 +149,10 @@ def table(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 # Scores and sample
 # ---------------------------------------------------------------------------------------------------------------------
 def _load(model: str) -> tuple[nn.Module, Collator]:
-    from palimpsest.models.loading import load_language_model
-    from palimpsest.models.processor import SpeechLMProcessor
+    from palimpsest.models.loading import load_text_model
 
-    language_model, tokenizer = load_language_model(model)
-    return language_model, Collator(SpeechLMProcessor(tokenizer, None), "text")
+    language_model, processor = load_text_model(model)
+    return language_model, Collator(processor, "text")
 
 
 def _write_sample(

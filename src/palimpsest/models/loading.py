@@ -166,6 +166,22 @@ def load_language_model(
     return model.to(device).eval(), tokenizer
 
 
+def load_text_model(
+    name: str, *, dtype: torch.dtype | str = "float32", device: str = "cpu"
+) -> tuple[PreTrainedModel, SpeechLMProcessor]:
+    """As `load_language_model`, with the processor that writes its prompts: a SpeechLM has a system turn of its own.
+
+    Another model has none, and a processor that cannot hear.
+    """
+    from palimpsest.models.processor import SpeechLMProcessor
+
+    if is_speech_lm(resolve(name)):
+        speech_lm, processor = load_speech_lm(name, dtype=dtype, device=device)
+        return speech_lm.language_model, processor
+    language_model, tokenizer = load_language_model(name, dtype=dtype, device=device)
+    return language_model, SpeechLMProcessor(tokenizer, None)
+
+
 def load_audio_llm(
     name: str, *, dtype: torch.dtype | str = "float32", device: str = "cpu"
 ) -> tuple[PreTrainedModel, Any]:
