@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from palimpsest.by_voice import voice_records
 from palimpsest.data.records import Example
 from palimpsest.evaluation.stats import wilson
 from palimpsest.report.evaluation_tables import voices
+from palimpsest.report.html import tables_of
+from palimpsest.report.inputs import read_inputs
+from palimpsest.rundir import write_json
+from report_fixture import invented_results, make_run
 
 VOICES = {"a": "near", "b": "near", "c": "far", "d": "far", "e": "far", "f": None}
 EXAMPLES = [Example(name, "?", ("!",), "!", voice=voice) for name, voice in VOICES.items()]
@@ -52,9 +58,13 @@ def test_a_task_of_one_voice_has_none() -> None:
     assert voices([]).rows == ()
 
 
-def test_the_table_of_the_report() -> None:
+def test_the_table_of_the_report(tmp_path: Path) -> None:
     verdicts = {"text": right(base="abcdef", m="abc"), "speech": right(m="acd")}
-    table = voices(voice_records("facts", EXAMPLES, ["m"], 1, verdicts, {"near"}))
+    records = voice_records("facts", EXAMPLES, ["m"], 1, verdicts, {"near"})
+    write_json(make_run(tmp_path) / "results.json", {"schema": 1, **invented_results(), "voices": records})
+    inputs = read_inputs(tmp_path)
+    assert inputs.missing == ()
+    table = tables_of(inputs)["voices"]
     assert [cell.plain for cell in table.rows[1]] == [
         *("facts", "speech", "m", "far", "no", "3", "66.7 [20.8 to 93.9]", "33.3"),
     ]

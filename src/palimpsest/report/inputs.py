@@ -289,7 +289,8 @@ def _fault(row: object, record: type, nullable: Set[str] = frozenset()) -> str |
         value = row[key]
         if value is None and key in nullable:
             continue
-        if isinstance(value, bool) or not isinstance(value, tuple(get_origin(kind) or kind for kind in kinds)):
+        wrong_bool = isinstance(value, bool) and bool not in kinds  # a bool would pass for an int
+        if wrong_bool or not isinstance(value, tuple(get_origin(kind) or kind for kind in kinds)):
             return f"“{key}” is {str(value)[:40]!r}"
     return None
 
