@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from palimpsest.report.charts import _paper_like
 from palimpsest.report.figures import FIGURES, draw, write_figure, write_figures
 from palimpsest.report.heatmaps import _representative, short_name
 from palimpsest.report.inputs import Inputs, read_inputs
-from palimpsest.report.style import _LOOKS, _OTHERS, look, to_inline_svg, to_svg
+from palimpsest.report.style import _LOOKS, _OTHERS, WIDTH, look, model_legend, style, to_inline_svg, to_svg
 from palimpsest.rundir import UserError, write_json
 from report_fixture import accuracy_row, invented_results, make_run
 
@@ -173,6 +175,18 @@ def test_matrices_are_chosen_by_kind_near_the_middle() -> None:
     assert _representative([]) == []
     assert short_name(names[0]) == "layer 0, q_proj"
     assert short_name("transformer.h.0.attn") == "transformer.h.0.attn"
+
+
+def test_a_legend_of_many_long_names_stays_within_the_figure() -> None:
+    models = ["base", "full", "layer_lr", "lora", "lora_r24", "layer_lr_inverted", "layer_lr_shuffled", "full_text"]
+    for shown in (models, models[:4]):
+        with style():
+            figure = Figure(figsize=(WIDTH, 3), layout="constrained")
+            figure.subplots().plot([0, 1])
+            model_legend(figure, shown, models)
+            FigureCanvasAgg(figure).draw()
+        box = figure.legends[0].get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
 
 
 def test_every_method_has_a_look_of_its_own() -> None:

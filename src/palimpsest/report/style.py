@@ -186,10 +186,12 @@ def model_legend(figure: Figure, models: Sequence[str], methods: Sequence[str]) 
     """A line under the figure: `models` by name, looks as everywhere among all `methods` of the run."""
     marks = [look(model, methods) for model in models]
     handles = [Line2D([], [], color=mark.color, marker=mark.marker, linestyle=mark.line) for mark in marks]
+    names = [method_name(model) for model in models]
+    column = 0.75 + 0.07 * max(map(len, names))  # inches: mark, gaps and the longest name at this font size
     figure.legend(
         handles,
-        [method_name(model) for model in models],
+        names,
         loc="outside lower center",
-        ncols=min(len(models), 6),
+        ncols=max(1, min(len(models), 6, int(figure.get_figwidth() / column))),
         handlelength=3.5,
     )
