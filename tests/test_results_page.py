@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 
 from palimpsest.report.formats import Column, Table, number, text
+from palimpsest.rundir import read_json, write_json
 from report_fixture import make_run
 
 ROOT = Path(__file__).parent.parent
@@ -78,6 +79,20 @@ def test_the_script_fills_a_page_and_check_finds_a_changed_number(tmp_path: Path
     subprocess.run([*command, "--check"], check=True)
     file.write_text(file.read_text(encoding="utf-8").replace("holds", "fails"), encoding="utf-8")
     assert subprocess.run([*command, "--check"], capture_output=True).returncode == 1
+
+
+def test_what_is_published_of_a_run_has_its_records_and_no_answers(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    write_json(run / "provenance.json", {**read_json(run / "provenance.json"), "study": "invented"})
+    command = [sys.executable, str(ROOT / "scripts" / "publish_run.py"), str(run), str(tmp_path / "out")]
+    subprocess.run(command, check=True)
+    whole, published = (read_json(folder / "results.json") for folder in (run, tmp_path / "out"))
+    assert [table for table in whole if published[table] != whole[table]] == ["clustering"]
+    assert f"`clustering` ({len(whole['clustering'])} rows" in (tmp_path / "out" / "README.md").read_text()
+    report = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "--no-samples" in report
+    assert '<details class="sample"' not in report
+    assert not list((tmp_path / "out").rglob("*.jsonl"))
 
 
 @pytest.mark.parametrize("file", PAGES, ids=lambda file: file.stem)
