@@ -32,9 +32,10 @@ from palimpsest.analysis.delta import AbsoluteChange, Change, delta_records
 from palimpsest.analysis.layers import layer_distribution
 from palimpsest.analysis.low_rank import low_rank_records
 from palimpsest.analysis.overlap import overlap_records
+from palimpsest.files import read_json, write_json
 from palimpsest.importance.scores import Scores
 from palimpsest.importance.select import select
-from palimpsest.rundir import cpu_name, read_json, write_json
+from palimpsest.rundir import cpu_name
 
 SHAPES = {  # (outputs, inputs) of Llama-3.1-8B
     "self_attn.q_proj": (4096, 4096),

@@ -19,8 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from palimpsest.evaluation.paired import clustered_difference, loss_difference, retention
-from palimpsest.evaluation.stats import mcnemar_exact, mcnemar_power, paired_bootstrap, wilson
+from palimpsest.intervals import (
+    clustered_difference,
+    loss_difference,
+    mcnemar_exact,
+    mcnemar_power,
+    paired_bootstrap,
+    retention,
+    wilson,
+)
 
 Bools = NDArray[np.bool_]
 GRID, WEIGHTS = np.polynomial.hermite_e.hermegauss(60)

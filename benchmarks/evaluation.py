@@ -19,11 +19,12 @@ from importlib.metadata import version
 
 import torch
 
-from palimpsest.data.records import Example
+from palimpsest.data.examples import Example
 from palimpsest.data.sources import load_examples
-from palimpsest.evaluation.generate import Answer, Answerer, text_answerer
+from palimpsest.evaluation.answers import Answer, Answerer, text_answerer
 from palimpsest.models.loading import load_encoder, load_language_model
-from palimpsest.rundir import Modality, cpu_name
+from palimpsest.records import Modality
+from palimpsest.rundir import cpu_name
 
 
 def main() -> None:
@@ -45,7 +46,7 @@ def main() -> None:
     answer = text_answerer(language_model, tokenizer, options.max_new_tokens)
     compare(answer, load_examples("facts", "heldout", options.questions), "text", options)
     if options.speech:
-        from palimpsest.evaluation.speech import recording_answerer
+        from palimpsest.evaluation.spoken import recording_answerer
         from palimpsest.models.processor import SpeechLMProcessor
         from palimpsest.models.speech_lm import SpeechLM
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from palimpsest.config import StudyConfig, load_config
-from palimpsest.plan import Options, make_plan
+from palimpsest.planning.plan import Options, make_plan
 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 ROOT = Path(__file__).parent.parent
@@ -78,7 +78,7 @@ def main() -> None:
 
 def make_data(config: StudyConfig, folder: Path) -> None:
     """data/ and features/ of the study, resumed if they are there."""
-    from palimpsest.study import Study
+    from palimpsest.study.run import Study
 
     study = Study(config, folder)
     study.data()
@@ -98,9 +98,9 @@ def in_a_process(options: argparse.Namespace, method: str, environment: dict[str
 def measure(config: StudyConfig, folder: Path, name: str, batches: int) -> dict[str, int]:
     """Resident bytes after loading, and at the peak of training; the longest row there was."""
     from palimpsest.progress import Reporter
+    from palimpsest.study.workspace import Workspace
     from palimpsest.training.methods import Method
     from palimpsest.training.train import Settings, train
-    from palimpsest.workspace import Workspace
 
     workspace = Workspace(config, folder, Reporter(1))
     method = config.methods[name]

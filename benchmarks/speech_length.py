@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from palimpsest.data.records import Example
+from palimpsest.data.examples import Example
 from palimpsest.data.sources import load_examples
 from palimpsest.data.speech import read_audio, speak
 from palimpsest.models.loading import load_asr, resolve

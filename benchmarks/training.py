@@ -39,8 +39,8 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 
 from palimpsest.data.collate import Collator
+from palimpsest.data.examples import Example
 from palimpsest.data.features import Features, compute_features
-from palimpsest.data.records import Example
 from palimpsest.data.sources import load_examples
 from palimpsest.data.speech import read_audio, speak
 from palimpsest.models.loading import load_encoder, load_language_model

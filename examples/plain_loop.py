@@ -54,8 +54,8 @@ def main(run: Path, name: str) -> None:
     from palimpsest.config import load_config
     from palimpsest.models.loading import load_speech_lm
     from palimpsest.progress import Reporter
+    from palimpsest.study.workspace import Workspace
     from palimpsest.training.methods import Method, layer_scales
-    from palimpsest.workspace import Workspace
 
     config = load_config(run / "study.yaml")
     study = Workspace(config, run, Reporter(1))

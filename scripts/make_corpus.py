@@ -27,10 +27,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from palimpsest.data.records import Example, write_manifest
+from palimpsest.data.examples import Example, write_manifest
 from palimpsest.data.sources import load_examples
 from palimpsest.data.speech import speak_several
-from palimpsest.rundir import write_json
+from palimpsest.files import write_json
 
 NEURAL = ["hibari", "hibari@0.9", "hibari@1.15", "hibari@1.3"]
 FORMANT = [

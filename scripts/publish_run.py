@@ -12,8 +12,8 @@ import argparse
 import shutil
 from pathlib import Path
 
-from palimpsest.report.html import write_report
-from palimpsest.rundir import read_json, write_json, write_text
+from palimpsest.files import read_json, write_json, write_text
+from palimpsest.report.page import write_report
 
 LONG = ("clustering",)  # tables of tens of megabytes
 

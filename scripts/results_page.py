@@ -18,10 +18,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from palimpsest.report.formats import Table, to_markdown
-from palimpsest.report.html import tables_of
+from palimpsest.report.across_runs import by_method
 from palimpsest.report.inputs import read_inputs
-from palimpsest.report.seeds import by_method
+from palimpsest.report.page import tables_of
+from palimpsest.report.table import Table, to_markdown
 
 MARK = re.compile(r"(?P<mark><!-- table: (?P<wanted>[^\n]+?) -->\n)(?P<table>(?:\|[^\n]*\n)*)")
 

@@ -30,13 +30,13 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
+from palimpsest.data.examples import Example, read_manifest
 from palimpsest.data.features import Features, compute_features
-from palimpsest.data.records import Example, read_manifest
-from palimpsest.evaluation.generate import text_answerer
+from palimpsest.evaluation.answers import text_answerer
+from palimpsest.files import write_json
 from palimpsest.models.loading import load_encoder, load_language_model
 from palimpsest.models.processor import PromptStyle, SpeechLMProcessor
 from palimpsest.models.speech_lm import SPEECH_POSITION, SpeechAdaptor, SpeechLM
-from palimpsest.rundir import write_json
 from palimpsest.training.align import AlignSettings, align_adaptor
 from palimpsest.training.batching import EpochBatches
 

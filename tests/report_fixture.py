@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from palimpsest.rundir import write_json, write_jsonl, write_text
+from palimpsest.files import write_json, write_jsonl, write_text
 
 HOSTILE = '<script>alert("palimpsest")</script>"><img src=x onerror=alert(1)>'
 METHODS = ("full", "layer_lr", "lora", "lora_r8", "lora_r16")

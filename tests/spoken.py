@@ -8,8 +8,8 @@ import numpy as np
 import soundfile
 
 from palimpsest.data.collate import Collator
+from palimpsest.data.examples import Example
 from palimpsest.data.features import Features, compute_features
-from palimpsest.data.records import Example
 from tiny import tiny_speech_lm
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from palimpsest.analysis.claims import claim_records
-from palimpsest.rundir import ClaimRecord
+from palimpsest.records import ClaimRecord
 
 Tables = dict[str, list[dict[str, Any]]]
 

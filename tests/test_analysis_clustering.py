@@ -20,7 +20,7 @@ from palimpsest.analysis.clustering import (
     summary_records,
 )
 from palimpsest.analysis.nulls import DEALS, shuffled_within_columns, shuffled_within_rows
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 Q0, Q1 = (f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1))
 SUMS = {f"{measure}_{axis}" for measure in ("top1", "top5", "gini") for axis in ("rows", "columns")}

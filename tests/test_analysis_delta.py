@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palimpsest.analysis.delta import AbsoluteChange, delta_records, largest
-from palimpsest.rundir import DeltaRecord, UserError
+from palimpsest.files import UserError
+from palimpsest.records import DeltaRecord
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from palimpsest.analysis.layers import ModelLayers, layer_batches, layer_distribution, layer_records
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 Q0, DOWN0 = "model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"
 Q1, NORM1 = "model.layers.1.self_attn.q_proj.weight", "model.layers.1.input_layernorm.weight"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palimpsest.analysis.maps import block_map, read_maps, write_maps
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 FOUR = np.arange(16, dtype=np.float32).reshape(4, 4)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from palimpsest.analysis.correlation import correlation_records
 from palimpsest.analysis.overlap import overlap_records
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 Q0, Q1 = (f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1))
 

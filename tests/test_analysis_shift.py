@@ -14,7 +14,7 @@ from scipy.spatial import distance
 
 from palimpsest.analysis.layers import LayerDistribution, ModelLayers
 from palimpsest.analysis.shift import MEASURES, contrast_records, shift_records
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 DEPTH = np.linspace(0, 1, 12)
 EARLY, LATE = (0.2 + np.exp(-(((DEPTH - centre) / 0.25) ** 2)) for centre in (0.3, 0.7))

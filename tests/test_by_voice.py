@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.by_voice import voice_records
-from palimpsest.data.records import Example
-from palimpsest.evaluation.stats import wilson
+from palimpsest.comparison.by_voice import voice_records
+from palimpsest.data.examples import Example
+from palimpsest.files import write_json
+from palimpsest.intervals import wilson
 from palimpsest.report.evaluation_tables import voices
-from palimpsest.report.html import tables_of
 from palimpsest.report.inputs import read_inputs
-from palimpsest.rundir import write_json
+from palimpsest.report.page import tables_of
 from report_fixture import invented_results, make_run
 
 VOICES = {"a": "near", "b": "near", "c": "far", "d": "far", "e": "far", "f": None}

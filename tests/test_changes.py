@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from palimpsest.changes import differences, in_words
+from palimpsest.files import differences, in_words
 
 
 def test_differences_by_hand() -> None:

@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from palimpsest import compare
 from palimpsest.cli import app
-from palimpsest.compare import accuracy_records, compare_runs
-from palimpsest.data.records import Example
+from palimpsest.comparison import pairs as compare
+from palimpsest.comparison.pairs import accuracy_records, compare_runs
+from palimpsest.comparison.systems import Answers, System
+from palimpsest.data.examples import Example
 from palimpsest.evaluation import judge
-from palimpsest.evaluation.generate import Answer, answer_questions
-from palimpsest.evaluation.runs import Answers, System
-from palimpsest.evaluation.stats import mcnemar_exact, minimum_detectable_difference, wilson
+from palimpsest.evaluation.answers import Answer, answer_questions
 from palimpsest.evaluation.tasks import Task
-from palimpsest.rundir import UserError, read_json, write_json, write_jsonl
+from palimpsest.files import UserError, read_json, write_json, write_jsonl
+from palimpsest.intervals import mcnemar_exact, minimum_detectable_difference, wilson
 
 N = 40
 METRIC = "token_sequence_numbers"

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from palimpsest.config import StudyConfig, dump_config, load_config, parse_config, require_same_recipe
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 MINIMAL: dict[str, Any] = {

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from palimpsest.data import augment as module
 from palimpsest.data.augment import Augmentation, Draw, add_noise, augment, change, draw_changes
-from palimpsest.data.records import Example, read_manifest, write_manifest
+from palimpsest.data.examples import Example, read_manifest, write_manifest
 from palimpsest.data.speech import read_audio, write_flac
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 needs_rooms = pytest.mark.skipif(find_spec("pyroomacoustics") is None, reason="pyroomacoustics is not installed")
 NOTHING = Draw(None, None, None, 0, 0)

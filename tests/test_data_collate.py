@@ -10,11 +10,11 @@ import soundfile
 import torch
 
 from palimpsest.data.collate import IGNORED, Collator, batches
+from palimpsest.data.examples import Example
 from palimpsest.data.features import Features, compute_features
-from palimpsest.data.records import Example
+from palimpsest.files import UserError
 from palimpsest.models.processor import PromptStyle, SpeechLMProcessor
 from palimpsest.models.speech_lm import SPEECH_POSITION
-from palimpsest.rundir import UserError
 from tiny import tiny_speech_lm, tiny_tokenizer
 
 

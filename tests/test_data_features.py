@@ -22,12 +22,12 @@ from hypothesis import strategies as st
 from transformers import WhisperFeatureExtractor
 
 from palimpsest.data import features as module
+from palimpsest.data.examples import Example
 from palimpsest.data.features import Features, compute_features, describe_encoding
-from palimpsest.data.records import Example
 from palimpsest.data.shards import Shards, claim, read_shard, shard_name, verify_shard, write_shard
+from palimpsest.files import UserError, hash_value
 from palimpsest.models.processor import SpeechLMProcessor
 from palimpsest.models.speech_lm import encode_speech
-from palimpsest.rundir import UserError, hash_value
 from tiny import tiny_encoder, tiny_tokenizer
 
 GOLDEN_TRIM = (1.7389, 1.1023, 1.1597, -1.2604, -1.3439, 2.1316, 1.3457, -0.4452, 1.6216, -1.4271, 0.5802, -1.1864)

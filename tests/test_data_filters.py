@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from audio_files import BROKEN, encoded, tone, wav
 from palimpsest.config import FiltersConfig
+from palimpsest.data.examples import audio_problem
 from palimpsest.data.filters import (
     Dropped,
     Filters,
@@ -24,9 +25,8 @@ from palimpsest.data.filters import (
     text_problem,
     without_speaker_tag,
 )
-from palimpsest.data.records import audio_problem
 from palimpsest.data.rows import Row
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 FILTERS = Filters()
 

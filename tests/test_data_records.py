@@ -9,8 +9,8 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palimpsest.data.records import MAX_AUDIO_SECONDS, Example, check_audio, read_manifest, write_manifest
-from palimpsest.rundir import UserError
+from palimpsest.data.examples import MAX_AUDIO_SECONDS, Example, check_audio, read_manifest, write_manifest
+from palimpsest.files import UserError
 
 GOOD = {"id": "a", "question": "What is two plus two?", "answer": "Four."}
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from palimpsest.data.records import Example, write_manifest
+from palimpsest.data.examples import Example, write_manifest
 from palimpsest.data.sources import load_examples
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 SHARED = Path(os.environ.get("PALIMPSEST_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

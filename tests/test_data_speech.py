@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palimpsest.data import voices
-from palimpsest.data.records import Example
+from palimpsest.data.examples import Example
 from palimpsest.data.speech import SAMPLE_RATE, read_audio, speak, speak_several, write_flac
 from palimpsest.data.voices import Speaker, Voice
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 needs_hibari = pytest.mark.skipif(find_spec("hibari") is None, reason="the voice hibari is not installed")
 

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audio_files import BROKEN, voice_assistant, wav
+from palimpsest.data.examples import Example, write_manifest
 from palimpsest.data.filters import Filters
-from palimpsest.data.records import Example, write_manifest
 from palimpsest.data.splits import SplitSource, StudyData, heldout_ids, speak_groups, spoken_or_dropped
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 names = st.lists(st.text(min_size=1, max_size=6), unique=True, min_size=3, max_size=40)
 

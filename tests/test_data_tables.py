@@ -17,7 +17,7 @@ from audio_files import encoded, tone, voice_assistant, wav, write_parquet
 from palimpsest.data import published
 from palimpsest.data.rows import Names, Row
 from palimpsest.data.sources import load_examples, open_table
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 
 def rows(source: str, split: str = "train", *, start: int = 0, only: Any = None, audio: bool = True) -> list[Row]:

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from palimpsest.data import voices
-from palimpsest.data.records import Example
+from palimpsest.data.examples import Example
 from palimpsest.data.speech import read_audio, speak
 from palimpsest.data.voices import VOICES, Voice, choose_voice, find_voices
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 needs_espeak = pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="the program espeak-ng is not installed")
 NAMES = ["hibari", "hibari@0.8", "espeak-ng", "espeak-ng:en-us+m3"]

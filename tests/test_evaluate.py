@@ -15,11 +15,10 @@ from palimpsest.data.collate import Collator, batches
 from palimpsest.data.sources import load_examples
 from palimpsest.evaluate import evaluate_model
 from palimpsest.evaluation import judge
-from palimpsest.evaluation.generate import text_answerer
-from palimpsest.evaluation.losses import read_losses
-from palimpsest.evaluation.perplexity import perplexity
+from palimpsest.evaluation.answers import text_answerer
+from palimpsest.evaluation.perplexity import perplexity, read_losses
+from palimpsest.files import UserError, read_json, read_jsonl
 from palimpsest.models.processor import PromptStyle
-from palimpsest.rundir import UserError, read_json, read_jsonl
 from tiny import tiny_llama, tiny_speech_lm, tiny_tokenizer
 
 

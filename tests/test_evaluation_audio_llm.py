@@ -12,15 +12,15 @@ import soundfile
 import torch
 from transformers import VoxtralConfig, VoxtralForConditionalGeneration, VoxtralProcessor, WhisperFeatureExtractor
 
-from palimpsest.data.records import Example, write_manifest
+from palimpsest.data.examples import Example, write_manifest
 from palimpsest.data.speech import read_audio
 from palimpsest.evaluate import evaluate_model
 from palimpsest.evaluation import audio_llm
+from palimpsest.evaluation.answers import Answer, answer_questions
 from palimpsest.evaluation.audio_llm import audio_llm_answerer
-from palimpsest.evaluation.generate import Answer, answer_questions
 from palimpsest.evaluation.tasks import Task
+from palimpsest.files import UserError, read_json, read_jsonl
 from palimpsest.models.loading import load_audio_llm, load_language_model, model_kind
-from palimpsest.rundir import UserError, read_json, read_jsonl
 from tiny import VOCAB, tiny_llama, tiny_speech_lm, tiny_tokenizer
 from tiny_audio import CLASSES, MARKS, PARTS_TEMPLATE, save_tiny_audio_llm, tiny_audio_llm
 
@@ -260,7 +260,7 @@ def test_a_speech_lm_answers_recordings_as_it_answers_the_cached_frames_of_a_stu
 ) -> None:
     from palimpsest.data.collate import Collator
     from palimpsest.data.features import Features, compute_features
-    from palimpsest.evaluation.speech import recording_answerer, speech_answerer
+    from palimpsest.evaluation.spoken import recording_answerer, speech_answerer
 
     model, processor = tiny_speech_lm()
     compute_features(model.encoder, processor, spoken.examples, tmp_path / "features")

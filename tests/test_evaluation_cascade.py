@@ -9,12 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palimpsest.data.records import Example
+from palimpsest.data.examples import Example
 from palimpsest.data.speech import write_flac
+from palimpsest.evaluation.answers import Answer, answer_questions
 from palimpsest.evaluation.cascade import cascade_answerer, transcribe, word_error_rate, word_errors
-from palimpsest.evaluation.generate import Answer, answer_questions
 from palimpsest.evaluation.tasks import Task
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 
 # -- word error rate -----------------------------------------------------------------------------------------

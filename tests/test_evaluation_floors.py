@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palimpsest.data.records import Example
+from palimpsest.data.examples import Example
+from palimpsest.evaluation.answers import Answer, _row
 from palimpsest.evaluation.floors import _circle, echo_floor, floor_records, unrelated_floor
-from palimpsest.evaluation.generate import Answer, _row
 from palimpsest.evaluation.scoring import METRIC_VERSION, METRICS
-from palimpsest.evaluation.stats import wilson
 from palimpsest.evaluation.tasks import Task
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
+from palimpsest.intervals import wilson
 
 
 @given(st.integers(2, 40), st.randoms())

@@ -13,9 +13,9 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from palimpsest.data.records import Example
-from palimpsest.evaluation import generate
-from palimpsest.evaluation.generate import (
+from palimpsest.data.examples import Example
+from palimpsest.evaluation import answers as generate
+from palimpsest.evaluation.answers import (
     Answer,
     answer_questions,
     decode_new,
@@ -27,8 +27,8 @@ from palimpsest.evaluation.generate import (
 )
 from palimpsest.evaluation.scoring import METRIC_VERSION, METRICS
 from palimpsest.evaluation.tasks import Task, load_task
+from palimpsest.files import UserError, read_json, read_jsonl
 from palimpsest.models.embedded import checkpoint
-from palimpsest.rundir import UserError, read_json, read_jsonl
 from tiny import tiny_llama, tiny_tokenizer
 
 CITIES = ["Paris", "Rome", "Madrid", "Lisbon", "Vienna", "Bern", "Oslo"]
@@ -196,8 +196,8 @@ def test_samples_without_their_binding_are_refused(tmp_path: Path) -> None:
 SLOW = """
 import sys, time
 from pathlib import Path
-from palimpsest.data.records import Example
-from palimpsest.evaluation.generate import Answer, answer_questions
+from palimpsest.data.examples import Example
+from palimpsest.evaluation.answers import Answer, answer_questions
 from palimpsest.evaluation.tasks import Task
 
 task = Task("slow", tuple(Example(f"q{i:02d}", f"What is {i:02d}?", (str(i),), str(i)) for i in range(30)))

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.data.records import Example
-from palimpsest.evaluation.generate import Answer, _row
+from palimpsest.data.examples import Example
+from palimpsest.evaluation.answers import Answer, _row
 from palimpsest.evaluation.judge import KEY_VARIABLE, Judge, _NoVerdict, judge_rows, prompt, read_cache, read_reply
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 CITIES = ("Paris", "Rome", "Oslo", "Bern")
 ROWS = [

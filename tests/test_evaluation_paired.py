@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.special import expit
 
-from palimpsest.evaluation.paired import clustered_difference, loss_difference, retention
-from palimpsest.evaluation.stats import mcnemar_exact
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
+from palimpsest.intervals import clustered_difference, loss_difference, mcnemar_exact, retention
 
 
 # -- several seeds -------------------------------------------------------------------------------------------

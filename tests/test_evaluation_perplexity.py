@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from palimpsest.evaluation.perplexity import Perplexity, SampleLoss, perplexity
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 from tiny import tiny_llama
 
 IGNORED = -100

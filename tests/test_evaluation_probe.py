@@ -14,7 +14,7 @@ import torch
 
 from palimpsest.cli import app
 from palimpsest.evaluation.probe import PAIRS, Pair, PairLoss, load_pairs, pair_losses, probe, summarise_probe
-from palimpsest.rundir import UserError, read_json, read_jsonl
+from palimpsest.files import UserError, read_json, read_jsonl
 from tiny import tiny_llama, tiny_speech_lm, tiny_tokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from palimpsest.evaluation.samples import is_loop, is_refusal
+from palimpsest.evaluation.answers import is_loop, is_refusal
 
 
 @pytest.mark.parametrize(

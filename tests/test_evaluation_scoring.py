@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from palimpsest.evaluation.number_words import digits
 from palimpsest.evaluation.scoring import METRICS, PRIMARY, normalise, score, words
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 HERE = Path(__file__).parent
 CASES, NATURAL = (

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
 
-from palimpsest.evaluation.stats import (
-    compare,
+from palimpsest.comparison.pairs import compare, with_holm
+from palimpsest.files import UserError
+from palimpsest.intervals import (
     holm,
     mcnemar_exact,
     mcnemar_power,
@@ -21,9 +22,7 @@ from palimpsest.evaluation.stats import (
     paired_bootstrap,
     wilson,
     wilson_share,
-    with_holm,
 )
-from palimpsest.rundir import UserError
 
 
 # -- Wilson --------------------------------------------------------------------------------------------------
@@ -192,7 +191,7 @@ def test_bootstrap_width_matches_the_standard_error() -> None:
 def test_bootstrap_does_not_depend_on_its_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = np.zeros(40), np.arange(40.0)
     whole = paired_bootstrap(a, b, seed=0, n=500)
-    monkeypatch.setattr("palimpsest.evaluation.stats._CHUNK", 100)
+    monkeypatch.setattr("palimpsest.intervals._CHUNK", 100)
     assert paired_bootstrap(a, b, seed=0, n=500) == whole
 
 

@@ -10,10 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palimpsest.evaluation.deactivation import deactivation_records
-from palimpsest.evaluation.sweep import areas, deletion_curve
+from palimpsest.evaluation.deactivation import areas, deactivation_records, deletion_curve
+from palimpsest.files import UserError
 from palimpsest.importance.estimate import estimate_importance
-from palimpsest.rundir import UserError
 from tiny import tiny_llama
 
 Batch = dict[str, Any]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.data.records import Example
+from palimpsest.data.examples import Example
 from palimpsest.evaluation.tasks import Task, load_task, task_name, text_version
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 PARIS = Example("q1", "What is the capital of France?", ("Paris",), "Paris")
 ROME = Example("q2", "What is the capital of Italy?", ("Rome",), "Rome", audio=Path("audio/rome.flac"))

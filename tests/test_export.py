@@ -16,15 +16,17 @@ import torch
 import yaml
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
-from palimpsest import auto, export, model_card
 from palimpsest.config import dump_config, parse_config
-from palimpsest.data.records import Example
-from palimpsest.evaluation.generate import text_answerer
+from palimpsest.data.examples import Example
+from palimpsest.evaluation.answers import text_answerer
 from palimpsest.evaluation.scoring import PRIMARY
+from palimpsest.export import folders as export
+from palimpsest.export import model_card
+from palimpsest.files import UserError
+from palimpsest.models import auto
 from palimpsest.models.loading import load_speech_lm
 from palimpsest.models.processor import PromptStyle, SpeechLMProcessor
 from palimpsest.models.speech_lm import SpeechLM, SpeechLMConfig
-from palimpsest.rundir import UserError
 from palimpsest.training.methods import Method, add_lora, merge_lora
 from tiny import tiny_llama, tiny_speech_lm
 

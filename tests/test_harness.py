@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from palimpsest.export import export
+from palimpsest.export.folders import export
 from tiny import tiny_speech_lm
 
 PAGE = (Path(__file__).parent.parent / "docs" / "evaluation-harness.md").read_text(encoding="utf-8")

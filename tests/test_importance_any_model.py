@@ -16,13 +16,13 @@ from transformers import (
     VoxtralForConditionalGeneration,
 )
 
+from palimpsest.files import UserError
 from palimpsest.importance.deactivate import deactivate
 from palimpsest.importance.estimate import estimate_importance
 from palimpsest.importance.lora import merged_adapters
 from palimpsest.importance.select import select
 from palimpsest.models.anatomy import layer_index, module_kind, scored_parameters
 from palimpsest.models.loss import supervised_losses
-from palimpsest.rundir import UserError
 from tiny import tiny_llama, tiny_speech_lm
 
 Batch = dict[str, Any]

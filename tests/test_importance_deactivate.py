@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from tests.tiny import tiny_llama, tiny_speech_lm
 from torch import Tensor, nn
 
+from palimpsest.files import UserError
 from palimpsest.importance.deactivate import deactivate
 from palimpsest.importance.mask import Mask
 from palimpsest.importance.select import select
 from palimpsest.models.anatomy import scored_parameters
-from palimpsest.rundir import UserError
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:

@@ -17,15 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from palimpsest.files import UserError
 from palimpsest.importance import select as select_module
 from palimpsest.importance.deactivate import deactivate
-from palimpsest.importance.distributed import GatheredTensors, my_share, save_scores
 from palimpsest.importance.estimate import estimate_importance
+from palimpsest.importance.layouts import GatheredTensors, my_share, save_scores
 from palimpsest.importance.scores import Scores, model_digest
 from palimpsest.importance.select import Mask, select
 from palimpsest.models.anatomy import scored_parameters
 from palimpsest.models.loss import supervised_losses
-from palimpsest.rundir import UserError
 from tiny import tiny_llama
 
 Batch = dict[str, Any]
@@ -362,10 +362,10 @@ from pathlib import Path
 
 from torch.distributed.fsdp import fully_shard
 
-from palimpsest.importance.distributed import my_share, save_scores
+from palimpsest.importance.layouts import my_share, save_scores
 from palimpsest.importance.estimate import estimate_importance
 from palimpsest.importance.select import select
-from palimpsest.processes import is_main, joined
+from palimpsest.parallel import is_main, joined
 from test_importance_distributed import SHAPE, make_batches, tiny_llama
 
 folder = Path(sys.argv[1])

@@ -13,10 +13,10 @@ from tests.tiny import tiny_llama, tiny_speech_lm
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from palimpsest.files import UserError
 from palimpsest.importance.estimate import estimate_importance
 from palimpsest.models.anatomy import find_language_model, scored_parameters
 from palimpsest.models.loss import supervised_losses
-from palimpsest.rundir import UserError
 
 Batch = dict[str, Any]
 

@@ -14,13 +14,12 @@ from tests.tiny import tiny_llama
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
 
+from palimpsest.ablation.exact import Float64Throughout, exact_changes, exact_importance, signed_products
+from palimpsest.ablation.packing import SharedPrefix, pack
+from palimpsest.files import UserError
 from palimpsest.importance.estimate import estimate_importance
-from palimpsest.importance.exact import exact_changes, exact_importance, signed_products
-from palimpsest.importance.float64 import Float64Throughout
-from palimpsest.importance.packing import SharedPrefix, pack
 from palimpsest.models.anatomy import find_language_model, module_kind, named_parameters, scored_parameters
 from palimpsest.models.loss import supervised_losses
-from palimpsest.rundir import UserError
 
 
 def test_by_hand() -> None:
@@ -181,7 +180,7 @@ def test_hooks_and_replaced_forwards_are_gone_after_an_error(monkeypatch: pytest
             raise RuntimeError("out of memory")
         return supervised_losses(*args)
 
-    monkeypatch.setattr("palimpsest.importance.exact.supervised_losses", fail_on_the_second)
+    monkeypatch.setattr("palimpsest.ablation.exact.supervised_losses", fail_on_the_second)
     positions = [("model.layers.1.mlp.up_proj.weight", i) for i in range(2)]
     with pytest.raises(RuntimeError):
         exact_changes(model, batches, positions, tokens_at_once=1)

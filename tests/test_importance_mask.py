@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from palimpsest.files import UserError
 from palimpsest.importance.mask import Mask, overlap
 from palimpsest.importance.select import select
-from palimpsest.rundir import UserError
 
 
 def mask_of(*flags: list[int]) -> Mask:

@@ -18,12 +18,12 @@ from tests.tiny import VOCAB, tiny_llama
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from palimpsest.files import UserError
 from palimpsest.importance.estimate import estimate_importance
 from palimpsest.importance.per_sequence import NOT_BY_ROW, NOT_LINEAR
 from palimpsest.importance.reduce import REDUCTIONS, Accumulators
 from palimpsest.models.anatomy import named_parameters, scored_parameters
 from palimpsest.models.loss import supervised_losses
-from palimpsest.rundir import UserError
 
 BY_SEQUENCE = ("per_sequence_abs", "fisher")
 

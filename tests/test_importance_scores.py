@@ -11,10 +11,10 @@ import torch
 from tests.tiny import tiny_llama
 from torch import Tensor
 
+from palimpsest.files import UserError
 from palimpsest.importance import scores as scores_module
 from palimpsest.importance.estimate import estimate_importance
 from palimpsest.importance.scores import Scores, model_digest
-from palimpsest.rundir import UserError
 
 
 def estimated() -> Scores:

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
+from palimpsest.files import UserError
 from palimpsest.importance import select as select_module
 from palimpsest.importance.select import Mask, select
-from palimpsest.rundir import UserError
 
 TINY, MAX = 2.0**-149, float(np.finfo(np.float32).max)  # smallest denormal, largest finite
 # Few distinct values make ties; denormals, −0 and neighbours in the last bit are where bit tricks go wrong.

@@ -15,10 +15,8 @@ from scipy import stats
 from tests.test_importance_estimate import make_batches
 from tests.tiny import tiny_llama, tiny_tokenizer
 
-from palimpsest import validation
-from palimpsest.importance.estimate import estimate_importance
-from palimpsest.importance.scores import Scores
-from palimpsest.importance.validate import (
+from palimpsest.ablation import validation
+from palimpsest.ablation.agreement import (
     EDGES,
     advantage,
     agreement,
@@ -27,8 +25,10 @@ from palimpsest.importance.validate import (
     scores_at,
     sign_agreement,
 )
+from palimpsest.files import UserError, read_json
+from palimpsest.importance.estimate import estimate_importance
+from palimpsest.importance.scores import Scores
 from palimpsest.models.anatomy import module_kind, scored_parameters
-from palimpsest.rundir import UserError, read_json
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def test_the_noise_floor_of_float32(setup: tuple[str, str], tmp_path: Path) -> N
 def test_scored_weights_are_never_changed(setup: tuple[str, str], scores: Scores) -> None:
     model = tiny_llama()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    from palimpsest.importance.exact import exact_changes, signed_products
+    from palimpsest.ablation.exact import exact_changes, signed_products
 
     positions = sample_weights(scores, 42).positions
     exact_changes(model, make_batches(1), positions)

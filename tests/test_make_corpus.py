@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from palimpsest.data.records import Example
+from palimpsest.data.examples import Example
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import make_corpus as corpus

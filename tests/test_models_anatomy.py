@@ -9,14 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from palimpsest.models.anatomy import (
-    find_language_model,
-    layer_index,
-    module_kind,
-    named_parameters,
-    scored_parameters,
-)
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
+from palimpsest.models.anatomy import find_language_model, layer_index, module_kind, named_parameters, scored_parameters
 
 SMALL = {
     "num_hidden_layers": 2,

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from palimpsest.files import UserError
 from palimpsest.models import ct2, embedded
 from palimpsest.models.embedded import MODELS, checkpoint
 from palimpsest.models.loading import load_asr, load_language_model
-from palimpsest.rundir import UserError
 
 SENTENCES = (
     "What is the capital of France?",

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM
 
+from palimpsest.files import UserError
 from palimpsest.models.fused_loss import choose_kernel, fused_loss, liger_kernel, require_same_loss
 from palimpsest.models.loss import supervised_losses
-from palimpsest.rundir import UserError
 from palimpsest.training.methods import Method, add_lora
 from tiny import tiny_llama, tiny_speech_lm
 

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from palimpsest import export
 from palimpsest.ask import answer
+from palimpsest.export import folders as export
+from palimpsest.files import UserError, hash_file
 from palimpsest.models import embedded, light
 from palimpsest.models.loading import (
     embedding_width,
@@ -32,7 +33,6 @@ from palimpsest.models.loading import (
 from palimpsest.models.processor import PromptStyle, SpeechLMProcessor
 from palimpsest.models.speech_lm import SpeechLM
 from palimpsest.models.trained_adaptor import read_adaptor
-from palimpsest.rundir import UserError, hash_file
 from palimpsest.training.methods import Method, add_lora, merge_lora
 from tiny import save_tiny_models
 

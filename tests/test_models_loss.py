@@ -11,8 +11,8 @@ import torch
 from tests.tiny import tiny_llama, tiny_speech_lm
 from torch import Tensor, nn
 
+from palimpsest.files import UserError
 from palimpsest.models.loss import supervised_losses
-from palimpsest.rundir import UserError
 
 
 def make_batch(seed: int = 0, rows: int = 3, length: int = 9) -> dict[str, Any]:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from palimpsest.files import UserError
 from palimpsest.models.loading import load_language_model, load_speech_lm
 from palimpsest.models.speech_lm import SPEECH_POSITION, SpeechAdaptor, encode_speech
-from palimpsest.rundir import UserError
 from tiny import tiny_encoder, tiny_speech_lm
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from palimpsest import paper
+from palimpsest.report import paper
 
 
 def _cell(table: tuple[paper.AccuracyRow, ...], size: str, method: str, task: str) -> paper.AccuracyRow:

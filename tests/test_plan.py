@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from palimpsest.config import load_config, parse_config
-from palimpsest.plan import Options, is_hub_name, make_plan, plan_recipe
-from palimpsest.plan_text import refusal
-from palimpsest.rundir import UserError
-from palimpsest.training.budget import memory
+from palimpsest.files import UserError
+from palimpsest.planning.memory import memory
+from palimpsest.planning.plan import Options, is_hub_name, make_plan
+from palimpsest.planning.plan_text import plan_recipe, refusal
 from palimpsest.training.methods import Method, add_lora, rules_for
 from palimpsest.training.rules import assign
 from tiny import tiny_llama, tiny_speech_lm, tiny_tokenizer

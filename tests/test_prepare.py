@@ -16,14 +16,14 @@ import pytest
 import soundfile
 
 from audio_files import BROKEN, encoded, tone, voice_assistant, wav
-from palimpsest import prepare
+from palimpsest.data import prepare
+from palimpsest.data.examples import Example, read_manifest, write_manifest
 from palimpsest.data.filters import Filters
-from palimpsest.data.records import Example, read_manifest, write_manifest
+from palimpsest.data.inspection import inspect_data
+from palimpsest.data.prepare import prepare_data
 from palimpsest.data.sources import load_examples
 from palimpsest.data.voices import VOICES, Voice
-from palimpsest.inspection import inspect_data
-from palimpsest.prepare import prepare_data
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 
 def buzz(text: str, speed: float, seed: int) -> tuple[Any, int]:

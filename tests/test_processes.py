@@ -9,8 +9,8 @@ from accelerate.commands.config.config_args import ClusterConfig, load_config_fr
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
-from palimpsest import processes
-from palimpsest.rundir import UserError
+from palimpsest import parallel as processes
+from palimpsest.files import UserError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "accelerate").glob("*.yaml"))
 N_PROCESSES = {"1x80gb": 1, "8x80gb": 8, "2-machines": 16}

@@ -12,9 +12,9 @@ import typer.main
 from typer.testing import CliRunner
 
 from palimpsest.cli import app
-from palimpsest.report import commands
+from palimpsest.report import remake as commands
 from palimpsest.report.figures import FIGURES
-from palimpsest.report.html import write_report
+from palimpsest.report.page import write_report
 from report_fixture import make_run
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
+from palimpsest.files import UserError, write_json, write_text
 from palimpsest.report.curves import why_no_retention
 from palimpsest.report.figures import draw, write_figure
-from palimpsest.report.html import write_report
 from palimpsest.report.inputs import Inputs, read_inputs
+from palimpsest.report.page import write_report
 from palimpsest.report.style import Drawing, to_svg
-from palimpsest.rundir import UserError, write_json, write_text
 from report_fixture import deletion_rows, eval_row, invented_results
 
 

@@ -10,12 +10,12 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from palimpsest.files import UserError, write_json
 from palimpsest.report.charts import _paper_like
 from palimpsest.report.figures import FIGURES, draw, write_figure, write_figures
 from palimpsest.report.heatmaps import _representative, short_name
 from palimpsest.report.inputs import Inputs, read_inputs
 from palimpsest.report.style import _LOOKS, _OTHERS, WIDTH, look, model_legend, style, to_inline_svg, to_svg
-from palimpsest.rundir import UserError, write_json
 from report_fixture import accuracy_row, invented_results, make_run
 
 

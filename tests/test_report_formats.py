@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from palimpsest.report.formats import (
+from palimpsest.report.table import (
     Cell,
     Column,
     Table,

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from palimpsest.files import UserError, write_text
 from palimpsest.report import write_report
 from palimpsest.report.figures import FIGURES
-from palimpsest.report.html import MAX_VALUE, tables_of
 from palimpsest.report.inputs import flat, read_inputs
+from palimpsest.report.page import MAX_VALUE, tables_of
 from palimpsest.report.samples import MAX_CHARACTERS, MAX_QUESTIONS
-from palimpsest.rundir import UserError, write_text
 from report_fixture import HOSTILE, make_run
 
 
@@ -196,5 +196,5 @@ def test_importing_the_report_imports_no_torch_and_nothing_else_of_the_package()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
         "[]",
-        "['palimpsest.auto', 'palimpsest.paper', 'palimpsest.report', 'palimpsest.rundir', 'palimpsest.schema']",
+        "['palimpsest.files', 'palimpsest.models', 'palimpsest.records', 'palimpsest.report', 'palimpsest.rundir']",
     ]

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from palimpsest.files import UserError, write_json, write_text
+from palimpsest.records import RESULT_TABLES
 from palimpsest.report.inputs import (
     MAY_BE_EMPTY,
     main_metric,
@@ -17,7 +19,6 @@ from palimpsest.report.inputs import (
     peak_layer,
     read_inputs,
 )
-from palimpsest.rundir import RESULT_TABLES, UserError, write_json, write_text
 from report_fixture import invented_results, make_run
 
 

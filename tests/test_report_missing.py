@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from palimpsest.report import html
-from palimpsest.report.html import write_report
+from palimpsest.files import write_json, write_text
+from palimpsest.records import RESULT_TABLES
+from palimpsest.report import page as html
 from palimpsest.report.inputs import MAY_BE_EMPTY
-from palimpsest.rundir import RESULT_TABLES, RunDir, write_json, write_text
+from palimpsest.report.page import write_report
+from palimpsest.rundir import RunDir
 from report_fixture import invented_results, make_run
 
 QUESTIONS = 2

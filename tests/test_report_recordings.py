@@ -14,12 +14,12 @@ import soundfile
 from typer.testing import CliRunner
 
 from palimpsest.cli import app
+from palimpsest.files import write_jsonl, write_text
 from palimpsest.report import recordings
-from palimpsest.report.html import write_report
 from palimpsest.report.inputs import read_inputs
+from palimpsest.report.page import write_report
 from palimpsest.report.recordings import Recordings, read_recordings, to_uri
 from palimpsest.report.samples import samples_of
-from palimpsest.rundir import write_jsonl, write_text
 
 
 def tone(seconds: float = 0.5, rate: int = 16000, hertz: float = 440.0) -> Any:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from palimpsest.files import write_json
 from palimpsest.report.inputs import read_inputs
 from palimpsest.report.summary import points_of, scale
-from palimpsest.rundir import write_json
 from report_fixture import accuracy_row, comparison_row, invented_provenance, make_run
 
 LOST, WHERE, KEEPS, HEARS = range(4)

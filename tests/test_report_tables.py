@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from palimpsest.paper import SOURCE_LABEL
 from palimpsest.report import analysis_tables, structure_tables, tables
-from palimpsest.report.formats import Table, to_csv, to_latex, to_markdown
+from palimpsest.report.paper import SOURCE_LABEL
+from palimpsest.report.table import Table, to_csv, to_latex, to_markdown
 from report_fixture import accuracy_row, comparison_row, invented_results, probe_row
 
 

@@ -12,8 +12,8 @@ from types import ModuleType
 
 import pytest
 
-from palimpsest.report.formats import Column, Table, number, text
-from palimpsest.rundir import read_json, write_json
+from palimpsest.files import read_json, write_json
+from palimpsest.report.table import Column, Table, number, text
 from report_fixture import make_run
 
 ROOT = Path(__file__).parent.parent

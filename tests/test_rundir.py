@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palimpsest.rundir import (
-    RunDir,
+from palimpsest.files import (
     UserError,
     hash_value,
     read_json,
@@ -21,6 +20,7 @@ from palimpsest.rundir import (
     write_jsonl,
     write_text,
 )
+from palimpsest.rundir import RunDir
 
 
 def test_a_step_runs_once_and_again_when_its_inputs_change(tmp_path: Path) -> None:

@@ -16,17 +16,18 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from palimpsest.analysis.claims import claim_records
-from palimpsest.analysis.spread import mean_arms, over_runs
-from palimpsest.compare import compare_runs
+from palimpsest.comparison.pairs import compare_runs
+from palimpsest.comparison.training_runs import seed_comparisons, seed_records
 from palimpsest.config import StudyConfig, parse_config
-from palimpsest.report import figures, html
-from palimpsest.report.html import render, tables_of
+from palimpsest.files import UserError, read_json, write_json, write_jsonl
+from palimpsest.intervals import mean_arms, over_runs
+from palimpsest.records import method_of, run_name
+from palimpsest.report import figures
+from palimpsest.report import page as html
+from palimpsest.report.across_runs import by_method
 from palimpsest.report.inputs import main_metric, method_key, method_name, read_inputs
-from palimpsest.report.seeds import by_method
-from palimpsest.rundir import UserError, read_json, write_json, write_jsonl
-from palimpsest.schema import method_of, run_name
-from palimpsest.seeds import seed_comparisons, seed_records
-from palimpsest.study import Study, run_study
+from palimpsest.report.page import render, tables_of
+from palimpsest.study.run import Study, run_study
 from report_fixture import make_run
 from tiny import save_tiny_models
 

@@ -17,10 +17,11 @@ import soundfile
 import yaml
 
 from audio_files import BROKEN, voice_assistant, wav
-from palimpsest.compare import compare_runs
+from palimpsest.comparison.pairs import compare_runs
 from palimpsest.config import parse_config
-from palimpsest.rundir import RESULT_TABLES, UserError
-from palimpsest.study import Study, run_study
+from palimpsest.files import UserError
+from palimpsest.records import RESULT_TABLES
+from palimpsest.study.run import Study, run_study
 from tiny import save_tiny_models
 
 METHODS = ("full", "layer_lr", "lora")

@@ -13,15 +13,16 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
-from palimpsest import export
 from palimpsest.config import parse_config
+from palimpsest.export import folders as export
+from palimpsest.files import UserError
 from palimpsest.models.loading import load_encoder, load_language_model
 from palimpsest.models.processor import SpeechLMProcessor
 from palimpsest.models.speech_lm import SpeechLM
 from palimpsest.models.trained_adaptor import read_adaptor
-from palimpsest.results import collect
-from palimpsest.rundir import RunDir, UserError
-from palimpsest.study import Study, run_study
+from palimpsest.rundir import RunDir
+from palimpsest.study.results import collect
+from palimpsest.study.run import Study, run_study
 from tiny import save_tiny_models, tiny_llama, tiny_tokenizer
 
 N_TRAIN, N_HELDOUT = 8, 4

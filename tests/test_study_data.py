@@ -14,8 +14,8 @@ import torch
 from palimpsest.config import parse_config
 from palimpsest.data.features import Features
 from palimpsest.data.voices import VOICES, Voice
-from palimpsest.rundir import UserError
-from palimpsest.study import Study
+from palimpsest.files import UserError
+from palimpsest.study.run import Study
 from tiny import save_tiny_models
 from tones import load_tone, one
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from palimpsest.data.records import Example
+from palimpsest.data.examples import Example
+from palimpsest.files import UserError
 from palimpsest.models.speech_lm import SpeechAdaptor
-from palimpsest.rundir import UserError
 from palimpsest.training.align import AlignSettings, TokenReader, align_adaptor, ctc_loss, positions_needed
 
 D_ENC, D_LM, FACTOR, VOCABULARY = 6, 8, 2, 12

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palimpsest.data.records import Example
-from palimpsest.rundir import UserError
+from palimpsest.data.examples import Example
+from palimpsest.files import UserError
 from palimpsest.training.batching import EpochBatches, epoch_batches, padding_share, require_budget
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from palimpsest.files import UserError
 from palimpsest.models.anatomy import scored_parameters
 from palimpsest.models.loss import supervised_losses
-from palimpsest.rundir import UserError
-from palimpsest.training.budget import (
+from palimpsest.planning.memory import (
     Batch,
     Decoder,
     Encoder,
@@ -29,10 +29,9 @@ from palimpsest.training.budget import (
     recomputed_flops,
     step_flops,
 )
-from palimpsest.training.gpus import GPUS, find_gpu
+from palimpsest.planning.sizes import GPUS, decoder_sizes, encoder_sizes, find_gpu
 from palimpsest.training.methods import Method, add_lora, rules_for
 from palimpsest.training.rules import parameter_groups
-from palimpsest.training.shapes import decoder_sizes, encoder_sizes
 from tiny import VOCAB, tiny_llama, tiny_speech_lm
 
 ROWS, LENGTH, ANSWER, RANK = 4, 40, 6, 4

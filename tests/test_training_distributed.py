@@ -17,13 +17,13 @@ import soundfile
 import torch
 import torch.distributed as dist
 
-from palimpsest import processes
+from palimpsest import parallel as processes
 from palimpsest.data.collate import Collator
+from palimpsest.data.examples import Example
 from palimpsest.data.features import Features, compute_features
-from palimpsest.data.records import Example
+from palimpsest.files import UserError
 from palimpsest.models.loss import supervised_losses
 from palimpsest.models.speech_lm import SpeechLM
-from palimpsest.rundir import UserError
 from palimpsest.training import distributed
 from palimpsest.training.batching import EpochBatches
 from palimpsest.training.methods import Method

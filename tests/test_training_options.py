@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from palimpsest.data.collate import Collator, to_device
-from palimpsest.data.records import Example
+from palimpsest.data.examples import Example
+from palimpsest.files import UserError
 from palimpsest.models.fused_loss import Kernel
 from palimpsest.models.loss import supervised_losses
 from palimpsest.models.speech_lm import SpeechLM
-from palimpsest.rundir import UserError
-from palimpsest.schema import TrainingRecord
+from palimpsest.records import TrainingRecord
 from palimpsest.training.batching import sequence_lengths
 from palimpsest.training.methods import Method
 from palimpsest.training.phases import phases_of, repeating

@@ -15,8 +15,8 @@ import yaml
 
 from palimpsest.config import parse_config
 from palimpsest.data.collate import Collator
-from palimpsest.data.records import Example
-from palimpsest.study import Study, run_study
+from palimpsest.data.examples import Example
+from palimpsest.study.run import Study, run_study
 from palimpsest.training.methods import Method
 from palimpsest.training.train import Settings, train
 from spoken import spoken

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 from palimpsest.training.methods import Method, add_lora, layer_scales, merge_lora, method_scales, rules_for
 from palimpsest.training.rules import assign, parameter_groups
 from tiny import tiny_llama, tiny_speech_lm

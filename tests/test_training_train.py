@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from palimpsest.data.collate import Collator
-from palimpsest.data.records import Example
+from palimpsest.data.examples import Example
+from palimpsest.files import UserError
 from palimpsest.models.speech_lm import SpeechLM
-from palimpsest.rundir import UserError
 from palimpsest.training.methods import Method
 from palimpsest.training.train import AdaptorFirst, Align, Settings, n_steps, train
 from spoken import spoken

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from palimpsest.ask import answer
-from palimpsest.evaluation.generate import Answer
+from palimpsest.evaluation.answers import Answer
+from palimpsest.files import UserError, write_text
 from palimpsest.report.inputs import read_inputs
-from palimpsest.rundir import UserError, write_text
-from palimpsest.ui import asking, explorer, page
+from palimpsest.ui import asking, explorer
+from palimpsest.ui import server as page
 from ui_fixture import BASE_Q, UP, Q, make_ui_run
 
 

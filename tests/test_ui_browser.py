@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from browser import chromium, foreign, overflow, visit
-from palimpsest.evaluation.generate import Answer
+from palimpsest.evaluation.answers import Answer
 from palimpsest.ui import asking
 from ui_fixture import make_ui_run
 
@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
     pytest.importorskip("gradio", reason="Gradio is not installed (extra ui)")
-    from palimpsest.ui.page import served
+    from palimpsest.ui.server import served
 
     with served(folder / "run") as page:
         assert page.server_name == "127.0.0.1"

@@ -10,8 +10,8 @@ import soundfile
 import torch
 
 from palimpsest.config import dump_config, parse_config
+from palimpsest.files import write_json, write_text
 from palimpsest.importance.scores import Scores
-from palimpsest.rundir import write_json, write_text
 from tiny import save_tiny_models, tiny_speech_lm
 
 Q, UP = "model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.up_proj.weight"

@@ -45,16 +45,15 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from palimpsest.data.collate import Collator
+from palimpsest.data.examples import Example
 from palimpsest.data.features import Features
-from palimpsest.data.records import Example
 from palimpsest.data.shards import claim, read_shard, shard_name, write_shard
 from palimpsest.models.anatomy import scored_parameters
 from palimpsest.models.processor import SpeechLMProcessor
 from palimpsest.models.speech_lm import SpeechLM
-from palimpsest.training.budget import RUNTIME_BYTES, Batch, Decoder, Encoder, Setup, largest_rows, memory, step_flops
-from palimpsest.training.gpus import GPUS
+from palimpsest.planning.memory import RUNTIME_BYTES, Batch, Decoder, Encoder, Setup, largest_rows, memory, step_flops
+from palimpsest.planning.sizes import DECODERS, ENCODERS, GPUS
 from palimpsest.training.methods import Method
-from palimpsest.training.shapes import DECODERS, ENCODERS
 from palimpsest.training.train import Settings, train
 
 WARM_UP = 3  # steps: allocator, kernels' own tuning

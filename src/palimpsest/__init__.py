@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from palimpsest import auto
+from palimpsest.models import auto
 
 __version__ = "0.1.0"
 
@@ -19,8 +19,8 @@ _PUBLIC = {
     "SpeechLMProcessor": "palimpsest.models.processor",
     "load_language_model": "palimpsest.models.loading",
     "load_speech_lm": "palimpsest.models.loading",
-    "Example": "palimpsest.data.records",
-    "read_manifest": "palimpsest.data.records",
+    "Example": "palimpsest.data.examples",
+    "read_manifest": "palimpsest.data.examples",
     "Scores": "palimpsest.importance.scores",
     "estimate_importance": "palimpsest.importance.estimate",
     "select": "palimpsest.importance.select",
@@ -28,7 +28,7 @@ _PUBLIC = {
     "layer_scales": "palimpsest.training.methods",
     "parameter_groups": "palimpsest.training.rules",
     "StudyConfig": "palimpsest.config",
-    "run_study": "palimpsest.study",
+    "run_study": "palimpsest.study.run",
 }
 __all__ = ["__version__", *_PUBLIC]
 

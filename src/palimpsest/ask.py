@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from palimpsest.data.records import Example
+from palimpsest.data.examples import Example
 from palimpsest.data.speech import read_audio
+from palimpsest.files import UserError
 from palimpsest.models.loading import is_speech_lm, load_speech_lm, load_text_model, resolve
-from palimpsest.rundir import UserError
 
 
 def answer(model: str, *, audio: Path | None = None, text: str | None = None, max_new_tokens: int = 64) -> str:
@@ -20,7 +20,7 @@ def answer(model: str, *, audio: Path | None = None, text: str | None = None, ma
     if text is not None:
         if not text.strip():
             raise UserError("The question given with --text is empty.")
-        from palimpsest.evaluation.generate import text_answerer
+        from palimpsest.evaluation.answers import text_answerer
 
         language_model, processor = load_text_model(model)
         example = Example(id="question", question=text, answers=("",), answer="")
@@ -31,7 +31,7 @@ def answer(model: str, *, audio: Path | None = None, text: str | None = None, ma
     wave = read_audio(audio)  # before the model is loaded: a bad file is known at once
     if not is_speech_lm(resolve(model)):
         raise UserError(f"{model} is no speech LLM, so it cannot hear; give a methods/NAME/checkpoint folder of a run.")
-    from palimpsest.evaluation.generate import GREEDY, decode_new, end_ids
+    from palimpsest.evaluation.answers import GREEDY, decode_new, end_ids
 
     speech_lm, processor = load_speech_lm(model)
     end = end_ids(speech_lm.language_model, processor.tokenizer)

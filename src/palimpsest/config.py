@@ -14,9 +14,8 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from palimpsest.changes import differences, in_words
-from palimpsest.rundir import UserError
-from palimpsest.schema import method_of, run_name
+from palimpsest.files import UserError, differences, in_words
+from palimpsest.records import method_of, run_name
 
 Fraction = float
 

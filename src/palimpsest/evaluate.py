@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from palimpsest.files import UserError, hash_value, write_json, write_jsonl
 from palimpsest.progress import Advance, Reporter
-from palimpsest.rundir import Modality, UserError, hash_value, write_json, write_jsonl
-from palimpsest.schema import FloorRecord, PerplexityRecord
+from palimpsest.records import FloorRecord, Modality, PerplexityRecord
 
 if TYPE_CHECKING:
     from palimpsest.evaluation.tasks import Task
@@ -40,8 +40,8 @@ def evaluate_model(
     Raises UserError for bad input before the model is loaded.
     """
     from palimpsest.data.speech import speak
+    from palimpsest.evaluation.answers import answer_questions, qa_record, summarise
     from palimpsest.evaluation.floors import floor_records
-    from palimpsest.evaluation.generate import answer_questions, qa_record, summarise
     from palimpsest.evaluation.judge import METRIC, Judge, judge_rows
     from palimpsest.evaluation.tasks import load_task
     from palimpsest.models.loading import fingerprint, model_kind, resolve
@@ -139,7 +139,7 @@ def _perplexity(
     """The losses of the target answers of a language model (text) or a SpeechLM (speech), loaded once more."""
     from palimpsest.data.collate import Collator
     from palimpsest.data.features import Features, compute_features
-    from palimpsest.evaluation.losses import measure_losses
+    from palimpsest.evaluation.perplexity import measure_losses
     from palimpsest.models.loading import load_speech_lm, load_text_model
 
     asked: Any
@@ -156,12 +156,12 @@ def _perplexity(
 
 
 def _answerer(where: str, modality: Modality, asr: str, max_new_tokens: int, device: str) -> Any:
-    from palimpsest.evaluation.generate import text_answerer
+    from palimpsest.evaluation.answers import text_answerer
     from palimpsest.models.loading import load_asr, load_audio_llm, load_speech_lm, load_text_model, model_kind
 
     kind = model_kind(where)
     if kind == "speech_lm" and modality == "speech":
-        from palimpsest.evaluation.speech import recording_answerer
+        from palimpsest.evaluation.spoken import recording_answerer
 
         return recording_answerer(*load_speech_lm(where, device=device), max_new_tokens)
     if kind == "audio_llm":

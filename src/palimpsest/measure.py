@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from palimpsest.data.collate import Collator, batches
-from palimpsest.data.records import Example
+from palimpsest.data.examples import Example
 from palimpsest.data.sources import load_examples
+from palimpsest.files import UserError, write_json
 from palimpsest.progress import Reporter
-from palimpsest.rundir import UserError, write_json
 
 
 def score_model(
@@ -72,7 +72,7 @@ def deactivate_model(
     Writes records.json and, for two ratios or more, areas.json. Yields lines of a table. Raises UserError for a
     ratio that is no number, and when the scores are not this model's.
     """
-    from palimpsest.evaluation.sweep import areas, deletion_curve
+    from palimpsest.evaluation.deactivation import areas, deletion_curve
     from palimpsest.importance.scores import Scores
 
     try:

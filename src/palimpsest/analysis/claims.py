@@ -54,9 +54,8 @@ from typing import Any
 import numpy as np
 
 from palimpsest.analysis.clustering import bootstrap_mean, log_ratios
-from palimpsest.analysis.spread import over_runs
-from palimpsest.rundir import ClaimRecord
-from palimpsest.schema import run_name
+from palimpsest.intervals import over_runs
+from palimpsest.records import ClaimRecord, run_name
 
 RATIO = 0.03
 REDUCTION = "per_batch_abs"  # of claims 3 and 4: the one whose layer totals have an interval

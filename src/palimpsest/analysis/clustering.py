@@ -31,9 +31,9 @@ import numpy as np
 from scipy import stats
 
 from palimpsest.analysis.nulls import SHUFFLES, Matrix, Values, row_sums_of_deals
+from palimpsest.files import UserError
 from palimpsest.models.anatomy import layer_index, module_kind
-from palimpsest.rundir import ClusteringRecord, UserError
-from palimpsest.schema import ClusteringSummaryRecord
+from palimpsest.records import ClusteringRecord, ClusteringSummaryRecord
 
 if TYPE_CHECKING:
     from jaxtyping import Float

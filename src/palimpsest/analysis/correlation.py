@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from palimpsest.schema import CorrelationRecord
+from palimpsest.records import CorrelationRecord
 
 MEASURES = ("jensen_shannon", "wasserstein_1")
 MIN_MODELS = 3

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from scipy.linalg import eigh
 
 from palimpsest.analysis.clustering import gram, rank_of_gram
+from palimpsest.files import UserError
 from palimpsest.models.anatomy import layer_index, module_kind
-from palimpsest.rundir import DeltaRecord, UserError
+from palimpsest.records import DeltaRecord
 
 if TYPE_CHECKING:
     from jaxtyping import Float

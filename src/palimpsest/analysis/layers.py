@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from palimpsest.files import UserError
 from palimpsest.models.anatomy import layer_index, module_kind
-from palimpsest.rundir import LayerRecord, UserError
+from palimpsest.records import LayerRecord
 
 if TYPE_CHECKING:
     from jaxtyping import Float

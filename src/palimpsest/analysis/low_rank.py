@@ -19,7 +19,7 @@ import torch
 
 from palimpsest.analysis.clustering import AXES, FIELDS, against, concentration
 from palimpsest.models.anatomy import layer_index, module_kind
-from palimpsest.rundir import ClusteringRecord
+from palimpsest.records import ClusteringRecord
 
 if TYPE_CHECKING:
     from jaxtyping import Float

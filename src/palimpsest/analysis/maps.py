@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError, replacing
 
 Map = NDArray[np.float32]
 
@@ -54,12 +54,9 @@ def _block_starts(size: int, most: int) -> NDArray[np.int64]:
 
 def write_maps(path: Path, maps: Mapping[str, Map]) -> None:
     """Write all maps to one compressed file, under a temporary name first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
     arrays: dict[str, Any] = {name: np.asarray(values, dtype=np.float32) for name, values in maps.items()}
-    with temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
-    temporary.replace(path)
 
 
 def read_maps(path: Path) -> dict[str, Map]:

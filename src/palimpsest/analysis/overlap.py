@@ -9,9 +9,9 @@ import numpy as np
 
 from palimpsest.analysis.clustering import bootstrap_mean
 from palimpsest.analysis.delta import largest
+from palimpsest.files import UserError
 from palimpsest.models.anatomy import layer_index, module_kind
-from palimpsest.rundir import UserError
-from palimpsest.schema import MaskOverlapRecord
+from palimpsest.records import MaskOverlapRecord
 
 if TYPE_CHECKING:
     from jaxtyping import Float

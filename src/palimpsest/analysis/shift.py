@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 from scipy import special, stats
 
 from palimpsest.analysis.layers import ModelLayers
-from palimpsest.rundir import ShiftRecord, UserError
+from palimpsest.files import UserError
+from palimpsest.records import ShiftRecord
 
 Vector = NDArray[np.float64]  # (..., n_layers) unless said otherwise
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from palimpsest.cli import compare, data, export, measuring, plan, probe, studies, ui
 from palimpsest.cli.app import app
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 __all__ = ["app", "compare", "data", "export", "main", "measuring", "plan", "probe", "studies", "ui"]
 

@@ -30,7 +30,7 @@ def compare(
 
     Example: palimpsest compare runs/eval-a runs/eval-b --out runs/compare
     """
-    from palimpsest.compare import compare_runs
+    from palimpsest.comparison.pairs import compare_runs
 
     for line in compare_runs(
         runs,

@@ -38,7 +38,7 @@ def prepare(
     Example: palimpsest data prepare alpaca:alpaca.json --split train --limit 1000 --out prepared/alpaca
     """
     from palimpsest.data.filters import parse_filters
-    from palimpsest.prepare import prepare_data
+    from palimpsest.data.prepare import prepare_data
 
     lines = prepare_data(
         source,
@@ -67,7 +67,7 @@ def inspect(
     Example: palimpsest data inspect facts --split heldout
     """
     from palimpsest.data.filters import parse_filters
-    from palimpsest.inspection import inspect_data
+    from palimpsest.data.inspection import inspect_data
 
     lines = inspect_data(source, split=split, limit=limit, strict=strict, filters=parse_filters(filters))
     for line in lines:

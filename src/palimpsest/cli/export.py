@@ -42,7 +42,7 @@ def export(
 
     Example: palimpsest export runs/demo --method lora --text-llm lora-text --speech-lm lora-speech
     """
-    from palimpsest.export import export as write
+    from palimpsest.export.folders import export as write
 
     for line in write(
         source,

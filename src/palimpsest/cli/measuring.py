@@ -182,7 +182,7 @@ def validate_importance(
 
     Example: palimpsest validate-importance --model embedded:smollm2-135m-instruct --data facts --out runs/validation
     """
-    from palimpsest import validation
+    from palimpsest.ablation import validation
 
     records = validation.validate_importance(
         model,

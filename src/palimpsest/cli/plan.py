@@ -28,7 +28,8 @@ def plan(
 
     Example: palimpsest plan recipes/paper-1b.yaml --gpu H100
     """
-    from palimpsest.plan import Options, plan_recipe
+    from palimpsest.planning.plan import Options
+    from palimpsest.planning.plan_text import plan_recipe
 
     options = Options(
         gpu=gpu,

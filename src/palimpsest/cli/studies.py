@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from palimpsest.cli.app import app
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -56,8 +56,8 @@ def demo(
 
 
 def _run_study(config: Any, out: Path, changed: bool) -> None:
-    from palimpsest.processes import started_first
-    from palimpsest.study import run_study
+    from palimpsest.parallel import started_first
+    from palimpsest.study.run import run_study
 
     report_path = run_study(config, out, changed=changed)
     if started_first():
@@ -92,15 +92,15 @@ def report(
 
 def _one_report(run: Path, out: Path | None, audio: bool, samples: bool) -> Path:
     from palimpsest.report.figures import write_figures
-    from palimpsest.report.html import write_report
+    from palimpsest.report.page import write_report
 
     write_figures(run)
     return write_report(run, out, audio=audio, samples=samples)
 
 
 def _comparison(runs: list[Path], out: Path | None) -> Path:
-    from palimpsest.pairing import pair_runs
-    from palimpsest.report.comparison import write_comparison
+    from palimpsest.comparison.pairs import pair_runs
+    from palimpsest.report.side_by_side import write_comparison
 
     return write_comparison(runs, pair_runs(runs), out or Path("comparison.html"))
 

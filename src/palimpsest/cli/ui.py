@@ -23,6 +23,6 @@ def ui(
 
     Example: palimpsest ui runs/demo
     """
-    from palimpsest.ui.page import serve
+    from palimpsest.ui.server import serve
 
     serve(run, port, tell=typer.echo)

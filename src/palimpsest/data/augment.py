@@ -22,9 +22,9 @@ import numpy as np
 import soundfile
 import soxr
 
-from palimpsest.data.records import MAX_AUDIO_SECONDS, Example
+from palimpsest.data.examples import MAX_AUDIO_SECONDS, Example
 from palimpsest.data.speech import ENCODING, SAMPLE_RATE, read_audio, run_jobs, write_flac
-from palimpsest.rundir import UserError, hash_file, hash_value
+from palimpsest.files import UserError, hash_file, hash_value
 
 if TYPE_CHECKING:
     from jaxtyping import Float32, Float64

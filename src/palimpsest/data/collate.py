@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from palimpsest.data.records import Example
+from palimpsest.data.examples import Example
 
 if TYPE_CHECKING:
     from palimpsest.data.features import Features

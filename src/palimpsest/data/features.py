@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from palimpsest.data.records import Example
+from palimpsest.data.examples import Example
 from palimpsest.data.shards import DTYPE, Shards, claim, shard_name, verify_shard, write_shard
 from palimpsest.data.speech import SAMPLE_RATE, read_audio
+from palimpsest.files import UserError, hash_file, hash_value, read_json, require_disk, write_json
 from palimpsest.models.speech_lm import encode_speech
-from palimpsest.rundir import UserError, hash_file, hash_value, read_json, require_disk, write_json
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float16

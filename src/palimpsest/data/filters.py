@@ -25,7 +25,7 @@ import soxr
 
 from palimpsest.data.rows import Row
 from palimpsest.data.speech import ENCODING, SAMPLE_RATE, write_flac
-from palimpsest.rundir import UserError, hash_value
+from palimpsest.files import UserError, hash_value
 
 if TYPE_CHECKING:
     from jaxtyping import Float32

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from palimpsest.data.rows import Row, Table, find_columns
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 BATCH_ROWS = 32  # rows in memory at a time, with their recordings
 BUFFER = 4 << 20  # bytes read ahead in each column: no whole row group is held, and a hub request is worth its delay

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from palimpsest.data.records import Example
-from palimpsest.rundir import UserError, hash_value
+from palimpsest.data.examples import Example
+from palimpsest.files import UserError, hash_value
 
 
 @dataclass(frozen=True)

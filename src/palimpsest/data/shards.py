@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from palimpsest.rundir import UserError, hash_value
+from palimpsest.files import UserError, hash_value
 
 if TYPE_CHECKING:
     from jaxtyping import Float16

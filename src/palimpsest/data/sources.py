@@ -29,12 +29,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from palimpsest.data.examples import Example, check_audio, read_manifest
 from palimpsest.data.filters import Dropped, Filters, refuse, store, text_problem
-from palimpsest.data.own import METADATA, alpaca, audio_folder, is_audio_folder, own_csv, own_parquet
+from palimpsest.data.local import METADATA, alpaca, audio_folder, is_audio_folder, own_csv, own_parquet
 from palimpsest.data.published import HUB, SCHEMAS, hub_table, local_table
-from palimpsest.data.records import Example, check_audio, read_manifest
 from palimpsest.data.rows import Names, Row, Table, joined, listed
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 FACTS = Path(__file__).parent / "facts"
 JOIN = " + "

@@ -11,7 +11,6 @@ Legend: samples = audio samples at 16 kHz.
 from __future__ import annotations
 
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -23,9 +22,9 @@ import numpy as np
 import soundfile
 import soxr
 
-from palimpsest.data.records import MAX_AUDIO_SECONDS, Example, audio_problem
+from palimpsest.data.examples import MAX_AUDIO_SECONDS, Example, audio_problem
 from palimpsest.data.voices import Speaker, Voice, Voices, choose_voice, find_voices
-from palimpsest.rundir import UserError, hash_value
+from palimpsest.files import UserError, hash_value, replacing
 
 if TYPE_CHECKING:
     from jaxtyping import Float32
@@ -65,17 +64,9 @@ def write_flac(path: Path, audio: Float32[ndarray, " samples"]) -> None:
     """Write 16 kHz mono audio as 16-bit FLAC, under a temporary name first; values beyond ±1 are clipped."""
     if audio.ndim != 1 or len(audio) == 0 or not np.isfinite(audio).all():
         raise ValueError(f"write_flac takes finite, non-empty mono audio, not shape {audio.shape} for {path}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
-    try:
-        with temporary.open("wb") as file:
-            pcm = np.round(np.clip(audio * 32768, -32768, 32767)).astype(np.int16)  # inverse of reading
-            soundfile.write(file, pcm, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    pcm = np.round(np.clip(audio * 32768, -32768, 32767)).astype(np.int16)  # inverse of reading
+    with replacing(path) as temporary:
+        soundfile.write(str(temporary), pcm, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
 
 
 def to_16_khz(audio: Float32[ndarray, " frames"], rate: int) -> Float32[ndarray, " samples"]:

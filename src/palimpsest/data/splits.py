@@ -19,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from palimpsest.data.examples import Example
 from palimpsest.data.filters import (
     IN_HELDOUT,
     Dropped,
@@ -31,10 +32,9 @@ from palimpsest.data.filters import (
     store,
     text_problem,
 )
-from palimpsest.data.records import Example
 from palimpsest.data.rows import Names, Row, Table
 from palimpsest.data.sources import choose, load_examples, open_table
-from palimpsest.rundir import UserError, hash_file, hash_value
+from palimpsest.files import UserError, hash_file, hash_value
 
 Advance = Callable[[int, int], None]  # (done, total)
 TRAIN, HELDOUT = "train", "heldout"

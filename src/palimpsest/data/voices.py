@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
-from palimpsest.rundir import UserError, hash_value
+from palimpsest.files import UserError, hash_value
 
 if TYPE_CHECKING:
     from jaxtyping import Float32

@@ -18,11 +18,12 @@ from typing import Any
 import jinja2
 import torch
 
-from palimpsest.data.records import Example
+from palimpsest.data.examples import Example
 from palimpsest.data.speech import SAMPLE_RATE, read_audio
-from palimpsest.evaluation.generate import GREEDY, Answer, Answerer, decode_new, end_ids
+from palimpsest.evaluation.answers import GREEDY, Answer, Answerer, decode_new, end_ids
+from palimpsest.files import UserError
 from palimpsest.models.processor import DEFAULT_INSTRUCTION
-from palimpsest.rundir import Modality, UserError
+from palimpsest.records import Modality
 
 # Their encoders have no mask for padded audio: in a batch an answer would depend on its neighbours.
 ALONE = frozenset({"granite_speech", "granite_speech_plus"})

@@ -1,14 +1,23 @@
-"""The deactivation experiment (Table 1): perplexity with the top, bottom or random weights set to zero."""
+"""The deactivation experiment (Table 1): perplexity with the top, bottom or random weights set to zero.
+
+At several ratios it gives deletion curves: how the loss grows as more and more weights are removed. A curve's area says
+in one number how well a ranking separates weights that matter from weights that do not, without the choice of a ratio.
+"""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from palimpsest.evaluation.perplexity import perplexity
+from palimpsest.files import UserError
 from palimpsest.importance.deactivate import deactivate
 from palimpsest.importance.select import select
-from palimpsest.rundir import DeactivationRecord
+from palimpsest.records import DeactivationRecord
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -69,3 +78,134 @@ def deactivation_records(
                 if progress is not None:
                     progress(len(records), len(masks) * len(data))
     return records
+
+
+Removed = Literal["top", "bottom", "random"]
+RATIOS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+
+
+def deletion_curve(
+    name: str,
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    data: Mapping[str, Batches],
+    *,
+    ratios: Sequence[float] = RATIOS,
+    scopes: Sequence[Scope] = ("global",),
+    conditions: Sequence[Removed] = ("top", "bottom", "random"),
+    random_seeds: Sequence[int] = (0,),
+    reduction: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[DeactivationRecord]:
+    """One record per scope, ratio, condition (random: and seed) and modality, after the base's.
+
+    name, model, tensors, data and reduction are those of `deactivation_records`. The unchanged model is
+    measured once; its records stand in every scope, so that each scope's rows are complete.
+
+    Raises UserError for ratios that are not between 0 and 1 or not ascending.
+    """
+    if not ratios or any(not 0 < ratio <= 1 for ratio in ratios) or sorted(set(ratios)) != list(ratios):
+        raise UserError(
+            f"The ratios {', '.join(map(str, ratios))} are no ascending shares above 0 and up to 1; "
+            "give for example 0.0001,0.001,0.01,0.1."
+        )
+    points = list(itertools.product(scopes, ratios))
+    masks_each = sum(len(random_seeds) if condition == "random" else 1 for condition in conditions)
+    total = (1 + masks_each * len(points)) * len(data)
+    done = 0
+
+    def advance(step: int, _: int) -> None:
+        if progress is not None:
+            progress(done + step, total)
+
+    measure = partial(
+        deactivation_records,
+        name,
+        model,
+        tensors,
+        data,
+        random_seeds=random_seeds,
+        reduction=reduction,
+        progress=advance,
+    )
+    base = measure(ratio=0.0, scope=scopes[0], conditions=("base",))
+    done = len(base)
+    records: list[DeactivationRecord] = []
+    for scope in scopes:
+        records += [{**record, "scope": scope} for record in base]
+        for ratio in ratios:
+            new = measure(ratio=ratio, scope=scope, conditions=conditions)
+            records += new
+            done += len(new)
+    return records
+
+
+@dataclass(frozen=True)
+class Area:
+    """The area under one deletion curve, normalised by its width.
+
+    area = ∫ (loss(r) − loss(0)) d log r / (log r_max − log r_min), by trapezoids between the measured ratios:
+    the mean rise of the loss, in nats per supervised token, over ratios spread evenly on a logarithmic axis.
+    Each decade of ratios counts the same. Loss, not perplexity, so that the largest ratio does not drown the
+    others. Only areas over the same ratios can be compared.
+    """
+
+    model: str
+    modality: str
+    condition: str
+    scope: str
+    reduction: str
+    area: float  # nats per supervised token
+    area_low: float  # random: smallest and largest among the seeds; else both are `area`
+    area_high: float
+    n_seeds: int
+    ratios: tuple[float, ...]
+
+
+def areas(records: Sequence[DeactivationRecord]) -> list[Area]:
+    """The area of every curve in `records`, random curves averaged over their seeds.
+
+    Curves of a single ratio have none and are left out. Raises UserError for a curve without a base record.
+    """
+    base: dict[tuple[str, str, str, str], float] = {}
+    curves: dict[tuple[str, str, str, str, str], dict[int | None, dict[float, float]]] = {}
+    for r in records:
+        where = (r["model"], r["modality"], r["scope"], r["reduction"])
+        if r["condition"] == "base":
+            base[where] = r["loss"]
+        else:
+            curves.setdefault((*where, r["condition"]), {}).setdefault(r["seed"], {})[r["ratio"]] = r["loss"]
+    result = []
+    for (model, modality, scope, reduction, condition), seeds in curves.items():
+        if (model, modality, scope, reduction) not in base:
+            raise UserError(
+                f"The records have no base condition for {model}, {modality}, scope {scope}; "
+                "measure the unchanged model too."
+            )
+        ratios = tuple(sorted(next(iter(seeds.values()))))
+        if len(ratios) < 2:
+            continue
+        start = base[model, modality, scope, reduction]
+        each = [_area({ratio: loss - start for ratio, loss in curve.items()}) for curve in seeds.values()]
+        result.append(
+            Area(
+                model=model,
+                modality=modality,
+                condition=condition,
+                scope=scope,
+                reduction=reduction,
+                area=math.fsum(each) / len(each),
+                area_low=min(each),
+                area_high=max(each),
+                n_seeds=len(each) if condition == "random" else 0,
+                ratios=ratios,
+            )
+        )
+    return result
+
+
+def _area(rise: Mapping[float, float]) -> float:
+    """Trapezoids over log ratio, divided by the width: the mean of `rise` (ratio → nats)."""
+    points = sorted((math.log(ratio), value) for ratio, value in rise.items())
+    trapezoids = [(x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in itertools.pairwise(points)]
+    return math.fsum(trapezoids) / (points[-1][0] - points[0][0])

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from palimpsest.evaluation.scoring import METRIC_VERSION, METRICS, number_words, score
-from palimpsest.evaluation.stats import wilson_share
-from palimpsest.rundir import UserError
-from palimpsest.schema import FloorRecord
+from palimpsest.files import UserError
+from palimpsest.intervals import wilson_share
+from palimpsest.records import FloorRecord
 
 if TYPE_CHECKING:
-    from palimpsest.evaluation.samples import SampleRow
+    from palimpsest.evaluation.answers import SampleRow
     from palimpsest.evaluation.tasks import Task
 
 DRAWS = 10

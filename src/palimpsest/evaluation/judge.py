@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from palimpsest.rundir import UserError, hash_value
+from palimpsest.files import UserError, append_jsonl, drop_cut_line, hash_value, read_lines
 
 if TYPE_CHECKING:
-    from palimpsest.evaluation.samples import SampleRow
+    from palimpsest.evaluation.answers import SampleRow
 
 METRIC = "llm_judge"
 PROMPT_VERSION = "1"  # raised whenever the prompt or the reading of replies changes
@@ -49,6 +49,7 @@ names another answer, denies the accepted one, offers several without choosing, 
 not answer. Additional true details do not matter.
 Reply with one word: CORRECT or INCORRECT."""
 ATTEMPTS = 3
+REMEDY = "delete the file and judge again"
 WORKERS = 4  # requests under way at a time
 HOPELESS = 8  # answers without a verdict, from the first on, after which no more are asked about
 RETRY_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
@@ -107,10 +108,9 @@ def judge_rows(
     if progress is not None:
         progress(len(done), len(ask))
     if open_rows:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        _drop_cut_line(cache)
+        drop_cut_line(cache)
         stopped = threading.Event()  # set where asking on is no use, so that requests not yet sent never are
-        with ThreadPoolExecutor(WORKERS) as pool, cache.open("a", encoding="utf-8") as file:
+        with ThreadPoolExecutor(WORKERS) as pool:
             for row, outcome in zip(open_rows, pool.map(partial(_attempt, judge, stopped), open_rows), strict=True):
                 if isinstance(outcome, UserError):
                     pool.shutdown(wait=False, cancel_futures=True)
@@ -127,8 +127,7 @@ def judge_rows(
                 else:
                     done[row["id"]] = outcome
                     line = {"id": row["id"], "judge": judge.version, "shown": contents[row["id"]], "correct": outcome}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
-                    file.flush()
+                    append_jsonl(cache, [line])
                 if progress is not None:
                     progress(len(done) + len(failed), len(ask))
     return Judged({row["id"]: done.get(row["id"], False) for row in rows}, failed)
@@ -136,30 +135,17 @@ def judge_rows(
 
 def read_cache(cache: Path, version: str) -> dict[str, bool]:
     """Verdicts of one judge version by what it was shown. A last line that was cut is left out."""
-    if not cache.exists():
-        return {}
-    content = cache.read_bytes()
-    complete = content.rfind(b"\n") + 1
     verdicts: dict[str, bool] = {}
-    for number, line in enumerate(content[:complete].splitlines(), 1):
+    for where, row in read_lines(cache, REMEDY):
         try:
-            row = json.loads(line)
             same, what, correct = row["judge"] == version, str(row["shown"]), row["correct"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{cache}:{number} is not a verdict; delete the file and judge again.") from error
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{where} is not a verdict; {REMEDY}.") from error
         if not isinstance(correct, bool):
-            raise UserError(f"{cache}:{number} has no verdict; delete the file and judge again.")
+            raise UserError(f"{where} has no verdict; {REMEDY}.")
         if same:
             verdicts[what] = correct
     return verdicts
-
-
-def _drop_cut_line(cache: Path) -> None:
-    """So that appending can go on after a kill in the middle of a line."""
-    content = cache.read_bytes() if cache.exists() else b""
-    if not content.endswith(b"\n") and content:
-        with cache.open("r+b") as file:
-            file.truncate(content.rfind(b"\n") + 1)
 
 
 def read_reply(reply: str) -> bool:

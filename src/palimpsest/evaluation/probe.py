@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
-from palimpsest.evaluation.stats import wilson
+from palimpsest.files import UserError, hash_file, read_jsonl
+from palimpsest.intervals import wilson
 from palimpsest.models.anatomy import unwrap
 from palimpsest.models.processor import encode
-from palimpsest.rundir import UserError, hash_file, read_jsonl
-from palimpsest.schema import ProbeRecord
+from palimpsest.records import ProbeRecord
 
 if TYPE_CHECKING:
     from torch import nn

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 from palimpsest.evaluation.number_words import digits
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 METRIC_VERSION = "2"  # raised whenever any verdict can change
 PRIMARY = "token_sequence_numbers"

@@ -6,10 +6,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from palimpsest.data.records import Example
+from palimpsest.data.examples import Example
 from palimpsest.data.sources import load_examples
 from palimpsest.evaluation.scoring import METRIC_VERSION, METRICS, PRIMARY, words
-from palimpsest.rundir import UserError, hash_value
+from palimpsest.files import UserError, hash_value
 
 TASK_VERSION = "1"  # raised whenever the same examples would be put to a model in another way
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from palimpsest.importance.distributed import local, local_part_like, reshard
+from palimpsest.files import UserError
+from palimpsest.importance.layouts import local_part_like
 from palimpsest.importance.lora import unmerged_adapters
 from palimpsest.models.anatomy import find_language_model, named_parameters
-from palimpsest.rundir import UserError
+from palimpsest.parallel import local, reshard
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -25,14 +25,15 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from palimpsest.importance import distributed as ranks
+from palimpsest.files import UserError, hash_value
+from palimpsest.importance import layouts
 from palimpsest.importance.lora import merged_adapters
 from palimpsest.importance.per_sequence import SequenceGradients, require_whole
 from palimpsest.importance.reduce import Accumulators, Offload, chosen_reductions
 from palimpsest.importance.scores import Scores
 from palimpsest.models.anatomy import scored_parameters
 from palimpsest.models.loss import describe_ids, supervised_losses
-from palimpsest.rundir import UserError, hash_value
+from palimpsest.parallel import local, reshard
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -66,7 +67,7 @@ def estimate_importance(
     metadata: JSON values to keep with the scores, such as the modality.
     progress: called after every batch with (batches done, supervised tokens so far), of this process.
     distributed: the ranks of the initialised process group estimate together, each on its own batches, with
-        replicas of the model or with a model sharded by fully_shard; see `importance.distributed`.
+        replicas of the model or with a model sharded by fully_shard; see `importance.layouts`.
 
     The scores are in nats per supervised token (`fisher`: see reduce.py). Reductions over sequences fall back to
     one backward per sequence for parameters that are not used by exactly one linear layer, once; a warning and
@@ -79,16 +80,16 @@ def estimate_importance(
     Raises UserError: nothing to score, no batches, a batch without supervised tokens, a loss or gradient that
     is not finite (naming batch and examples), quantised weights, re-entrant checkpointing.
     """
-    ranks.reshard(model)
+    reshard(model)
     weights, tied = _once_each(scored_parameters(model) if parameters is None else parameters)
     _require_plain_weights(weights)
     metadata = dict(metadata or {})
     for key in RECORDED & metadata.keys():
         raise UserError(f"The estimation itself records {key!r} in the metadata; use another key.")
     chosen = chosen_reductions(reductions)
-    layout = ranks.layout_of(model, weights, chosen, distributed)
+    layout = layouts.layout_of(model, weights, chosen, distributed)
     with merged_adapters(model):
-        accumulators = Accumulators({name: ranks.local(weight) for name, weight in weights.items()}, chosen, offload)
+        accumulators = Accumulators({name: local(weight) for name, weight in weights.items()}, chosen, offload)
         return _scores(model, batches, weights, tied, accumulators, layout, metadata, progress)
 
 
@@ -98,19 +99,19 @@ def _scores(
     weights: Mapping[str, nn.Parameter],
     tied: Mapping[str, str],
     accumulators: Accumulators,
-    layout: ranks.Layout,
+    layout: layouts.Layout,
     metadata: Mapping[str, Any],
     progress: Callable[[int, int], None] | None,
 ) -> Scores:
     """The pass over the data, once everything that can be checked before it has been."""
     device = next(iter(weights.values())).device
-    described = ranks.describe_weights(weights, layout)
+    described = layouts.describe_weights(weights, layout)
     sequences = SequenceGradients(model, weights, accumulators) if accumulators.by_sequence else None
 
-    mine: list[ranks.BatchRecord] = []
+    mine: list[layouts.BatchRecord] = []
     installed = sequences.installed() if sequences else nullcontext()
     with _prepared(model, weights), _hooks(weights, accumulators.fold), installed:
-        for number, batch in enumerate(ranks.in_step(batches, layout, device)):
+        for number, batch in enumerate(layouts.in_step(batches, layout, device)):
             where = f"batch {number}{describe_ids(batch)}"
             if sequences:
                 sequences.expect(batch)
@@ -119,7 +120,7 @@ def _scores(
                 raise UserError(f"The loss of {where} depends on no scored parameter; check `parameters`.")
             if sequences:
                 sequences.settle(losses)
-            torch.autograd.backward(losses.sum() * ranks.loss_factor(layout))
+            torch.autograd.backward(losses.sum() * layouts.loss_factor(layout))
 
             batch_totals, firings = accumulators.take_batch()
             loss = losses.detach().double().sum().item()
@@ -127,14 +128,16 @@ def _scores(
             if sequences:
                 sequences.complete(model, batch, firings)
             digest = hashlib.sha256(_batch_bytes(batch)).hexdigest()
-            mine.append(ranks.BatchRecord(batch_totals, len(losses), len(batch["labels"]), loss, digest, set(firings)))
+            mine.append(
+                layouts.BatchRecord(batch_totals, len(losses), len(batch["labels"]), loss, digest, set(firings))
+            )
             if progress is not None:
                 progress(len(mine), sum(record.n_tokens for record in mine))
-    done = ranks.all_batches(mine, layout)
+    done = layouts.all_batches(mine, layout)
     if not done:
         raise UserError("There are no batches to estimate importance on; check the data and its filters.")
     if layout == "replicas":
-        ranks.sum_over_replicas((total for sums in accumulators.sums.values() for total in sums.values()), device)
+        layouts.sum_over_replicas((total for sums in accumulators.sums.values() for total in sums.values()), device)
 
     one_by_one = sequences.one_by_one if sequences else {}
     _warn_of(one_by_one)
@@ -159,7 +162,7 @@ def _scores(
     assert record.keys() == RECORDED
     tensors: dict[str, Mapping[str, Tensor]] = dict(accumulators.finish(n_tokens))
     if layout == "sharded":
-        tensors = {key: ranks.GatheredTensors(parts, weights) for key, parts in tensors.items()}
+        tensors = {key: layouts.GatheredTensors(parts, weights) for key, parts in tensors.items()}
     return Scores(
         {**metadata, **record},
         tensors,

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from palimpsest.importance.distributed import local, reshard
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
+from palimpsest.parallel import is_sharded, local, reshard
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -52,7 +52,7 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
         for layer in layers:
             for parameter in layer.get_base_layer().parameters(recurse=False):
                 if id(parameter) not in originals:
-                    if _is_sharded(parameter):
+                    if is_sharded(parameter):
                         originals[id(parameter)] = (parameter, local(parameter).clone())
                     else:
                         originals[id(parameter)] = (parameter, parameter.data)
@@ -73,11 +73,7 @@ def merged_adapters(model: nn.Module) -> Iterator[None]:
         if layers:
             reshard(model)
         for parameter, original in originals.values():
-            if _is_sharded(parameter):
+            if is_sharded(parameter):
                 local(parameter).copy_(original)
             else:
                 parameter.data = original
-
-
-def _is_sharded(parameter: Tensor) -> bool:
-    return local(parameter) is not parameter

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError, replacing
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, UInt8
@@ -118,12 +118,9 @@ class Mask:
 
     def save(self, path: Path) -> None:
         """One safetensors file, written under a temporary name, then renamed."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
         header = {"shapes": {name: list(shape) for name, shape in self.shapes.items()}, "about": self.about}
-        save_file(dict(self.packed), temporary, metadata={"mask": json.dumps(header)})
-        temporary.replace(path)
+        with replacing(Path(path)) as temporary:
+            save_file(dict(self.packed), temporary, metadata={"mask": json.dumps(header)})
 
     @classmethod
     def open(cls, path: Path) -> Mask:

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from palimpsest.files import UserError
 from palimpsest.importance.reduce import Accumulators, piece_size
 from palimpsest.models.loss import IGNORED, describe_ids, supervised_losses
-from palimpsest.rundir import UserError
 
 if TYPE_CHECKING:
     from jaxtyping import Float

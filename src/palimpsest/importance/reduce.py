@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from palimpsest.importance.distributed import local
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
+from palimpsest.parallel import local
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64

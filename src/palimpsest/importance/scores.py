@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,8 +23,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from palimpsest.files import UserError, hash_file, hash_value, read_json, replacing, write_json
 from palimpsest.models.anatomy import scored_parameters
-from palimpsest.rundir import UserError, hash_file, hash_value, read_json, write_json
+from palimpsest.parallel import is_sharded, reshard, whole
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -88,13 +88,12 @@ class Scores:
             files[reduction] = []
             for number, names in enumerate(_shards(self.metadata["parameters"], shard_bytes)):
                 path = folder / f"{reduction}-{number:05d}.safetensors"
-                temporary = path.with_name(f".{path.name}.tmp")
-                save_file({name: tensors[name].cpu().contiguous() for name in names}, temporary)
-                files[reduction].append(_publish(temporary, path))
-        temporary = folder / f".{BATCHES_FILE}.tmp"
-        with temporary.open("wb") as file:
+                with replacing(path) as temporary:
+                    save_file({name: tensors[name].cpu().contiguous() for name in names}, temporary)
+                files[reduction].append(_describe_file(path))
+        with replacing(folder / BATCHES_FILE) as temporary, temporary.open("wb") as file:
             np.savez(file, totals=self.batch_totals, tokens=self.batch_tokens)
-        batches = _publish(temporary, folder / BATCHES_FILE)
+        batches = _describe_file(folder / BATCHES_FILE)
         write_json(
             folder / SCORES_FILE,
             {"schema": SCHEMA, "metadata": self.metadata, "files": files, "batches": batches},
@@ -130,7 +129,7 @@ class Scores:
         Compares names, then shapes, then dtype and sha256 of each weight (about a second per 1.5 GB). Weights sharded
         by fully_shard are gathered one at a time; every rank must call.
         """
-        _reshard(model)
+        reshard(model)
         here = dict(scored_parameters(model) if parameters is None else parameters)
         there = {parameter["name"]: parameter for parameter in self.metadata["parameters"]}
 
@@ -160,8 +159,10 @@ def describe_parameters(parameters: Mapping[str, Tensor]) -> list[dict[str, Any]
 
     Parameters sharded by fully_shard are gathered one at a time; every rank must call, with the same names.
     """
-    if any(map(_is_sharded, parameters.values())):  # in one thread: all ranks must gather in the same order
-        return list(itertools.chain.from_iterable(describe_parameters({n: _whole(p)}) for n, p in parameters.items()))
+    if any(map(is_sharded, parameters.values())):  # in one thread: all ranks must gather in the same order
+        return list(
+            itertools.chain.from_iterable(describe_parameters({n: whole(p.detach())}) for n, p in parameters.items())
+        )
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashing releases the interpreter lock
         digests = pool.map(_digest, parameters.values())
         return [
@@ -172,7 +173,7 @@ def describe_parameters(parameters: Mapping[str, Tensor]) -> list[dict[str, Any]
 
 def model_digest(model: nn.Module) -> str:
     """SHA-256 over names, shapes, dtypes and bytes of the scored parameters; sharded: every rank must call."""
-    _reshard(model)
+    reshard(model)
     return hash_value(describe_parameters(scored_parameters(model)))
 
 
@@ -223,11 +224,8 @@ def _shards(parameters: list[dict[str, Any]], shard_bytes: int) -> Iterator[list
     yield names
 
 
-def _publish(temporary: Path, path: Path) -> dict[str, Any]:
-    """Flush and rename a finished file; its record for scores.json."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+def _describe_file(path: Path) -> dict[str, Any]:
+    """The record of a finished file for scores.json."""
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
@@ -247,23 +245,7 @@ def _dtype_name(tensor: Tensor) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _is_sharded(tensor: Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")  # a DTensor; its class is slow to import
-
-
-def _whole(tensor: Any) -> Tensor:
-    """A tensor sharded by fully_shard, gathered from all ranks; any other as it is."""
-    whole: Tensor = tensor.detach().full_tensor() if _is_sharded(tensor) else tensor
-    return whole
-
-
-def _reshard(model: nn.Module) -> None:
-    from palimpsest.importance.distributed import reshard  # which imports this module
-
-    reshard(model)
-
-
 def _digest(tensor: Tensor) -> str:
     """SHA-256 of the tensor's bytes, row-major; works for every dtype, bfloat16 included."""
-    data: Any = _whole(tensor).detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    data: Any = whole(tensor.detach()).cpu().contiguous().flatten().view(torch.uint8).numpy()
     return hashlib.sha256(data).hexdigest()

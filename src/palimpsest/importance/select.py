@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from palimpsest.importance.distributed import GatheredTensors
+from palimpsest.files import UserError
+from palimpsest.importance.layouts import GatheredTensors
 from palimpsest.importance.mask import Mask, Overlap, overlap
 from palimpsest.models.anatomy import layer_index
-from palimpsest.rundir import UserError
 
 if TYPE_CHECKING:
     from jaxtyping import Float32, Int64, UInt32

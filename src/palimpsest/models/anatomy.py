@@ -23,7 +23,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 if TYPE_CHECKING:
     from torch import nn

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from palimpsest.files import UserError, hash_file, read_json, require_disk, write_json
 from palimpsest.models import ct2
-from palimpsest.rundir import UserError, hash_file, read_json, require_disk, write_json
 
 if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration

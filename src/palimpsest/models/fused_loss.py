@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from palimpsest.files import UserError
 from palimpsest.models.anatomy import find_language_model
 from palimpsest.models.loss import forward_inputs, supervised_losses, supervised_positions
-from palimpsest.rundir import UserError
 
 if TYPE_CHECKING:
     from jaxtyping import Float

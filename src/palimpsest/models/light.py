@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from palimpsest.rundir import UserError, hash_file, read_json, write_json
+from palimpsest.files import UserError, hash_file, read_json, write_json
 
 if TYPE_CHECKING:
     import torch
@@ -91,24 +91,20 @@ def read_light(folder: Path) -> Light:
     return light
 
 
-def load_light(
-    folder: Path, *, dtype: torch.dtype | str = "float32", device: str = "cpu"
+def compose(
+    folder: Path, language_model: Any, tokenizer: Any, encoder: Any, feature_extractor: Any
 ) -> tuple[SpeechLM, SpeechLMProcessor]:
-    """(SpeechLM in eval mode, its processor); dtype "auto" is the one it was trained in.
+    """(SpeechLM, its processor) of a light folder and the models that it names, which become parts of it.
 
     Raises UserError for damaged files, and for a language model or encoder with other weights than trained on.
     """
     from safetensors.torch import load_file
 
-    from palimpsest.models.loading import load_encoder, load_language_model
     from palimpsest.models.processor import PromptStyle, SpeechLMProcessor
     from palimpsest.models.speech_lm import SpeechLM
 
     light = read_light(folder)
-    dtype = light.dtype if dtype == "auto" else dtype
-    language_model, tokenizer = load_language_model(light.language_model.name, dtype=dtype)
     _require_same(folder, "language model", light.language_model, language_model)
-    encoder, feature_extractor = load_encoder(light.encoder.name, dtype=dtype)
     _require_same(folder, "encoder", light.encoder, encoder)
     if (folder / ADAPTER).exists():
         language_model = merged(language_model, folder / ADAPTER.parent)
@@ -122,8 +118,7 @@ def load_light(
     )
     model.adaptor.load_state_dict(adaptor)
     style = PromptStyle(light.system, light.speech_instruction)
-    processor = SpeechLMProcessor(tokenizer, feature_extractor, light.stack_factor, light.speech_length, style)
-    return model.to(device).eval(), processor
+    return model, SpeechLMProcessor(tokenizer, feature_extractor, light.stack_factor, light.speech_length, style)
 
 
 def _require_same(folder: Path, what: str, part: Part, model: nn.Module) -> None:
@@ -146,41 +141,37 @@ def write_light(
     model: SpeechLM,
     processor: SpeechLMProcessor,
     *,
-    language_model: str,
-    encoder: str,
+    language_model: tuple[str, Any],
+    encoder: tuple[str, Any],
     adapter: Path | None,
     trained: Mapping[str, Any],
 ) -> None:
     """What `model` has learned, into `folder`, which exists and is empty.
 
-    language_model, encoder: names of what it was trained on; adapter: the PEFT folder of its training, if it has one.
+    language_model, encoder: name and model of what it was trained on, in its dtype; the language model is changed.
+    adapter: the PEFT folder of its training, if it has one.
     Raises UserError unless those, with the low-rank updates merged, are the model's own.
     """
     from safetensors.torch import load_file, save_file
 
-    from palimpsest.models.loading import load_encoder, load_language_model
-
     dtype: torch.dtype = model.dtype
-    base, _ = load_language_model(language_model, dtype=dtype)
-    heard, _ = load_encoder(encoder, dtype=dtype)
+    name, base = language_model
     parts = {
-        "language_model": Part(language_model, content_hash(base.named_parameters())),
-        "encoder": Part(encoder, content_hash(heard.named_parameters())),
+        "language_model": Part(name, content_hash(base.named_parameters())),
+        "encoder": Part(encoder[0], content_hash(encoder[1].named_parameters())),
     }
     if content_hash(model.encoder.named_parameters()) != parts["encoder"].content:
-        raise UserError(f"The encoder of the checkpoint is not {encoder}; name the one it was trained with.")
-    _require_made_of(model.language_model, base if adapter is None else merged(base, adapter), language_model, adapter)
+        raise UserError(f"The encoder of the checkpoint is not {encoder[0]}; name the one it was trained with.")
+    _require_made_of(model.language_model, base if adapter is None else merged(base, adapter), name, adapter)
 
-    save_file({name: _stored(tensor) for name, tensor in model.adaptor.state_dict().items()}, folder / ADAPTOR)
+    save_file({key: _stored(tensor) for key, tensor in model.adaptor.state_dict().items()}, folder / ADAPTOR)
     files = [ADAPTOR]
     if adapter is not None:
         (folder / ADAPTER).parent.mkdir()
         updates = load_file(adapter / ADAPTER.name)
-        save_file({name: _stored(tensor) for name, tensor in updates.items()}, folder / ADAPTER)
+        save_file({key: _stored(tensor) for key, tensor in updates.items()}, folder / ADAPTER)
         config = read_json(adapter / "adapter_config.json")
-        write_json(
-            folder / ADAPTER.parent / "adapter_config.json", {**config, "base_model_name_or_path": language_model}
-        )
+        write_json(folder / ADAPTER.parent / "adapter_config.json", {**config, "base_model_name_or_path": name})
         files.append(ADAPTER.as_posix())
     light = Light(
         **parts,
@@ -189,7 +180,7 @@ def write_light(
         speech_length=model.config.speech_length,
         system=processor.style.system,
         speech_instruction=processor.style.speech_instruction,
-        files={name: hash_file(folder / name) for name in files},
+        files={file: hash_file(folder / file) for file in files},
         trained=trained,
     )
     write_json(folder / FILE, asdict(light))

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import safe_open
 
+from palimpsest.files import UserError, hash_file, hash_value, read_json
 from palimpsest.models import embedded, light
 from palimpsest.models.anatomy import layer_index
-from palimpsest.rundir import UserError, hash_file, hash_value, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -243,9 +243,17 @@ def load_speech_lm(
             f"{folder} is not a speech LLM written by palimpsest; give a methods/NAME/checkpoint folder of a run."
         )
     if light.is_light(Path(where)):
-        return light.load_light(Path(where), dtype=dtype, device=device)
-    model = _from_pretrained(SpeechLM, where, dtype=dtype).to(device).eval()
-    return model, _from_pretrained(SpeechLMProcessor, where)
+        parts = light.read_light(Path(where))
+        dtype = parts.dtype if dtype == "auto" else dtype  # the one it was trained in
+        model, processor = light.compose(
+            Path(where),
+            *load_language_model(parts.language_model.name, dtype=dtype),
+            *load_encoder(parts.encoder.name, dtype=dtype),
+        )
+    else:
+        model = _from_pretrained(SpeechLM, where, dtype=dtype)
+        processor = _from_pretrained(SpeechLMProcessor, where)
+    return model.to(device).eval(), processor
 
 
 def _from_pretrained(kind: Any, where: str, **options: Any) -> Any:

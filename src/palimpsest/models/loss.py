@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from palimpsest.files import UserError
 from palimpsest.models.anatomy import unwrap
-from palimpsest.rundir import UserError
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int64

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoProcessor
 
+from palimpsest.files import UserError, read_json, write_json
 from palimpsest.models.speech_lm import SPEECH_POSITION, SpeechLength, SpeechLMConfig
-from palimpsest.rundir import UserError, read_json, write_json
 
 if TYPE_CHECKING:
     import numpy as np

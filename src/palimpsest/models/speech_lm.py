@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from palimpsest.files import UserError, hash_value, read_json
 from palimpsest.models import light
 from palimpsest.models.loading import embedding_width, is_speech_lm, load_encoder, resolve
-from palimpsest.rundir import UserError, hash_value, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor

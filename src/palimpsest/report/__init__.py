@@ -6,6 +6,6 @@ Reads files only. Imports of this package nothing but `rundir` and `paper`, and 
 from __future__ import annotations
 
 from palimpsest.report.figures import write_figure, write_figures
-from palimpsest.report.html import write_report
+from palimpsest.report.page import write_report
 
 __all__ = ["write_figure", "write_figures", "write_report"]

@@ -6,7 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from statistics import fmean, median
 
-from palimpsest.report.formats import (
+from palimpsest.records import ClusteringRecord, DeltaRecord, LayerRecord, ProbeRecord, ShiftRecord, TimingRecord
+from palimpsest.report.inputs import method_key, method_name
+from palimpsest.report.table import (
     EMPTY,
     Cell,
     Column,
@@ -19,9 +21,6 @@ from palimpsest.report.formats import (
     significant,
     text,
 )
-from palimpsest.report.inputs import method_key, method_name
-from palimpsest.rundir import ClusteringRecord, DeltaRecord, LayerRecord, ShiftRecord, TimingRecord
-from palimpsest.schema import ProbeRecord
 
 
 def probe(records: Sequence[ProbeRecord]) -> Table:

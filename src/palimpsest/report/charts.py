@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from palimpsest.report.formats import interval, percent, significant
+from palimpsest.records import DeactivationRecord, LayerRecord, QARecord
+from palimpsest.report.across_runs import n_runs
 from palimpsest.report.inputs import (
     MAIN_REDUCTION,
     Inputs,
@@ -21,9 +22,8 @@ from palimpsest.report.inputs import (
     task_name,
     text_layers,
 )
-from palimpsest.report.seeds import n_runs
 from palimpsest.report.style import GREYS, INK, LINE_HEIGHT, WIDTH, Drawing, log_labels, look, model_legend
-from palimpsest.rundir import DeactivationRecord, LayerRecord, QARecord
+from palimpsest.report.table import interval, percent, significant
 
 CONDITIONS = {"base": "whole", "bottom": "bottom removed", "random": "random removed", "top": "top removed"}
 HATCHES = ("", "....", "////", "")

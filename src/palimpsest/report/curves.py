@@ -11,11 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from palimpsest.report.formats import significant
+from palimpsest.records import DeactivationRecord, TrainingRecord
 from palimpsest.report.inputs import MAIN_REDUCTION, Inputs, at, method_key, method_name, methods_in
 from palimpsest.report.style import INK, LINE_HEIGHT, WIDTH, Drawing, log_labels, look, model_legend
-from palimpsest.rundir import DeactivationRecord
-from palimpsest.schema import TrainingRecord
+from palimpsest.report.table import significant
 
 REMOVED = {"top": "Most important removed", "random": "Random removed", "bottom": "Least important removed"}
 MODALITIES = {"text": "text input", "speech": "speech input"}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from palimpsest.report.formats import (
+from palimpsest.records import FloorRecord, PerplexityRecord, VoiceRecord
+from palimpsest.report.inputs import MODALITY_NAMES, method_key, method_name, modality_key, task_name
+from palimpsest.report.table import (
     EMPTY,
     NOT_FINITE,
     Cell,
@@ -17,8 +19,6 @@ from palimpsest.report.formats import (
     significant,
     text,
 )
-from palimpsest.report.inputs import MODALITY_NAMES, method_key, method_name, modality_key, task_name
-from palimpsest.schema import FloorRecord, PerplexityRecord, VoiceRecord
 
 FLOORS = {
     "unrelated": "Answers to other questions %",

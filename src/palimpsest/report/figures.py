@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from palimpsest.files import UserError, replacing, write_text
 from palimpsest.report import charts, curves, heatmaps
+from palimpsest.report.across_runs import by_method
 from palimpsest.report.inputs import Inputs, read_inputs
-from palimpsest.report.seeds import by_method
 from palimpsest.report.style import Drawing, style, to_png, to_svg
-from palimpsest.rundir import UserError, write_text
 
 FIGURES: dict[str, Callable[[Inputs], Drawing | None]] = {
     "figure1": heatmaps.importance,
@@ -74,7 +74,6 @@ def _write(run: Path, name: str, inputs: Inputs) -> list[Path]:
         png.unlink(missing_ok=True)
         return []
     write_text(svg, to_svg(drawing))
-    temporary = png.with_name(f".{png.name}.tmp")
-    temporary.write_bytes(to_png(drawing))
-    temporary.replace(png)
+    with replacing(png) as temporary:
+        temporary.write_bytes(to_png(drawing))
     return [svg, png]

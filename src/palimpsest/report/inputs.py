@@ -20,7 +20,10 @@ import numpy as np
 import numpy.typing as npt
 import yaml
 
-from palimpsest import rundir, schema
+from palimpsest import records
+from palimpsest.files import UserError
+from palimpsest.records import method_of
+from palimpsest.rundir import STEP_FILE
 
 METHOD_ORDER = ("base", "full", "layer_lr", "lora")
 METHOD_NAMES = {"base": "Base", "full": "Full-FT", "layer_lr": "Layer-LR", "lora": "LoRA"}
@@ -56,25 +59,25 @@ MAX_SAMPLES_BYTES = 64 * 2**20  # of one samples.jsonl
 class Results(TypedDict):
     """results.json, every table present (empty where the run has none)."""
 
-    deactivation: list[rundir.DeactivationRecord]
-    qa: list[rundir.QARecord]
-    qa_floors: list[schema.FloorRecord]
-    voices: list[schema.VoiceRecord]
-    perplexity: list[schema.PerplexityRecord]
-    comparisons: list[rundir.ComparisonRecord]
-    probe: list[schema.ProbeRecord]
-    layers: list[rundir.LayerRecord]
-    shift: list[rundir.ShiftRecord]
-    clustering: list[rundir.ClusteringRecord]
-    clustering_summary: list[schema.ClusteringSummaryRecord]
-    delta: list[rundir.DeltaRecord]
-    mask_overlap: list[schema.MaskOverlapRecord]
-    correlations: list[schema.CorrelationRecord]
-    training: list[schema.TrainingRecord]
-    seeds: list[schema.SeedRecord]
-    seed_comparisons: list[schema.PairRecord]
-    claims: list[rundir.ClaimRecord]
-    timings: list[rundir.TimingRecord]
+    deactivation: list[records.DeactivationRecord]
+    qa: list[records.QARecord]
+    qa_floors: list[records.FloorRecord]
+    voices: list[records.VoiceRecord]
+    perplexity: list[records.PerplexityRecord]
+    comparisons: list[records.ComparisonRecord]
+    probe: list[records.ProbeRecord]
+    layers: list[records.LayerRecord]
+    shift: list[records.ShiftRecord]
+    clustering: list[records.ClusteringRecord]
+    clustering_summary: list[records.ClusteringSummaryRecord]
+    delta: list[records.DeltaRecord]
+    mask_overlap: list[records.MaskOverlapRecord]
+    correlations: list[records.CorrelationRecord]
+    training: list[records.TrainingRecord]
+    seeds: list[records.SeedRecord]
+    seed_comparisons: list[records.PairRecord]
+    claims: list[records.ClaimRecord]
+    timings: list[records.TimingRecord]
 
 
 class Sample(TypedDict):
@@ -111,7 +114,7 @@ def read_inputs(run: Path) -> Inputs:
         UserError: `run` is not a folder.
     """
     if not run.is_dir():
-        raise rundir.UserError(f"{run} is not a folder; give the run directory of a study.")
+        raise UserError(f"{run} is not a folder; give the run directory of a study.")
     missing: list[str] = []
     results = _read_results(run / "results.json", missing)
     provenance = _read_mapping(run / "provenance.json", missing)
@@ -140,7 +143,7 @@ def read_inputs(run: Path) -> Inputs:
 # ----------------------------------------------------------------------------------------------------------
 def method_key(method: str) -> tuple[int, str]:
     """Sort key: base and the paper's methods first, in its order; then the others by name; runs after their method."""
-    method, number = schema.method_of(method)
+    method, number = method_of(method)
     if number:
         group, name = method_key(method)
         return group, f"{name}-seed{number:06d}"
@@ -151,7 +154,7 @@ def method_key(method: str) -> tuple[int, str]:
 
 
 def method_name(method: str) -> str:
-    method, number = schema.method_of(method)
+    method, number = method_of(method)
     if number:
         return f"{method_name(method)}, run {number + 1}"
     rank = lora_rank(method)
@@ -206,13 +209,13 @@ def main_reduction(results: Results) -> str:
     return MAIN_REDUCTION if MAIN_REDUCTION in reductions or not reductions else reductions[0]
 
 
-def text_layers(results: Results) -> list[rundir.LayerRecord]:
+def text_layers(results: Results) -> list[records.LayerRecord]:
     """The records of the layer figures: text input, whole layers, the main reduction."""
     wanted = ("text", "all", main_reduction(results))
     return [row for row in results["layers"] if (row["modality"], row["kind"], row["reduction"]) == wanted]
 
 
-def peak_layer(rows: list[rundir.LayerRecord], model: str) -> int:
+def peak_layer(rows: list[records.LayerRecord], model: str) -> int:
     """The layer with the largest share of the model's importance, by its number from 0."""
     return max((row for row in rows if row["model"] == model), key=lambda row: row["share"])["layer"]
 
@@ -246,14 +249,14 @@ def _read_mapping(path: Path, missing: list[str]) -> dict[str, Any] | None:
 
 def _read_results(path: Path, missing: list[str]) -> Results:
     raw = _read_mapping(path, missing)
-    if raw is not None and raw.get("schema") != rundir.SCHEMA:
+    if raw is not None and raw.get("schema") != records.SCHEMA:
         missing.append(
-            f"{path.name} says schema {raw.get('schema')!r}, this version reads {rundir.SCHEMA}; "
+            f"{path.name} says schema {raw.get('schema')!r}, this version reads {records.SCHEMA}; "
             "what it does not know is left out."
         )
     types = get_type_hints(Results)
     tables: dict[str, list[Any]] = {}
-    for table in rundir.RESULT_TABLES:
+    for table in records.RESULT_TABLES:
         (record,) = get_args(types[table])
         rows = None if raw is None else raw.get(table)
         tables[table] = []
@@ -390,3 +393,17 @@ def _sample(row: dict[str, Any]) -> Sample:
 
 def _first_line(error: Exception) -> str:
     return re.sub(r"\s+", " ", str(error)).strip()[:160]
+
+
+def missing_steps(run: Path, provenance: dict[str, Any]) -> list[str]:
+    """A sentence for the steps begun and not finished, one for the finished steps that are not there any more."""
+    # .working/ holds a step as STEP-FINGERPRINT with __ for /; see rundir.RunDir.step.
+    begun = sorted({path.name.rpartition("-")[0].replace("__", "/") for path in run.glob(".working/*-*")})
+    done = at(provenance, "steps")
+    gone = [name for name in done if not (run / name / STEP_FILE).is_file()] if isinstance(done, dict) else []
+    sentences = []
+    if begun:
+        sentences.append(f"Begun and not finished: {', '.join(begun)}.")
+    if gone:
+        sentences.append(f"Steps whose folder is gone, which a resumed study runs again: {', '.join(gone)}.")
+    return sentences

@@ -1,4 +1,8 @@
-"""What all pages share: the template engine, the style, the one script and the policy under which only it may run."""
+"""The report as one HTML file that needs no network: summary, tables, figures, samples, provenance.
+
+Everything that comes from the run directory is escaped by the template engine. As a second fence the page
+carries a content security policy under which only its own script runs and nothing is loaded from anywhere.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +14,27 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from palimpsest import paper
-from palimpsest.report import commands
-from palimpsest.report.formats import to_csv, to_html, to_latex, to_markdown
+from palimpsest.files import write_text
+from palimpsest.report import across_runs as seeds
+from palimpsest.report import analysis_tables, evaluation_tables, paper, structure_tables, summary, tables
+from palimpsest.report import remake as commands
+from palimpsest.report.across_runs import by_method, n_runs
+from palimpsest.report.figures import FIGURES, OPTIONAL, draw, why_not
+from palimpsest.report.inputs import (
+    Inputs,
+    at,
+    flat,
+    lora_rank,
+    main_metric,
+    main_reduction,
+    missing_steps,
+    read_inputs,
+    task_name,
+)
+from palimpsest.report.recordings import read_recordings
+from palimpsest.report.samples import MAX_QUESTIONS, samples_of
 from palimpsest.report.style import Drawing, to_inline_svg
-from palimpsest.rundir import write_text
+from palimpsest.report.table import DASH, Table, to_csv, to_html, to_latex, to_markdown
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -50,3 +70,121 @@ def write_page(path: Path, page: str) -> None:
 
 def _svg(drawing: Drawing) -> Markup:
     return Markup(to_inline_svg(drawing))  # matplotlib escapes the texts it is given
+
+
+MAX_VALUE = 400  # characters of one provenance value
+
+
+def write_report(run: Path, out: Path | None = None, *, audio: bool = True, samples: bool = True) -> Path:
+    """Write `out`, by default `run`/report.html, from what the run directory holds and return its path.
+
+    Missing or damaged parts are named in the report, not raised. The same directory,
+    called from the same place, gives the same bytes.
+
+    Args:
+        audio: put recordings of the spoken questions shown into the page.
+        samples: show questions and answers; False leaves out the recordings too.
+
+    Raises:
+        UserError: `run` is not a folder.
+    """
+    path = out or run / "report.html"
+    page = render(read_inputs(run), audio=audio, samples=samples)
+    write_page(path, page)
+    return path
+
+
+def render(inputs: Inputs, *, audio: bool = True, samples: bool = True) -> str:
+    """The page as text."""
+    every_run, inputs = inputs, by_method(inputs)
+    drawings = {name: drawing for name in FIGURES if (drawing := draw(name, inputs)) is not None}
+    questions = samples_of(inputs) if samples else {}
+    recordings = read_recordings(inputs, questions, audio)
+    not_drawn = {name: why_not(name, inputs) for name in FIGURES if name not in drawings}
+    return render_page(
+        "report.html.j2",
+        name=inputs.path.resolve().name,
+        run=inputs.path,
+        scale=summary.scale(inputs),
+        points=summary.points_of(inputs),
+        missing=[
+            *inputs.missing,
+            *missing_steps(inputs.path, inputs.provenance),
+            *recordings.missing,
+            *(why for name, why in not_drawn.items() if name not in OPTIONAL),
+        ],
+        not_drawn=not_drawn,
+        tables=tables_of(inputs, every_run),
+        drawings=drawings,
+        samples=questions,
+        show_samples=samples,
+        task_name=task_name,
+        recordings=recordings,
+        audio=audio,
+        max_questions=MAX_QUESTIONS,
+        metric=main_metric(inputs.results),
+        provenance=_provenance(inputs),
+        config=inputs.config_text,
+    )
+
+
+def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Table]:
+    """Every table that has a row of this run; one with the paper's numbers alone would pass for a result.
+
+    every_run: the inputs before `by_method`, for the tables that list every training run.
+    """
+    results, runs = inputs.results, (every_run or inputs).results
+    of_each = n_runs(results)
+    metric = main_metric(results)
+    model = summary.model_name(inputs) or DASH
+    every = [
+        tables.deactivation(runs["deactivation"]),
+        tables.accuracy(results["qa"], metric, model, _tuned_on_text(inputs), of_each),
+        tables.accuracy_details(runs["qa"]),
+        evaluation_tables.floors(results["qa_floors"], metric),
+        evaluation_tables.voices(results["voices"]),
+        tables.lora_rank(results["qa"], metric, _ranks(inputs), model, of_each),
+        tables.comparisons(runs["comparisons"] if of_each == 1 else []),  # else of first runs alone
+        seeds.seeds(results["seeds"]),
+        seeds.comparisons(results["seed_comparisons"]),
+        evaluation_tables.perplexity(results["perplexity"]),
+        tables.claims(results["claims"]),
+        analysis_tables.probe(results["probe"]),
+        analysis_tables.layers(results["layers"], "text", main_reduction(results)),
+        analysis_tables.shift(results["shift"]),
+        analysis_tables.clustering(results["clustering"]),
+        structure_tables.clustering_summary(results["clustering_summary"]),
+        analysis_tables.delta(results["delta"]),
+        structure_tables.mask_overlap(results["mask_overlap"]),
+        structure_tables.correlations(results["correlations"]),
+        analysis_tables.timings(results["timings"]),
+    ]
+    return {table.name: table for table in every if len(table.rows) > len(table.published)}
+
+
+def _tuned_on_text(inputs: Inputs) -> list[str]:
+    """The methods that study.yaml trains on questions given as text."""
+    methods = {row["method"] for row in inputs.results["qa"]}
+    return [method for method in sorted(methods) if at(inputs.config, "methods", method, "modality") == "text"]
+
+
+def _ranks(inputs: Inputs) -> dict[str, int]:
+    """The rank of every LoRA method: what study.yaml says, else what its name says."""
+    ranks: dict[str, int] = {}
+    for method in sorted({row["method"] for row in inputs.results["qa"]}):
+        options = at(inputs.config, "methods", method)
+        configured = at(options, "rank") if at(options, "kind") == "lora" else None
+        rank = configured if isinstance(configured, int) else lora_rank(method)
+        if rank is not None:
+            ranks[method] = rank
+    return ranks
+
+
+def _provenance(inputs: Inputs) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Titled groups of rows: the many fingerprints of the steps apart from the rest."""
+    rows = list(flat(inputs.provenance, MAX_VALUE))
+    steps = [row for row in rows if row[0].startswith("steps.")]
+    return [
+        ("Versions, hardware, models, data", [row for row in rows if row not in steps]),
+        ("Fingerprints of the steps", steps),
+    ]

@@ -5,15 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from palimpsest.report.inputs import (
-    MODALITY_NAMES,
-    Inputs,
-    Sample,
-    main_metric,
-    method_key,
-    method_name,
-    modality_key,
-)
+from palimpsest.report.inputs import MODALITY_NAMES, Inputs, Sample, main_metric, method_key, method_name, modality_key
 
 MAX_QUESTIONS = 20  # of a task, whose answers are shown
 MAX_CHARACTERS = 600  # of one answer

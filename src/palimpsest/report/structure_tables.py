@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from palimpsest.report.formats import Cell, Column, Table, count, interval, number, p_value, percent, text
+from palimpsest.records import ClusteringSummaryRecord, CorrelationRecord, MaskOverlapRecord
 from palimpsest.report.inputs import method_key, method_name
-from palimpsest.schema import ClusteringSummaryRecord, CorrelationRecord, MaskOverlapRecord
+from palimpsest.report.table import Cell, Column, Table, count, interval, number, p_value, percent, text
 
 OF = {"importance": "importance", "mask": "top mask", "delta": "change"}
 ORDER = ("importance", "mask", "delta")

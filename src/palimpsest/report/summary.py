@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from palimpsest.report.formats import interval, p_value, percent, points, significant
+from palimpsest.records import ComparisonRecord, QARecord
+from palimpsest.report.across_runs import n_runs
 from palimpsest.report.inputs import (
     Inputs,
     at,
@@ -20,8 +21,7 @@ from palimpsest.report.inputs import (
     task_name,
     text_layers,
 )
-from palimpsest.report.seeds import n_runs
-from palimpsest.rundir import ComparisonRecord, QARecord
+from palimpsest.report.table import interval, p_value, percent, points, significant
 
 NO_SPEECH = 0.10  # an S2T accuracy whose whole 95 % interval lies below this is called no understanding
 LEVEL = 0.05

@@ -11,8 +11,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from palimpsest import paper
-from palimpsest.report.formats import (
+from palimpsest.records import ClaimRecord, ComparisonRecord, DeactivationRecord, QARecord
+from palimpsest.report import paper
+from palimpsest.report.inputs import MODALITY_NAMES, method_key, method_name, modality_key, task_name
+from palimpsest.report.table import (
     DASH,
     EMPTY,
     NOT_FINITE,
@@ -27,13 +29,6 @@ from palimpsest.report.formats import (
     points,
     significant,
     text,
-)
-from palimpsest.report.inputs import MODALITY_NAMES, method_key, method_name, modality_key, task_name
-from palimpsest.rundir import (
-    ClaimRecord,
-    ComparisonRecord,
-    DeactivationRecord,
-    QARecord,
 )
 
 OURS = "measured here"

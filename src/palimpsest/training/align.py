@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from palimpsest.processes import is_main, share
-from palimpsest.rundir import UserError, hash_value
+from palimpsest.files import UserError, hash_value, replacing
+from palimpsest.parallel import is_main, share
 from palimpsest.training.batching import EpochBatches
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from palimpsest.data.collate import Collator
-    from palimpsest.data.records import Example
+    from palimpsest.data.examples import Example
     from palimpsest.models.speech_lm import SpeechAdaptor, SpeechLM
-    from palimpsest.schema import TrainingRecord
+    from palimpsest.records import TrainingRecord
     from palimpsest.training.settings import Settings
 
 CALIBRATION = 256  # utterances that set the adaptor's buffers
@@ -295,6 +295,5 @@ def _resume(state: Path | None, run: str, parts: Mapping[str, Any]) -> list[floa
 def _save(state: Path | None, run: str, parts: Mapping[str, Any], losses: list[float]) -> None:
     if state is None:
         return
-    temporary = state.with_name(f".{state.name}.tmp")
-    torch.save({"run": run, "losses": losses, **{name: part.state_dict() for name, part in parts.items()}}, temporary)
-    temporary.replace(state)
+    with replacing(state) as temporary:
+        torch.save({"run": run, "losses": losses, **{n: part.state_dict() for n, part in parts.items()}}, temporary)

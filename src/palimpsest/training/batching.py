@@ -14,11 +14,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 if TYPE_CHECKING:
     from palimpsest.data.collate import Collator
-    from palimpsest.data.records import Example
+    from palimpsest.data.examples import Example
 
 
 def epoch_batches(

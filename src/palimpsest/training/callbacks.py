@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from palimpsest.processes import is_main, wait_for_all
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
+from palimpsest.parallel import is_main, wait_for_all
 
 COMPLETE = "complete"  # empty file the Trainer's checkpoint gets when all of it is written
 

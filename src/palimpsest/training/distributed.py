@@ -24,11 +24,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from palimpsest.importance.distributed import reshard
+from palimpsest.files import UserError
 from palimpsest.models.anatomy import find_language_model, layer_index
 from palimpsest.models.loss import IGNORED
-from palimpsest.processes import is_main, rank, world_size
-from palimpsest.rundir import UserError
+from palimpsest.parallel import is_main, rank, reshard, whole, world_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -178,11 +177,6 @@ def gather(twin: nn.Module, model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parameter.data = whole(trained[name].detach())
         parameter.requires_grad_(trained[name].requires_grad)
-
-
-def whole(tensor: Any) -> Any:
-    """A tensor in parts, gathered; every rank must call. Anything else as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from palimpsest.data.collate import Collator
-    from palimpsest.data.records import Example
+    from palimpsest.data.examples import Example
 
 HeldOut = Mapping[str, tuple["Collator", Sequence["Example"]]]  # by modality
 

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from palimpsest.files import UserError
 from palimpsest.models.anatomy import layer_index, scored_parameters
-from palimpsest.rundir import UserError
 from palimpsest.training.rules import Rule, layer_rules
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 from palimpsest.training.batching import EpochBatches, require_budget, sequence_lengths
 from palimpsest.training.methods import Method, rules_for
 from palimpsest.training.rules import Rule
@@ -20,7 +20,7 @@ from palimpsest.training.settings import Settings, n_steps
 
 if TYPE_CHECKING:
     from palimpsest.data.collate import Collator
-    from palimpsest.data.records import Example
+    from palimpsest.data.examples import Example
 
 PhaseName = Literal["adaptor", "method"]
 ADAPTOR_ONLY: tuple[Rule, ...] = ((r"^encoder\.", None), (r"^adaptor\.", 1.0), (r".*", None))

@@ -18,15 +18,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palimpsest.changes import differences, in_words
-from palimpsest.processes import is_main, share
-from palimpsest.rundir import UserError, hash_value, read_json, write_json
-from palimpsest.schema import TrainingRecord
+from palimpsest.files import UserError, differences, hash_value, in_words, read_json, replacing, write_json
+from palimpsest.parallel import is_main, share
+from palimpsest.records import TrainingRecord
 from palimpsest.training.callbacks import COMPLETE
 
 if TYPE_CHECKING:
     from palimpsest.data.collate import Collator
-    from palimpsest.data.records import Example
+    from palimpsest.data.examples import Example
     from palimpsest.models.speech_lm import SpeechLM
 
 RUN, DONE, RECORDS = "run.json", "done.safetensors", "done.json"
@@ -94,9 +93,8 @@ def adaptor_phase(model: SpeechLM, folder: Path, run: Callable[[Path], list[Trai
     if not is_main():
         return records
     write_json(folder / RECORDS, records)
-    temporary = folder / f".{DONE}.tmp"  # renamed last: the file is there only when all of it is
-    save_file({name: value.contiguous() for name, value in model.adaptor.state_dict().items()}, temporary)
-    temporary.replace(folder / DONE)
+    with replacing(folder / DONE) as temporary:
+        save_file({name: value.contiguous() for name, value in model.adaptor.state_dict().items()}, temporary)
     return records
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from palimpsest.rundir import UserError
+from palimpsest.files import UserError
 
 if TYPE_CHECKING:
     from torch import nn

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from palimpsest.files import UserError
 from palimpsest.models.fused_loss import Kernel, choose_kernel
-from palimpsest.processes import is_main
-from palimpsest.rundir import UserError
-from palimpsest.schema import TrainingRecord
+from palimpsest.parallel import is_main
+from palimpsest.records import TrainingRecord
 from palimpsest.training import distributed
 from palimpsest.training.align import align_phase, align_steps
 from palimpsest.training.callbacks import require_loggers
@@ -30,7 +30,7 @@ from palimpsest.training.trainer import run_phase
 
 if TYPE_CHECKING:
     from palimpsest.data.collate import Collator
-    from palimpsest.data.records import Example
+    from palimpsest.data.examples import Example
     from palimpsest.models.speech_lm import SpeechLM
 
 __all__ = ["AdaptorFirst", "Align", "Settings", "n_steps", "require_options", "train"]

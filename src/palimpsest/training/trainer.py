@@ -17,11 +17,11 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from palimpsest.data.collate import to_device
+from palimpsest.files import UserError
 from palimpsest.models.fused_loss import Kernel, fused_loss, require_same_loss
 from palimpsest.models.loss import describe_ids, supervised_losses
-from palimpsest.processes import is_main, world_size
-from palimpsest.rundir import UserError
-from palimpsest.schema import TrainingRecord
+from palimpsest.parallel import is_main, whole, world_size
+from palimpsest.records import TrainingRecord
 from palimpsest.training import distributed
 from palimpsest.training.callbacks import EvaluateAtTheEnd, MarkComplete, ReportProgress
 from palimpsest.training.held_out import HeldOut, measure, modalities_of
@@ -184,7 +184,7 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
         return distributed.loss_of_rank(total, n_tokens if num_items_in_batch is None else num_items_in_batch, inputs)
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
-        norm: torch.Tensor = distributed.whole(super()._clip_grad_norm(model))
+        norm: torch.Tensor = whole(super()._clip_grad_norm(model))
         if not math.isfinite(float(norm)):
             raise self._not_finite("gradient norm", float(norm), {"ids": self.step_ids})
         self.step_ids = []

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from palimpsest.config import StudyConfig, load_config
-from palimpsest.data.records import Example
+from palimpsest.data.examples import Example
 from palimpsest.data.speech import read_audio
+from palimpsest.files import UserError
 from palimpsest.report.inputs import method_name
-from palimpsest.rundir import UserError
 
 if TYPE_CHECKING:
-    from palimpsest.evaluation.generate import Answerer
+    from palimpsest.evaluation.answers import Answerer
 
 BASE = "base"
 Input = Literal["text", "speech", "cascade"]
@@ -150,12 +150,12 @@ def _answers(
 
 
 def _load(panel: Panel, model: str, heard: str | None, limit: int) -> dict[Input, Answerer]:
+    from palimpsest.evaluation.answers import text_answerer
     from palimpsest.evaluation.cascade import cascade_answerer, heard_before
-    from palimpsest.evaluation.generate import text_answerer
-    from palimpsest.evaluation.speech import recording_answerer
+    from palimpsest.evaluation.spoken import recording_answerer
     from palimpsest.models.loading import load_language_model, load_speech_lm
     from palimpsest.progress import Reporter
-    from palimpsest.workspace import Workspace
+    from palimpsest.study.workspace import Workspace
 
     models, system = panel.config.models, panel.config.prompt.system
     if model == BASE:

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from palimpsest.analysis.clustering import concentration
 from palimpsest.analysis.maps import block_map
+from palimpsest.files import UserError, read_json
 from palimpsest.models.anatomy import layer_index
 from palimpsest.report.heatmaps import short_name
 from palimpsest.report.inputs import Inputs, at, main_reduction, method_key, method_name
 from palimpsest.report.style import COLOR_MAP, power_of_ten, style
-from palimpsest.rundir import UserError, read_json
 
 BASE = "base"
 N_DECADES = 5  # of a matrix's colour scale below its largest value

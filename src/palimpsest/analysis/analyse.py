@@ -1,0 +1,192 @@
+"""All measures of a study, model by model: and the heat maps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from palimpsest.analysis.clustering import cluster_records, summary_records
+from palimpsest.analysis.delta import AbsoluteChange, Change, delta_records
+from palimpsest.analysis.layers import ModelLayers, layer_batches, layer_distribution, layer_records
+from palimpsest.analysis.low_rank import low_rank_records
+from palimpsest.analysis.maps import block_map, write_maps
+from palimpsest.analysis.overlap import overlap_records
+from palimpsest.analysis.shift import ADDITIVE_OVER_BATCHES, contrast_records, shift_records
+from palimpsest.files import write_json
+from palimpsest.importance.mask import Mask
+from palimpsest.importance.select import select
+from palimpsest.models.anatomy import layer_index, module_kind
+from palimpsest.records import (
+    ClusteringRecord,
+    DeltaRecord,
+    LayerRecord,
+    MaskOverlapRecord,
+    ShiftRecord,
+    method_of,
+    run_name,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from palimpsest.importance.scores import Scores
+
+BASE = "base"
+MAP_KINDS = ("q", "o", "up", "down")  # one attention input, one output, and both sides of the MLP
+Weights = Mapping[str, "Tensor"]
+
+
+TABLES = ("layers", "shift", "clustering", "clustering_summary", "delta", "mask_overlap")
+
+
+def write_tables(
+    folder: Path,
+    *,
+    models: Sequence[str],
+    clustered: Sequence[str] | None = None,
+    scores: Callable[[str], Scores],
+    weights: Callable[[str], Weights],
+    other: Callable[[], Scores] | None = None,
+    reduction: str,
+    ratio: float,
+    rank: int = 8,
+    n_shuffles: int,
+    rank_draws: int = 0,
+    n_draws: int,
+    seed: int,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Write TABLE.json for each of `TABLES`.
+
+    models: "base" first. clustered: those whose clustering, change and overlap are computed too; None: all. `scores`,
+    `weights` and `other` open a model's files; they are opened for each use and dropped, since pages of a mapped file
+    count as memory as long as it is open. other: the base's scores on other data, for noise floors. `reduction` is the
+    one that clustering and overlaps are taken of; layers and shift are given for every reduction. rank: to which
+    changes are cut for the clustering that low rank does not explain.
+    """
+    tuned = [name for name in models if name != BASE]
+    clustered = models if clustered is None else clustered
+    total, done = 1 + len(clustered) + 3 * sum(name != BASE for name in clustered), 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        progress(done, total)
+
+    layers: list[LayerRecord] = []
+    shift: list[ShiftRecord] = []
+    for kind in scores(BASE).reductions:
+        by_model = {name: _model_layers(name, scores(name), kind) for name in models}
+        elsewhere = _model_layers(BASE, other(), kind) if other else None
+        options: dict[str, Any] = {"modality": "text", "reduction": kind}
+        draws: dict[str, Any] = {"n_draws": n_draws, "seed": seed}
+        for model in by_model.values():
+            layers += layer_records(model, **options)
+        for name in tuned:
+            shift += shift_records(by_model[BASE], by_model[name], **options, **draws, other=elsewhere)
+            full = _full_of(name, models)
+            if full is not None:
+                shift += contrast_records(by_model[BASE], by_model[name], by_model[full], **options, **draws)
+    advance()
+
+    cluster: dict[str, Any] = {"n_shuffles": n_shuffles, "rank_draws": rank_draws, "seed": seed}
+    clustering: list[ClusteringRecord] = []
+    for name in clustered:
+        tensors = scores(name).tensors(reduction)
+        clustering += cluster_records(name, "importance", tensors, **cluster)
+        if name == BASE:  # where the other models' masks lie is the business of mask_overlap
+            clustering += cluster_records(name, "mask", _Unpacked(select(tensors, ratio)), **cluster)
+        del tensors
+        advance()
+    delta: list[DeltaRecord] = []
+    overlap: list[MaskOverlapRecord] = []
+    for name in [name for name in clustered if name != BASE]:
+        clustering += cluster_records(name, "delta", AbsoluteChange(weights(BASE), weights(name)), **cluster)
+        advance()
+        clustering += low_rank_records(name, Change(weights(BASE), weights(name)), rank, seed=seed)
+        advance()
+        base_scores = scores(BASE).tensors(reduction)
+        delta += delta_records(weights(BASE), weights(name), base_scores, method=name, ratio=ratio)
+        overlap += overlap_records(
+            name,
+            scores(name).tensors(reduction),
+            BASE,
+            base_scores,
+            other=other().tensors(reduction) if other else None,
+            ratio=ratio,
+            seed=seed,
+        )
+        del base_scores
+        advance()
+
+    tables: dict[str, Any] = {
+        "layers": layers,
+        "shift": shift,
+        "clustering": clustering,
+        "clustering_summary": summary_records(clustering, seed=seed),
+        "delta": delta,
+        "mask_overlap": overlap,
+    }
+    for table in TABLES:
+        write_json(folder / f"{table}.json", tables[table])
+
+
+def _full_of(name: str, models: Sequence[str]) -> str | None:
+    """The full fine-tuning that a model is set against: of several training runs the one of the same number."""
+    same = run_name("full", method_of(name)[1])
+    full = same if same in models else "full"
+    return full if full in models and full != name else None
+
+
+class _Unpacked(Mapping[str, "Tensor"]):
+    """The matrices of a mask as float32 zeros and ones, unpacked on access."""
+
+    def __init__(self, mask: Mask) -> None:
+        self._mask = mask
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._mask.tensor(name).float()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._mask.names)
+
+    def __len__(self) -> int:
+        return len(self._mask.names)
+
+
+def _model_layers(name: str, scores: Scores, reduction: str) -> ModelLayers:
+    batches = layer_batches(scores.batch_totals, scores.names) if reduction in ADDITIVE_OVER_BATCHES else None
+    return ModelLayers(name, layer_distribution(scores.tensors(reduction)), batches)
+
+
+def write_study_maps(
+    folder: Path,
+    *,
+    models: Sequence[str],
+    scores: Callable[[str], Scores],
+    weights: Callable[[str], Weights],
+    reduction: str,
+) -> None:
+    """importance.npz and delta.npz: heat maps of a few matrices, early, middle and late; keys "MODEL|PARAMETER".
+
+    Importance by the largest entry of each block; changes by the mean, since an optimizer such as Adam moves nearly
+    every weight by about its learning rate, and the largest of a block says nothing then.
+    """
+    names = _mapped_names(list(scores(BASE).tensors(reduction)))
+    importance: dict[str, Any] = {}
+    change: dict[str, Any] = {}
+    for model in models:
+        tensors = scores(model).tensors(reduction)
+        importance |= {f"{model}|{name}": block_map(tensors[name]) for name in names}
+        if model != BASE:
+            delta = AbsoluteChange(weights(BASE), weights(model))
+            change |= {f"{model}|{name}": block_map(delta[name], reduce="mean") for name in names}
+    write_maps(folder / "importance.npz", importance)
+    write_maps(folder / "delta.npz", change)
+
+
+def _mapped_names(names: list[str]) -> list[str]:
+    n_layers = 1 + max(layer_index(name) or 0 for name in names)
+    depths = sorted({n_layers // 6, n_layers // 2, n_layers - 1 - n_layers // 6})
+    return [name for name in names if layer_index(name) in depths and module_kind(name) in MAP_KINDS]

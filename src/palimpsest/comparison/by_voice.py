@@ -1,0 +1,78 @@
+"""Is a voice that was not trained on understood as well? The table `voices` of results.json.
+
+Of every task whose questions are spoken in several voices: the accuracy of each method by the voice of the question,
+beside its accuracy on the same questions as text, which says how hard they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from palimpsest.comparison.training_runs import BASE, Verdicts, runs_of
+from palimpsest.data.examples import Example
+from palimpsest.evaluation.scoring import PRIMARY
+from palimpsest.intervals import clustered_difference, wilson
+from palimpsest.records import VoiceRecord
+
+RECORDING = "recording"  # the voice of questions that came with their audio and no name of a voice
+
+
+def voice_records(
+    task: str,
+    examples: Sequence[Example],
+    methods: Sequence[str],
+    n_seeds: int,
+    verdicts: Mapping[str, Verdicts],
+    trained_on: Collection[str],
+) -> list[VoiceRecord]:
+    """One row per method, spoken modality and voice; none where the task has one voice.
+
+    verdicts: by modality. trained_on: voices of the study's training questions. A method's accuracy is the mean over
+    its training runs; with several the interval is clustered by question and by seed, else it is Wilson's.
+    """
+    by_voice: dict[str, list[str]] = {}
+    for example in examples:
+        by_voice.setdefault(example.voice or RECORDING, []).append(example.id)
+    if len(by_voice) < 2:
+        return []
+    records: list[VoiceRecord] = []
+    for modality in ("speech", "cascade"):
+        for method in (BASE, *methods):
+            runs = [BASE] if method == BASE else runs_of(method, n_seeds)
+            heard = verdicts.get(modality, {})
+            if any(run not in heard for run in runs):
+                continue
+            read = verdicts["text"]
+            for voice, ids in by_voice.items():
+                right = np.array([[heard[run][i] for i in ids] for run in runs], dtype=np.float64)
+                low, high = _interval(right)
+                records.append(
+                    {
+                        "method": method,
+                        "task": task,
+                        "modality": modality,
+                        "voice": voice,
+                        "trained_on": voice in trained_on,
+                        "n": len(ids),
+                        "n_seeds": len(runs),
+                        "metric": PRIMARY,
+                        "accuracy": float(right.mean()),
+                        "ci_low": low,
+                        "ci_high": high,
+                        "accuracy_text": float(np.mean([[read[run][i] for i in ids] for run in runs])),
+                    }
+                )
+    return records
+
+
+def _interval(right: NDArray[np.float64]) -> tuple[float, float]:
+    """right: (runs, questions)."""
+    if len(right) == 1:
+        return wilson(int(right.sum()), right.shape[1])
+    if right.shape[1] == 1:
+        return 0.0, 1.0  # one question says nothing about others
+    effect = clustered_difference(np.zeros_like(right[0]), right)
+    return max(0.0, effect.low), min(1.0, effect.high)

@@ -1,0 +1,179 @@
+"""What can be compared: the answers and losses in study run directories and in folders of `palimpsest evaluate`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from palimpsest.evaluation import judge
+from palimpsest.evaluation.answers import SampleRow, read_finished, verdicts_by_id
+from palimpsest.evaluation.perplexity import Perplexity, read_losses
+from palimpsest.evaluation.scoring import METRICS
+from palimpsest.evaluation.tasks import text_version
+from palimpsest.files import UserError, read_json
+
+BASE = "base"
+Key = tuple[str, str]  # (task, modality)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One system's verdicts on one task and modality, by one metric; one mapping id -> right? per training seed."""
+
+    version: str  # of the task
+    metric_version: str
+    max_new_tokens: int
+    verdicts: tuple[Mapping[str, bool], ...]
+    file: Path
+
+
+@dataclass(frozen=True)
+class Losses:
+    data: str  # fingerprint of the examples
+    result: Perplexity
+    file: Path
+
+
+@dataclass(frozen=True)
+class System:
+    """A model that was evaluated: a method of a study, or the model of an evaluation folder."""
+
+    label: str
+    run: Path
+    method: str | None  # None for an evaluation folder
+    answers: Mapping[Key, Answers]
+    losses: Mapping[Key, Losses]
+
+
+def read_systems(runs: Sequence[Path], metric: str, methods: Sequence[str] | None = None) -> list[System]:
+    """Every system in `runs`, in their order, studies' bases first; with `methods`, only those of the studies.
+
+    A single run's systems are called by their method; with several runs the run's name stands before it.
+
+    Raises:
+        UserError: a folder that is neither kind, a method no run has, damaged or unfinished samples, an unknown
+            metric.
+    """
+    if metric not in METRICS and metric != judge.METRIC:
+        raise UserError(f"There is no metric {metric!r}; use one of {', '.join((*METRICS, judge.METRIC))}.")
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise UserError("The same run is given twice; give each run once.")
+    names = [run.resolve().name for run in runs]
+    systems: list[System] = []
+    for run, name in zip(runs, names, strict=True):
+        prefix = name if names.count(name) == 1 else str(run)
+        found = _folders(run)
+        if not found:
+            raise UserError(f"{run} holds no answers; give the run directory of a study or the --out of evaluate.")
+        for method, folder in found.items():
+            label = prefix if method is None else method if len(runs) == 1 else f"{prefix}/{method}"
+            if method is None or methods is None or method in methods:
+                systems.append(_read(label, run, method, folder, metric))
+    have = {system.method for system in systems}
+    absent = [method for method in methods or [] if method not in have]
+    if absent:
+        raise UserError(f"No run has a method {absent[0]!r}; correct --methods.")
+    return systems
+
+
+def pool_seeds(systems: Sequence[System]) -> list[System]:
+    """Systems of the same method as one with several seeds; a name's ending -seed3 or _seed3 does not count.
+
+    Raises:
+        UserError: seeds that were not evaluated on the same tasks and versions, or an evaluation folder.
+    """
+    groups: dict[str, list[System]] = {}
+    for system in systems:
+        if system.method is None:
+            raise UserError(f"{system.run} is not a study, so its model has no training seeds; leave out --seeds.")
+        groups.setdefault(re.sub(r"[-_]seed[-_]?\d+$", "", system.method), []).append(system)
+    pooled = []
+    for name, members in groups.items():
+        first = members[0]
+        answers: dict[Key, Answers] = {}
+        for key, mine in first.answers.items():
+            theirs = [member.answers.get(key) for member in members]
+            parts = [part for part in theirs if part is not None]
+            if len(parts) < len(members):
+                raise UserError(f"Not every seed of {name} has answers to {key[0]} from {key[1]}; finish the studies.")
+            for part in parts:
+                require_same(mine, part, key)
+            answers[key] = replace(mine, verdicts=tuple(v for part in parts for v in part.verdicts))
+        pooled.append(System(name, first.run, name, answers, first.losses if len(members) == 1 else {}))
+    return pooled
+
+
+def require_same(a: Answers, b: Answers, key: Key, what: str = "the same questions and scoring rules") -> None:
+    """Raise UserError unless the two were asked the same task, scored by the same metric version, at equal length."""
+    task, modality = key
+    if a.version != b.version or a.metric_version != b.metric_version:
+        raise UserError(
+            f"{a.file} and {b.file} cannot be compared on {task} from {modality}: task version {a.version} and metric "
+            f"version {a.metric_version} there, {b.version} and {b.metric_version} here; evaluate both on {what}."
+        )
+    if a.max_new_tokens != b.max_new_tokens:
+        raise UserError(
+            f"{a.file} and {b.file} cannot be compared: answers of up to {a.max_new_tokens} and {b.max_new_tokens} "
+            "tokens; evaluate both with the same --max-new-tokens."
+        )
+    for verdicts in (*a.verdicts, *b.verdicts):
+        if verdicts.keys() != a.verdicts[0].keys():
+            raise UserError(f"{a.file} and {b.file} do not hold answers to the same questions; evaluate both again.")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Reading
+# ------------------------------------------------------------------------------------------------------------
+def _folders(run: Path) -> dict[str | None, Path]:
+    """Method -> folder of a study; None -> the folder itself for an evaluation."""
+    if not run.is_dir():
+        raise UserError(f"{run} is not a folder; give the run directory of a study or the --out of evaluate.")
+    studied = {BASE: run / BASE} if (run / BASE).is_dir() else {}
+    if (run / "methods").is_dir():
+        studied |= {folder.name: folder for folder in sorted((run / "methods").iterdir()) if folder.is_dir()}
+    found: dict[str | None, Path] = {m: f for m, f in studied.items() if _sample_files(f) or _loss_files(f)}
+    return found or ({None: run} if _sample_files(run) or _loss_files(run) else {})
+
+
+def _sample_files(folder: Path) -> list[Path]:
+    flat = [file for file in folder.glob("samples-*.jsonl") if not file.name.endswith(".judge.jsonl")]
+    return sorted([*flat, *folder.glob("samples/*/samples.jsonl")])
+
+
+def _loss_files(folder: Path) -> list[Path]:
+    return sorted([*folder.glob("losses-*.jsonl"), *folder.glob("perplexity/losses-*.jsonl")])
+
+
+def _read(label: str, run: Path, method: str | None, folder: Path, metric: str) -> System:
+    answers: dict[Key, Answers] = {}
+    for file in _sample_files(folder):
+        binding, rows = read_finished(file)
+        key = (str(binding["task"]), str(binding["modality"]))
+        version, verdicts = _verdicts(file, rows, metric, str(binding["metric_version"]), key[1])
+        task = str(binding["task_version"])
+        task = text_version(task) if key[1] == "text" else task  # what was typed does not depend on recordings
+        answers[key] = Answers(task, version, binding["max_new_tokens"], (verdicts,), file)
+    losses: dict[Key, Losses] = {}
+    for file in _loss_files(folder):
+        binding, result = read_losses(file)
+        losses[str(binding["task"]), str(binding["modality"])] = Losses(str(binding["data"]), result, file)
+    return System(label, run, method, answers, losses)
+
+
+def _verdicts(
+    file: Path, rows: Sequence[SampleRow], metric: str, version: str, modality: str
+) -> tuple[str, Mapping[str, bool]]:
+    """(metric version, id -> right?); a judge's verdicts lie beside the samples."""
+    if metric in METRICS:
+        missing = next((row["id"] for row in rows if metric not in row["verdicts"]), None)
+        if missing is not None:
+            raise UserError(f"{file} has no verdict of {metric} on {missing!r}; evaluate again.")
+        return version, verdicts_by_id(rows, metric)
+    results = file.parent / f"results-{modality}.json"
+    said = read_json(results).get("judge") if results.exists() else None
+    if said is None:
+        raise UserError(f"{file} was not judged by a language model; run evaluate with --judge-url and --judge-model.")
+    known = judge.read_cache(file.with_suffix(".judge.jsonl"), said["version"])
+    return said["version"], {row["id"]: known.get(judge.shown(row), False) for row in rows}

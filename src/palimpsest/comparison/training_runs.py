@@ -1,0 +1,232 @@
+"""What several training runs of every method say together: the tables `seeds` and `seed_comparisons` of results.json.
+
+The runs of a method differ in the adaptor's first weights, LoRA's, the order of the examples and dropout; they share
+the base, the data and what is measured on. Accuracies are clustered by question and by seed as in `palimpsest compare
+--seeds` (evaluation/paired.py); everything else is combined by analysis/spread.py. docs/evaluation.md explains both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from palimpsest.comparison.pairs import accuracy_records
+from palimpsest.comparison.systems import Answers, System
+from palimpsest.evaluation.perplexity import read_losses
+from palimpsest.evaluation.scoring import METRIC_VERSION, PRIMARY
+from palimpsest.files import UserError
+from palimpsest.intervals import clustered_difference, loss_difference, mean_arms, over_runs, standard_deviation
+from palimpsest.records import PairRecord, SeedRecord, method_of, run_name
+
+BASE = "base"
+Verdicts = Mapping[str, Mapping[str, bool]]  # run -> {question id: right?}
+Matrix = NDArray[np.float64]
+Rows = Sequence[Mapping[str, Any]]
+
+
+def seed_records(
+    run: Path,
+    methods: Sequence[str],
+    n_seeds: int,
+    verdicts: Mapping[tuple[str, str], Verdicts],
+    tables: Mapping[str, Rows],
+) -> list[SeedRecord]:
+    """One row per method and measure that every run of the method has.
+
+    verdicts: by (task, modality). tables: `perplexity`, `deactivation` and `shift` of results.json, all runs in them.
+    """
+    records: list[SeedRecord] = []
+    for method in methods:
+        runs = runs_of(method, n_seeds)
+        for (task, modality), by_run in verdicts.items():
+            if all(name in by_run for name in runs):
+                records.append(_accuracy(method, task, modality, _matrix([by_run[name] for name in runs])))
+        records += _perplexities(run, method, runs, tables["perplexity"])
+        records += _deactivations(method, runs, tables["deactivation"])
+    return records + _shifts(methods, n_seeds, tables["shift"])
+
+
+def seed_comparisons(
+    methods: Sequence[str], n_seeds: int, verdicts: Mapping[tuple[str, str], Verdicts], run: Path, seed: int
+) -> list[PairRecord]:
+    """Every pair of the base and the methods, each method with all its runs; Holm over the table."""
+    systems = []
+    for method in (BASE, *methods):
+        runs = [BASE] if method == BASE else runs_of(method, n_seeds)
+        answers = {
+            key: Answers(key[0], METRIC_VERSION, 0, tuple(by_run[name] for name in runs), run)
+            for key, by_run in verdicts.items()
+            if all(name in by_run for name in runs)
+        }
+        systems.append(System(method, run, method, answers, {}))
+    return accuracy_records(list(combinations(systems, 2)), PRIMARY, seed)
+
+
+def runs_of(method: str, n_seeds: int) -> list[str]:
+    return [run_name(method, number) for number in range(n_seeds)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One measure each
+# ------------------------------------------------------------------------------------------------------------
+def _accuracy(method: str, task: str, modality: str, right: Matrix) -> SeedRecord:
+    """right: (runs, questions)."""
+    effect = clustered_difference(np.zeros_like(right[0]), right)
+    values = [float(value) for value in right.mean(axis=1)]
+    interval = (effect.value, max(0.0, effect.low), min(1.0, effect.high))
+    about = {"task": task, "n": right.shape[1], "basis": PRIMARY, "over": "seeds, questions"}
+    return _record(method, "accuracy", modality, values, interval, **about)
+
+
+def _perplexities(run: Path, method: str, runs: Sequence[str], table: Rows) -> list[SeedRecord]:
+    """Perplexity on the held-out answers, and its ratio to the base's where the base has one."""
+    records = []
+    for modality in dict.fromkeys(row["modality"] for row in table if row["method"] == method):
+        rows = [row for row in table if row["modality"] == modality and row["method"] in (*runs, BASE)]
+        about: dict[str, Any] = {"task": rows[0]["task"], "n": rows[0]["n_examples"], "over": "seeds, answers"}
+        finite = all(_is_finite(row["loss"]) for row in rows)
+        measures = [("perplexity", None), ("perplexity_ratio", BASE)]
+        for measure, reference in measures if any(row["method"] == BASE for row in rows) else measures[:1]:
+            logs, arms = None, (0.0, 0.0)
+            if finite:
+                losses, tokens = _losses(run, runs, modality)
+                before = _losses(run, [reference], modality)[0][0] if reference else np.zeros_like(tokens)
+                logs = [float(value) for value in (losses - before).sum(axis=1) / tokens.sum()]
+                effect = loss_difference(before, losses.mean(axis=0), tokens)
+                arms = (effect.value - effect.low, effect.high - effect.value)
+            records.append(_geometric(method, measure, modality, logs, arms, len(runs), reference=reference, **about))
+    return records
+
+
+def _deactivations(method: str, runs: Sequence[str], table: Rows) -> list[SeedRecord]:
+    """Perplexity without some weights over that of the same run's whole model; random: mean over the masks."""
+    rows = [row for row in table if row["model"] in runs]
+    losses: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for row in rows:
+        losses[row["modality"], row["condition"], row["model"]].append(math.nan if row["loss"] is None else row["loss"])
+    records = []
+    for modality, condition in dict.fromkeys((row["modality"], row["condition"]) for row in rows):
+        if condition == "base" or any((modality, condition, name) not in losses for name in runs):
+            continue
+        ratios = [np.mean(losses[modality, condition, name]) - losses[modality, "base", name][0] for name in runs]
+        logs = [float(ratio) for ratio in ratios] if np.isfinite(ratios).all() else None
+        about = {"task": "heldout", "n": rows[0]["n_examples"], "reference": method, "over": "seeds"}
+        measure = f"perplexity_ratio_{condition}"
+        records.append(_geometric(method, measure, modality, logs, (0.0, 0.0), len(runs), **about))
+    return records
+
+
+def _shifts(methods: Sequence[str], n_seeds: int, table: Rows) -> list[SeedRecord]:
+    """Every measure of shift, differences from Full-FT run by run; over data too where each run has an interval."""
+    groups: dict[tuple[str, ...], dict[int, Mapping[str, Any]]] = defaultdict(dict)
+    for row in table:
+        method, number = method_of(row["model"])
+        key = (method, method_of(row["reference"])[0], row["measure"], row["modality"], row["reduction"])
+        groups[key][number] = row
+    records: list[SeedRecord] = []
+    for (method, reference, measure, modality, reduction), by_number in groups.items():
+        if method not in methods or any(number not in by_number for number in range(n_seeds)):
+            continue
+        rows = [by_number[number] for number in range(n_seeds)]
+        values = [row["value"] for row in rows]
+        lows, highs = ([row[end] for row in rows] for end in ("ci_low", "ci_high"))
+        with_data = None not in (*lows, *highs)
+        interval = None
+        if all(_is_finite(value) for value in values):
+            interval = over_runs(values, *(mean_arms(values, lows, highs) if with_data else ()))
+        about: dict[str, Any] = {
+            "reference": reference,
+            "basis": reduction,
+            "over": "seeds, batches" if with_data else "seeds",
+        }
+        records.append(_record(method, measure, modality, values, interval, **about))
+    return records
+
+
+def _geometric(
+    method: str,
+    measure: str,
+    modality: str,
+    logs: Sequence[float] | None,
+    arms: tuple[float, float],
+    n_seeds: int,
+    **about: Any,
+) -> SeedRecord:
+    """Of perplexities or their ratios, from each run's logarithm; None: not finite in some run."""
+    if logs is None:
+        return _record(method, measure, modality, [None] * n_seeds, None, **about)
+    mean, low, high = (_exp(log) for log in over_runs(logs, *arms))
+    return _record(method, measure, modality, [_exp(log) for log in logs], (mean, low, high), **about)
+
+
+def _record(
+    method: str,
+    measure: str,
+    modality: str,
+    values: Sequence[float | None],
+    interval: tuple[float, float, float] | None,
+    *,
+    over: str,
+    task: str | None = None,
+    reference: str | None = None,
+    basis: str | None = None,
+    n: int | None = None,
+) -> SeedRecord:
+    mean, low, high = interval or (None, None, None)
+    return {
+        "method": method,
+        "reference": reference,
+        "measure": measure,
+        "task": task,
+        "modality": modality,
+        "basis": basis,
+        "n_seeds": len(values),
+        "n": n,
+        "values": list(values),
+        "mean": mean,
+        "std": None if interval is None else standard_deviation([v for v in values if v is not None]),
+        "ci_low": low,
+        "ci_high": high,
+        "ci_over": over,
+    }
+
+
+def _is_finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _exp(log: float) -> float:
+    return math.exp(log) if log < 700 else math.inf
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Runs side by side
+# ------------------------------------------------------------------------------------------------------------
+def _matrix(verdicts: Sequence[Mapping[str, bool]]) -> Matrix:
+    """(runs, questions), questions by sorted id."""
+    ids = sorted(verdicts[0])
+    if any(one.keys() != verdicts[0].keys() for one in verdicts):
+        raise UserError("The training runs of a method did not answer the same questions; run the study again.")
+    return np.array([[one[i] for i in ids] for one in verdicts], dtype=np.float64)
+
+
+def _losses(run: Path, runs: Sequence[str], modality: str) -> tuple[Matrix, Matrix]:
+    """((runs, answers) summed losses in nats, (answers,) tokens), answers by sorted id."""
+    every = []
+    for name in runs:
+        folder = run / (BASE if name == BASE else f"methods/{name}")
+        every.append(read_losses(folder / "perplexity" / f"losses-{modality}.jsonl")[1].samples)
+    ids = sorted(every[0])
+    if any(samples.keys() != every[0].keys() for samples in every):
+        raise UserError("The training runs of a method were not measured on the same answers; run the study again.")
+    return (
+        np.array([[samples[i].loss for i in ids] for samples in every], dtype=np.float64),
+        np.array([every[0][i].n_tokens for i in ids], dtype=np.float64),
+    )

@@ -1,0 +1,224 @@
+"""`palimpsest data prepare`: any source → a folder with a manifest and its audio, a source for every command.
+
+    OUT/SPLIT.jsonl            the manifest
+    OUT/audio/*.flac           16 kHz mono, named by content
+    OUT/dropped/SPLIT.jsonl    what was left out: id, where it stood, reason, detail
+    OUT/prepared/SPLIT.json    source, options, counts
+
+Rows are read, filtered, written and spoken a chunk at a time: of each row only its id stays in memory. After each chunk
+its end is noted; started again with the same options, the work continues there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from palimpsest.data.examples import Example
+from palimpsest.data.filters import Dropped, Filters, refuse, require_some, store, text_problem
+from palimpsest.data.rows import Names, Row, Table, identity_of
+from palimpsest.data.sources import open_table
+from palimpsest.data.speech import speak
+from palimpsest.data.splits import spoken_or_dropped
+from palimpsest.data.voices import find_voices
+from palimpsest.files import UserError, append_jsonl, read_json, write_json
+from palimpsest.progress import Advance, Reporter
+
+CHUNK = 128  # rows between two notes of how far the work is
+NO_VOICE = "none"  # questions without a recording stay text
+
+
+def prepare_data(
+    source: str,
+    out: Path,
+    *,
+    split: str,
+    limit: int | None = None,
+    strict: bool = False,
+    voice: str = "hibari",
+    workers: int = 2,
+    filters: Filters | None = None,
+) -> Iterator[str]:
+    """Write the manifest folder `out`; yields lines about the result.
+
+    Args:
+        limit: the first so many examples that pass the filters.
+        strict: a faulty row is an error instead of being left out.
+        voice: speaks what has no recording; "none" leaves it as text.
+
+    Raises:
+        UserError: a source that cannot be read, a folder that was prepared with other options, nothing left.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"A limit of {limit} examples was asked of {source}; use a limit of 1 or more, or none.")
+    limits = filters or Filters()
+    table = open_table(source, split)
+    options = {
+        **{"source": source, "split": split, "identity": identity_of(table), "voice": voice},
+        **{"limit": limit, "strict": strict, "filters": asdict(limits)},
+    }
+    work = _Work(out, split, options)
+    if work.is_finished:
+        yield f"{out} was prepared before with these options"
+        yield from _summary(read_json(work.report))
+        return
+    if voice != NO_VOICE:
+        for found in find_voices(voice):
+            found.version()  # a voice that is not installed is told before the rows are read
+    with Reporter(1).step(f"{source}, split {split}") as advance:
+        _fill(work, table, limits, limit, strict, voice, workers, advance)
+    report = work.finish(table.where)
+    yield f"{out / f'{split}.jsonl'}"
+    yield from _summary(report)
+
+
+def _fill(
+    work: _Work,
+    table: Table,
+    filters: Filters,
+    limit: int | None,
+    strict: bool,
+    voice: str,
+    workers: int,
+    advance: Advance,
+) -> None:
+    """From the row after the last note to the end of the table, or until `limit` examples are kept."""
+    names = Names(table, work.ids())
+    rows, n_rows = table.read(work.n_rows, None, True), table.count()
+
+    def say(examples: Sequence[Example]) -> list[Example]:
+        return speak(examples, work.audio, voice, min(workers, max(1, len(examples))))
+
+    while limit is None or work.n_kept < limit:
+        size = CHUNK if limit is None else min(CHUNK, limit - work.n_kept)
+        kept: list[Example] = []
+        dropped: list[Dropped] = []
+        position = work.n_rows
+        n_read = 0
+        for row in islice(rows, size):
+            n_read, position = n_read + 1, row.position + 1
+            found = _take(row, names(row), work.audio, filters)
+            if isinstance(found, Example):
+                kept.append(found)
+            else:
+                dropped.append(found)
+        if n_read == 0:
+            return
+        if voice != NO_VOICE and any(example.audio is None for example in kept):
+            kept, silent = spoken_or_dropped(kept, say)
+            dropped += silent
+        fault = next((item for item in dropped if item.is_fault), None)
+        if strict and fault is not None:
+            raise refuse(fault, table.where)
+        work.note(kept, dropped, position)
+        advance(*((work.n_kept, limit) if limit is not None else (position, n_rows or position)))
+
+
+def _take(row: Row, name: str, audio: Path, filters: Filters) -> Example | Dropped:
+    """The row as an example with its recording in the folder `audio`, or why it is left out."""
+    problem = text_problem(row, filters)
+    if problem is not None:
+        return Dropped(name, row.where, *problem)
+    if row.audio is None:
+        return row.example(name, None)
+    stored = store(row.audio, audio, filters)
+    return row.example(name, stored) if isinstance(stored, Path) else Dropped(name, row.where, *stored)
+
+
+def _summary(report: dict[str, Any]) -> Iterator[str]:
+    yield f"{report['n_rows']} rows read, {report['n_kept']} kept, {sum(report['dropped'].values())} dropped"
+    yield from (f"  {reason:<22} {n}" for reason, n in report["dropped"].items())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is done
+# ------------------------------------------------------------------------------------------------------------
+@dataclass
+class _Part:
+    """A file of JSON lines that grows under another name than its last one."""
+
+    path: Path
+    final: Path
+    size: int
+
+    def open(self) -> None:
+        """Back to the last note: what was written after it by a killed run is cut off."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.size and not self.path.exists():
+            self.final.replace(self.path)  # killed between renaming and removing the note
+        with self.path.open("ab") as file:
+            file.truncate(self.size)
+
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        self.size = append_jsonl(self.path, rows)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        with self.path.open(encoding="utf-8", newline="\n") as file:
+            yield from map(json.loads, file)
+
+
+class _Work:
+    """The folder being prepared: how far it is, and with which options."""
+
+    def __init__(self, out: Path, split: str, options: dict[str, Any]) -> None:
+        if not split or any(character in split for character in "/\\"):
+            raise UserError(f"The split {split!r} would name a file; give a name without slashes.")
+        self.out, self.split, self.options = out, split, json.loads(json.dumps(options))
+        self.audio, self.report = out / "audio", out / "prepared" / f"{split}.json"
+        self.manifest, self.dropped = out / f"{split}.jsonl", out / "dropped" / f"{split}.jsonl"
+        self.state = out / "prepared" / f".{split}.state.json"
+        self.is_finished = self.report.exists() and not self.state.exists()
+        state = read_json(self.state) if self.state.exists() else {}
+        before = read_json(self.report) if self.is_finished else state
+        for key, value in self.options.items() if before else ():
+            if before["options"].get(key) != value:
+                was = f"{before['options'].get(key)!r}, now it is {value!r}"
+                what = "from a source that has changed since" if key == "identity" else f"with {key} {was}"
+                raise UserError(f"{out} was prepared {what}; give another --out, or delete that folder.")
+        if self.manifest.exists() and not before:
+            raise UserError(f"{self.manifest} exists and was not made by this command; give another --out.")
+        self.n_rows, self.n_kept = state.get("n_rows", 0), state.get("n_kept", 0)
+        # In the folder of the manifest, so that audio paths are relative to it from the start.
+        self._kept = _Part(out / f".{split}.part", self.manifest, state.get("kept_bytes", 0))
+        self._left_out = _Part(out / "dropped" / f".{split}.part", self.dropped, state.get("dropped_bytes", 0))
+        if state:
+            self._open()
+
+    def _open(self) -> None:
+        self._kept.open()
+        self._left_out.open()
+
+    def ids(self) -> Iterator[str]:
+        """Of all rows read so far."""
+        if self.state.exists():
+            for part in (self._kept, self._left_out):
+                yield from (row["id"] for row in part.rows())
+
+    def note(self, kept: Sequence[Example], dropped: Sequence[Dropped], n_rows: int) -> None:
+        """`kept` and `dropped` are done, up to the row `n_rows`."""
+        if not self.state.exists():
+            self._open()
+        self._kept.append([example.to_row(self.out) for example in kept])
+        self._left_out.append([item.to_row(self.split) for item in dropped])
+        self.n_rows, self.n_kept = n_rows, self.n_kept + len(kept)
+        state = {"n_rows": n_rows, "n_kept": self.n_kept, "options": self.options}
+        write_json(self.state, {**state, "kept_bytes": self._kept.size, "dropped_bytes": self._left_out.size})
+
+    def finish(self, where: str) -> dict[str, Any]:
+        """Give the parts their names. Raises UserError when nothing was kept."""
+        reasons: Counter[str] = Counter()
+        if self.state.exists():
+            reasons.update(row["reason"] for row in self._left_out.rows())
+        dropped = dict(reasons.most_common())
+        require_some(self.n_kept, dropped, where)
+        report = {"options": self.options, "n_rows": self.n_rows, "n_kept": self.n_kept, "dropped": dropped}
+        self._left_out.path.replace(self.dropped)
+        self._kept.path.replace(self.manifest)
+        write_json(self.report, report)
+        self.state.unlink()  # last: with it gone the work is finished
+        return report

@@ -1,0 +1,426 @@
+"""Answering the questions of a task: greedy, in batches, one JSON line per answer, resumable after a kill.
+
+A model enters as an `Answerer`, a function from examples to answers, so that language models, speech LLMs and
+cascades are evaluated by the same code. `text_answerer` makes one of any Hugging Face causal language model;
+cascade.py makes one of a speech recogniser and a text answerer.
+
+>>> answer = text_answerer(language_model, tokenizer, max_new_tokens=32)  # doctest: +SKIP
+>>> rows = answer_questions(answer, task, "text", model=digest, out=path)  # doctest: +SKIP
+>>> records = summarise(rows, "base", task, "text")  # doctest: +SKIP
+
+Beside the answers `NAME.jsonl` stands `NAME.json`, the binding: what they are answers of. Rows of another task version,
+modality, model or length are refused, never mixed in.
+
+Shapes: batch = prompts answered together, seq = tokens of the longest prompt, new = tokens generated.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+
+import torch
+
+from palimpsest.data.examples import Example
+from palimpsest.evaluation.scoring import METRIC_VERSION, METRICS, score, words
+from palimpsest.evaluation.tasks import Task
+from palimpsest.files import UserError, append_jsonl, drop_cut_line, read_json, read_lines, write_json, write_jsonl
+from palimpsest.intervals import wilson
+from palimpsest.models.processor import encode, render
+from palimpsest.records import Modality, QARecord
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+    from torch import Tensor
+
+
+REMEDY = "restore the file, or delete it and run again"
+
+
+class SampleRow(TypedDict):
+    """One line of a samples file."""
+
+    id: str
+    question: str
+    answers: list[str]
+    prompt: str | None  # as the model saw it, template included
+    prompt_tokens: int | None
+    transcript: str | None  # of a cascade: what the recogniser heard
+    response: str
+    n_new_tokens: int
+    verdicts: dict[str, bool]  # per metric
+    empty: bool  # answered, but without a letter or digit
+    refusal: bool  # see `is_refusal`
+    loop: bool  # see `is_loop`
+    failed: bool  # no answer could be had; counted as wrong
+    error: str | None
+    seconds: float  # the batch's time divided by its size
+
+
+def resume(
+    out: Path, binding: Mapping[str, Any], ids: Set[str], notice: Callable[[str], None] | None = None
+) -> list[SampleRow]:
+    """The complete rows of an earlier run of the same evaluation; [] and a new binding where there is none.
+
+    A last line that was cut short is removed from the file, so that appending can go on, and `notice` is told.
+
+    Raises:
+        UserError: the rows belong to another evaluation, or a complete line is not a row of a question in
+        `ids`.
+    """
+    sidecar = out.with_suffix(".json")
+    if not out.exists():
+        write_json(sidecar, binding)
+        return []
+    before = read_json(sidecar)
+    differing = [
+        f"{key} {before.get(key)!r} instead of {value!r}" for key, value in binding.items() if before.get(key) != value
+    ]
+    if differing:
+        raise UserError(f"{out} holds another evaluation ({', '.join(differing)}); delete it or write elsewhere.")
+    rows = _rows(out)
+    _require_known_once(rows, ids, out)
+    if drop_cut_line(out) and notice is not None:  # killed in the middle of a line: that question is asked again
+        notice(f"{out}:{len(rows) + 1} was cut in the middle; {len(rows)} answers are kept, this one is asked again.")
+    return rows
+
+
+def read_finished(out: Path) -> tuple[dict[str, Any], list[SampleRow]]:
+    """The binding and the rows of an evaluation that ran to its end; changes nothing.
+
+    Raises:
+        UserError: there is none, a line is cut or damaged, rows are missing, or an id comes twice.
+    """
+    if not out.is_file():
+        raise UserError(f"{out} does not exist; run the evaluation first.")
+    binding = read_json(out.with_suffix(".json"))
+    rows = _rows(out, finished=True)
+    _require_known_once(rows, {row["id"] for row in rows}, out)
+    if len(rows) != binding.get("n"):
+        raise UserError(
+            f"{out} holds {len(rows)} of {binding.get('n')} answers; run the evaluation again, it continues there."
+        )
+    return binding, rows
+
+
+def _rows(out: Path, finished: bool = False) -> list[SampleRow]:
+    lines = read_lines(out, REMEDY, finished=finished)
+    for where, row in lines:
+        if not isinstance(row, dict) or row.keys() != SampleRow.__annotations__.keys():
+            raise UserError(f"{where} is not a row of answers; {REMEDY}.")
+    return [row for _, row in lines]
+
+
+def _require_known_once(rows: list[SampleRow], ids: Set[str], out: Path) -> None:
+    seen: set[str] = set()
+    for number, row in enumerate(rows, 1):
+        if row["id"] in seen or row["id"] not in ids:
+            what = "is there a second time" if row["id"] in seen else "is not in the task"
+            raise UserError(f"{out}:{number}: the id {row['id']!r} {what}; {REMEDY}.")
+        seen.add(row["id"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What went wrong in an answer, by plain rules over its words
+# ------------------------------------------------------------------------------------------------------------
+_REFUSAL = re.compile(
+    r"(?:(?:i am|i m|im) )?(?:very )?(?:sorry|afraid|unable to|not able to|not sure)\b"
+    r"|i (?:apologi[sz]e|can ?not|can t|could not|couldn t|(?:don t|do not) (?:know|have))\b"
+    r"|as an ai\b|unfortunately\b|it is not possible to\b"
+)
+
+
+def is_refusal(response: str) -> bool:
+    """Whether the response opens with an English apology or with not knowing or not being able to."""
+    return _REFUSAL.match(" ".join(words(response))) is not None
+
+
+def is_loop(response: str) -> bool:
+    """Whether some run of words stands at least three times in a row, over at least six words in all."""
+    spoken = words(response)
+    for width in range(1, len(spoken) // 3 + 1):
+        repeats = max(3, -(-6 // width))  # one word six times, two or more words three times
+        for start in range(len(spoken) - width * repeats + 1):
+            if spoken[start : start + width * repeats] == spoken[start : start + width] * repeats:
+                return True
+    return False
+
+
+# Greedy and nothing else. A checkpoint's own generation settings may hold a repetition penalty or a sampling
+# temperature; what is not given explicitly, transformers takes from there.
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+}
+
+
+class Answer(NamedTuple):
+    """What a model answered to one example; see `SampleRow` for the optional fields."""
+
+    response: str
+    n_new_tokens: int  # the end-of-turn token included, padding after it not
+    prompt: str | None = None
+    prompt_tokens: int | None = None
+    transcript: str | None = None
+
+
+Answerer = Callable[[Sequence[Example], Modality], list[Answer]]
+"""One answer per example, in order; UserError, OSError or ValueError where an example cannot be answered."""
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The main path
+# ------------------------------------------------------------------------------------------------------------
+def answer_questions(
+    answer: Answerer,
+    task: Task,
+    modality: Modality,
+    *,
+    model: str,
+    out: Path,
+    max_new_tokens: int = 32,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> list[SampleRow]:
+    """Answer every question of the task and write `out`, a JSON-lines file with one `SampleRow` each.
+
+    Rows are appended and flushed batch by batch; a second call continues after the last complete batch. When
+    all questions are answered, the file is put into the order of the task, so that it does not depend on
+    `batch_size`.
+
+    An example that cannot be answered (its recording is unreadable, say) is asked again alone, then listed
+    with `failed` and `error` and counted as wrong. Errors other than UserError, OSError and ValueError are
+    defects, or memory running out: they stop the run, and the next call continues where this one stopped.
+
+    Args:
+        model: fingerprint of everything `answer` uses (weights, system prompt); it binds the file to it.
+        max_new_tokens: what `answer` was made with; recorded, and part of what a resumed file must match.
+        progress: called as progress(answered, total), first with what an earlier run left.
+        notice: told, in a sentence, when a line cut by a kill was found and is asked again.
+
+    Raises:
+        UserError: `out` belongs to another evaluation or is damaged (see `samples.resume`), or every single
+            question failed.
+    """
+    if batch_size < 1:
+        raise UserError(f"A batch size of {batch_size} was given; use 1 or more.")
+    binding = {
+        "schema": 1,
+        "task": task.name,
+        "task_version": task.version,
+        "metric_version": METRIC_VERSION,
+        "modality": modality,
+        "max_new_tokens": max_new_tokens,
+        "model": model,
+        "n": len(task.examples),
+    }
+    rows = {row["id"]: row for row in resume(out, binding, {e.id for e in task.examples}, notice)}
+    # Longest first: memory runs out in the first batch or never. Similar lengths together: little padding.
+    # A batch that an earlier run left unfinished is answered again as a whole: its padding, and with it the last bits
+    # of every logit, depends on who is in it, and a resumed run must end as an uninterrupted one.
+    plan = sorted(task.examples, key=lambda e: (-len(e.question), e.id))
+    if progress is not None:
+        progress(len(rows), len(task.examples))
+    for start in range(0, len(plan), batch_size):
+        batch = plan[start : start + batch_size]
+        if all(example.id in rows for example in batch):
+            continue
+        new = {row["id"]: row for row in _answer_batch(answer, batch, modality) if row["id"] not in rows}
+        append_jsonl(out, new.values())
+        rows |= new
+        if progress is not None:
+            progress(len(rows), len(task.examples))
+    ordered = [rows[example.id] for example in task.examples]
+    write_jsonl(out, ordered)
+    if all(row["failed"] for row in ordered):
+        raise UserError(
+            f"None of the {len(ordered)} questions of {task.name} could be answered, the first because: "
+            f"{ordered[0]['error']} Correct that, delete {out} and run again."
+        )
+    return ordered
+
+
+def _answer_batch(answer: Answerer, batch: Sequence[Example], modality: Modality) -> list[SampleRow]:
+    started = time.perf_counter()
+    try:
+        answers = answer(batch, modality)
+    except (UserError, OSError, ValueError) as error:
+        if len(batch) == 1:
+            return [_row(batch[0], Answer("", 0), time.perf_counter() - started, str(error) or repr(error))]
+        return [row for example in batch for row in _answer_batch(answer, [example], modality)]
+    seconds = (time.perf_counter() - started) / len(batch)
+    if len(answers) != len(batch):  # not a ValueError: no single example is to blame
+        raise RuntimeError(f"the answerer gave {len(answers)} answers to {len(batch)} examples")
+    return [_row(example, given, seconds) for example, given in zip(batch, answers, strict=True)]
+
+
+def _row(example: Example, given: Answer, seconds: float, error: str | None = None) -> SampleRow:
+    failed = error is not None
+    verdicts = score(given.response, example.answers, example.question)
+    return {
+        "id": example.id,
+        "question": example.question,
+        "answers": list(example.answers),
+        "prompt": given.prompt,
+        "prompt_tokens": given.prompt_tokens,
+        "transcript": given.transcript,
+        "response": given.response,
+        "n_new_tokens": given.n_new_tokens,
+        "verdicts": verdicts,
+        "empty": not failed and not words(given.response),
+        "refusal": is_refusal(given.response),
+        "loop": is_loop(given.response),
+        "failed": failed,
+        "error": error,
+        "seconds": seconds,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A causal language model as an answerer
+# ------------------------------------------------------------------------------------------------------------
+def text_answerer(
+    language_model: Any,
+    tokenizer: Any,
+    max_new_tokens: int = 32,
+    system: str | None = None,
+    instruction: str | None = None,
+) -> Answerer:
+    """Greedy answers of a Hugging Face causal language model to questions given as text.
+
+    The prompt is the tokenizer's chat template with the question (after `instruction`, if any) as the user
+    turn and `system` as the system turn; without a template it is "Question: …", a line feed and "Answer:".
+    It is tokenised once and holds exactly one begin-of-text. Generation stops at the tokenizer's
+    end-of-text and at the end ids of the model's generation settings; nothing else is taken from these
+    settings (see GREEDY).
+
+    In float32 the answers do not depend on the batch. The model is put into eval mode.
+    """
+    end = end_ids(language_model, tokenizer)
+    pad = next((id for id in (tokenizer.pad_token_id, *end) if id is not None), 0)
+    longest = getattr(language_model.config, "max_position_embeddings", None)
+
+    def answer(examples: Sequence[Example], modality: Modality) -> list[Answer]:
+        if modality != "text":
+            raise UserError(f"A language model was asked to answer from {modality}; it can answer from text only.")
+        prompts, ids = [], []
+        for example in examples:
+            question = example.question.strip()
+            user = question if instruction is None else f"{instruction}\n{question}"
+            prompt, templated = render(tokenizer, user, system)
+            prompts.append(prompt)
+            ids.append(encode(tokenizer, prompt, start=not templated))
+            if longest is not None and len(ids[-1]) + max_new_tokens > longest:
+                raise UserError(
+                    f"Question {example.id!r} takes {len(ids[-1])} tokens and with {max_new_tokens} new ones "
+                    f"does not fit into the model's {longest} positions; shorten it."
+                )
+        input_ids, attention_mask = pad_left(ids, pad)
+        language_model.eval()
+        with torch.inference_mode():
+            output = language_model.generate(
+                input_ids=input_ids.to(language_model.device),
+                attention_mask=attention_mask.to(language_model.device),
+                max_new_tokens=max_new_tokens,
+                eos_token_id=end or None,
+                pad_token_id=pad,
+                **GREEDY,
+            )
+        answers = decode_new(tokenizer, output[:, input_ids.shape[1] :], end)
+        return [
+            Answer(text, n_new, prompt, len(prompt_ids))
+            for (text, n_new), prompt, prompt_ids in zip(answers, prompts, ids, strict=True)
+        ]
+
+    return answer
+
+
+def end_ids(language_model: Any, tokenizer: Any) -> list[int]:
+    """Every token id that ends an answer: the tokenizer's, then those of the model's generation settings."""
+    settings = language_model.generation_config.eos_token_id
+    candidates = [tokenizer.eos_token_id, *(settings if isinstance(settings, list) else [settings])]
+    return list(dict.fromkeys(id for id in candidates if id is not None))
+
+
+def pad_left(ids: Sequence[Sequence[int]], pad: int) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
+    """input_ids and attention_mask of prompts of unequal length, all ending in the last column."""
+    width = max(len(prompt) for prompt in ids)
+    input_ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in ids])
+    attention_mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in ids])
+    return input_ids, attention_mask
+
+
+def decode_new(tokenizer: Any, new: Int[Tensor, "batch new"], end: Sequence[int]) -> list[tuple[str, int]]:
+    """Text and token count of every row of generated tokens, up to and including its first end id."""
+    decoded = []
+    for row in new.tolist():
+        stop = next((position for position, id in enumerate(row) if id in end), None)
+        kept = row if stop is None else row[:stop]
+        n_new = len(row) if stop is None else stop + 1
+        decoded.append((tokenizer.decode(kept, skip_special_tokens=True).strip(), n_new))
+    return decoded
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Summary
+# ------------------------------------------------------------------------------------------------------------
+def summarise(rows: Sequence[SampleRow], method: str, task: Task, modality: Modality) -> list[QARecord]:
+    """One record per metric; failed and empty samples stay in the denominator, as wrong.
+
+    Raises:
+        UserError: when the rows are not the task's questions in the task's order.
+    """
+    if [row["id"] for row in rows] != [example.id for example in task.examples]:
+        raise UserError(
+            f"The {len(rows)} answers of {method} are not those to the {len(task.examples)} questions of "
+            f"{task.name}; evaluate the whole task first."
+        )
+    return [
+        qa_record(rows, verdicts_by_id(rows, metric), method, task, modality, metric, METRIC_VERSION)
+        for metric in METRICS
+    ]
+
+
+def qa_record(
+    rows: Sequence[SampleRow],
+    verdicts: Mapping[str, bool],
+    method: str,
+    task: Task,
+    modality: Modality,
+    metric: str,
+    metric_version: str,
+) -> QARecord:
+    """The accuracy of `rows` by any metric that gives a verdict per question id: a rule, or a judge."""
+    correct = sum(verdicts[row["id"]] for row in rows)
+    low, high = wilson(correct, len(rows))
+    return {
+        "method": method,
+        "task": task.name,
+        "modality": modality,
+        "n": len(rows),
+        "correct": correct,
+        "accuracy": correct / len(rows),
+        "ci_low": low,
+        "ci_high": high,
+        "metric": metric,
+        "metric_version": metric_version,
+        "n_empty": sum(row["empty"] for row in rows),
+        "n_failed": sum(row["failed"] for row in rows),
+        "n_refusal": sum(row["refusal"] for row in rows),
+        "n_loop": sum(row["loop"] for row in rows),
+        "source": "measured",
+    }
+
+
+def verdicts_by_id(rows: Iterable[SampleRow], metric: str) -> dict[str, bool]:
+    """What `stats.compare` takes for one method: question id -> right? Failed samples are wrong."""
+    return {row["id"]: row["verdicts"][metric] for row in rows}

@@ -1,0 +1,330 @@
+"""The README.md of an exported folder: what it is, what it was made of and how, what was measured, how to load it.
+
+Everything comes from the run directory; what the run does not say, the card does not say either.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+import palimpsest
+from palimpsest.evaluation.scoring import PRIMARY
+from palimpsest.files import read_json, read_jsonl
+from palimpsest.models.embedded import MODELS, PREFIX, SHIPPED
+
+Kind = Literal["text_llm", "speech_lm", "adapter", "light"]
+Study = dict[str, Any]
+HEARS = ("speech_lm", "light")
+
+WHAT = {
+    "text_llm": "The language model inside a speech LLM, taken out unchanged: a plain Hugging Face causal LM.",
+    "speech_lm": "A speech LLM (frozen Whisper encoder, adaptor, language model): it answers questions given as speech "
+    "or text.",
+    "adapter": "The low-rank updates (LoRA) that speech training made to a language model. They change the language "
+    "model alone: to hear, it also needs the encoder and the adaptor of the whole speech LLM.",
+    "light": "What speech training added to a language model, without the model itself: the adaptor and, if the model "
+    "was tuned, low-rank updates (LoRA). palimpsest makes the speech LLM of these, the language model and the encoder.",
+}
+METHODS = {
+    "full": "all weights of the language model and the adaptor trained (Full-FT)",
+    "layer_lr": "all weights trained, each layer at a learning rate set by its importance (Eq. 3 of arXiv 2509.23755)",
+    "lora": "low-rank updates of the language model (LoRA, merged into its weights) and the adaptor trained",
+    "adaptor": "the adaptor trained, the language model frozen",
+}
+PIPELINE = {
+    "text_llm": "text-generation",
+    "speech_lm": "audio-text-to-text",
+    "adapter": "text-generation",
+    "light": "audio-text-to-text",
+}
+LIBRARY = {"text_llm": "transformers", "speech_lm": "palimpsest", "adapter": "peft", "light": "palimpsest"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of the exported model itself."""
+
+    n_parameters: int
+    dtype: str
+    architecture: str
+    chat: bool  # the tokenizer has a chat template
+    system: str | None  # the system turn of the study's prompts
+    # What it was trained on, of a checkpoint outside a run.
+    language_model: str | None = None
+    encoder: str | None = None
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the run does not say.
+
+    sources: what the training data was made of: `kind`, `utterances`, `licence` and, if known, `voice` of each.
+    qa: rows of results.json's table of that name, of evaluations outside the run; method "base" or `THIS`.
+    notes: Markdown on how the model was made.
+    """
+
+    sources: Sequence[Mapping[str, Any]] = ()
+    qa: Sequence[Mapping[str, Any]] = ()
+    notes: str = ""
+
+
+NOTHING = Told()
+THIS = "this model"
+
+
+def study_of(run: Path | None, method: str | None) -> Study:
+    """What the card needs of a run: its study.yaml, and `method`, `n_train`, `voices` and `qa` (rows of results.json).
+
+    Empty for a checkpoint outside a run. study.yaml is read as plain YAML: a run of an older version also has a card.
+    """
+    if run is None or not (run / "study.yaml").exists():
+        return {}
+    config = yaml.safe_load((run / "study.yaml").read_text(encoding="utf-8"))
+    manifest, results = run / "data" / "train.jsonl", run / "results.json"
+    train = read_jsonl(manifest) if manifest.exists() else []
+    return {
+        **config,
+        "method": method,
+        "n_train": len(train) or None,
+        "voices": sorted({row.get("voice") or "recording" for row in train}),
+        "qa": read_json(results)["qa"] if results.exists() else [],
+    }
+
+
+def model_card(kind: Kind, facts: Facts, study: Study, told: Told = NOTHING) -> str:
+    """The whole card as Markdown with YAML front matter."""
+    if study:
+        models = study["models"]
+        facts = replace(facts, language_model=models["language_model"], encoder=models["encoder"])
+    title = f"{study['name']}: {study['method']}" if study else "Speech LLM"
+    sections = [
+        _front_matter(kind, facts),
+        f"# {title}",
+        f"{WHAT[kind]} Written by palimpsest {palimpsest.__version__}.",
+        _made_of(facts, study),
+        _training(study, told.notes),
+        _sources(told.sources),
+        _measured(kind, study, told.qa),
+        _loading(kind, facts),
+        _licences(kind, facts, study, told.sources),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names: what may stand in a public file
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Part:
+    """A model the study names: how the card calls it, its hub name and its licence where they are known."""
+
+    label: str
+    hub: str | None
+    licence: str | None
+
+
+def part(name: str) -> Part:
+    """An `embedded:` model, a hub name, or a local folder, of which only the last part of the path is told."""
+    if name.startswith(PREFIX):
+        if name.removeprefix(PREFIX) in SHIPPED:
+            return Part(f"`{name}`, which comes with palimpsest", None, "Apache-2.0")
+        model = MODELS.get(name.removeprefix(PREFIX))
+        if model is None:
+            return Part(name, None, None)
+        label = f"{model.origin} (`{name}`: {model.file} of the PyPI wheel {model.package.replace('_', '-')})"
+        return Part(label, model.origin, model.licence)
+    if _is_path(name):
+        return Part(f"a local folder named {Path(name).name}", None, None)
+    return Part(name, name, None)
+
+
+def _is_path(name: str) -> bool:
+    return name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name or Path(name).exists()
+
+
+def _without_path(source: str) -> str:
+    """A question set's name; of a local path only its last part."""
+    prefix, colon, rest = source.rpartition(":")
+    return f"{prefix}{colon}{Path(rest).name if _is_path(rest) else rest}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sections
+# ---------------------------------------------------------------------------------------------------------------------
+def _front_matter(kind: Kind, facts: Facts) -> str:
+    base = part(facts.language_model) if facts.language_model is not None else Part("", None, None)
+    fields: dict[str, Any] = {"library_name": LIBRARY[kind], "pipeline_tag": PIPELINE[kind], "tags": ["palimpsest"]}
+    if base.hub is not None:
+        fields["base_model"] = base.hub
+    if base.licence is not None:
+        fields["license"] = base.licence.lower()
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
+
+
+def _made_of(facts: Facts, study: Study) -> str:
+    rows = [("Architecture", f"{facts.architecture}, {facts.n_parameters / 1e6:.1f} M parameters, {facts.dtype}")]
+    if facts.language_model is not None:
+        rows.append(("Base model", part(facts.language_model).label))
+    if facts.encoder is not None:
+        rows.append(("Speech encoder", f"{part(facts.encoder).label}, frozen"))
+    if study:
+        method = study["methods"][study["method"]]
+        start = study["models"].get("adaptor")
+        train = study["data"]["train"]
+        count = f"{study['n_train']} questions of " if study["n_train"] else ""
+        rows += [
+            ("Adaptor started from", "" if start is None else part(start).label),
+            ("Method", f"`{study['method']}`: {METHODS.get(method['kind'], method['kind'])}"),
+            ("Training data", f"{count}{_without_path(train['source'])}, split {train['split']}"),
+            ("Voice of the questions", ", ".join(study["voices"])),
+        ]
+    if facts.system is not None:
+        rows.append(("System turn", facts.system))
+    lines = [f"| {name} | {value} |" for name, value in rows if value]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _training(study: Study, notes: str) -> str:
+    if not study and notes:
+        return f"## Training\n\n{notes.strip()}"
+    if not study:
+        return (
+            "This checkpoint lies outside a run directory: how it was trained and measured is not recorded beside it."
+        )
+    method = {key: value for key, value in study["methods"][study["method"]].items() if value is not None}
+    recipe = {
+        "seed": study.get("seed"),
+        "prompt": study.get("prompt"),
+        "speech": {key: value for key, value in (study.get("speech") or {}).items() if key != "feature_cache"},
+        "methods": {study["method"]: method},
+        "training": study.get("training"),
+    }
+    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    lead = f"{notes.strip()}\n\n" if notes else ""
+    return f"## Training\n\n{lead}From the resolved recipe of the study `{study['name']}`:\n\n```yaml\n{text}```"
+
+
+def _measured(kind: Kind, study: Study, more: Sequence[Mapping[str, Any]]) -> str:
+    if not study and not more:
+        return ""
+    # An adapter and a language model alone cannot hear, so only answers to text are theirs.
+    heard = kind in HEARS
+    own = ("text", "speech" if heard else "")
+    shown = {"base": ("text", "cascade" if heard else ""), study.get("method"): own, THIS: own}
+    rows = [
+        row
+        for row in [*study.get("qa", []), *more]
+        if row["metric"] == PRIMARY and row["modality"] in shown.get(row["method"], ())
+    ]
+    if not rows:
+        return f"## Measured\n\nNothing: the run has no results.json with answers of this method scored by `{PRIMARY}`."
+    lines = []
+    for row in rows:
+        name = "base model" if row["method"] == "base" else row["method"]
+        right = f"{row['correct']} of {row['n']} | {100 * row['accuracy']:.1f} %"
+        interval = f"{100 * row['ci_low']:.1f} – {100 * row['ci_high']:.1f} %"
+        lines.append(f"| {name} | {row['task']} | {row['modality']} | {right} | {interval} |")
+    table = ["| model | task | question as | right | accuracy | 95 % interval |", "|---|---|---|---|---|---|", *lines]
+    note = f"Greedy answers, metric `{PRIMARY}` version {rows[0]['metric_version']}, Wilson intervals."
+    if heard:
+        note += " In the cascade the base model answers what a speech recogniser has written down."
+    return "\n".join(["## Measured", "", note, "", *table])
+
+
+def _loading(kind: Kind, facts: Facts) -> str:
+    if kind == "speech_lm":
+        code = SPEECH_CODE
+    elif kind == "light":
+        code = LIGHT_CODE
+    elif kind == "text_llm":
+        code = CHAT_CODE if facts.chat else PLAIN_CODE
+    else:
+        name = facts.language_model or "BASE MODEL"
+        code = ADAPTER_CODE.replace("BASE", Path(name).name if _is_path(name) else name)
+    if kind == "text_llm" and facts.system is not None and facts.chat:
+        turn = f'{{"role": "system", "content": {json.dumps(facts.system, ensure_ascii=False)}}}, '
+        code = code.replace("messages = [", f"messages = [{turn}")
+    return f"## How to load it\n\n```python\n{code}```"
+
+
+def _sources(sources: Sequence[Mapping[str, Any]]) -> str:
+    if not sources:
+        return ""
+    rows = [f"| {row['kind']} | {row.get('voice') or ''} | {row['utterances']} | {row['licence']} |" for row in sources]
+    return "\n".join(["## Training data", "", "| set | voice | utterances | licence |", "|---|---|---|---|", *rows])
+
+
+def _licences(kind: Kind, facts: Facts, study: Study, sources: Sequence[Mapping[str, Any]]) -> str:
+    unknown = "not recorded in the run; see where it comes from"
+    named = [("Base model", facts.language_model)]
+    if kind in HEARS:
+        named.append(("Speech encoder", facts.encoder))
+    found = [(what, part(name)) for what, name in named if name is not None]
+    lines = [f"- {what}, {item.label}: {item.licence or unknown}" for what, item in found]
+    if sources:
+        sets = dict.fromkeys((row["kind"], row["licence"]) for row in sources)
+        lines += [f"- Training data, {name}: {licence}" for name, licence in sets]
+    elif study:
+        source = study["data"]["train"]["source"]
+        lines.append(f"- Training data, {_without_path(source)}: {'Apache-2.0' if source == 'facts' else unknown}")
+    return "\n".join(["## Licences of what it was made of", "", *lines]) if lines else ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Code of the cards; the tests run it
+# ---------------------------------------------------------------------------------------------------------------------
+CHAT_CODE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."  # this folder, or its name on the hub
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path)
+messages = [{"role": "user", "content": "What is the capital of France?"}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+output = model.generate(**prompt, max_new_tokens=64, do_sample=False)
+print(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+
+PLAIN_CODE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."  # this folder, or its name on the hub
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path)
+prompt = tokenizer("Question: What is the capital of France?\\nAnswer:", return_tensors="pt")
+output = model.generate(**prompt, max_new_tokens=64, do_sample=False)
+print(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
+"""
+
+SPEECH_CODE = """import palimpsest  # the Auto classes know the model type from here on
+import soundfile
+from transformers import AutoModelForCausalLM, AutoProcessor
+
+path = "."  # this folder, or its name on the hub
+processor = AutoProcessor.from_pretrained(path)
+model = AutoModelForCausalLM.from_pretrained(path)
+wave, rate = soundfile.read("question.wav", dtype="float32")  # mono, 16 kHz, up to 30 s
+output = model.generate(**processor(audio=wave), max_new_tokens=64, do_sample=False)
+print(processor.tokenizer.decode(output[0], skip_special_tokens=True))
+"""
+
+LIGHT_CODE = """import soundfile
+from palimpsest import load_speech_lm
+
+model, processor = load_speech_lm(".")  # this folder
+wave, rate = soundfile.read("question.wav", dtype="float32")  # mono, 16 kHz, up to 30 s
+output = model.generate(**processor(audio=wave), max_new_tokens=64, do_sample=False)
+print(processor.tokenizer.decode(output[0], skip_special_tokens=True))
+"""
+
+ADAPTER_CODE = """from palimpsest import load_language_model  # embedded: names, folders and hub names
+from peft import PeftModel
+
+language_model, tokenizer = load_language_model("BASE")
+model = PeftModel.from_pretrained(language_model, ".")  # this folder, or its name on the hub
+model = model.merge_and_unload()  # a plain causal LM again
+"""

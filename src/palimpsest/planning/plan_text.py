@@ -1,0 +1,200 @@
+"""A plan in words and numbers: tables of memory, time and disk, the formulas behind them, and what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from palimpsest.config import load_config
+from palimpsest.files import UserError
+from palimpsest.planning.memory import largest_rows, memory, optimizer_traffic
+from palimpsest.planning.plan import BANDWIDTH_SHARE, GB, MethodPlan, Options, Plan, make_plan
+
+FORMULAS = (
+    "Formulas (docs/plan.md derives them). d hidden, q heads × head size, f MLP width, L layers, V vocabulary, T",
+    "tokens of the largest batch, S its longest row, w bytes of a weight, n supervised tokens",
+    "  weights      w · (language model + encoder + adaptor), 4 · LoRA",
+    "  gradients    w · trained             optimizer  2 · gradients (AdamW)",
+    "  activations  L · T · (24 d + 16 q + 16 f) in float32; (26 d + 8 q + 8 f) + 2 a weight in bf16 autocast;",
+    "               (16 d + 8 q + 8 f) with bf16 weights; less where norms and matrices are frozen; with gradient",
+    "               checkpointing L · T · d · w and one layer; besides, the adaptor's and the last norm's",
+    "  loss         12 n V (float32), or the head's output at every supervised column; none with a fused kernel",
+    "  peak         weights + optimizer + runtime + allocator + the largest of: activations + loss; activations + the",
+    "               head's gradient; all gradients + one layer. These two do not peak together",
+    "  allocator    on a CPU half of the activations: what glibc keeps of freed memory; on CUDA none",
+    "  FLOPs        tokens · (6 · trained matrices, 4 · frozen ones, + 6 L q S), the same of the head at n and of the",
+    "               adaptor at speech positions; 2 more with gradient checkpointing",
+)
+
+
+def plan_recipe(recipe: Path, options: Options) -> Iterator[str]:
+    """The plan as lines of text. Raises UserError after the last of them if a method does not fit."""
+    plan = make_plan(load_config(recipe), options)
+    yield from lines(plan, options)
+    message = refusal(plan, recipe)
+    if message is not None:
+        raise UserError(message)
+
+
+def lines(plan: Plan, options: Options) -> Iterator[str]:
+    yield from _what(plan)
+    yield ""
+    yield from _memory(plan, options)
+    yield ""
+    yield from _time(plan, options)
+    yield ""
+    yield from _disk(plan)
+    yield ""
+    yield from FORMULAS
+
+
+def refusal(plan: Plan, recipe: Path) -> str | None:
+    """One sentence about the methods that do not fit on the device; None if all do."""
+    too_large = [method for method in plan.methods if method.memory.peak > plan.capacity]
+    if not too_large:
+        return None
+    worst = max(too_large, key=lambda method: method.memory.peak)
+    rows = largest_rows(worst.setup, worst.batch, plan.capacity)
+    names = ", ".join(method.name for method in too_large)
+    told = (
+        f"{recipe} does not fit: {names} would need up to {worst.memory.peak / GB:.1f} GB with "
+        f"{worst.batch.rows} rows of {worst.batch.length} tokens, and {plan.device} has {plan.capacity / GB:.1f} GB; "
+    )
+    if rows:
+        config = plan.config.training
+        total = worst.batch.rows * config.accumulation
+        return told + (
+            f"the largest batch that fits is {rows} {'row' if rows == 1 else 'rows'}: set training.batch_size to "
+            f"{rows * worst.setup.n_gpus} and training.accumulation to {-(-total // rows)}, or gradient_checkpointing."
+        )
+    n = _gpus_that_fit(worst, plan.capacity)
+    more = f"at least {n} such devices are needed (--n-gpus {n})" if n else "no number of such devices is enough"
+    return told + f"not even a batch of one row fits, and {more}."
+
+
+def _gpus_that_fit(method: MethodPlan, capacity: int) -> int | None:
+    batch = replace(method.batch, rows=1)
+    for n in range(method.setup.n_gpus + 1, 129):
+        if memory(replace(method.setup, n_gpus=n), batch).peak <= capacity:
+            return n
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sections
+# ---------------------------------------------------------------------------------------------------------------------
+def _what(plan: Plan) -> Iterator[str]:
+    config, setup = plan.config, plan.methods[0].setup
+    decoder, encoder = setup.decoder, setup.encoder
+    training = config.training
+    runs = f", {config.seeds} training runs of each" if config.seeds > 1 else ""
+    yield f"{config.name}: {len(plan.methods)} methods{runs}"
+    yield (
+        f"  language model  {config.models.language_model} ({plan.origins['language model']}): {decoder.parameters:,} "
+        f"parameters, {decoder.matrices:,} of them in the matrices of its {decoder.layers} layers"
+    )
+    origin = plan.origins["encoder"]
+    yield f"  encoder         {config.models.encoder} ({origin}): {encoder.parameters:,} parameters, frozen"
+    yield f"  adaptor         {setup.adaptor_parameters:,} parameters"
+    yield f"  data            {plan.lengths.origin}"
+    arithmetic = "bf16 autocast" if training.bf16 else config.models.dtype
+    checkpointing = "with" if training.gradient_checkpointing else "without"
+    yield (
+        f"  training        {config.models.dtype} weights, {arithmetic} arithmetic, {checkpointing} gradient "
+        f"checkpointing; batch {training.batch_size} × {training.accumulation}, {training.epochs:g} epochs; "
+        f"{setup.n_gpus} × {plan.device}"
+    )
+
+
+def _memory(plan: Plan, options: Options) -> Iterator[str]:
+    where = "on each device, weights, gradients and optimizer sharded" if options.n_gpus > 1 else "on the device"
+    yield f"Memory {where}, GB (10⁹ bytes), of {plan.capacity / GB:.1f}"
+    heads = ["trained", "largest batch", "weights", "gradients", "optimizer", "activations", "loss"]
+    heads += (["gathered"] if options.n_gpus > 1 else []) + ["runtime", "allocator", "peak", "at its peak when", ""]
+    rows = []
+    for method in plan.methods:
+        m, batch = method.memory, method.batch
+        parts = [m.weights, m.gradients, m.optimizer, m.activations, m.logits]
+        parts += ([m.gathered] if options.n_gpus > 1 else []) + [m.runtime, m.allocator, m.peak]
+        moment = max(m.moments, key=lambda name: m.moments[name])
+        fits = "fits" if m.peak <= plan.capacity else "does not fit"
+        rows.append(
+            [
+                method.name,
+                f"{method.setup.trainable:,}",
+                f"{batch.rows} × {batch.length}",
+                *(f"{part / GB:.2f}" for part in parts),
+                moment,
+                fits,
+            ]
+        )
+    yield from _table(["", *heads], rows)
+
+
+def _time(plan: Plan, options: Options) -> Iterator[str]:
+    if plan.gpu is None:
+        yield "Time: name a GPU with --gpu for an estimate."
+        return
+    bf16 = plan.methods[0].setup.compute_bytes == 2
+    speed = plan.gpu.bf16 if bf16 else plan.gpu.float32
+    yield (
+        f"Time on {options.n_gpus} × {plan.gpu.name}: FLOPs / ({options.utilisation:g} × {speed / 1e12:g} TFLOP/s, "
+        f"{'bf16 dense' if bf16 else 'float32'}), and AdamW's traffic / "
+        f"({BANDWIDTH_SHARE:g} × {plan.gpu.bandwidth / 1e12:g} TB/s) per step; "
+        f"{options.utilisation:g} is an assumption (--utilisation)"
+    )
+    reached = options.utilisation * speed * options.n_gpus
+    rows = [["encode the speech, once", "", "", f"{plan.encoding_flops:.2e}", _duration(plan.encoding_flops / reached)]]
+    all_runs = 0.0
+    for method in plan.methods:
+        traffic = method.steps * optimizer_traffic(method.setup) / options.n_gpus
+        seconds = method.flops / reached + traffic / (BANDWIDTH_SHARE * plan.gpu.bandwidth)
+        tokens = method.tokens * plan.config.training.epochs
+        rows.append([method.name, f"{tokens:.3g}", f"{method.steps:,}", f"{method.flops:.2e}", _duration(seconds)])
+        all_runs += plan.config.seeds * seconds
+    if plan.config.seeds > 1:
+        rows.append([f"all methods, {plan.config.seeds} runs of each", "", "", "", _duration(all_runs)])
+    yield from _table(["", "tokens", "steps", "FLOPs", "time"], rows)
+    yield "Not counted: making speech, importance, deactivation and evaluation."
+
+
+def _disk(plan: Plan) -> Iterator[str]:
+    config = plan.config
+    models = 1 + sum(config.measures(run, "importance") for run in config.runs)
+    checkpoints = config.seeds * sum(method.checkpoint for method in plan.methods)
+    kept = checkpoints + models * plan.scores + plan.features
+    passing = max(method.while_training for method in plan.methods)
+    yield f"Disk, GB: {(kept + passing) / GB:.1f} at most, {kept / GB:.1f} in the end"
+    rows = [
+        ["encoder frames of the training data (16-bit)", f"{plan.features / GB:.2f}"],
+        [f"importance, two reductions of {models} models", f"{models * plan.scores / GB:.2f}"],
+        [f"checkpoints of {_runs(plan)}", f"{checkpoints / GB:.2f}"],
+        ["while one trains: three checkpoints with optimizer state", f"{passing / GB:.2f}"],
+    ]
+    yield from _table(None, rows)
+
+
+def _runs(plan: Plan) -> str:
+    n = len(plan.methods)
+    return f"{n} methods" if plan.config.seeds == 1 else f"{n * plan.config.seeds} training runs"
+
+
+def _table(heads: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """First column to the left, the others to the right; words (no digit first) to the left."""
+    every = [*([list(heads)] if heads else []), *rows]
+    widths = [max(len(row[i]) for row in every) for i in range(len(rows[0]))]
+    for row in every:
+        cells = [
+            cell.ljust(width) if i == 0 or not any(r[i][:1].isdigit() for r in rows) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield "  " + "  ".join(cells).rstrip()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

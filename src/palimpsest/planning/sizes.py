@@ -1,0 +1,195 @@
+"""Sizes of models from their configs, without weights, and of GPUs as their vendor publishes them.
+
+The configs of a few models that are large, or that a hub hands out only with an account, are built in. A GPU's memory
+is nominal, in 10⁹ bytes: the few per cent that the driver shows above it are left to fragmentation. Arithmetic is
+dense, not sparse; float32 is without tensor cores, PyTorch's default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from palimpsest.files import UserError, read_json
+from palimpsest.models.anatomy import scored_parameters
+from palimpsest.models.loading import text_source
+from palimpsest.planning.memory import Decoder, Encoder
+
+
+@dataclass(frozen=True)
+class Gpu:
+    name: str
+    memory: int  # bytes
+    bf16: float  # FLOP/s, dense, float32 accumulation
+    float32: float  # FLOP/s
+    bandwidth: float  # bytes/s
+
+
+def _gpu(name: str, gigabytes: int, bf16: float, float32: float, bandwidth: float) -> Gpu:
+    """TFLOP/s and TB/s to FLOP/s and bytes/s."""
+    return Gpu(name, gigabytes * 10**9, bf16 * 1e12, float32 * 1e12, bandwidth * 1e12)
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("H200", 141, 989, 67, 4.8),
+        _gpu("H100", 80, 989, 67, 3.35),
+        _gpu("H100-PCIe", 80, 756, 51, 2.0),
+        _gpu("A100-80GB", 80, 312, 19.5, 2.039),
+        _gpu("A100-40GB", 40, 312, 19.5, 1.555),
+        _gpu("L40S", 48, 362, 91.6, 0.864),
+        _gpu("L4", 24, 121, 30.3, 0.3),
+        _gpu("A10", 24, 125, 31.2, 0.6),
+        _gpu("RTX-4090", 24, 165, 82.6, 1.008),
+        _gpu("RTX-3090", 24, 71, 35.6, 0.936),
+    )
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """By name, in any case. Raises UserError for a name that is not in the table."""
+    found = next((gpu for key, gpu in GPUS.items() if key.lower() == name.lower()), None)
+    if found is None:
+        raise UserError(
+            f"There is no GPU {name!r} in the table; it has {', '.join(GPUS)}. --memory GB takes any other."
+        )
+    return found
+
+
+_LLAMA_3 = {
+    "model_type": "llama",
+    "vocab_size": 128_256,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131_072,
+}
+DECODERS: dict[str, dict[str, Any]] = {
+    "llama-3.2-1b": {
+        **_LLAMA_3,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.1-8b": {
+        **_LLAMA_3,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "head_dim": 128,
+        "tie_word_embeddings": False,
+    },
+    "smollm2-135m": {
+        "model_type": "llama",
+        "vocab_size": 49_152,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "whisper-large-v3": {
+        "d_model": 1280,
+        "encoder_layers": 32,
+        "encoder_attention_heads": 20,
+        "encoder_ffn_dim": 5120,
+        "num_mel_bins": 128,
+    },
+    "whisper-tiny.en": {
+        "d_model": 384,
+        "encoder_layers": 4,
+        "encoder_attention_heads": 6,
+        "encoder_ffn_dim": 1536,
+        "num_mel_bins": 80,
+    },
+}
+
+
+def decoder_sizes(name: str, shape: str | None = None, config_file: Path | None = None) -> tuple[Decoder, str]:
+    """Sizes of the causal language model `name`, and where they are from; `shape` or `config_file` in its place.
+
+    Raises UserError for a shape that is not built in, a file that is no config, and a model whose config cannot be had.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config, origin = _decoder_config(name, shape, config_file)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    matrices = list(scored_parameters(model).values())
+    config = config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    return (
+        Decoder(
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            heads=heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+            vocabulary=config.vocab_size,
+            tied=bool(config.tie_word_embeddings),
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            matrices=sum(matrix.numel() for matrix in matrices),
+            lora_sides=sum(sum(matrix.shape) for matrix in matrices if matrix.ndim == 2),
+        ),
+        origin,
+    )
+
+
+def encoder_sizes(name: str) -> tuple[Encoder, str]:
+    """Sizes of the Whisper encoder `name`, and where they are from. Raises UserError where there is no config."""
+    from transformers import AutoConfig, WhisperConfig
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    key = _last_part(name)
+    if key in ENCODERS:
+        config, origin = WhisperConfig(**ENCODERS[key]), "built-in config"
+    else:
+        config, origin = _load(AutoConfig, name), "its config"
+    with torch.device("meta"):
+        encoder = WhisperEncoder(config)
+    parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    return Encoder(parameters, config.d_model, config.encoder_layers), origin
+
+
+def _decoder_config(name: str, shape: str | None, config_file: Path | None) -> tuple[Any, str]:
+    from transformers import AutoConfig
+
+    if shape is not None and config_file is not None:
+        raise UserError("Both --shape and --config are given; one of them says what the language model is.")
+    if shape is not None and shape not in DECODERS:
+        raise UserError(f"There is no built-in shape {shape!r}; use one of {', '.join(DECODERS)}, or --config FILE.")
+    if config_file is not None:
+        values = read_json(config_file / "config.json" if config_file.is_dir() else config_file)
+        if not isinstance(values, dict) or "model_type" not in values:
+            raise UserError(f"{config_file} is no config of a Hugging Face model: it has no model_type.")
+        return AutoConfig.for_model(**values), str(config_file)
+    known = shape or next((key for key in DECODERS if _last_part(name) in (key, f"{key}-instruct")), None)
+    if known is not None:
+        return AutoConfig.for_model(**DECODERS[known]), f"built-in shape {known}"
+    return _load(AutoConfig, name), "its config"
+
+
+def _last_part(name: str) -> str:
+    """`openai/whisper-large-v3` and `embedded:whisper-tiny.en` by what comes last; a local folder by its own config."""
+    return "" if Path(name).is_dir() else name.replace(":", "/").rpartition("/")[2].lower()
+
+
+def _load(kind: Any, name: str) -> Any:
+    where = text_source(name)
+    try:
+        return kind.from_pretrained(where)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"The config of {name} cannot be had ({reason}); "
+            f"give --config FILE, or --shape with one of {', '.join(DECODERS)}."
+        ) from error

@@ -1,0 +1,401 @@
+"""Every record of results.json and compare.json: flat, one row each. Fields are only ever added.
+
+A `Number` is a float that the file has as null where it was not finite; anywhere else a null is a damaged record.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Literal, NotRequired, TypedDict
+
+SCHEMA = 1
+RESULT_TABLES = (
+    "deactivation",
+    "qa",
+    "qa_floors",
+    "voices",
+    "perplexity",
+    "comparisons",
+    "probe",
+    "layers",
+    "shift",
+    "clustering",
+    "clustering_summary",
+    "delta",
+    "mask_overlap",
+    "correlations",
+    "training",
+    "seeds",
+    "seed_comparisons",
+    "claims",
+    "timings",
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Record types of results.json: flat, one row each. Fields are only ever added.
+# ---------------------------------------------------------------------------------------------------------------------
+Modality = Literal["text", "speech", "cascade", "text_asr"]  # how a question is put: docs/glossary.md
+
+
+class DeactivationRecord(TypedDict):
+    """Perplexity of `model` after zeroing `n_removed` weights (condition `base`: none removed, ratio 0)."""
+
+    model: str
+    modality: str
+    condition: str  # base | top | bottom | random
+    ratio: float
+    scope: str  # global | per_layer | per_matrix
+    seed: int | None  # of the random mask
+    reduction: str  # of the importance scores that ranked the weights
+    n_removed: int
+    n_examples: int
+    n_tokens: int
+    loss: float  # nats per supervised token
+    perplexity: float
+
+
+class QARecord(TypedDict):
+    method: str
+    task: str
+    modality: str
+    n: int
+    correct: int
+    accuracy: float  # in [0, 1]
+    ci_low: float
+    ci_high: float
+    metric: str
+    metric_version: str
+    n_empty: int  # answered, but without a letter or digit
+    n_failed: int  # could not be answered; counted as wrong
+    n_refusal: NotRequired[int]  # added after the first results were written
+    n_loop: NotRequired[int]
+    source: NotRequired[str]  # measured: by this version, here; published: taken from a paper
+
+
+class ComparisonRecord(TypedDict):
+    """Paired: the same questions answered by a and by b; `difference` = accuracy(b) − accuracy(a)."""
+
+    task: str
+    modality: str
+    metric: str
+    method_a: str
+    method_b: str
+    n: int
+    only_a: int
+    only_b: int
+    difference: float
+    ci_low: float
+    ci_high: float
+    p_value: float  # McNemar, exact
+    p_holm: float  # Holm-corrected over the table
+
+
+class LayerRecord(TypedDict):
+    model: str
+    modality: str
+    reduction: str
+    layer: int
+    kind: str  # q k v o gate up down, or "all"
+    total: float  # sum of importance
+    mean: float  # per parameter
+    share: float  # of the model's total
+    n_parameters: int
+
+
+class ShiftRecord(TypedDict):
+    """How far the layer-wise distribution of `model` lies from that of `reference`."""
+
+    model: str
+    reference: str
+    modality: str
+    reduction: str
+    measure: str
+    value: float
+    ci_low: float | None
+    ci_high: float | None
+    noise_floor: float | None  # the same measure between the reference and itself scored on other data
+
+
+class ClusteringRecord(TypedDict):
+    """Concentration of one matrix on rows or columns, beside what the same entries give when shuffled."""
+
+    model: str
+    of: str  # importance | mask (its top ratio) | delta | delta_rank<r> (best approximation of rank r)
+    name: str
+    layer: int
+    kind: str
+    measure: str
+    value: float
+    null_mean: float  # entries shuffled; of delta_rank<r>: random singular vectors
+    null_std: float
+    z: float
+    within_rows_mean: NotRequired[float | None]  # entries shuffled within their rows; None where that changes nothing
+    within_rows_std: NotRequired[float | None]
+    within_rows_z: NotRequired[float | None]
+    within_columns_mean: NotRequired[float | None]
+    within_columns_std: NotRequired[float | None]
+    within_columns_z: NotRequired[float | None]
+
+
+class DeltaRecord(TypedDict):
+    method: str
+    name: str
+    layer: int
+    kind: str
+    relative_norm: float  # ‖W_tuned − W_base‖ / ‖W_base‖, Frobenius
+    overlap_with_importance: float  # share of the largest changes that hit the base model's most important weights
+    overlap_by_chance: float
+    effective_rank: NotRequired[float]  # of the change, see ClusteringRecord's measure of that name
+    energy_top1: NotRequired[float]  # share of ‖ΔW‖² in its largest singular direction
+    energy_top8: NotRequired[float]
+    energy_top24: NotRequired[float]
+
+
+class ClaimRecord(TypedDict):
+    claim: int
+    statement: str
+    measure: str
+    value: float | None
+    ci_low: float | None
+    ci_high: float | None
+    verdict: str  # holds | fails | undecided
+    note: NotRequired[str]
+
+
+class TimingRecord(TypedDict):
+    step: str
+    seconds: float
+    peak_rss_bytes: int
+
+
+def run_name(method: str, number: int) -> str:
+    """The folder of a method's training run: the method's own name for the first, else `full-seed1`, `full-seed2` …"""
+    return method if number == 0 else f"{method}-seed{number}"
+
+
+def method_of(run: str) -> tuple[str, int]:
+    """The inverse of `run_name`: (method, number of the run)."""
+    found = re.fullmatch(r"(.+)-seed([1-9]\d*)", run)
+    return (found[1], int(found[2])) if found else (run, 0)
+
+
+class ClusteringSummaryRecord(TypedDict):
+    """Over the matrices of a model, or of one module kind in it: the typical ratio of a measure to its null."""
+
+    model: str
+    of: str
+    kind: str  # "all" or a module kind
+    measure: str
+    n_matrices: int
+    n_undefined: int  # left out: all-zero matrices
+    ratio: float  # geometric mean of value / null_mean; 1 is no clustering
+    ci_low: float
+    ci_high: float
+
+
+class MaskOverlapRecord(TypedDict):
+    """Do the same weights stay the most important ones? Per matrix, and over all matrices (name and kind "all")."""
+
+    model: str
+    reference: str
+    name: str
+    layer: int | None
+    kind: str
+    ratio: float  # of the weights of each matrix that count as its most important
+    overlap: float  # share of the model's most important weights that are the reference's too
+    overlap_by_chance: float
+    ci_low: float | None  # of "all": 95 %, bootstrap over matrices
+    ci_high: float | None
+    noise_floor: float | None  # the reference against itself scored on other data: an upper bound in practice
+
+
+class CorrelationRecord(TypedDict):
+    """Over tuned models: does a larger shift go with a larger loss of text accuracy?"""
+
+    measure: str
+    reduction: str
+    metric: str
+    n_models: int
+    models: list[str]
+    kendall_tau: float | None
+    p_value: float | None  # exact, two-sided
+    note: str
+
+
+class ProbeRecord(TypedDict):
+    """Right against wrong continuations, without generation; see evaluation/probe.py."""
+
+    model: str
+    kind: str  # of pairs, or "all"
+    n: int
+    correct: int  # pairs whose right continuation has the lower mean loss
+    accuracy: float  # chance: one half
+    ci_low: float
+    ci_high: float
+    margin: float  # mean of the wrong continuation's loss minus the right one's, nats per token
+    loss_right: float
+    loss_wrong: float
+
+
+class FloorRecord(TypedDict):
+    """How often a metric calls something right that cannot be; see evaluation/floors.py."""
+
+    method: str
+    task: str
+    modality: str
+    metric: str
+    metric_version: str
+    floor: str  # unrelated | echo | echo_in_sentence
+    n: int
+    draws: int  # of the unrelated floor; else 1
+    value: float  # in [0, 1]
+    ci_low: float
+    ci_high: float
+
+
+class VoiceRecord(TypedDict):
+    """Accuracy by the voice of the question, of tasks spoken in several; mean over the training runs of a method."""
+
+    method: str
+    task: str
+    modality: str  # speech | cascade
+    voice: str  # "recording": came with its audio and no name of a voice
+    trained_on: bool  # is it a voice of the study's training questions?
+    n: int  # questions
+    n_seeds: int
+    metric: str
+    accuracy: float
+    ci_low: float  # 95 %
+    ci_high: float
+    accuracy_text: float  # of the same questions as text
+
+
+class PerplexityRecord(TypedDict):
+    """On target answers; the per-example losses behind it are in a file losses-MODALITY.jsonl."""
+
+    method: str
+    task: str  # "heldout" in a study
+    modality: str
+    n_examples: int
+    n_tokens: int
+    loss: float  # nats per supervised token
+    perplexity: float
+
+
+class PairRecord(TypedDict):
+    """`palimpsest compare`: two systems on the same questions; `difference` = accuracy(b) − accuracy(a)."""
+
+    task: str
+    modality: str
+    metric: str
+    metric_version: str
+    method_a: str
+    method_b: str
+    n: int  # questions
+    seeds_a: int  # training runs of each side
+    seeds_b: int
+    accuracy_a: float
+    ci_low_a: float
+    ci_high_a: float
+    accuracy_b: float
+    ci_low_b: float
+    ci_high_b: float
+    only_a: int | None  # questions only a has right; None where there are several seeds
+    only_b: int | None
+    difference: float
+    ci_low: float
+    ci_high: float
+    test: str  # mcnemar_exact | clustered_t
+    p_value: float
+    p_holm: float
+    detectable: float | None  # the smallest true difference found with probability 0.8; None: no difference would be
+    verdict: str  # better | worse | no difference shown, of b
+
+
+class SeedRecord(TypedDict):
+    """A measure over the training runs of a method that differ in their seeds; docs/evaluation.md has the interval."""
+
+    method: str
+    reference: str | None  # what a ratio, a shift or a difference is relative to
+    measure: str  # accuracy, perplexity, perplexity_ratio, perplexity_ratio_top …, jensen_shannon …
+    task: str | None
+    modality: str
+    basis: str | None  # scoring rule of an accuracy, reduction of the importance behind a shift
+    n_seeds: int
+    n: int | None  # questions or answers
+    values: list[float | None]  # of each run, in their order
+    mean: float | None  # geometric for perplexities and their ratios
+    std: float | None  # of the values, n − 1
+    ci_low: float | None
+    ci_high: float | None
+    ci_over: str  # what the 95 % interval is over: "seeds, questions", "seeds, batches", "seeds"
+
+
+class RetentionRecord(TypedDict):
+    """Accuracy of a tuned model relative to its base, on written questions; None: not bounded by the data."""
+
+    task: str
+    modality: str
+    metric: str
+    base: str
+    method: str
+    n: int
+    value: float | None  # None: the base has no right answer
+    ci_low: float | None
+    ci_high: float | None
+
+
+class GapRecord(TypedDict):
+    """Modality gap: accuracy from text minus accuracy from `modality`, of one system on the same questions."""
+
+    task: str
+    modality: str  # speech | cascade
+    metric: str
+    method: str
+    n: int
+    value: float
+    ci_low: float
+    ci_high: float
+    p_value: float
+    p_holm: float
+
+
+class LossPairRecord(TypedDict):
+    """Losses of two systems on the same target answers, paired by example; `difference` = loss(b) − loss(a)."""
+
+    task: str
+    modality: str
+    method_a: str
+    method_b: str
+    n: int
+    n_tokens: int
+    loss_a: float  # nats per supervised token
+    loss_b: float
+    difference: float
+    ci_low: float
+    ci_high: float
+    perplexity_ratio: float  # exp(difference)
+    p_value: float
+    p_holm: float
+    detectable: float | None
+    verdict: str
+
+
+class TrainingRecord(TypedDict):
+    """One optimizer step (kind `train`), or a measurement on held-out examples between steps (kind `eval`).
+
+    Records without a kind are `train`. Steps count on from the adaptor's phase to the method's.
+    """
+
+    method: str
+    step: int
+    epoch: float  # of the phase
+    loss: float  # nats per supervised token
+    learning_rate: float  # base rate at this step; null in eval records
+    kind: NotRequired[str]  # train | eval
+    phase: NotRequired[str]  # adaptor | method
+    grad_norm: NotRequired[float]  # train: before clipping
+    modality: NotRequired[str]  # eval: text | speech
+    n_tokens: NotRequired[int]  # eval
+    perplexity: NotRequired[float]  # eval

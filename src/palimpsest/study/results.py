@@ -1,0 +1,86 @@
+"""From the steps' own files to results.json: every table as flat records, and what follows from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from palimpsest.analysis.analyse import TABLES
+from palimpsest.analysis.claims import claim_records
+from palimpsest.analysis.correlation import correlation_records
+from palimpsest.comparison.by_voice import RECORDING, voice_records
+from palimpsest.comparison.pairs import compare, with_holm
+from palimpsest.comparison.training_runs import Verdicts, seed_comparisons, seed_records
+from palimpsest.data.examples import read_manifest
+from palimpsest.evaluation.answers import read_finished, summarise, verdicts_by_id
+from palimpsest.evaluation.floors import floor_records
+from palimpsest.evaluation.scoring import PRIMARY
+from palimpsest.evaluation.tasks import Task
+from palimpsest.files import read_json
+from palimpsest.records import RESULT_TABLES, SCHEMA, ComparisonRecord, Modality
+from palimpsest.rundir import RunDir
+
+if TYPE_CHECKING:
+    from palimpsest.config import StudyConfig
+
+MODALITIES: tuple[Modality, ...] = ("text", "speech", "cascade", "text_asr")
+
+
+def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -> dict[str, Any]:
+    """The value of results.json for a run whose `steps` are done; `seed` is the bootstrap's."""
+    names = ["base", *config.runs]
+    first_runs = ["base", *config.methods]
+    tables: dict[str, Any] = {"schema": SCHEMA} | {table: [] for table in RESULT_TABLES}
+    for name in names:
+        folder = run.path / ("base" if name == "base" else f"methods/{name}")
+        if config.measures(name, "deactivation"):
+            tables["deactivation"] += read_json(folder / "deactivation" / "records.json")
+        if config.evaluation.probe and config.measures(name, "probe"):
+            tables["probe"] += read_json(folder / "probe" / "records.json")
+        tables["perplexity"] += read_json(folder / "perplexity" / "records.json")
+        if name != "base":
+            tables["training"] += read_json(folder / "checkpoint" / "training.json")
+    for table in TABLES:
+        tables[table] = read_json(run.path / "analysis" / f"{table}.json")
+
+    comparisons: list[ComparisonRecord] = []
+    right: dict[tuple[str, str], Verdicts] = {}
+    trained_on = {example.voice or RECORDING for example in read_manifest(run.path / "data" / "train.jsonl")}
+    for task_config in config.evaluation.tasks:
+        examples = read_manifest(run.path / "data" / f"task-{task_config.name}.jsonl")
+        task = Task(task_config.name, tuple(examples))
+        for modality in MODALITIES if config.evaluation.text_asr else MODALITIES[:3]:
+            verdicts: dict[str, Mapping[str, bool]] = {}
+            for name in names:
+                folder = run.path / ("base" if name == "base" else f"methods/{name}")
+                # The base model's answers to transcripts are its cascade.
+                asked = "cascade" if (name, modality) == ("base", "text_asr") else modality
+                file = folder / "samples" / f"{task.name}-{asked}" / "samples.jsonl"
+                # In what modalities a model is asked is the recipe's to say; a file may be left from an earlier one.
+                base_is_deaf = config.models.adaptor is None
+                deaf = modality == "speech" and (
+                    base_is_deaf if name == "base" else config.runs[name].modality == "text"
+                )
+                if deaf or not file.exists():
+                    continue
+                _, rows = read_finished(file)
+                tables["qa"] += summarise(rows, name, task, modality)
+                tables["qa_floors"] += floor_records(rows, name, task, modality, seed)
+                verdicts[name] = verdicts_by_id(rows, PRIMARY)
+            right[task.name, modality] = verdicts
+            first = {name: verdicts[name] for name in first_runs if name in verdicts}
+            if len(first) > 1:
+                comparisons += compare(first, task=task.name, modality=modality, metric=PRIMARY, seed=seed)
+        by_modality = {modality: verdicts for (name, modality), verdicts in right.items() if name == task.name}
+        tables["voices"] += voice_records(
+            task.name, examples, list(config.methods), config.seeds, by_modality, trained_on
+        )
+    tables["comparisons"] = with_holm(comparisons)
+    tables["correlations"] = correlation_records(tables["shift"], tables["qa"], metric=PRIMARY)
+    if config.seeds > 1:
+        tables["seeds"] = seed_records(run.path, list(config.methods), config.seeds, right, tables)
+        tables["seed_comparisons"] = seed_comparisons(list(config.methods), config.seeds, right, run.path, seed)
+    ranks = {name: method.rank for name, method in config.methods.items() if method.kind == "lora"}
+    tables["claims"] = claim_records(tables, ranks)
+    tables["timings"] = run.timings(steps)
+    return tables

@@ -1,0 +1,375 @@
+"""What the steps of a study share: the run directory, seeds, fingerprints, the data and the loaded models."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from palimpsest.config import EvaluationTask, Split, StudyConfig
+from palimpsest.data.collate import Collator
+from palimpsest.data.examples import Example, read_manifest
+from palimpsest.data.features import Features
+from palimpsest.data.filters import Filters
+from palimpsest.data.splits import SplitSource, StudyData
+from palimpsest.files import hash_file, hash_value, read_jsonl, require_disk
+from palimpsest.parallel import is_main, share
+from palimpsest.progress import Advance, Reporter
+from palimpsest.rundir import RunDir, Step, code_version, provenance
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from palimpsest.importance.scores import Scores
+    from palimpsest.models.processor import SpeechLMProcessor
+    from palimpsest.models.speech_lm import SpeechLM
+    from palimpsest.models.trained_adaptor import TrainedAdaptor
+    from palimpsest.training.held_out import HeldOut
+    from palimpsest.training.settings import Settings
+
+Modality = Literal["text", "speech"]  # what a collator can put; rundir.Modality has those of evaluation
+BASE = "base"
+DROPPED = "dropped"  # data/dropped.jsonl: what was left out of training and held-out data, and why
+# What code each kind of step depends on: a change there runs the step again.
+CODE = {
+    "data": (
+        "data/examples",
+        "data/rows",
+        "data/sources",
+        "data/local",
+        "data/parquet",
+        "data/published",
+        "data/filters",
+        "data/splits",
+        "data/speech",
+        "data/voices",
+        "data/augment",
+    ),
+    "features": ("data/features", "data/shards", "models/speech_lm", "models/processor"),
+    "train": ("training", "models", "data/collate"),
+    "importance": ("importance", "models", "data/collate"),
+    "deactivation": ("importance", "models", "data/collate", "evaluation/perplexity", "evaluation/deactivation"),
+    "perplexity": ("models", "data/collate", "evaluation/perplexity"),
+    "samples": ("evaluation", "models", "data/collate"),
+    "probe": ("evaluation/probe", "models"),
+    "analysis": ("analysis", "importance"),
+}
+
+
+def folder_of(name: str) -> str:
+    """Where a model's steps live inside the run directory."""
+    return BASE if name == BASE else f"methods/{name}"
+
+
+class Workspace:
+    """State of one study in progress; at most one tuned model is in memory at a time."""
+
+    def __init__(self, config: StudyConfig, folder: Path, reporter: Reporter) -> None:
+        self.config = config
+        self.dir = RunDir(folder)
+        self.reporter = reporter
+        self.done: list[Step] = []
+        self._tuned: tuple[str, SpeechLM] | None = None
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+    def step(
+        self,
+        name: str,
+        kind: str,
+        inputs: Mapping[str, Any],
+        write: Callable[[Path, Advance], None],
+        *,
+        together: bool = False,
+    ) -> None:
+        """Run `write(folder, advance)` unless the step is there with the same inputs and code.
+
+        Of several processes rank 0 does this, and the others wait; `together`: all call `write`, and what writes into
+        the folder is rank 0's.
+        """
+        full = {**inputs, "code": code_version(*CODE[kind])}
+        step = share(self.dir.finished(name, full) if is_main() else None)
+        if step is not None:
+            self.reporter.skipped(name)
+        else:
+            with self.reporter.step(name) as advance:
+                if is_main():
+                    step = self.dir.step(
+                        name, full, lambda folder: write(share(folder) if together else folder, advance)
+                    )
+                elif together:
+                    write(share(), advance)
+                step = share(step)
+        self.done.append(step)
+
+    def is_done(self, name: str, kind: str, inputs: Mapping[str, Any]) -> bool:
+        return self.dir.finished(name, {**inputs, "code": code_version(*CODE[kind])}) is not None
+
+    def fingerprint(self, step: str) -> str:
+        return next(s.fingerprint for s in self.done if s.name == step)
+
+    def seed(self, purpose: str, run: str = BASE) -> int:
+        """Every seed of a study derives from its one seed, the purpose it serves and, after the first, the run."""
+        number = self.config.number_of(run)
+        return int(hash_value([self.config.seed, purpose, *([number] if number else [])])[:8], 16) % (2**31)
+
+    # -- data ---------------------------------------------------------------------------------------------------------
+    @cached_property
+    def sources(self) -> StudyData:
+        """Where the study's examples come from; nothing is read yet."""
+        data = self.config.data
+
+        def source(split: Split) -> SplitSource:
+            return SplitSource(split.source, split.split, split.limit)
+
+        return StudyData(
+            source(data.train),
+            source(data.heldout) if data.heldout is not None else data.heldout_examples or 0,
+            {task.name: source(task) for task in self.config.evaluation.tasks},
+            Filters(**data.filters.model_dump()),
+            data.strict,
+            self.seed("data"),
+        )
+
+    @cached_property
+    def groups(self) -> dict[str, list[Example]]:
+        """The examples of data/, with audio, by manifest: train, heldout, task-NAME."""
+        paths = sorted((self.dir.path / "data").glob("*.jsonl"))
+        return {path.stem: read_manifest(path) for path in paths if path.stem != DROPPED}
+
+    @cached_property
+    def dropped(self) -> dict[str, dict[str, int]]:
+        """How many examples were left out of each group, by reason."""
+        rows = read_jsonl(self.dir.path / "data" / f"{DROPPED}.jsonl")
+        groups = {row["split"] for row in rows}
+        return {g: dict(Counter(row["reason"] for row in rows if row["split"] == g)) for g in sorted(groups)}
+
+    def hears(self, name: str) -> bool:
+        """Whether a model can be asked in speech: the base if the recipe names an adaptor, not one tuned on text."""
+        if name == BASE:
+            return self.config.models.adaptor is not None
+        return self.config.runs[name].modality == "speech"
+
+    def collator(self, modality: Modality, group: str) -> Collator:
+        features = Features(self.dir.path / "features" / group) if modality == "speech" else None
+        return Collator(self.processor, modality, features)
+
+    def task(self, task: EvaluationTask) -> Any:
+        from palimpsest.evaluation.tasks import Task
+
+        return Task(task.name, tuple(self.groups[f"task-{task.name}"]))
+
+    def held_out(self, name: str) -> HeldOut | None:
+        """What a method's training is evaluated on between its steps, if it is; in speech only if it can hear."""
+        if self.config.training.eval_every is None:
+            return None
+        modalities: list[Modality] = ["text", "speech"] if self.hears(name) else ["text"]
+        return {modality: (self.collator(modality, "heldout"), self.groups["heldout"]) for modality in modalities}
+
+    # -- training -----------------------------------------------------------------------------------------------------
+    @cached_property
+    def settings(self) -> Settings:
+        from palimpsest.training.settings import Settings
+
+        return Settings.of(self.config.training.model_dump(), self.seed("train"))
+
+    def require_budget(self) -> None:
+        """A training example above the token budget is told now, not after hours of other steps."""
+        if self.settings.max_tokens is not None:
+            from palimpsest.training.batching import require_budget, sequence_lengths
+
+            examples = self.groups["train"]
+            lengths = sequence_lengths(self.collator("speech", "train"), examples)
+            require_budget(examples, lengths, self.settings.max_tokens)
+
+    def require_disk(self) -> None:
+        from palimpsest.models.loading import weight_bytes
+
+        # Per model a checkpoint and two reductions of importance; while one trains, its optimizer's state.
+        need = 3 * weight_bytes(self.config.models.language_model) * (len(self.config.runs) + 2)
+        have = sum(file.stat().st_size for file in self.dir.path.rglob("*") if file.is_file())
+        require_disk(self.dir.path, max(0, need - have), f"The study {self.config.name}")
+
+    # -- models -------------------------------------------------------------------------------------------------------
+    @cached_property
+    def device(self) -> str:
+        import torch
+
+        wanted = self.config.models.device
+        return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+    @cached_property
+    def processor(self) -> SpeechLMProcessor:
+        from transformers import WhisperFeatureExtractor
+
+        from palimpsest.models.loading import load_tokenizer, resolve
+        from palimpsest.models.processor import PromptStyle, SpeechLMProcessor
+
+        speech, prompt = self.config.speech, self.config.prompt
+        return SpeechLMProcessor(
+            load_tokenizer(self.config.models.language_model),
+            WhisperFeatureExtractor.from_pretrained(resolve(self.config.models.encoder)),
+            stack_factor=speech.stack_factor,
+            speech_length=speech.length,
+            style=PromptStyle(prompt.system, prompt.speech_instruction),
+        )
+
+    @cached_property
+    def base(self) -> PreTrainedModel:
+        from palimpsest.models.loading import load_language_model
+
+        models = self.config.models
+        return load_language_model(models.language_model, dtype=models.dtype, device=self.device)[0]
+
+    @cached_property
+    def adaptor(self) -> TrainedAdaptor | None:
+        """What every method starts from, if the recipe names one."""
+        from palimpsest.models.trained_adaptor import read_adaptor
+
+        source = self.config.models.adaptor
+        return None if source is None else read_adaptor(source)
+
+    def require_adaptor(self) -> None:
+        """An adaptor that does not fit the study is told before the long work."""
+        if self.adaptor is not None:
+            from palimpsest.models.trained_adaptor import require_fit
+
+            require_fit(self.adaptor, self.config.models, self.config.speech)
+
+    def new_speech_lm(self, run: str) -> SpeechLM:
+        """The base language model behind the adaptor that a run starts from: a fresh one, or that of models.adaptor.
+
+        A fresh one is the same for every method's run of the same number.
+        """
+        from palimpsest.models.loading import load_language_model
+
+        models = self.config.models
+        self.__dict__.pop("base", None)  # training needs the room; read again when asked for
+        self.forget()
+        return self._behind_adaptor(load_language_model(models.language_model, dtype=models.dtype)[0], run)
+
+    def _behind_adaptor(self, language_model: PreTrainedModel, run: str = BASE) -> SpeechLM:
+        from palimpsest.models.loading import load_encoder
+        from palimpsest.models.speech_lm import SpeechLM
+
+        models, speech = self.config.models, self.config.speech
+        encoder, _ = load_encoder(models.encoder, dtype=models.dtype)
+        model = SpeechLM.from_parts(
+            encoder,
+            language_model,
+            stack_factor=speech.stack_factor,
+            adaptor_hidden_size=speech.adaptor_hidden_size,
+            speech_length=speech.length,
+            seed=self.seed("adaptor", run),
+        )
+        if self.adaptor is not None:
+            model.adaptor.load_state_dict(self.adaptor.tensors)
+        elif speech.calibrate_adaptor:
+            import torch
+
+            features = Features(self.dir.path / "features" / "train")
+            sample = torch.cat([features[example.id] for example in self.groups["train"][:64]])
+            spread = language_model.get_input_embeddings().weight.detach().float().std()
+            model.adaptor.calibrate(sample[None], float(spread))
+        model.to(self.device)
+        return model
+
+    def keep(self, name: str, model: SpeechLM) -> None:
+        """Remember a model that was just trained, so that it need not be read back."""
+        self._tuned = (name, model)
+
+    def forget(self) -> None:
+        self._tuned = None
+        gc.collect()
+
+    def speech_lm(self, name: str) -> SpeechLM:
+        """A trained model, or the base behind the adaptor of the recipe."""
+        from palimpsest.models.loading import load_speech_lm
+
+        if name == BASE and (self._tuned is None or self._tuned[0] != BASE):
+            self.forget()
+            self._tuned = (BASE, self._behind_adaptor(self.base).eval())
+        if self._tuned is None or self._tuned[0] != name:
+            self.forget()
+            folder = self.dir.path / "methods" / name / "checkpoint"
+            self._tuned = (name, load_speech_lm(folder, dtype=self.config.models.dtype, device=self.device)[0])
+        return self._tuned[1]
+
+    def language_model(self, name: str) -> PreTrainedModel:
+        return self.base if name == BASE else self.speech_lm(name).language_model
+
+    def scores(self, name: str, other: bool = False) -> Scores:
+        """Of a model; `other`: on other questions than the models are compared on."""
+        from palimpsest.importance.scores import Scores
+
+        return Scores.open(self.dir.path / folder_of(name) / f"importance{'_other' * other}")
+
+    def weights(self, name: str) -> Mapping[str, Tensor]:
+        """The scored weights by canonical name; a tuned model's are read from its checkpoint as needed."""
+        from palimpsest.models.anatomy import scored_parameters
+        from palimpsest.models.loading import StoredLanguageModel
+
+        if name == BASE:
+            return {key: parameter.detach() for key, parameter in scored_parameters(self.base).items()}
+        return StoredLanguageModel(self.dir.path / "methods" / name / "checkpoint")
+
+    # -- what went in -------------------------------------------------------------------------------------------------
+    @cached_property
+    def base_hash(self) -> str:
+        return self.model_hash(self.config.models.language_model)
+
+    @cached_property
+    def encoder_hash(self) -> str:
+        return self.model_hash(self.config.models.encoder)
+
+    @property
+    def adaptor_inputs(self) -> dict[str, str]:
+        """Nothing without models.adaptor, so that what was made before there was the key keeps its fingerprint."""
+        return {} if self.adaptor is None else {"adaptor": self.adaptor.fingerprint, "encoder": self.encoder_hash}
+
+    @staticmethod
+    def model_hash(name: str) -> str:
+        from palimpsest.models.loading import fingerprint
+
+        return fingerprint(name)
+
+    def model_inputs(self, name: str, heard: bool = False) -> dict[str, Any]:
+        """What identifies a model; `heard`: as it is when asked in speech, which makes a difference for the base."""
+        dtype = self.config.models.dtype
+        if name == BASE:
+            return {"base": self.base_hash, "dtype": dtype, **(self.adaptor_inputs if heard else {})}
+        return {"checkpoint": self.fingerprint(f"methods/{name}/checkpoint"), "dtype": dtype}
+
+    def provenance(self, started: float) -> dict[str, Any]:
+        models = self.config.models
+        return {
+            **provenance(),
+            "study": self.config.name,
+            "seed": self.config.seed,
+            "models": {
+                "language_model": {
+                    "name": models.language_model,
+                    "hash": self.base_hash,
+                    "n_parameters": self.base.num_parameters(),
+                },
+                "encoder": {"name": models.encoder, "hash": self.encoder_hash},
+                "asr": {"name": models.asr},
+                "adaptor": {"name": models.adaptor, "hash": self.adaptor and self.adaptor.fingerprint},
+            },
+            "data": {
+                name: {
+                    "n": len(group),
+                    "sha256": hash_file(self.dir.path / "data" / f"{name}.jsonl"),
+                    "voices": sorted({example.voice or "recording" for example in group}),
+                    "dropped": self.dropped.get(name, {}),
+                }
+                for name, group in self.groups.items()
+            },
+            "steps": {s.name: {"fingerprint": s.fingerprint, "skipped": s.skipped} for s in self.done},
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+            "seconds": time.time() - started,
+        }
