@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from palimpsest.config import StudyConfig, load_config
-from palimpsest.planning.plan import Options, make_plan
+from palimpsest.planning.plan import Assumptions, make_plan
 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 ROOT = Path(__file__).parent.parent
@@ -50,7 +50,7 @@ def main() -> None:
         return
 
     make_data(config, options.folder)
-    plan = make_plan(config, Options())
+    plan = make_plan(config, Assumptions())
     rows = []
     print(f"{'':<12} {'peak, GB':^26}   {'in use, GB':^26}")
     print(f"{'method':<12} {'planned':>8} {'measured':>9} {'error':>7}   {'planned':>8} {'measured':>9} {'error':>7}   "

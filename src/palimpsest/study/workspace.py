@@ -197,10 +197,9 @@ class Workspace:
     # -- models -------------------------------------------------------------------------------------------------------
     @cached_property
     def device(self) -> str:
-        import torch
+        from palimpsest.models.loading import choose_device
 
-        wanted = self.config.models.device
-        return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+        return choose_device(self.config.models.device)
 
     @cached_property
     def processor(self) -> SpeechLMProcessor:

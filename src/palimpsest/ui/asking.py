@@ -187,10 +187,9 @@ def _transcript(panel: Panel, example: Example) -> str:
 
 
 def _device(panel: Panel) -> str:
-    import torch
+    from palimpsest.models.loading import choose_device
 
-    wanted = panel.config.models.device
-    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+    return choose_device(panel.config.models.device)
 
 
 def _checkpoint(run: Path, method: str) -> Path:

@@ -26,10 +26,10 @@ footer { display: none !important; }
 NOTHING = ""
 
 
-def serve(run: Path, port: int | None = None, *, tell: Callable[[str], None] = print) -> None:
-    """Show `run` until interrupted; raises as `served`."""
+def serve(run: Path, port: int | None = None) -> Iterator[str]:
+    """Show `run` until interrupted, after a line that says where; raises as `served`."""
     with served(run, port) as page:
-        tell(f"{run} is at {page.local_url} until you press Ctrl+C.")
+        yield f"{run} is at {page.local_url} until you press Ctrl+C."
         page.block_thread()
 
 
