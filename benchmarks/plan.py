@@ -41,9 +41,9 @@ def main() -> None:
 
     config = load_config(options.recipe)
     changes = {"device": "cpu"}
-    config = config.model_copy(update={"models": config.models.model_copy(update=changes)})
+    config = config.model_copy(update={"models": replace(config.models, **changes)})
     if options.checkpointing:
-        training = config.training.model_copy(update={"gradient_checkpointing": True})
+        training = replace(config.training, gradient_checkpointing=True)
         config = config.model_copy(update={"training": training})
     if options.measure:
         print(json.dumps(measure(config, options.folder, options.measure, options.batches)))
@@ -108,7 +108,7 @@ def measure(config: StudyConfig, folder: Path, name: str, batches: int) -> dict[
     training = config.training
     examples = sorted(workspace.groups["train"], key=collator.length)
     chosen = [examples.pop(), *random.Random(0).sample(examples, batches * training.batch_size - 1)]
-    model = workspace.new_speech_lm()
+    model = workspace.new_speech_lm(name)
     n_layers = model.language_model.config.num_hidden_layers
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     with tempfile.TemporaryDirectory() as out:

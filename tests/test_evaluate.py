@@ -17,7 +17,7 @@ from palimpsest.evaluation import judge
 from palimpsest.evaluation.answers import text_answerer
 from palimpsest.evaluation.perplexity import perplexity, read_losses
 from palimpsest.files import UserError, read_json, read_jsonl
-from palimpsest.models.processor import PromptStyle
+from palimpsest.models.prompts import PromptStyle
 from tiny import tiny_llama, tiny_speech_lm, tiny_tokenizer
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent / "src" / "palimpsest"
 # Each room may import the rooms in front of it; docs/architecture.md draws them.
 ORDER: list[set[str]] = [
     {"files", "records", "progress"},
-    {"intervals", "parallel", "rundir", "models"},
+    {"intervals", "options", "parallel", "rundir", "models"},
     {"data", "importance", "report"},
     {"training", "evaluation", "analysis", "ablation"},
     {"config"},

@@ -30,7 +30,8 @@ from palimpsest.models.loading import (
     text_source,
     weight_bytes,
 )
-from palimpsest.models.processor import PromptStyle, SpeechLMProcessor
+from palimpsest.models.processor import SpeechLMProcessor
+from palimpsest.models.prompts import PromptStyle
 from palimpsest.models.speech_lm import SpeechLM
 from palimpsest.models.trained_adaptor import read_adaptor
 from palimpsest.training.methods import Method, add_lora, merge_lora

@@ -17,7 +17,7 @@ from palimpsest.files import UserError
 from palimpsest.planning.memory import memory
 from palimpsest.planning.plan import Assumptions, is_hub_name, make_plan
 from palimpsest.planning.plan_text import plan_recipe, refusal
-from palimpsest.training.methods import Method, add_lora, rules_for
+from palimpsest.training.methods import add_lora, rules_for
 from palimpsest.training.rules import assign
 from tiny import tiny_llama, tiny_speech_lm, tiny_tokenizer
 
@@ -76,7 +76,7 @@ def test_every_recipe_can_be_planned_and_every_method_covers_a_model(path: Path)
     assert all(method.memory.peak > method.memory.weights for method in plan.methods)
     for method in config.methods.values():
         model, _ = tiny_speech_lm()
-        wanted = Method(**method.model_dump(exclude_unset=True))
+        wanted = method
         if wanted.kind == "lora":
             add_lora(model, wanted)
         assign((name for name, _ in model.named_parameters()), rules_for(wanted, {0: 1.0, 1: 0.6}))

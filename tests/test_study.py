@@ -17,7 +17,7 @@ import soundfile
 import yaml
 
 from audio_files import BROKEN, voice_assistant, wav
-from palimpsest.comparison.pairs import compare_runs
+from palimpsest.commands import compare
 from palimpsest.config import parse_config
 from palimpsest.files import UserError
 from palimpsest.records import RESULT_TABLES
@@ -137,7 +137,7 @@ def test_the_run_directory_is_complete(finished: Path) -> None:
 
 
 def test_a_finished_study_can_be_compared(finished: Path, tmp_path: Path) -> None:
-    lines = list(compare_runs([finished], tmp_path, metric="token_sequence"))
+    lines = list(compare.run(compare.Options([finished], tmp_path, metric="token_sequence")))
     assert "## Loss on target answers" in lines
     tables = json.loads((tmp_path / "compare.json").read_text())
     pairs = {(r["method_a"], r["method_b"], r["modality"]) for r in tables["perplexity"]}

@@ -79,7 +79,7 @@ def test_the_demos_methods_on_the_embedded_models(tmp_path: Path) -> None:
     n_layers = study.ws.base.config.num_hidden_layers
     examples, collator = study.ws.groups["train"], study.ws.collator("speech", "train")
     for name, options in study.config.methods.items():
-        method = Method(**options.model_dump())
+        method = options
         scales = {i: 1 - 0.4 * i / n_layers for i in range(n_layers)} if method.kind == "layer_lr" else None
         ours, theirs = study.ws.new_speech_lm(), study.ws.new_speech_lm()
         records = train(ours, examples, collator, method, study.ws.settings, tmp_path / name, name=name, scales=scales)

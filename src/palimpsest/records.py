@@ -169,6 +169,9 @@ class TimingRecord(TypedDict):
     peak_rss_bytes: int
 
 
+BASE = "base"  # what records call the model that was not trained
+
+
 def run_name(method: str, number: int) -> str:
     """The folder of a method's training run: the method's own name for the first, else `full-seed1`, `full-seed2` …"""
     return method if number == 0 else f"{method}-seed{number}"

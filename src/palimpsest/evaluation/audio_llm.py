@@ -22,7 +22,7 @@ from palimpsest.data.examples import Example
 from palimpsest.data.speech import SAMPLE_RATE, read_audio
 from palimpsest.evaluation.answers import GREEDY, Answer, Answerer, decode_new, end_ids
 from palimpsest.files import UserError
-from palimpsest.models.processor import DEFAULT_INSTRUCTION
+from palimpsest.models.prompts import PromptStyle
 from palimpsest.records import Modality
 
 # Their encoders have no mask for padded audio: in a batch an answer would depend on its neighbours.
@@ -37,7 +37,7 @@ def audio_llm_answerer(
     processor: Any,
     max_new_tokens: int = 32,
     system: str | None = None,
-    instruction: str = DEFAULT_INSTRUCTION,
+    instruction: str = PromptStyle.speech_instruction,
 ) -> Answerer:
     """Greedy answers of an audio LLM to questions given as text or as speech.
 

@@ -327,7 +327,7 @@ def _processor(config: StudyConfig) -> Any:
     from transformers import AutoTokenizer, WhisperFeatureExtractor
 
     from palimpsest.models.loading import text_source
-    from palimpsest.models.processor import PromptStyle, SpeechLMProcessor
+    from palimpsest.models.processor import SpeechLMProcessor
 
     where = text_source(config.models.language_model)
     if not Path(where).is_dir():
@@ -337,5 +337,5 @@ def _processor(config: StudyConfig) -> Any:
         WhisperFeatureExtractor(),
         stack_factor=config.speech.stack_factor,
         speech_length=config.speech.length,
-        style=PromptStyle(config.prompt.system, config.prompt.speech_instruction),
+        style=config.prompt,
     )

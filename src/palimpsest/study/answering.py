@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from palimpsest.config import EvaluationTask
 from palimpsest.files import hash_value, read_jsonl, write_json, write_jsonl
 from palimpsest.progress import Advance
-from palimpsest.records import Modality
-from palimpsest.study.workspace import BASE, Workspace, folder_of
+from palimpsest.records import BASE, Modality
+from palimpsest.study.workspace import Workspace, folder_of
 
 if TYPE_CHECKING:
     from palimpsest.evaluation.answers import Answerer
@@ -89,8 +90,8 @@ def _answer(
         "model": ws.model_inputs(name, heard=modality == "speech"),
         "data": ws.fingerprint("data"),
         "task": task.name,
-        "options": options.model_dump(include={"max_new_tokens", "batch_size"}),
-        "prompt": ws.config.prompt.model_dump(),
+        "options": {"max_new_tokens": options.max_new_tokens, "batch_size": options.batch_size},
+        "prompt": asdict(ws.config.prompt),
         **more,
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from palimpsest.files import write_json
@@ -14,7 +15,7 @@ def perplexity_step(ws: Workspace, name: str) -> None:
     inputs = {
         "model": ws.model_inputs(name, heard=True),
         "features": ws.fingerprint("features"),
-        "prompt": ws.config.prompt.model_dump(),
+        "prompt": asdict(ws.config.prompt),
         "batch_size": ws.config.deactivation.batch_size,
     }
 

@@ -57,11 +57,7 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
                 asked = "cascade" if (name, modality) == ("base", "text_asr") else modality
                 file = folder / "samples" / f"{task.name}-{asked}" / "samples.jsonl"
                 # In what modalities a model is asked is the recipe's to say; a file may be left from an earlier one.
-                base_is_deaf = config.models.adaptor is None
-                deaf = modality == "speech" and (
-                    base_is_deaf if name == "base" else config.runs[name].modality == "text"
-                )
-                if deaf or not file.exists():
+                if (modality == "speech" and not config.takes_speech(name)) or not file.exists():
                     continue
                 _, rows = read_finished(file)
                 tables["qa"] += summarise(rows, name, task, modality)

@@ -11,13 +11,13 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from palimpsest.config import StudyConfig, dump_config, require_same_recipe
-from palimpsest.data.augment import Augmentation, augment, require_library
+from palimpsest.data.augment import augment, require_library
 from palimpsest.data.collate import batches
 from palimpsest.data.examples import Example, write_manifest
 from palimpsest.data.features import compute_features
@@ -27,11 +27,12 @@ from palimpsest.data.voices import Voices, find_voices
 from palimpsest.files import write_json, write_jsonl, write_text
 from palimpsest.parallel import is_main, joined, sharded, share, wait_for_all, world_size
 from palimpsest.progress import Advance, Reporter
+from palimpsest.records import BASE
 from palimpsest.study.answering import answers, cascade, probe
 from palimpsest.study.count import n_steps
 from palimpsest.study.heldout import perplexity_step
 from palimpsest.study.results import collect
-from palimpsest.study.workspace import BASE, DROPPED, Modality, Workspace, folder_of
+from palimpsest.study.workspace import DROPPED, Modality, Workspace, folder_of
 
 BY_MODEL = ("importance", "checkpoints")  # inputs of the analysis
 
@@ -108,7 +109,7 @@ class Study:
 
         require_options(self.ws.settings, self.ws.device, sharded=sharded())
         if self.config.speech.augmentation is not None:
-            require_library(Augmentation(**self.config.speech.augmentation.model_dump()))
+            require_library(self.config.speech.augmentation)
         if not self.ws.is_done("data", "data", self._data_inputs):
             self.ws.sources.check()
         models = self.config.models
@@ -135,8 +136,8 @@ class Study:
             groups, dropped = self.ws.sources.read(folder / "audio", advance)
             groups, unspoken = speak_groups(groups, say, self.config.data.strict)
             if (changes := self.config.speech.augmentation) is not None:
-                options, seed = Augmentation(**changes.model_dump()), self.ws.seed("augmentation")
-                groups["train"] = augment(groups["train"], folder / "audio", options, seed, progress=advance)
+                seed = self.ws.seed("augmentation")
+                groups["train"] = augment(groups["train"], folder / "audio", changes, seed, progress=advance)
             for key, group in groups.items():
                 write_manifest(folder / f"{key}.jsonl", group)
             write_jsonl(folder / f"{DROPPED}.jsonl", [item.to_row(group) for group, item in dropped + unspoken])
@@ -148,7 +149,7 @@ class Study:
         changes = self.config.speech.augmentation
         return {
             "voices": {key: [[v.label, v.version()] for v in find_voices(it)] for key, it in self._voices.items()},
-            "augmentation": None if changes is None else [changes.model_dump(), self.ws.seed("augmentation")],
+            "augmentation": None if changes is None else [asdict(changes), self.ws.seed("augmentation")],
             "sources": self.ws.sources.inputs(),
         }
 
@@ -197,8 +198,8 @@ class Study:
         inputs = {
             "model": self.ws.model_inputs(name),
             "data": self.ws.fingerprint("data"),
-            "options": options.model_dump(exclude={"reduction"}),
-            "prompt": self.config.prompt.model_dump(),
+            "options": {**asdict(options), "reduction": None},
+            "prompt": asdict(self.config.prompt),
             "seed": self.ws.seed("importance"),
         }
 
@@ -237,8 +238,8 @@ class Study:
             "importance": self.ws.fingerprint(f"{folder_of(name)}/importance"),
             "reduction": self.config.importance.reduction,
             "features": self.ws.fingerprint("features"),
-            "options": self.config.deactivation.model_dump(),
-            "prompt": self.config.prompt.model_dump(),
+            "options": asdict(self.config.deactivation),
+            "prompt": asdict(self.config.prompt),
             "seed": self.ws.seed("deactivation"),
         }
 
@@ -276,10 +277,10 @@ class Study:
             "encoder": self.ws.encoder_hash,
             "dtype": self.config.models.dtype,
             "data": self.ws.fingerprint("features" if self.ws.hears(name) else "data"),
-            "speech": self.config.speech.model_dump(exclude={"feature_cache"}),
-            "prompt": self.config.prompt.model_dump(),
-            "method": method.model_dump(),
-            "training": options.model_dump(),
+            "speech": {**asdict(self.config.speech), "feature_cache": None},
+            "prompt": asdict(self.config.prompt),
+            "method": asdict(method),
+            "training": asdict(options),
             "seeds": [self.ws.seed("adaptor", name), self.ws.seed("train", name)],
             **self.ws.adaptor_inputs,
         }
@@ -290,16 +291,16 @@ class Study:
             inputs["shuffle"] = self.ws.seed("shuffled layers", name)
 
         def write(folder: Path, advance: Advance) -> None:
-            from palimpsest.training.methods import Method, method_scales
+            from palimpsest.training.methods import method_scales
             from palimpsest.training.train import train
 
-            scales, trained = None, Method(**method.model_dump())
+            scales = None
             settings = replace(self.ws.settings, seed=self.ws.seed("train", name))
             if method.modality == "text":  # written questions pass by the adaptor
                 settings = replace(settings, align=None, adaptor_first=None)
             if method.kind == "layer_lr":
                 reduction, seed = self.config.importance.reduction, self.ws.seed("shuffled layers", name)
-                scales = method_scales(trained, self.ws.scores(BASE), reduction=reduction, seed=seed)
+                scales = method_scales(method, self.ws.scores(BASE), reduction=reduction, seed=seed)
                 if is_main():
                     write_json(folder / "layer_scales.json", {str(layer): scale for layer, scale in scales.items()})
             model = self.ws.new_speech_lm(name)
@@ -307,7 +308,7 @@ class Study:
                 model,
                 self.ws.groups["train"],
                 self.ws.collator(method.modality, "train"),
-                trained,
+                method,
                 settings,
                 folder,
                 name=name,
@@ -333,7 +334,7 @@ class Study:
             "importance": {name: self.ws.fingerprint(f"{folder_of(name)}/importance") for name in names},
             "other": self.ws.fingerprint(f"{BASE}/importance_other"),
             "checkpoints": {name: self.ws.fingerprint(f"methods/{name}/checkpoint") for name in names[1:]},
-            "options": self.config.analysis.model_dump(),
+            "options": asdict(self.config.analysis),
             "reduction": self.config.importance.reduction,
             "ratio": self.config.deactivation.ratio,
             "seed": self.ws.seed("analysis"),

@@ -6,19 +6,20 @@ import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from palimpsest.config import EvaluationTask, Split, StudyConfig
+from palimpsest.config import EvaluationTask, StudyConfig
 from palimpsest.data.collate import Collator
 from palimpsest.data.examples import Example, read_manifest
 from palimpsest.data.features import Features
-from palimpsest.data.filters import Filters
-from palimpsest.data.splits import SplitSource, StudyData
+from palimpsest.data.splits import StudyData
 from palimpsest.files import hash_file, hash_value, read_jsonl, require_disk
 from palimpsest.parallel import is_main, share
 from palimpsest.progress import Advance, Reporter
+from palimpsest.records import BASE
 from palimpsest.rundir import RunDir, Step, code_version, provenance
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from palimpsest.training.settings import Settings
 
 Modality = Literal["text", "speech"]  # what a collator can put; rundir.Modality has those of evaluation
-BASE = "base"
 DROPPED = "dropped"  # data/dropped.jsonl: what was left out of training and held-out data, and why
 # What code each kind of step depends on: a change there runs the step again.
 CODE = {
@@ -123,14 +123,11 @@ class Workspace:
         """Where the study's examples come from; nothing is read yet."""
         data = self.config.data
 
-        def source(split: Split) -> SplitSource:
-            return SplitSource(split.source, split.split, split.limit)
-
         return StudyData(
-            source(data.train),
-            source(data.heldout) if data.heldout is not None else data.heldout_examples or 0,
-            {task.name: source(task) for task in self.config.evaluation.tasks},
-            Filters(**data.filters.model_dump()),
+            data.train,
+            data.heldout if data.heldout is not None else data.heldout_examples or 0,
+            {task.name: task for task in self.config.evaluation.tasks},
+            data.filters,
             data.strict,
             self.seed("data"),
         )
@@ -150,9 +147,7 @@ class Workspace:
 
     def hears(self, name: str) -> bool:
         """Whether a model can be asked in speech: the base if the recipe names an adaptor, not one tuned on text."""
-        if name == BASE:
-            return self.config.models.adaptor is not None
-        return self.config.runs[name].modality == "speech"
+        return self.config.takes_speech(name)
 
     def collator(self, modality: Modality, group: str) -> Collator:
         features = Features(self.dir.path / "features" / group) if modality == "speech" else None
@@ -173,9 +168,7 @@ class Workspace:
     # -- training -----------------------------------------------------------------------------------------------------
     @cached_property
     def settings(self) -> Settings:
-        from palimpsest.training.settings import Settings
-
-        return Settings.of(self.config.training.model_dump(), self.seed("train"))
+        return replace(self.config.training, seed=self.seed("train"))
 
     def require_budget(self) -> None:
         """A training example above the token budget is told now, not after hours of other steps."""
@@ -206,7 +199,7 @@ class Workspace:
         from transformers import WhisperFeatureExtractor
 
         from palimpsest.models.loading import load_tokenizer, resolve
-        from palimpsest.models.processor import PromptStyle, SpeechLMProcessor
+        from palimpsest.models.processor import SpeechLMProcessor
 
         speech, prompt = self.config.speech, self.config.prompt
         return SpeechLMProcessor(
@@ -214,7 +207,7 @@ class Workspace:
             WhisperFeatureExtractor.from_pretrained(resolve(self.config.models.encoder)),
             stack_factor=speech.stack_factor,
             speech_length=speech.length,
-            style=PromptStyle(prompt.system, prompt.speech_instruction),
+            style=prompt,
         )
 
     @cached_property
@@ -237,7 +230,15 @@ class Workspace:
         if self.adaptor is not None:
             from palimpsest.models.trained_adaptor import require_fit
 
-            require_fit(self.adaptor, self.config.models, self.config.speech)
+            models, speech = self.config.models, self.config.speech
+            require_fit(
+                self.adaptor,
+                models.language_model,
+                models.encoder,
+                stack_factor=speech.stack_factor,
+                length=speech.length,
+                hidden=speech.adaptor_hidden_size,
+            )
 
     def new_speech_lm(self, run: str) -> SpeechLM:
         """The base language model behind the adaptor that a run starts from: a fresh one, or that of models.adaptor.
