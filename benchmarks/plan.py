@@ -78,11 +78,12 @@ def main() -> None:
 
 def make_data(config: StudyConfig, folder: Path) -> None:
     """data/ and features/ of the study, resumed if they are there."""
+    from palimpsest.study import steps
     from palimpsest.study.run import Study
 
     study = Study(config, folder)
-    study.data()
-    study.features()
+    steps.data(study.ws)
+    steps.features(study.ws)
 
 
 def in_a_process(options: argparse.Namespace, method: str, environment: dict[str, str]) -> dict[str, int]:

@@ -13,6 +13,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from palimpsest.commands.evaluate import load_task
 from palimpsest.data.examples import Example
 from palimpsest.evaluation import answers as generate
 from palimpsest.evaluation.answers import (
@@ -26,7 +27,7 @@ from palimpsest.evaluation.answers import (
     verdicts_by_id,
 )
 from palimpsest.evaluation.scoring import METRIC_VERSION, METRICS
-from palimpsest.evaluation.tasks import Task, load_task
+from palimpsest.evaluation.tasks import Task
 from palimpsest.files import UserError, read_json, read_jsonl
 from palimpsest.models.embedded import checkpoint
 from tiny import tiny_llama, tiny_tokenizer

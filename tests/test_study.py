@@ -21,6 +21,7 @@ from palimpsest.commands import compare
 from palimpsest.config import parse_config
 from palimpsest.files import UserError
 from palimpsest.records import RESULT_TABLES
+from palimpsest.study import steps
 from palimpsest.study.run import Study, run_study
 from tiny import save_tiny_models
 
@@ -247,7 +248,7 @@ def test_data_from_a_table_held_out_by_hash_and_what_was_dropped(inputs: Path, t
     data = {"train": {"source": source, "split": "train"}, "heldout_examples": 4}
     study = Study(parse_config(recipe(inputs, data=data), "test"), tmp_path / "run")
     study.ws.sources.check()
-    study.data()
+    steps.data(study.ws)
     folder = tmp_path / "run" / "data"
     groups = study.ws.groups
     assert set(groups) == {"train", "heldout", "task-numbers"}

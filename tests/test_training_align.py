@@ -48,7 +48,7 @@ def planted(n: int) -> tuple[torch.Tensor, list[Example], Heard, dict[str, list[
     return embedding, examples, frames, tokens
 
 
-def test_planted_words_are_read_in_speech_not_heard_before() -> None:
+def test_planted_words_are_read_in_speech_not_transcribed_before() -> None:
     embedding, examples, frames, tokens = planted(240)
     model = adaptor()
     alignment = align_adaptor(model, embedding, examples[:200], frames, tokens, LONG, seed=3)

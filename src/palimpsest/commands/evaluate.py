@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from palimpsest.evaluation.tasks import Task
 
 
+HUB_NAMES = {
+    "fixie-ai/llama-questions": "llama_questions",
+    "fixie-ai/spoken-web-questions": "web_questions",
+    "chiyuanhsiao/spoken-web-questions": "web_questions",
+}
+
+
 @dataclass(frozen=True)
 class Options:
     """Answer the questions of a task and score the answers, each accuracy with its 95 % interval.
@@ -102,7 +109,6 @@ def run(options: Options) -> Iterator[str]:
 def _check(options: Options) -> tuple[Judge | None, Task, str]:
     """What is known to be wrong before a model is loaded; (the judge, the task, where the model is)."""
     from palimpsest.evaluation.judge import Judge
-    from palimpsest.evaluation.tasks import load_task
     from palimpsest.models.loading import model_kind, resolve
 
     model, modality, url, name = options.model, options.modality, options.judge_url, options.judge_model
@@ -119,6 +125,36 @@ def _check(options: Options) -> tuple[Judge | None, Task, str]:
     if options.perplexity and model_kind(where) == "audio_llm":
         raise UserError(f"Perplexity of the audio LLM {model} cannot be measured yet; leave out --perplexity.")
     return judge, task, where
+
+
+def load_task(
+    source: str,
+    *,
+    name: str | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    seed: int | None = None,
+    instruction: str | None = None,
+    metric: str | None = None,
+    audio: Path | None = None,
+) -> Task:
+    """The task of a question set, by name or path; see `data.sources.load_examples` for what can be read.
+
+    `name` is what the records call the task, by default `task_name(source)`.
+    With `limit`, the first examples are taken, or a random choice where a `seed` is given. `audio`: the folder that
+    recordings inside a table are written to.
+    """
+    from palimpsest.data.sources import load_examples
+    from palimpsest.evaluation.tasks import Task
+
+    examples = load_examples(source, split, limit=limit, seed=seed, audio=audio)
+    task = Task(name or task_name(source), tuple(examples), instruction)
+    return task if metric is None else replace(task, metric=metric)
+
+
+def task_name(source: str) -> str:
+    """A hub set's usual name, so that its rows stand beside the published ones; else file or folder, without suffix."""
+    return HUB_NAMES.get(source, Path(source.rpartition(":")[2]).stem)
 
 
 def _answerer(options: Options, where: str, device: str) -> Answerer:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from palimpsest.comparison.systems import BASE, Answers, Key, Losses, System, pool_seeds, read_systems, require_same
+from palimpsest.comparison.systems import Answers, Key, Losses, System, pool_seeds, read_systems, require_same
 from palimpsest.evaluation.scoring import PRIMARY
 from palimpsest.evaluation.tasks import text_version
 from palimpsest.files import UserError
@@ -30,7 +30,7 @@ from palimpsest.intervals import (
     retention,
     wilson,
 )
-from palimpsest.records import ComparisonRecord, GapRecord, LossPairRecord, PairRecord, RetentionRecord
+from palimpsest.records import BASE, ComparisonRecord, GapRecord, LossPairRecord, PairRecord, RetentionRecord
 
 if TYPE_CHECKING:
     pass
