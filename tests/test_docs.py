@@ -57,7 +57,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_page_that_is_named_exists() -> None:
-    """docs/NAME.md, with or without an anchor, in code, messages, recipes and scripts; the changelog too."""
+    """Pages of docs/, with or without an anchor, in code, messages, recipes and scripts; the changelog too."""
     broken = []
     for file in files():
         text = file.read_text(encoding="utf-8")
@@ -75,11 +75,13 @@ def test_every_page_can_be_reached_from_the_readme() -> None:
 
 def test_every_file_that_a_page_names_exists() -> None:
     """`room/module.py` of the package, `tests/…`, `scripts/…`, `benchmarks/…`, `recipes/…`, `configs/…`."""
-    broken = []
-    for page in PAGES:
-        for name in re.findall(r"`((?:[\w-]+/)+[\w.-]+\.(?:py|yaml|txt|jsonl))`", page.read_text(encoding="utf-8")):
-            if not any((folder / name).exists() for folder in (ROOT, PACKAGE)) and not is_of_a_run(name):
-                broken.append(f"{page.name}: {name}")
+    named = re.compile(r"`((?:[\w-]+/)+[\w.-]+\.(?:py|yaml|txt|jsonl))`")
+    broken = [
+        f"{page.name}: {name}"
+        for page in PAGES
+        for name in named.findall(page.read_text(encoding="utf-8"))
+        if not any((folder / name).exists() for folder in (ROOT, PACKAGE)) and not is_of_a_run(name)
+    ]
     assert not broken, broken
 
 
