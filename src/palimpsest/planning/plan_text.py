@@ -12,7 +12,7 @@ from palimpsest.planning.memory import largest_rows, memory, optimizer_traffic
 from palimpsest.planning.plan import BANDWIDTH_SHARE, GB, Assumptions, MethodPlan, Plan, make_plan
 
 FORMULAS = (
-    "Formulas (docs/plan.md derives them). d hidden, q heads × head size, f MLP width, L layers, V vocabulary, T",
+    "Formulas (docs/machines.md derives them). d hidden, q heads × head size, f MLP width, L layers, V vocabulary, T",
     "tokens of the largest batch, S its longest row, w bytes of a weight, n supervised tokens",
     "  weights      w · (language model + encoder + adaptor), 4 · LoRA",
     "  gradients    w · trained             optimizer  2 · gradients (AdamW)",
