@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from palimpsest.cli import app
+from forked import forked
 from tiny import tiny_speech_lm
 
 
@@ -28,10 +28,23 @@ def commands(application: typer.Typer, before: str = "") -> list[str]:
 COMMANDS = commands(app)
 
 
+IMPORTS = """
+import palimpsest.cli
+palimpsest.cli._quiet_transformers()
+import palimpsest.ask, palimpsest.evaluate, palimpsest.measure, palimpsest.models.speech_lm, palimpsest.study.run
+from palimpsest.evaluation import answers, scoring
+from transformers import LlamaForCausalLM, WhisperModel
+"""
+COMMAND = """
+import runpy, sys
+sys.argv = ["palimpsest", *{arguments!r}]
+runpy.run_module("palimpsest.cli", run_name="__main__", alter_sys=True)
+"""
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "palimpsest.cli", *arguments], capture_output=True, text=True, check=False
-    )
+    """`palimpsest …` in a process of its own; that its imports are all there is seen in test_readme.py."""
+    return forked(IMPORTS, COMMAND.format(arguments=arguments))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
