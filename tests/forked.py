@@ -45,7 +45,7 @@ def forked(imports: str, code: str) -> subprocess.CompletedProcess[str]:
         out, err = Path(folder, "out"), Path(folder, "err")
         out.touch()
         err.touch()
-        server.stdin.write(json.dumps([code, os.getcwd(), dict(os.environ), folder]) + "\n")
+        server.stdin.write(json.dumps([code, str(Path.cwd()), dict(os.environ), folder]) + "\n")
         server.stdin.flush()
         said = server.stdout.readline()
         assert said, f"the process that ran {imports!r} is gone"

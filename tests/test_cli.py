@@ -13,8 +13,8 @@ import soundfile
 import typer
 from typer.testing import CliRunner
 
-from palimpsest.cli import app
 from forked import forked
+from palimpsest.cli import app
 from tiny import tiny_speech_lm
 
 
