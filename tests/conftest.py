@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # pytest -n runs a process per core, so that more threads would only be in each other's way; and one thread adds numbers
 # up in the same order everywhere. Read by OpenMP and BLAS when they are loaded, which is later; what a test starts
 # inherits it.
 for _library in ("OMP", "MKL", "OPENBLAS"):
     os.environ.setdefault(f"{_library}_NUM_THREADS", "1")
+
+# Of a test on a busy machine, time says nothing.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 # Files that take long, the longest first, so that none of them begins when the others are finished.
 LONG = (
