@@ -29,11 +29,8 @@ COMMANDS = commands(app)
 
 
 IMPORTS = """
-import palimpsest.cli
-palimpsest.cli._quiet_transformers()
-import palimpsest.ask, palimpsest.evaluate, palimpsest.measure, palimpsest.models.speech_lm, palimpsest.study.run
-from palimpsest.evaluation import answers, scoring
-from transformers import LlamaForCausalLM, WhisperModel
+import scipy.stats, soundfile, torch.distributed.tensor
+from transformers import AutoModelForCausalLM, AutoProcessor, LlamaForCausalLM, WhisperModel
 """
 COMMAND = """
 import runpy, sys
