@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 PRESET ?= default
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Four processes at most, for their memory. A file stays in one of them, so that what its tests share is made once.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: install harness demo test test-slow check format clean
 
@@ -24,10 +26,10 @@ demo: install  ## the whole study on the embedded models; make demo PRESET=quick
 	$(BIN)/palimpsest demo --preset $(PRESET) --out $(RUN)
 
 test: install  ## what a push must pass
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(PYTEST) -m 'not slow and not gpu'
 
 test-slow: harness  ## everything, the long tests included
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(PYTEST) -m 'not gpu'
 
 check: install  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -17,7 +17,7 @@ from test_config import MINIMAL
 @pytest.mark.parametrize(
     ("step", "needed", "not_needed"),
     [
-        ("data", {"data.parquet", "data.augment", "data.splits", "data.voices"}, {"training.train", "models.speech_lm"}),
+        ("data", {"data.parquet", "data.augment", "data.splits", "data.voices"}, {"training.train", "models.loading"}),
         ("features", {"data.features", "data.shards", "models.speech_lm"}, {"training.train", "evaluation.answers"}),
         ("train", {"training.trainer", "data.collate", "data.features", "parallel"}, {"evaluation.answers"}),
         ("importance", {"importance.estimate", "importance.layouts", "models.loss"}, {"importance.select"}),
@@ -39,16 +39,12 @@ def test_every_import_is_followed_to_its_end() -> None:
         modules = set(code.reached(step)[1])
         for module in modules:
             tree = ast.parse(code.path_of(module).read_text(encoding="utf-8"))
-            typing_only = {
-                id(node) for branch in ast.walk(tree)
-                if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING" for node in ast.walk(branch)
-            }  # fmt: skip
+            branches = [node for node in ast.walk(tree) if isinstance(node, ast.If)]
+            typing = [branch for branch in branches if ast.unparse(branch.test) == "TYPE_CHECKING"]
+            typing_only = {id(node) for branch in typing for node in ast.walk(branch)}
             for node in ast.walk(tree):
-                if (
-                    isinstance(node, ast.ImportFrom)
-                    and str(node.module).startswith("palimpsest.")
-                    and id(node) not in typing_only
-                ):
+                own = isinstance(node, ast.ImportFrom) and str(node.module).startswith("palimpsest.")
+                if own and id(node) not in typing_only:
                     name = str(node.module).removeprefix("palimpsest.")
                     inside = {f"{name}.{alias.name}" for alias in node.names} & modules
                     assert inside or name in modules or name.partition(".")[0] in code.LEFT_OUT, (step, module, name)
