@@ -29,7 +29,7 @@ COMMANDS = commands(app)
 
 
 IMPORTS = """
-import scipy.stats, soundfile, torch.distributed.tensor
+import scipy.stats, soundfile, torch.distributed.tensor, transformers.trainer
 from transformers import AutoModelForCausalLM, AutoProcessor, LlamaForCausalLM, WhisperModel
 """
 COMMAND = """
