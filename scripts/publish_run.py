@@ -12,7 +12,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from palimpsest.files import read_json, write_json, write_text
+from palimpsest.files import read_json, write_tables, write_text
 from palimpsest.report.page import write_report
 
 LONG = ("clustering",)  # tables of tens of megabytes
@@ -24,7 +24,7 @@ def main() -> None:
     (out / "figures").mkdir(parents=True, exist_ok=True)
     results = read_json(run / "results.json")
     left_out = {table: len(results[table]) for table in LONG}
-    write_json(out / "results.json", results | {table: [] for table in LONG})
+    write_tables(out / "results.json", results | {table: [] for table in LONG})
     for name in ("provenance.json", "study.yaml"):
         shutil.copyfile(run / name, out / name)
     for figure in sorted((run / "figures").glob("*.svg")):

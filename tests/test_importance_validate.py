@@ -214,6 +214,13 @@ def test_validation_writes_records_and_continues_where_it_stopped(setup: tuple[s
     file.write_text("".join(lines[:50]))  # as if killed
     assert validated(setup, tmp_path) == records
     assert len(file.read_text().splitlines()) == len(lines)
+    file.write_text("".join(lines[:50]) + lines[50][:7])  # inside a write
+    assert validated(setup, tmp_path) == records
+    assert file.read_text().splitlines(keepends=True) == lines
+    file.write_text("".join(lines[:50]) + "{}\n")
+    with pytest.raises(UserError, match=r"changes-train\.jsonl:51 is no measured change; delete the file"):
+        validated(setup, tmp_path)
+    file.write_text("".join(lines))
 
     with pytest.raises(UserError, match="other settings"):
         validated(setup, tmp_path, seed=1)

@@ -66,6 +66,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(_finite(value), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def write_tables(path: Path, tables: Mapping[str, Any]) -> None:
+    """A mapping of tables as JSON with one record a line, for a file that can be read and compared line by line."""
+
+    def written(value: Any) -> str:
+        if not isinstance(value, list) or not value:
+            return to_line(value)[:-1]
+        return "[\n" + ",\n".join(f"  {to_line(row)[:-1]}" for row in value) + "\n ]"
+
+    entries = ",\n".join(f" {json.dumps(key)}: {written(value)}" for key, value in tables.items())
+    write_text(path, f"{{\n{entries}\n}}\n")
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if value == value and abs(value) != float("inf") else None
@@ -85,7 +97,7 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} is not valid JSON ({error}); delete it and run the study again.") from error
 
 
-def to_line(row: Mapping[str, Any]) -> str:
+def to_line(row: Any) -> str:
     """One line of a JSON-lines file."""
     return json.dumps(_finite(row), ensure_ascii=False, allow_nan=False) + "\n"
 

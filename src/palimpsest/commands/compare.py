@@ -11,7 +11,7 @@ import typer
 from annotated_types import Ge
 from typing_extensions import Doc
 
-from palimpsest.files import write_json, write_text
+from palimpsest.files import write_tables, write_text
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def run(options: Options) -> Iterator[str]:
         seeds=options.seeds,
         seed=options.seed,
     )
-    write_json(options.out / "compare.json", tables)
+    write_tables(options.out / "compare.json", tables)
     page = markdown(tables)
     write_text(options.out / "compare.md", page)
     yield from page.rstrip().split("\n")

@@ -20,7 +20,7 @@ from palimpsest.data.examples import Example, write_manifest
 from palimpsest.data.speech import speak_several
 from palimpsest.data.splits import speak_groups
 from palimpsest.data.voices import find_voices
-from palimpsest.files import hash_value, read_jsonl, write_json, write_jsonl, write_text
+from palimpsest.files import hash_value, read_jsonl, write_json, write_jsonl, write_tables, write_text
 from palimpsest.parallel import is_main, sharded, world_size
 from palimpsest.progress import Advance
 from palimpsest.records import BASE, Modality
@@ -413,7 +413,7 @@ def report(ws: Workspace, started: float) -> Path:
 
     with ws.reporter.step("report") as advance:
         results = collect(ws.dir, ws.config, [step.name for step in ws.done], ws.seed("results"))
-        write_json(ws.path / RESULTS, results)
+        write_tables(ws.path / RESULTS, results)
         write_json(ws.path / PROVENANCE, ws.provenance(started))
         advance(1, 3)
         write_figures(ws.path)

@@ -1,0 +1,91 @@
+"""Files appear whole or not at all; lines that grow survive a kill at any byte; tables read back as they were."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from palimpsest.files import (
+    UserError,
+    append_jsonl,
+    drop_cut_line,
+    read_json,
+    read_jsonl,
+    read_lines,
+    replacing,
+    write_tables,
+)
+
+ROWS = [{"id": "a", "text": "one\u2028two\u0085three\nfour"}, {"id": "b", "text": ""}, {"id": "ä", "text": '"{'}]
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
+
+
+def test_what_is_written_replaces_the_old_when_all_of_it_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "file.bin"
+    with replacing(path) as temporary:
+        temporary.write_bytes(b"first")
+        assert not path.exists()
+    assert path.read_bytes() == b"first"
+
+    def fail() -> None:
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"half of the sec")
+            raise RuntimeError("out of disk")
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert path.read_bytes() == b"first"
+    assert os.listdir(path.parent) == ["file.bin"]  # noqa: PTH208
+
+
+def test_lines_continue_after_a_kill_at_any_byte(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append_jsonl(path, ROWS[:2])
+    whole_lines = path.stat().st_size
+    assert append_jsonl(path, ROWS[2:]) == path.stat().st_size
+    content = path.read_bytes()
+    for size in range(whole_lines, len(content) + 1):
+        path.write_bytes(content[:size])
+        complete = 3 if size == len(content) else 2
+        assert [row for _, row in read_lines(path, "delete it")] == ROWS[:complete]
+        assert drop_cut_line(path) == (size not in (whole_lines, len(content)))
+        append_jsonl(path, ROWS[complete:])
+        assert path.read_bytes() == content
+    assert read_jsonl(path) == ROWS
+    assert read_lines(tmp_path / "none.jsonl", "delete it") == []
+    assert not drop_cut_line(tmp_path / "none.jsonl")
+
+
+def test_a_damaged_line_is_named_and_of_a_finished_file_a_cut_one_too(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": \xff}\n{"a": 3}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl:2 is not JSON; delete it\."):
+        read_lines(path, "delete it")
+    path.write_bytes(b'{"a": 1}\n{"a"')
+    assert len(read_lines(path, "delete it")) == 1
+    with pytest.raises(UserError, match=r"rows\.jsonl:2 is not JSON"):
+        read_lines(path, "delete it", finished=True)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(
+        st.text(min_size=1), SCALARS | st.lists(st.dictionaries(st.text(max_size=3), SCALARS, max_size=3), max_size=4)
+    )
+)
+def test_tables_read_back_with_a_record_a_line(tmp_path: Path, tables: dict[str, Any]) -> None:
+    path = tmp_path / "results.json"
+    write_tables(path, tables)
+    assert read_json(path) == tables
+    n_records = sum(len(table) for table in tables.values() if isinstance(table, list))
+    lines = path.read_text(encoding="utf-8").split("\n")
+    n_of_tables = sum(2 if isinstance(table, list) and table else 1 for table in tables.values())
+    assert len(lines) == n_records + max(1, n_of_tables) + 3  # the brackets, and nothing after the last line feed
+    path.write_text(json.dumps(tables), encoding="utf-8")  # the form of earlier versions is the same value
+    assert read_json(path) == tables
