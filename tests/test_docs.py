@@ -24,7 +24,8 @@ def files() -> Iterator[Path]:
     yield from (ROOT / "Makefile", ROOT / "pyproject.toml")
     for folder in SEARCHED:
         for path in sorted((ROOT / folder).rglob("*")):
-            if path.is_file() and path.suffix in WRITTEN and "__pycache__" not in path.parts:
+            made = any(part == "__pycache__" or part.endswith(".egg-info") for part in path.parts)
+            if path.is_file() and path.suffix in WRITTEN and not made:
                 yield path
 
 
