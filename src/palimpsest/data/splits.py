@@ -24,13 +24,14 @@ from palimpsest.data.filters import (
     IN_HELDOUT,
     Dropped,
     Filters,
+    Problem,
     counts,
     decode,
     normalised_question,
-    refuse,
     require_some,
     store,
-    text_problem,
+    take,
+    without_recording,
 )
 from palimpsest.data.rows import Names, Row, Table
 from palimpsest.data.sources import choose, load_examples, open_table
@@ -122,17 +123,25 @@ class StudyData:
         Raises UserError for a faulty row in strict reading, and for a split of which nothing is left.
         """
         chosen, dropped = self._selection
+
+        def keep(recording: Path | bytes) -> Path | Problem:
+            """Bytes of a table are written to the folder, a file stays where it is."""
+            if isinstance(recording, bytes):
+                return store(recording, audio, self.filters)
+            found = decode(recording, self.filters)
+            return found if isinstance(found, tuple) else recording
+
         groups: dict[str, list[Example]] = {TRAIN: [], HELDOUT: []}
         total = sum(map(len, chosen.values()))
         done = 0
         for table, names in self._readings(chosen):
             for row in table.read(0, set(names), True):
                 group, name = names[row.position]
-                found = _example(row, name, audio, self.filters)
+                found = take(row, name, self.filters, keep, self._strict)
                 if isinstance(found, Example):
                     groups[group].append(found)
                 else:
-                    self._drop(dropped, group, found)
+                    dropped.append((group, found))
                 done += 1
                 advance(done, total)
         for group, examples in groups.items():
@@ -184,11 +193,11 @@ class StudyData:
         table, kept = self._table(group), []
         names = Names(table)
         for row in table.read(0, None, False):
-            name, problem = names(row), text_problem(row, self.filters)
-            if problem is None:
-                kept.append(_Chosen(row.position, name, hash_value(normalised_question(row.question))[:16]))
+            found = take(row, names(row), self.filters, without_recording, self._strict)
+            if isinstance(found, Example):
+                kept.append(_Chosen(row.position, found.id, hash_value(normalised_question(row.question))[:16]))
             else:
-                self._drop(dropped, group, Dropped(name, row.where, *problem))
+                dropped.append((group, found))
         return kept
 
     def _all_chosen(self, group: str) -> list[_Chosen]:
@@ -196,10 +205,9 @@ class StudyData:
         with_heldout = group == TRAIN and isinstance(self.heldout, int)
         return chosen[group] + (chosen[HELDOUT] if with_heldout else [])
 
-    def _drop(self, dropped: list[tuple[str, Dropped]], group: str, item: Dropped) -> None:
-        if self.strict and item.is_fault:
-            raise refuse(item, "the study's data")
-        dropped.append((group, item))
+    @property
+    def _strict(self) -> str | None:
+        return "the study's data" if self.strict else None
 
     def _table(self, group: str) -> Table:
         return self._tables[TRAIN if isinstance(self.heldout, int) else group]
@@ -212,20 +220,9 @@ class StudyData:
         return tables
 
 
-def _example(row: Row, name: str, folder: Path, filters: Filters) -> Example | Dropped:
-    """The row with its recording checked: bytes of a table are written to `folder`, a file stays where it is."""
-    if row.audio is None:
-        return row.example(name, None)
-    if isinstance(row.audio, bytes):
-        stored = store(row.audio, folder, filters)
-        return row.example(name, stored) if isinstance(stored, Path) else Dropped(name, row.where, *stored)
-    found = decode(row.audio, filters)
-    return Dropped(name, row.where, *found) if isinstance(found, tuple) else row.example(name, row.audio)
-
-
 def _row_identity(row: Row) -> list[Any]:
     assert not isinstance(row.audio, bytes)
-    return _example_identity(row.example(row.id or "", row.audio))
+    return _example_identity(Example.of(row, row.id or "", row.audio))
 
 
 def _example_identity(example: Example) -> list[Any]:

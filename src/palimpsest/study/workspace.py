@@ -43,7 +43,6 @@ CODE = {
         "data/sources",
         "data/local",
         "data/parquet",
-        "data/published",
         "data/filters",
         "data/splits",
         "data/speech",
