@@ -25,8 +25,9 @@ import soxr
 
 from palimpsest.data.examples import Example
 from palimpsest.data.rows import Row
-from palimpsest.data.speech import ENCODING, SAMPLE_RATE, write_flac
+from palimpsest.data.speech import ENCODING, write_flac
 from palimpsest.files import UserError, hash_value
+from palimpsest.models import SAMPLE_RATE
 
 if TYPE_CHECKING:
     from jaxtyping import Float32

@@ -71,30 +71,30 @@ def load_examples(
     """
     require_limit(limit, source)
     table = open_table(source, split)
-    strict = f"{source} with `palimpsest data prepare`,"
-    names, ids = Names(table), {}  # position → id
-    for row in table.read(0, None, False):
-        found = take(row, names(row), NO_LIMITS, without_recording, strict)
-        if isinstance(found, Example):
-            ids[row.position] = found.id
-            if seed is None and len(ids) == limit:
-                break
-    if not ids:
-        raise UserError(f"{table.where} holds no example; check the source.")
-    order = list(ids)
-    chosen = {order[i] for i in choose(len(order), limit, seed)}
+    names, strict = Names(table), f"{source} with `palimpsest data prepare`,"
+    chosen: dict[int, str] | None = None  # position → id, where not simply the first are taken
+    if limit is not None and seed is not None:
+        rows = table.read(0, None, False)
+        found = ((row.position, take(row, names(row), NO_LIMITS, without_recording, strict)) for row in rows)
+        usable = [(position, example.id) for position, example in found if isinstance(example, Example)]
+        chosen = dict(usable[i] for i in choose(len(usable), limit, seed))
 
     def keep(recording: Path | bytes) -> Path | Problem | None:
         if isinstance(recording, Path):
             return recording
         return None if audio is None else store(recording, audio, NO_LIMITS)
 
-    examples = []
+    examples: list[Example] = []
     for row in table.read(0, chosen, audio is not None):
-        example = take(row, ids[row.position], NO_LIMITS, keep, strict)
-        assert isinstance(example, Example)
-        require_good_audio(example, row.where)
-        examples.append(example)
+        name = names(row) if chosen is None else chosen[row.position]
+        example = take(row, name, NO_LIMITS, keep, strict)
+        if isinstance(example, Example):
+            require_good_audio(example, row.where)
+            examples.append(example)
+        if len(examples) == limit:
+            break
+    if not examples:
+        raise UserError(f"{table.where} holds no example; check the source.")
     return examples
 
 

@@ -25,12 +25,12 @@ import soxr
 from palimpsest.data.examples import MAX_AUDIO_SECONDS, Example, audio_problem
 from palimpsest.data.voices import Speaker, Voice, Voices, choose_voice, find_voices
 from palimpsest.files import UserError, hash_value, replacing
+from palimpsest.models import SAMPLE_RATE
 
 if TYPE_CHECKING:
     from jaxtyping import Float32
     from numpy import ndarray
 
-SAMPLE_RATE = 16_000  # Hz, what Whisper encoders take
 ENCODING = "flac-16bit-16kHz"  # part of the file names: change it when the samples change for the same voice
 
 Job = TypeVar("Job")
@@ -100,7 +100,7 @@ def speak(
 
     Raises:
         UserError: the voice is unknown or not installed, or it cannot speak some questions within
-            MAX_AUDIO_SECONDS (told once, after all others are done).
+            MAX_AUDIO_SECONDS (one error for all, after the others are done).
     """
     return speak_several([(examples, voice)], folder, workers, seed, progress)[0]
 

@@ -144,9 +144,7 @@ class StudyData:
                     dropped.append((group, found))
                 done += 1
                 advance(done, total)
-        for group, examples in groups.items():
-            left_out = counts(item for of, item in dropped if of == group)
-            require_some(len(examples), left_out, f"{group} data of the study, from {self._table(group).where}")
+        self._require_some(groups, dropped)
         for name, task in self.tasks.items():
             groups[f"task-{name}"] = load_examples(task.source, task.split, task.limit, self.seed, audio)
         return groups, dropped
@@ -183,10 +181,14 @@ class StudyData:
                 dropped.append((TRAIN, Dropped(item.id, f"{where}, row {item.position + 1}", IN_HELDOUT, detail)))
         train = [item for item in train if item.question not in asked]
         train = [train[i] for i in choose(len(train), self.train.limit, self.seed)]
-        for group, items in ((TRAIN, train), (HELDOUT, heldout)):
+        chosen = {TRAIN: train, HELDOUT: heldout}
+        self._require_some(chosen, dropped)
+        return chosen, dropped
+
+    def _require_some(self, groups: Mapping[str, Sequence[Any]], dropped: Sequence[tuple[str, Dropped]]) -> None:
+        for group, items in groups.items():
             left_out = counts(item for of, item in dropped if of == group)
             require_some(len(items), left_out, f"{group} data of the study, from {self._table(group).where}")
-        return {TRAIN: train, HELDOUT: heldout}, dropped
 
     def _texts(self, group: str, dropped: list[tuple[str, Dropped]]) -> list[_Chosen]:
         """The rows whose text is fine; those that are not go to `dropped`."""
