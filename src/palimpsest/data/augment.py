@@ -23,7 +23,7 @@ import soundfile
 import soxr
 
 from palimpsest.data.examples import MAX_AUDIO_SECONDS, Example
-from palimpsest.data.speech import ENCODING, read_audio, run_jobs, write_flac
+from palimpsest.data.speech import ENCODING, make_files, read_audio, write_flac
 from palimpsest.files import UserError, hash_file, hash_value
 from palimpsest.models import SAMPLE_RATE
 
@@ -114,15 +114,7 @@ def augment(
             jobs[path] = (example.audio, path, draw)
             copies.append(replace(example, id=name, audio=path, augmentation=str(draw)))
 
-    folder.mkdir(parents=True, exist_ok=True)
-    waiting = [job for path, job in jobs.items() if not path.exists()]
-    done = len(jobs) - len(waiting)
-    if progress is not None:
-        progress(done, len(jobs))
-    for _ in run_jobs(_write_copy, waiting, workers):
-        done += 1
-        if progress is not None:
-            progress(done, len(jobs))
+    make_files(_write_copy, folder, jobs, workers, progress)
     return [*examples, *copies]
 
 

@@ -73,7 +73,7 @@ def read_manifest(
     """Read a manifest and check all of it, before anything long starts.
 
     Every line is checked even where `limit` keeps only the first ones. The audio headers of the examples that
-    are returned are opened (see `check_audio`), unless `check` is False.
+    are returned are opened (see `require_good_audio`), unless `check` is False.
 
     Raises:
         UserError: naming file and line: no JSON, a missing, unknown, empty or wrongly typed field, an id used
@@ -103,17 +103,12 @@ def require_limit(limit: int | None, source: str | Path) -> None:
 # ------------------------------------------------------------------------------------------------------------
 # Audio, by its header
 # ------------------------------------------------------------------------------------------------------------
-def check_audio(examples: Iterable[Example]) -> None:
-    """Open the header of every example's audio file; examples without audio pass.
+def require_good_audio(example: Example, where: str) -> None:
+    """Open the header of the example's audio file, if it has one.
 
     Raises:
-        UserError: for the first file that is missing, unreadable, empty or longer than MAX_AUDIO_SECONDS.
+        UserError: at `where`, for a file that is missing, unreadable, empty or longer than MAX_AUDIO_SECONDS.
     """
-    for example in examples:
-        require_good_audio(example, f"Example {example.id!r}")
-
-
-def require_good_audio(example: Example, where: str) -> None:
     problem = None if example.audio is None else audio_problem(example.audio)
     if problem is not None:
         raise UserError(f"{where}: {problem}")

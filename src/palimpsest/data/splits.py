@@ -36,8 +36,8 @@ from palimpsest.data.filters import (
 from palimpsest.data.rows import Names, Row, Table
 from palimpsest.data.sources import choose, load_examples, open_table
 from palimpsest.files import UserError, hash_file, hash_value
+from palimpsest.progress import Advance
 
-Advance = Callable[[int, int], None]  # (done, total)
 TRAIN, HELDOUT = "train", "heldout"
 
 
