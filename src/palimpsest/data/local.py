@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,12 @@ def manifest(path: Path, split: str) -> Table:
 
 def own_csv(path: Path, split: str) -> Table:
     file = _file_of_split(path, split, ".csv")
-    _csv_columns(file, "audio")  # an error now, not in the middle of a study
-    return listed("table", str(file), lambda: _csv_rows(file, "audio"))
+    return _csv_table("table", file, file, "audio")
+
+
+def _csv_table(name: str, where: Path, file: Path, audio_column: str) -> Table:
+    _csv_columns(file, audio_column)  # an error now, not in the middle of a study
+    return listed(name, str(where), lambda: _csv_rows(file, audio_column))
 
 
 def _csv_rows(file: Path, audio_column: str) -> Iterator[Row]:
@@ -133,20 +137,17 @@ def audio_folder(path: Path, split: str) -> Table:
     folder = path / split if (path / split).is_dir() else path
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; check the path.")
-    rows: Callable[[], Iterator[Row]]
-    if (folder / METADATA[0]).is_file():
-        _csv_columns(folder / METADATA[0], "file_name")
-        rows = lambda: _csv_rows(folder / METADATA[0], "file_name")  # noqa: E731
-    elif (folder / METADATA[1]).is_file():
-        rows = lambda: _metadata_rows(folder / METADATA[1])  # noqa: E731
-    elif _recordings(folder):
-        rows = lambda: _pairs(folder)  # noqa: E731
-    else:
-        present = ", ".join(sorted(child.name for child in folder.iterdir() if child.is_dir())) or "none"
-        raise UserError(
-            f"{folder} holds neither {METADATA[0]} nor recordings and has no split {split!r}; its folders: {present}."
-        )
-    return listed("audio", str(folder), rows)
+    table, lines = (folder / name for name in METADATA)
+    if table.is_file():
+        return _csv_table("audio", folder, table, "file_name")
+    if lines.is_file():
+        return listed("audio", str(folder), lambda: _metadata_rows(lines))
+    if _recordings(folder):
+        return listed("audio", str(folder), lambda: _pairs(folder))
+    present = ", ".join(sorted(child.name for child in folder.iterdir() if child.is_dir())) or "none"
+    raise UserError(
+        f"{folder} holds neither {METADATA[0]} nor recordings and has no split {split!r}; its folders: {present}."
+    )
 
 
 def _recordings(folder: Path) -> list[Path]:

@@ -90,7 +90,7 @@ class StudyData:
     def _split_inputs(self, group: str, wanted: SplitSource) -> list[Any]:
         identity = self._table(group).identity
         if identity is None:
-            rows = self._table(group).read(0, {chosen.position for chosen in self._all_chosen(group)}, False)
+            rows = self._table(group).read(0, set(self._chosen_of(group)), False)
             identity = hash_value([_row_identity(row) for row in rows])
         return [identity, wanted.limit]
 
@@ -122,7 +122,7 @@ class StudyData:
         Recordings inside tables are written to the folder `audio`, one at a time; one that is there already is kept.
         Raises UserError for a faulty row in strict reading, and for a split of which nothing is left.
         """
-        chosen, dropped = self._selection
+        chosen, dropped = self._selection[0], [*self._selection[1]]
 
         def keep(recording: Path | bytes) -> Path | Problem:
             """Bytes of a table are written to the folder, a file stays where it is."""
@@ -134,7 +134,8 @@ class StudyData:
         groups: dict[str, list[Example]] = {TRAIN: [], HELDOUT: []}
         total = sum(map(len, chosen.values()))
         done = 0
-        for table, names in self._readings(chosen):
+        for source, table in self._tables.items():
+            names = self._chosen_of(source)
             for row in table.read(0, set(names), True):
                 group, name = names[row.position]
                 found = take(row, name, self.filters, keep, self._strict)
@@ -148,13 +149,6 @@ class StudyData:
         for name, task in self.tasks.items():
             groups[f"task-{name}"] = load_examples(task.source, task.split, task.limit, self.seed, audio)
         return groups, dropped
-
-    def _readings(self, chosen: Mapping[str, list[_Chosen]]) -> list[tuple[Table, dict[int, tuple[str, str]]]]:
-        """Every table once: position → (group, id)."""
-        positions = {g: {item.position: (g, item.id) for item in items} for g, items in chosen.items()}
-        if isinstance(self.heldout, int):
-            return [(self._table(TRAIN), positions[TRAIN] | positions[HELDOUT])]
-        return [(self._table(TRAIN), positions[TRAIN]), (self._table(HELDOUT), positions[HELDOUT])]
 
     # -- choosing -----------------------------------------------------------------------------------------------------
     @cached_property
@@ -202,10 +196,10 @@ class StudyData:
                 dropped.append((group, found))
         return kept
 
-    def _all_chosen(self, group: str) -> list[_Chosen]:
-        chosen, _ = self._selection
-        with_heldout = group == TRAIN and isinstance(self.heldout, int)
-        return chosen[group] + (chosen[HELDOUT] if with_heldout else [])
+    def _chosen_of(self, source: str) -> dict[int, tuple[str, str]]:
+        """What is chosen of the table `source`: position → (group, id)."""
+        groups = (TRAIN, HELDOUT) if isinstance(self.heldout, int) else (source,)
+        return {item.position: (group, item.id) for group in groups for item in self._selection[0][group]}
 
     @property
     def _strict(self) -> str | None:
