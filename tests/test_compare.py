@@ -13,8 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from palimpsest.cli import app
+from palimpsest.commands import compare as command
 from palimpsest.comparison import pairs as compare
-from palimpsest.comparison.pairs import accuracy_records, compare_runs
+from palimpsest.comparison.pairs import accuracy_records
 from palimpsest.comparison.systems import Answers, System
 from palimpsest.data.examples import Example
 from palimpsest.evaluation import judge
@@ -63,7 +64,9 @@ def losses(folder: Path, values: Sequence[float], tokens: Sequence[int], data: s
 
 def compared(*runs: Path, **options: Any) -> dict[str, Any]:
     out = runs[0].parent / "compared"
-    lines = list(compare_runs(runs, out, **{"metric": METRIC, **options}))
+    if (methods := options.pop("methods", None)) is not None:
+        options["methods"] = ",".join(methods)
+    lines = list(command.run(command.Options(list(runs), out, **{"metric": METRIC, **options})))
     assert "\n".join(lines) == (out / "compare.md").read_text("utf-8").rstrip()
     tables: dict[str, Any] = read_json(out / "compare.json")
     return tables

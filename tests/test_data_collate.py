@@ -13,7 +13,8 @@ from palimpsest.data.collate import IGNORED, Collator, batches
 from palimpsest.data.examples import Example
 from palimpsest.data.features import Features, compute_features
 from palimpsest.files import UserError
-from palimpsest.models.processor import PromptStyle, SpeechLMProcessor
+from palimpsest.models.processor import SpeechLMProcessor
+from palimpsest.models.prompts import PromptStyle
 from palimpsest.models.speech_lm import SPEECH_POSITION
 from tiny import tiny_speech_lm, tiny_tokenizer
 

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audio_files import BROKEN, encoded, tone, wav
-from palimpsest.config import FiltersConfig
 from palimpsest.data.examples import audio_problem
 from palimpsest.data.filters import (
     Dropped,
@@ -183,17 +182,16 @@ def test_a_recording_is_decoded_once_and_other_limits_ask_again(
 
 # -- limits and errors ------------------------------------------------------------------------------------------------
 def test_filters_of_the_command_line_and_of_a_recipe_are_the_same() -> None:
-    assert FiltersConfig().model_dump() == vars(Filters())
     assert parse_filters(["max_answer_words=300", "silence_peak = 0.01"]) == Filters(
         max_answer_words=300, silence_peak=0.01
     )
-    with pytest.raises(UserError, match="no filter 'max_answer_word'; the nearest is 'max_answer_words'"):
+    with pytest.raises(UserError, match="no key 'max_answer_word'; the nearest known key is 'max_answer_words'"):
         parse_filters(["max_answer_word=3"])
-    with pytest.raises(UserError, match="max_answer_words is 'many'"):
+    with pytest.raises(UserError, match="--filter: max_answer_words: Input should be a valid integer"):
         parse_filters(["max_answer_words=many"])
-    with pytest.raises(UserError, match="30 s at most"):
+    with pytest.raises(UserError, match="max_audio_seconds: Input should be less than or equal to 30"):
         parse_filters(["max_audio_seconds=31"])
-    with pytest.raises(UserError, match="from 0 up"):
+    with pytest.raises(UserError, match="silence_peak: Input should be greater than or equal to 0"):
         parse_filters(["silence_peak=-1"])
 
 

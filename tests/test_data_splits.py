@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from audio_files import BROKEN, voice_assistant, wav
 from palimpsest.data.examples import Example, write_manifest
 from palimpsest.data.filters import Filters
-from palimpsest.data.splits import SplitSource, StudyData, heldout_ids, speak_groups, spoken_or_dropped
+from palimpsest.data.splits import Split, StudyData, heldout_ids, speak_groups, spoken_or_dropped
 from palimpsest.files import UserError
 
 names = st.lists(st.text(min_size=1, max_size=6), unique=True, min_size=3, max_size=40)
@@ -36,13 +36,13 @@ def test_an_added_example_moves_at_most_one_other(ids: list[str], n: int) -> Non
     assert after - before <= {ids[0]} or len(ids[1:]) < n
 
 
-def manifest(folder: Path, name: str, examples: Sequence[tuple[str, str, Path | None]]) -> SplitSource:
+def manifest(folder: Path, name: str, examples: Sequence[tuple[str, str, Path | None]]) -> Split:
     path = folder / f"{name}.jsonl"
     write_manifest(path, [Example(i, question, ("A",), "A", audio) for i, question, audio in examples])
-    return SplitSource(str(path), name)
+    return Split(str(path), name)
 
 
-def study(train: SplitSource, heldout: SplitSource | int, **changes: Any) -> StudyData:
+def study(train: Split, heldout: Split | int, **changes: Any) -> StudyData:
     options: dict[str, Any] = {"tasks": {}, "filters": Filters(), "strict": False, "seed": 0, **changes}
     return StudyData(train, heldout, **options)
 
@@ -63,7 +63,7 @@ def test_held_out_examples_are_taken_out_of_the_training_source(tmp_path: Path) 
     assert set(groups["heldout"]) == heldout_ids([f"e{i}" for i in range(40)], 10)
     assert groups["train"] == [f"e{i}" for i in range(40) if f"e{i}" not in groups["heldout"]]
     assert dropped == []
-    few, _ = read(study(SplitSource(str(tmp_path / "all.jsonl"), "all", limit=7), 10), tmp_path)
+    few, _ = read(study(Split(str(tmp_path / "all.jsonl"), "all", limit=7), 10), tmp_path)
     assert few["heldout"] == groups["heldout"]  # a limit is of what is left for training
     assert len(few["train"]) == 7
     assert set(few["train"]) < set(groups["train"])
@@ -94,16 +94,16 @@ def test_a_question_asked_twice_does_not_stand_on_both_sides(tmp_path: Path) -> 
 
 
 @pytest.fixture
-def faulty(tmp_path: Path) -> tuple[SplitSource, Path]:
+def faulty(tmp_path: Path) -> tuple[Split, Path]:
     """Ten good rows, then one of each fault, then a later turn."""
     good = [("1", f"Question {i}?", "A.", wav(pitch=300 + 20 * i)) for i in range(10)]
     bad = [("1", f"{reason}?", "A.", audio) for reason, audio in BROKEN.items()]
     texts = [("1", "", "A.", wav()), ("1", "No answer?", "", wav()), ("1", "w " * 101, "A.", wav())]
     path = voice_assistant(tmp_path / "x.parquet", [*good, *bad, *texts, ("2", "And?", "A.", wav())])
-    return SplitSource(f"voice_assistant:{path}", "train"), path
+    return Split(f"voice_assistant:{path}", "train"), path
 
 
-def test_faulty_rows_are_dropped_and_listed(faulty: tuple[SplitSource, Path], tmp_path: Path) -> None:
+def test_faulty_rows_are_dropped_and_listed(faulty: tuple[Split, Path], tmp_path: Path) -> None:
     data = study(faulty[0], 3)
     groups, dropped = read(data, tmp_path)
     reasons = sorted(reason for _, _, reason in dropped)
@@ -112,12 +112,12 @@ def test_faulty_rows_are_dropped_and_listed(faulty: tuple[SplitSource, Path], tm
     assert len(list((tmp_path / "audio").glob("*.flac"))) == 10
 
 
-def test_strict_names_the_first_fault_but_not_later_turns(faulty: tuple[SplitSource, Path], tmp_path: Path) -> None:
+def test_strict_names_the_first_fault_but_not_later_turns(faulty: tuple[Split, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="row 15: empty question"):
         study(faulty[0], 3, strict=True).check()
     good = [("1", f"Question {i}?", "A.", wav()) for i in range(4)]
     path = voice_assistant(tmp_path / "audio.parquet", [*good, ("2", "And?", "A.", wav()), ("1", "S?", "A.", b"x")])
-    data = study(SplitSource(f"voice_assistant:{path}", "train"), 1, strict=True)
+    data = study(Split(f"voice_assistant:{path}", "train"), 1, strict=True)
     data.check()
     with pytest.raises(UserError, match="row 6: broken audio"):
         read(data, tmp_path)
@@ -127,7 +127,7 @@ def test_a_split_of_which_nothing_is_left(tmp_path: Path) -> None:
     rows = [("1", f"Q{i}?", "A.", BROKEN["silent audio"]) for i in range(3)] + [("1", "", "A.", wav())]
     path = voice_assistant(tmp_path / "x.parquet", rows)
     heldout = manifest(tmp_path, "heldout", numbered(2))
-    data = study(SplitSource(f"voice_assistant:{path}", "train"), heldout)
+    data = study(Split(f"voice_assistant:{path}", "train"), heldout)
     with pytest.raises(UserError, match=r"train data .*x\.parquet \(3 silent audio, 1 empty question\)"):
         read(data, tmp_path)
 
@@ -143,8 +143,8 @@ def test_missing_audio_is_dropped_from_training_and_refused_in_a_task(tmp_path: 
         study(heldout, train, tasks={"t": train}).check()
 
 
-def test_the_limit_does_not_read_recordings_it_leaves_out(faulty: tuple[SplitSource, Path], tmp_path: Path) -> None:
-    train = SplitSource(faulty[0].source, "train", limit=4)
+def test_the_limit_does_not_read_recordings_it_leaves_out(faulty: tuple[Split, Path], tmp_path: Path) -> None:
+    train = Split(faulty[0].source, "train", limit=4)
     _, dropped = read(study(train, 3), tmp_path)
     assert len(list((tmp_path / "audio").glob("*.flac"))) + sum(r in BROKEN for *_, r in dropped) == 4 + 3
 
@@ -164,14 +164,14 @@ def test_inputs_of_a_hub_source_do_not_ask_the_hub(tmp_path: Path, monkeypatch: 
         raise AssertionError("asked")
 
     monkeypatch.setattr("palimpsest.data.parquet.hub_files", no_hub)
-    hub = SplitSource("gpt-omni/VoiceAssistant-400K", "train")
+    hub = Split("gpt-omni/VoiceAssistant-400K", "train")
     assert study(hub, 5).inputs() == study(hub, 5).inputs()
-    assert study(SplitSource(f"{hub.source}@abc", "train"), 5).inputs() != study(hub, 5).inputs()
+    assert study(Split(f"{hub.source}@abc", "train"), 5).inputs() != study(hub, 5).inputs()
     with pytest.raises(AssertionError, match="asked"):
         study(hub, 5).check()
 
 
-def test_a_second_reading_gives_the_same_and_writes_nothing(faulty: tuple[SplitSource, Path], tmp_path: Path) -> None:
+def test_a_second_reading_gives_the_same_and_writes_nothing(faulty: tuple[Split, Path], tmp_path: Path) -> None:
     first = read(study(faulty[0], 3), tmp_path)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "audio").iterdir()}
     assert read(study(faulty[0], 3), tmp_path) == first

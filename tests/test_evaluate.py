@@ -10,15 +10,14 @@ from typing import Any
 
 import pytest
 
-from palimpsest.ask import answer
+from palimpsest.commands import ask, evaluate
 from palimpsest.data.collate import Collator, batches
 from palimpsest.data.sources import load_examples
-from palimpsest.evaluate import evaluate_model
 from palimpsest.evaluation import judge
 from palimpsest.evaluation.answers import text_answerer
 from palimpsest.evaluation.perplexity import perplexity, read_losses
 from palimpsest.files import UserError, read_json, read_jsonl
-from palimpsest.models.processor import PromptStyle
+from palimpsest.models.prompts import PromptStyle
 from tiny import tiny_llama, tiny_speech_lm, tiny_tokenizer
 
 
@@ -45,7 +44,7 @@ def evaluated(setup: tuple[str, str], out: Path, **changes: Any) -> list[str]:
         "batch_size": 3,
         **changes,
     }
-    lines: Iterator[str] = evaluate_model(*setup, out, **options)
+    lines: Iterator[str] = evaluate.run(evaluate.Options(*setup, out, **options))
     return list(lines)
 
 
@@ -61,7 +60,7 @@ def test_a_speech_llm_is_asked_in_text_with_its_own_system_turn(setup: tuple[str
 
     evaluated((str(tmp_path / "model"), setup[1]), tmp_path / "out", perplexity=True)
     assert [row["response"] for row in read_jsonl(tmp_path / "out" / "samples-text.jsonl")] == wanted
-    assert answer(str(tmp_path / "model"), text=examples[0].question, max_new_tokens=4) == wanted[0]
+    assert ask.answer(ask.Options(str(tmp_path / "model"), text=examples[0].question, max_new_tokens=4)) == wanted[0]
     by_hand = perplexity(language_model, batches(Collator(processor, "text"), examples, 3, "cpu"))
     found = read_json(tmp_path / "out" / "results-text.json")["perplexity"][0]["perplexity"]
     assert found == pytest.approx(by_hand.perplexity)

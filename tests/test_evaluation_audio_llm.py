@@ -12,9 +12,9 @@ import soundfile
 import torch
 from transformers import VoxtralConfig, VoxtralForConditionalGeneration, VoxtralProcessor, WhisperFeatureExtractor
 
+from palimpsest.commands import evaluate
 from palimpsest.data.examples import Example, write_manifest
 from palimpsest.data.speech import read_audio
-from palimpsest.evaluate import evaluate_model
 from palimpsest.evaluation import audio_llm
 from palimpsest.evaluation.answers import Answer, answer_questions
 from palimpsest.evaluation.audio_llm import audio_llm_answerer
@@ -205,9 +205,10 @@ def test_voxtral_through_its_own_processor(spoken: Task) -> None:
 # -- from the command line's side -------------------------------------------------------------------------------------
 def lines(model: Path, task: Path, out: Path, modality: Any) -> list[str]:
     return list(
-        evaluate_model(
-            str(model), str(task), out, split="test", modality=modality, asr="none", limit=None, max_new_tokens=4,
-            batch_size=2, device="cpu",
+        evaluate.run(
+            evaluate.Options(
+                str(model), str(task), out, modality=modality, asr="none", max_new_tokens=4, batch_size=2, device="cpu",
+            )
         )
     )  # fmt: skip
 

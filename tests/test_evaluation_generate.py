@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from palimpsest.commands.evaluate import load_task
 from palimpsest.data.examples import Example
 from palimpsest.evaluation import answers as generate
 from palimpsest.evaluation.answers import (
@@ -26,7 +26,7 @@ from palimpsest.evaluation.answers import (
     verdicts_by_id,
 )
 from palimpsest.evaluation.scoring import METRIC_VERSION, METRICS
-from palimpsest.evaluation.tasks import Task, load_task
+from palimpsest.evaluation.tasks import Task
 from palimpsest.files import UserError, read_json, read_jsonl
 from palimpsest.models.embedded import checkpoint
 from tiny import tiny_llama, tiny_tokenizer
@@ -194,45 +194,55 @@ def test_samples_without_their_binding_are_refused(tmp_path: Path) -> None:
 
 
 SLOW = """
-import sys, time
+import multiprocessing, os, shutil, signal, sys, time
 from pathlib import Path
 from palimpsest.data.examples import Example
 from palimpsest.evaluation.answers import Answer, answer_questions
 from palimpsest.evaluation.tasks import Task
 
 task = Task("slow", tuple(Example(f"q{i:02d}", f"What is {i:02d}?", (str(i),), str(i)) for i in range(30)))
-out, pause = Path(sys.argv[1]), float(sys.argv[2])
 
-def answer(examples, modality):
-    time.sleep(pause)
-    with out.with_suffix(".asked").open("a") as file:
-        file.write("".join(e.id + chr(10) for e in examples))
-    return [Answer(f"It is {e.answer}.", 3, f"<user>{e.question}", 5) for e in examples]
+def work(out, pause):
+    def answer(examples, modality):
+        time.sleep(pause)
+        with out.with_suffix(".asked").open("a") as file:
+            file.write("".join(e.id + chr(10) for e in examples))
+        return [Answer(f"It is {e.answer}.", 3, f"<user>{e.question}", 5) for e in examples]
 
-answer_questions(answer, task, "text", model="m", out=out, batch_size=2)
+    answer_questions(answer, task, "text", model="m", out=out, batch_size=2)
+
+def start(out, pause):
+    process = multiprocessing.get_context("fork").Process(target=work, args=(out, pause))  # torch has no threads yet
+    process.start()
+    return process
+
+def ended(process):
+    process.join()
+    return process.exitcode
+
+whole, out = (Path(sys.argv[1]) / name for name in ("whole.jsonl", "killed.jsonl"))
+uninterrupted, process = start(whole, 0.0), start(out, 0.1)
+deadline = time.monotonic() + 120
+while not out.exists() or out.read_bytes().count(b"\\n") < 6:
+    assert process.is_alive()
+    assert time.monotonic() < deadline
+    time.sleep(0.005)
+os.kill(process.pid, signal.SIGKILL)
+assert ended(process) == -signal.SIGKILL
+assert ended(uninterrupted) == 0
+for file in (out, out.with_suffix(".asked")):
+    shutil.copy(file, file.with_suffix(file.suffix + ".left"))
+assert ended(start(out, 0.0)) == 0
 """
 
 
 def test_after_sigkill_it_continues_at_the_next_batch_and_nothing_is_asked_or_written_twice(tmp_path: Path) -> None:
-    def start(out: Path, pause: float) -> subprocess.Popen[bytes]:
-        return subprocess.Popen([sys.executable, "-c", SLOW, str(out), str(pause)])
-
-    whole, out = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    uninterrupted, process = start(whole, 0.0), start(out, 0.1)
-    deadline = time.monotonic() + 120
-    while not out.exists() or out.read_bytes().count(b"\n") < 6:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.kill()  # SIGKILL
-    process.wait()
-    assert uninterrupted.wait() == 0
-    left = read_jsonl(out)
+    subprocess.run([sys.executable, "-c", SLOW, str(tmp_path)], check=True)
+    left = read_jsonl(tmp_path / "killed.jsonl.left")
     assert 6 <= len(left) < 30
-    asked = out.with_suffix(".asked").read_text().splitlines()
-    assert start(out, 0.0).wait() == 0
-    assert timeless(read_jsonl(out)) == timeless(read_jsonl(whole))  # type: ignore[arg-type]
-    again = out.with_suffix(".asked").read_text().splitlines()[len(asked) :]
+    asked = (tmp_path / "killed.asked.left").read_text().splitlines()
+    assert timeless(read_jsonl(tmp_path / "killed.jsonl")) == timeless(read_jsonl(tmp_path / "whole.jsonl"))  # type: ignore[arg-type]
+    again = (tmp_path / "killed.asked").read_text().splitlines()[len(asked) :]
     # Everything that was not on disk, and nothing that was; at most the batch in progress at the kill is asked twice.
     assert again == [f"q{i:02d}" for i in range(30) if f"q{i:02d}" not in {row["id"] for row in left}]
     assert len(set(asked) & set(again)) <= 2

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from palimpsest.commands.evaluate import load_task, task_name
 from palimpsest.data.examples import Example
-from palimpsest.evaluation.tasks import Task, load_task, task_name, text_version
+from palimpsest.evaluation.tasks import Task, text_version
 from palimpsest.files import UserError
 
 PARIS = Example("q1", "What is the capital of France?", ("Paris",), "Paris")

@@ -25,7 +25,8 @@ from palimpsest.export import model_card
 from palimpsest.files import UserError
 from palimpsest.models import auto
 from palimpsest.models.loading import load_speech_lm
-from palimpsest.models.processor import PromptStyle, SpeechLMProcessor
+from palimpsest.models.processor import SpeechLMProcessor
+from palimpsest.models.prompts import PromptStyle
 from palimpsest.models.speech_lm import SpeechLM, SpeechLMConfig
 from palimpsest.training.methods import Method, add_lora, merge_lora
 from tiny import tiny_llama, tiny_speech_lm

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from palimpsest.export.folders import export
 from tiny import tiny_speech_lm
 
-PAGE = (Path(__file__).parent.parent / "docs" / "evaluation-harness.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parent.parent / "docs" / "evaluation.md").read_text(encoding="utf-8")
 
 pytestmark = [
     pytest.mark.slow,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -26,6 +24,7 @@ from palimpsest.importance.scores import Scores, model_digest
 from palimpsest.importance.select import Mask, select
 from palimpsest.models.anatomy import scored_parameters
 from palimpsest.models.loss import supervised_losses
+from ranks import find_each_other, start_ranks
 from tiny import tiny_llama
 
 Batch = dict[str, Any]
@@ -78,8 +77,7 @@ def refusal(action: Callable[[], object]) -> str:
 # What every rank runs
 # ------------------------------------------------------------------------------------------------------------
 def work(rank: int, port: int, folder: str) -> None:
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD))
-    torch.set_num_threads(1)
+    find_each_other(rank, port, WORLD)
     dist.init_process_group("gloo", rank=rank, world_size=WORLD)
     try:
         for dtype in DTYPES:
@@ -245,12 +243,7 @@ def tied_scores(seed: int) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    # The server imports these once, for both processes.
-    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "transformers", "tiny"])
-    torch.multiprocessing.start_processes(work, (port, str(folder)), nprocs=WORLD, start_method="forkserver")
+    start_ranks(work, str(folder), world=WORLD)
     return folder
 
 

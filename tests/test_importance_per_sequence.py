@@ -191,11 +191,11 @@ def test_padding_never_counts(left: bool) -> None:
 
 
 def test_a_sequence_given_twice_counts_twice() -> None:
-    model, (batch,) = tiny_llama(), make_batches(1)
+    model, (batch,) = tiny_llama().double(), make_batches(1)  # float64 for the reason of test_padding_never_counts
     first = {key: value[:1] for key, value in batch.items()}
     twice = {key: value * 2 if key == "ids" else value.repeat(2, 1) for key, value in first.items()}
     once = estimate_importance(model, [first], BY_SEQUENCE)
-    assert_same_scores(estimate_importance(model, [twice], BY_SEQUENCE), once, rtol=1e-4, atol=1e-8)  # per token
+    assert_same_scores(estimate_importance(model, [twice], BY_SEQUENCE), once, rtol=1e-6, atol=1e-9)  # per token
     assert once.metadata["n_tokens"] * 2 == n_tokens([twice])
 
 

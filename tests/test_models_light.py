@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from palimpsest.ask import answer
+from palimpsest.commands import ask, deactivate, evaluate, importance
 from palimpsest.export import folders as export
 from palimpsest.files import UserError, hash_file
 from palimpsest.models import embedded, light
@@ -30,7 +30,8 @@ from palimpsest.models.loading import (
     text_source,
     weight_bytes,
 )
-from palimpsest.models.processor import PromptStyle, SpeechLMProcessor
+from palimpsest.models.processor import SpeechLMProcessor
+from palimpsest.models.prompts import PromptStyle
 from palimpsest.models.speech_lm import SpeechLM
 from palimpsest.models.trained_adaptor import read_adaptor
 from palimpsest.training.methods import Method, add_lora, merge_lora
@@ -132,29 +133,24 @@ def test_peft_alone_reads_the_updates(small: Path, models: Path) -> None:
 
 
 def test_it_is_taken_wherever_a_speech_llm_is(small: Path, models: Path, tmp_path: Path) -> None:
-    from palimpsest.evaluate import evaluate_model
-    from palimpsest.measure import deactivate_model, score_model
-
     soundfile.write(tmp_path / "q.wav", WAVE, 16_000)
     row = {"id": "a", "question": "why?", "answer": "so.", "audio": "q.wav"}
     (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n")
     data, name = str(tmp_path / "q.jsonl"), str(small)
     assert is_speech_lm(name)
-    assert isinstance(answer(name, audio=tmp_path / "q.wav", max_new_tokens=4), str)
-    assert isinstance(answer(name, text="why?", max_new_tokens=4), str)
+    assert isinstance(ask.answer(ask.Options(name, audio=tmp_path / "q.wav", max_new_tokens=4)), str)
+    assert isinstance(ask.answer(ask.Options(name, text="why?", max_new_tokens=4)), str)
     options: dict[str, Any] = {"split": "test", "limit": None, "batch_size": 2}
     for modality in ("text", "speech"):
-        evaluated = evaluate_model(
+        asked = evaluate.Options(
             name, data, tmp_path / modality, modality=modality, asr="", max_new_tokens=4, perplexity=True,
             device="cpu", **options,
         )  # fmt: skip
-        assert [line for line in evaluated if "/1  " in line]
-    assert list(score_model(name, data, tmp_path / "scores", reductions=("signed_sum",), **options))
-    switched = deactivate_model(
-        name, tmp_path / "scores", data, tmp_path / "off", ratios=["0.1"], scopes=["global"],
-        reduction="signed_sum", random_seeds=1, **options,
-    )  # fmt: skip
-    assert len(list(switched)) == 4
+        assert [line for line in evaluate.run(asked) if "/1  " in line]
+    scores = tmp_path / "scores"
+    assert list(importance.run(importance.Options(name, data, scores, reductions="signed_sum", **options)))
+    switched = deactivate.Options(name, scores, data, tmp_path / "off", ratios="0.1", random_seeds=1, **options)
+    assert len(list(deactivate.run(switched))) == 4
     folders = {key: tmp_path / f"exported-{key}" for key in ("text_llm", "speech_lm", "adapter")}
     export.export(small, **folders)
     expected = load_speech_lm(small)[0].state_dict()
@@ -179,15 +175,14 @@ def test_the_code_of_its_card_runs(small: Path, tmp_path: Path, capsys: pytest.C
 
 
 def test_its_card_says_what_the_run_does_not(checkpoint: Path, models: Path, tmp_path: Path) -> None:
-    from palimpsest.evaluate import evaluate_model
-
     soundfile.write(tmp_path / "q.wav", WAVE, 16_000)
     row = {"id": "a", "question": "why?", "answer": "so.", "audio": "q.wav"}
     (tmp_path / "q.jsonl").write_text(json.dumps(row) + "\n")
     options: dict[str, Any] = {"split": "test", "limit": None, "max_new_tokens": 2, "batch_size": 1, "device": "cpu"}
     for model, modality in ((checkpoint, "speech"), (models / "llm", "text")):
         out, data = tmp_path / modality, str(tmp_path / "q.jsonl")
-        list(evaluate_model(str(model), data, out, modality=modality, asr="", **options))  # type: ignore[arg-type]
+        asked = evaluate.Options(str(model), data, out, modality=modality, asr="", **options)  # type: ignore[arg-type]
+        list(evaluate.run(asked))
     sources = [
         {"kind": "webquestions", "voice": "hibari", "utterances": 70, "licence": "CC-BY 4.0"},
         {"kind": "webquestions", "voice": "espeak-ng:en-us", "utterances": 30, "licence": "CC-BY 4.0"},

@@ -15,9 +15,9 @@ import yaml
 from palimpsest.config import load_config, parse_config
 from palimpsest.files import UserError
 from palimpsest.planning.memory import memory
-from palimpsest.planning.plan import Options, is_hub_name, make_plan
+from palimpsest.planning.plan import Assumptions, is_hub_name, make_plan
 from palimpsest.planning.plan_text import plan_recipe, refusal
-from palimpsest.training.methods import Method, add_lora, rules_for
+from palimpsest.training.methods import add_lora, rules_for
 from palimpsest.training.rules import assign
 from tiny import tiny_llama, tiny_speech_lm, tiny_tokenizer
 
@@ -51,7 +51,7 @@ def recipe(folder: Path, **changes: Any) -> Path:
 
 
 def test_lengths_batch_and_steps_by_hand(tmp_path: Path) -> None:
-    plan = make_plan(load_config(recipe(tmp_path)), Options(gpu="L4"))
+    plan = make_plan(load_config(recipe(tmp_path)), Assumptions(gpu="L4"))
     # The byte tokenizer's prompt: <s><user>, a line break, the instruction of 39 characters, <end>, a line break,
     # <assistant>; speech of 40 characters takes 2.8 s, 28 positions of 0.1 s; the longest answer 19 bytes and <end>.
     frame = 2 + 1 + len("Answer the question asked in the speech.") + 1 + 1 + 1
@@ -61,7 +61,7 @@ def test_lengths_batch_and_steps_by_hand(tmp_path: Path) -> None:
     assert full.batch.supervised == 16  # 10 … 19 bytes and one: 15.5 on average
     assert full.batch.columns == 20
     assert full.steps == 2 * 3  # ten examples, batches of four, two epochs
-    text = make_plan(load_config(recipe(tmp_path, methods={"t": {"kind": "full", "modality": "text"}})), Options())
+    text = make_plan(load_config(recipe(tmp_path, methods={"t": {"kind": "full", "modality": "text"}})), Assumptions())
     assert text.methods[0].batch.positions == 0
     assert text.methods[0].batch.length == 2 + 40 + 3 + 20  # the question stands in place of speech and instruction
     # 28 positions of five frames of 384 numbers of two bytes, ten times
@@ -71,12 +71,12 @@ def test_lengths_batch_and_steps_by_hand(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_can_be_planned_and_every_method_covers_a_model(path: Path) -> None:
     config = load_config(path)
-    plan = make_plan(config, Options(gpu="H200", n_gpus=8))
+    plan = make_plan(config, Assumptions(gpu="H200", n_gpus=8))
     assert [method.name for method in plan.methods] == list(config.methods)
     assert all(method.memory.peak > method.memory.weights for method in plan.methods)
     for method in config.methods.values():
         model, _ = tiny_speech_lm()
-        wanted = Method(**method.model_dump(exclude_unset=True))
+        wanted = method
         if wanted.kind == "lora":
             add_lora(model, wanted)
         assign((name for name, _ in model.named_parameters()), rules_for(wanted, {0: 1.0, 1: 0.6}))
@@ -103,7 +103,7 @@ def test_the_papers_recipes_keep_its_settings() -> None:
 
 def test_a_batch_that_cannot_fit_is_refused_with_the_largest_that_fits(tmp_path: Path) -> None:
     path = recipe(tmp_path, training={"batch_size": 512})
-    plan = make_plan(load_config(path), Options(memory=1.2))
+    plan = make_plan(load_config(path), Assumptions(memory=1.2))
     said = refusal(plan, path)
     assert said is not None
     found = re.search(
@@ -113,26 +113,26 @@ def test_a_batch_that_cannot_fit_is_refused_with_the_largest_that_fits(tmp_path:
     rows = int(found[1])
     worst = max(plan.methods, key=lambda method: method.memory.peak)
     fits, more = (
-        make_plan(load_config(recipe(tmp_path, training={"batch_size": n})), Options(memory=1.2))
+        make_plan(load_config(recipe(tmp_path, training={"batch_size": n})), Assumptions(memory=1.2))
         for n in (rows, rows + 1)
     )
     assert refusal(fits, path) is None
     assert refusal(more, path) is not None
     assert f"{worst.memory.peak / 1e9:.1f} GB" in said
     with pytest.raises(UserError, match="does not fit"):
-        list(plan_recipe(recipe(tmp_path, training={"batch_size": 512}), Options(memory=1.2)))
+        list(plan_recipe(recipe(tmp_path, training={"batch_size": 512}), Assumptions(memory=1.2)))
 
 
 def test_what_fits_only_on_several_gpus_is_told(tmp_path: Path) -> None:
-    plan = make_plan(load_config(PAPER), Options(gpu="H100"))
+    plan = make_plan(load_config(PAPER), Assumptions(gpu="H100"))
     said = refusal(plan, PAPER)
     assert said is not None
     assert "full, layer_lr would need" in said  # LoRA fits
     needed = re.search(r"at least (\d+) such devices are needed \(--n-gpus \1\)", said)
     assert needed is not None, said
-    plan = make_plan(load_config(PAPER), Options(gpu="H100", n_gpus=8))
+    plan = make_plan(load_config(PAPER), Assumptions(gpu="H100", n_gpus=8))
     assert refusal(plan, PAPER) is None
-    one = make_plan(load_config(PAPER), Options(gpu="H100")).methods[0]
+    one = make_plan(load_config(PAPER), Assumptions(gpu="H100")).methods[0]
     assert one.memory.weights > 7 * plan.methods[0].memory.weights
 
 
@@ -153,20 +153,20 @@ def test_a_model_without_a_config_here_is_told_what_to_do(tmp_path: Path, monkey
     values["models"]["language_model"] = "nobody/no-such-model-here"
     config = parse_config(values, "r")
     with pytest.raises(UserError, match=r"cannot be had .*--config FILE, or --shape with one of llama-3\.2-1b"):
-        make_plan(config, Options())
-    plan = make_plan(config, Options(shape="llama-3.2-1b"))
+        make_plan(config, Assumptions())
+    plan = make_plan(config, Assumptions(shape="llama-3.2-1b"))
     assert plan.methods[0].setup.decoder.parameters == 1_235_814_400
-    assert "for want of the tokenizer" in plan.lengths.origin
+    assert "without the tokenizer" in plan.lengths.origin
     with pytest.raises(UserError, match="Both --shape and --config"):
-        make_plan(config, Options(shape="llama-3.2-1b", config=tmp_path / "llm"))
+        make_plan(config, Assumptions(shape="llama-3.2-1b", config=tmp_path / "llm"))
 
 
 def test_data_that_is_not_here_needs_a_number(tmp_path: Path) -> None:
     data = {"train": {"source": "some/questions", "split": "train"}, "heldout_examples": 2}
     config = load_config(recipe(tmp_path, data=data))
     with pytest.raises(UserError, match="some/questions is not on this machine; give --examples"):
-        make_plan(config, Options())
-    short, long = (make_plan(config, Options(examples=100, question_seconds=s)) for s in (2.0, 8.0))
+        make_plan(config, Assumptions())
+    short, long = (make_plan(config, Assumptions(examples=100, question_seconds=s)) for s in (2.0, 8.0))
     assert short.lengths.n == 100
     assert long.features == pytest.approx(4 * short.features, rel=0.01)
     assert long.methods[0].memory.peak > short.methods[0].memory.peak
@@ -187,8 +187,8 @@ def test_several_training_runs_are_counted(tmp_path: Path) -> None:
 
     def disk(**changes: Any) -> tuple[list[float], list[str]]:
         path = recipe(tmp_path, **changes)
-        said = list(plan_recipe(path, Options(gpu="L4")))
-        of = make_plan(load_config(path), Options(gpu="L4"))
+        said = list(plan_recipe(path, Assumptions(gpu="L4")))
+        of = make_plan(load_config(path), Assumptions(gpu="L4"))
         checkpoints = sum(method.checkpoint for method in of.methods)
         return [checkpoints / 1e9, of.scores / 1e9], said
 
@@ -209,8 +209,8 @@ def test_several_training_runs_are_counted(tmp_path: Path) -> None:
 
 def test_time_and_disk_follow_the_formulas(tmp_path: Path) -> None:
     path = recipe(tmp_path)
-    plan = make_plan(load_config(path), Options(gpu="A100-40GB"))
-    lines = list(plan_recipe(path, Options(gpu="A100-40GB", utilisation=0.5)))
+    plan = make_plan(load_config(path), Assumptions(gpu="A100-40GB"))
+    lines = list(plan_recipe(path, Assumptions(gpu="A100-40GB", utilisation=0.5)))
     assert any("FLOPs / (0.5 × 19.5 TFLOP/s, float32)" in line for line in lines)  # the recipe computes in float32
     full = plan.methods[0]
     weights = 4 * (full.setup.decoder.parameters + full.setup.adaptor_parameters + full.setup.encoder.parameters)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from palimpsest.analysis.claims import claim_records
-from palimpsest.comparison.pairs import compare_runs
+from palimpsest.commands import compare
 from palimpsest.comparison.training_runs import seed_comparisons, seed_records
 from palimpsest.config import StudyConfig, parse_config
 from palimpsest.files import UserError, read_json, write_json, write_jsonl
@@ -442,10 +442,10 @@ def test_a_study_of_two_runs_adds_to_that_of_one_repeats_and_resumes(
 
 
 def compare_runs_says_the_same(folder: Path, found: dict[str, Any], tmp_path: Path) -> None:
-    list(compare_runs([folder], tmp_path / "compare", metric="token_sequence_numbers", seeds=True, methods=["full"]))
+    list(compare.run(compare.Options([folder], tmp_path / "compare", seeds=True, methods="full")))
     tables = json.loads((tmp_path / "compare/compare.json").read_text())
     assert [system["label"] for system in tables["systems"]] == ["full"]
-    list(compare_runs([folder], tmp_path / "compare", metric="token_sequence_numbers", seeds=True))
+    list(compare.run(compare.Options([folder], tmp_path / "compare", seeds=True)))
     rows = json.loads((tmp_path / "compare/compare.json").read_text())["accuracy"]
     key = ("task", "modality", "method_a", "method_b", "difference", "ci_low", "ci_high", "p_value")
     assert sorted([r[k] for k in key] for r in rows) == sorted([r[k] for k in key] for r in found["seed_comparisons"])

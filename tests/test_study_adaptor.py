@@ -20,6 +20,7 @@ from palimpsest.models.loading import load_encoder, load_language_model
 from palimpsest.models.processor import SpeechLMProcessor
 from palimpsest.models.speech_lm import SpeechLM
 from palimpsest.models.trained_adaptor import read_adaptor
+from palimpsest.report import figures, page
 from palimpsest.rundir import RunDir
 from palimpsest.study.results import collect
 from palimpsest.study.run import Study, run_study
@@ -78,7 +79,10 @@ def recipe(inputs: Path, adaptor: str | None = "light", **changes: Any) -> dict[
 @pytest.fixture(scope="module")
 def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    run_study(parse_config(recipe(inputs), "test"), folder)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (figures, page):  # drawing takes most of the time, and is tested elsewhere
+            patch.setattr(module, "FIGURES", {})
+        run_study(parse_config(recipe(inputs), "test"), folder)
     return folder
 
 

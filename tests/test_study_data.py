@@ -15,6 +15,7 @@ from palimpsest.config import parse_config
 from palimpsest.data.features import Features
 from palimpsest.data.voices import VOICES, Voice
 from palimpsest.files import UserError
+from palimpsest.study import steps
 from palimpsest.study.run import Study
 from tiny import save_tiny_models
 from tones import load_tone, one
@@ -52,8 +53,8 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def begin(recipe: dict[str, Any], folder: Path) -> Study:
     study = Study(parse_config(recipe, "test"), folder)
     study.check()
-    study.data()
-    study.features()
+    steps.data(study.ws)
+    steps.features(study.ws)
     return study
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import multiprocessing
 import os
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from palimpsest.training import distributed
 from palimpsest.training.batching import EpochBatches
 from palimpsest.training.methods import Method
 from palimpsest.training.train import AdaptorFirst, Settings, train
+from ranks import find_each_other, start_ranks
 from tiny import tiny_speech_lm
 
 WORLD = 2
@@ -85,9 +84,8 @@ def stop_at_5(done: int, total: int) -> None:
 # What every rank runs
 # ---------------------------------------------------------------------------------------------------------------------
 def work(rank: int, port: int, inputs: str, out: str, more: bool) -> None:
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(WORLD))
+    find_each_other(rank, port, WORLD)
     os.environ["LOCAL_RANK"] = str(rank)
-    torch.set_num_threads(1)
     with processes.joined():
         assert (processes.rank(), processes.world_size()) == (rank, WORLD)
         for layout in LAYOUTS:
@@ -180,14 +178,7 @@ def more_out(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(inputs: Path, folder: Path, *, more: bool) -> Path:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    # The server imports these once, for both processes.
-    multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "transformers", "peft", "tiny"])
-    torch.multiprocessing.start_processes(
-        work, (port, str(inputs), str(folder), more), nprocs=WORLD, start_method="forkserver"
-    )
+    start_ranks(work, str(inputs), str(folder), more, world=WORLD)
     return folder
 
 

@@ -16,6 +16,7 @@ import yaml
 from palimpsest.config import parse_config
 from palimpsest.data.collate import Collator
 from palimpsest.data.examples import Example
+from palimpsest.study import steps
 from palimpsest.study.run import Study, run_study
 from palimpsest.training.methods import Method
 from palimpsest.training.train import Settings, train
@@ -74,12 +75,12 @@ def test_the_demos_methods_on_the_embedded_models(tmp_path: Path) -> None:
     values["data"]["train"]["limit"], values["data"]["heldout"]["limit"] = 16, 1
     values["evaluation"]["tasks"][0]["limit"] = 1
     study = Study(parse_config(values, "demo"), tmp_path)
-    study.data()
-    study.features()
+    steps.data(study.ws)
+    steps.features(study.ws)
     n_layers = study.ws.base.config.num_hidden_layers
     examples, collator = study.ws.groups["train"], study.ws.collator("speech", "train")
     for name, options in study.config.methods.items():
-        method = Method(**options.model_dump())
+        method = options
         scales = {i: 1 - 0.4 * i / n_layers for i in range(n_layers)} if method.kind == "layer_lr" else None
         ours, theirs = study.ws.new_speech_lm(), study.ws.new_speech_lm()
         records = train(ours, examples, collator, method, study.ws.settings, tmp_path / name, name=name, scales=scales)

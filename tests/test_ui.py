@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from palimpsest.ask import answer
+from palimpsest.commands.ask import Options, answer
 from palimpsest.evaluation.answers import Answer
 from palimpsest.files import UserError, write_text
 from palimpsest.report.inputs import read_inputs
@@ -43,9 +43,9 @@ def test_every_model_answers_text_and_speech_or_says_why_not(run: Path, folder: 
     assert last.status == "Done."
     checkpoint = str(run / "methods" / "full" / "checkpoint")
     asked = {
-        ("base", "text"): answer(str(folder / "llm"), text="What is it?", max_new_tokens=4),
-        ("full", "text"): answer(checkpoint, text="What is it?", max_new_tokens=4),
-        ("full", "speech"): answer(checkpoint, audio=folder / "question.wav", max_new_tokens=4),
+        ("base", "text"): answer(Options(str(folder / "llm"), text="What is it?", max_new_tokens=4)),
+        ("full", "text"): answer(Options(checkpoint, text="What is it?", max_new_tokens=4)),
+        ("full", "speech"): answer(Options(checkpoint, audio=folder / "question.wav", max_new_tokens=4)),
     }
     assert last.answers == {key: given or asking.EMPTY for key, given in asked.items()}
     assert "cannot hear" in last.refusals["base", "speech"]

@@ -1,12 +1,18 @@
 """palimpsest: what speech training writes over in a language model, and how to keep it.
 
 The public names are imported on first use, so that `import palimpsest` costs nothing. It also makes transformers' Auto
-classes know SpeechLM (auto.py).
+classes know SpeechLM (models/auto.py), and keeps documented import paths of earlier versions.
 """
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Sequence
 from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 from palimpsest.models import auto
@@ -43,4 +49,31 @@ def __dir__() -> list[str]:
     return __all__
 
 
+# Documented in earlier versions → where it is now.
+_MOVED = {
+    "palimpsest.data.records": "palimpsest.data.examples",
+    "palimpsest.evaluation.stats": "palimpsest.intervals",
+    "palimpsest.importance.distributed": "palimpsest.importance.layouts",
+    "palimpsest.processes": "palimpsest.parallel",
+    "palimpsest.workspace": "palimpsest.study.workspace",
+}
+
+
+class _Moved(MetaPathFinder, Loader):
+    """Gives a module under the name that it had, with a DeprecationWarning."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in _MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        warnings.warn(f"{spec.name} is {_MOVED[spec.name]} now; import that.", DeprecationWarning, stacklevel=2)
+        return import_module(_MOVED[spec.name])
+
+    def exec_module(self, module: ModuleType) -> None:
+        """It was executed under its own name."""
+
+
+sys.meta_path.append(_Moved())
 auto.enable()

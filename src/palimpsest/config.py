@@ -1,30 +1,33 @@
-"""The configuration of a study: pydantic models, frozen and strict.
+"""A recipe: one study as a value, frozen and strict. Nothing is rewritten silently: what the file says is what runs.
 
-An unknown key is an error that names the nearest known one; a value out of range is an error that names the key.
-Nothing is rewritten silently: what the file says is what runs.
+Its sections are the options of the rooms that use them; what only a study has is defined here. Bounds and unknown keys
+are checked in options.py.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from annotated_types import Ge, Gt, Lt, MinLen
+from pydantic import BaseModel, ConfigDict, field_serializer, field_validator, model_validator
 
+from palimpsest.data.augment import Augmentation
+from palimpsest.data.filters import Filters
+from palimpsest.data.splits import Split
 from palimpsest.files import UserError, differences, in_words
-from palimpsest.records import method_of, run_name
-
-Fraction = float
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+from palimpsest.models.prompts import PromptStyle
+from palimpsest.options import checked
+from palimpsest.records import BASE, method_of, run_name
+from palimpsest.training.methods import Method
+from palimpsest.training.settings import Settings
 
 
-class Models(_Strict):
+@dataclass(frozen=True)
+class Models:
     """Hub names, local folders, or `embedded:` names."""
 
     language_model: str
@@ -35,185 +38,107 @@ class Models(_Strict):
     device: str = "auto"  # "auto": CUDA if there is one, else CPU
 
 
-class Augmentation(_Strict):
-    """Changed copies of every training utterance; each change is drawn anew from its range for each copy."""
-
-    copies: int = Field(1, ge=1)
-    speed: tuple[float, float] | None = None  # factor; pitch goes with it
-    noise_snr_db: tuple[float, float] | None = None  # white noise, dB below the utterance's mean power
-    reverberation: float | None = Field(None, ge=0.15, le=0.8)  # s, the time in which the sound falls by 60 dB
-
-    @model_validator(mode="after")
-    def _ranges(self) -> Augmentation:
-        if self.speed is None and self.noise_snr_db is None and self.reverberation is None:
-            raise ValueError("augmentation changes nothing; give speed, noise_snr_db or reverberation")
-        if self.speed is not None and not 0.5 <= self.speed[0] <= self.speed[1] <= 2:
-            raise ValueError(f"speed {list(self.speed)} must be a range [low, high] within 0.5 and 2")
-        if self.noise_snr_db is not None and not -10 <= self.noise_snr_db[0] <= self.noise_snr_db[1] <= 60:
-            raise ValueError(f"noise_snr_db {list(self.noise_snr_db)} must be a range [low, high] within -10 and 60")
-        return self
-
-
-class Speech(_Strict):
+@dataclass(frozen=True)
+class Speech:
     length: Literal["trim", "pad_to_30s"] = "trim"
-    stack_factor: int = Field(5, ge=1)
-    adaptor_hidden_size: int = Field(2048, ge=1)
+    stack_factor: Annotated[int, Ge(1)] = 5
+    adaptor_hidden_size: Annotated[int, Ge(1)] = 2048
     calibrate_adaptor: bool = False  # True: start from standardised inputs and the embedding's spread
     voice: str | list[str] = "hibari"  # speaks what has no recording; of a list, each example takes one by its id
     augmentation: Augmentation | None = None  # of the training utterances
     feature_cache: str | None = None  # folder of encoder frames that several studies share; none: in the run directory
 
 
-class Prompt(_Strict):
-    system: str | None = None  # None: whatever the chat template writes by itself
-    speech_instruction: str = "Answer the question asked in the speech."
-
-
-class Split(_Strict):
-    source: str  # facts, a manifest, a table, a folder of recordings, a hub name …: docs/data.md
-    split: str
-    limit: int | None = Field(None, ge=1)
-    voice: str | list[str] | None = None  # instead of speech.voice, for this split alone
-
-
-class FiltersConfig(_Strict):
-    """Limits beyond which an example of training and held-out data is left out; docs/data.md."""
-
-    max_question_words: int = Field(100, ge=1)
-    max_answer_words: int = Field(1000, ge=1)
-    max_answer_characters: int = Field(8000, ge=1)
-    min_audio_seconds: float = Field(0.2, ge=0)
-    max_audio_seconds: float = Field(30.0, gt=0, le=30)
-    silence_peak: float = Field(0.001, ge=0, lt=1)  # of 1, full scale
-
-
-class Data(_Strict):
+@dataclass(frozen=True)
+class Data:
     train: Split
     heldout: Split | None = None  # perplexity in the deactivation experiment
-    heldout_examples: int | None = Field(None, ge=1)  # instead: so many of train, by a stable hash of their ids
+    heldout_examples: Annotated[int, Ge(1)] | None = None  # instead: so many of train, by a stable hash of their ids
     strict: bool = False  # True: a faulty example is an error instead of being left out and listed
-    filters: FiltersConfig = FiltersConfig()
+    filters: Filters = field(default_factory=Filters)
 
-    @model_validator(mode="after")
-    def _one_heldout(self) -> Data:
+    def __post_init__(self) -> None:
         if (self.heldout is None) == (self.heldout_examples is None):
             raise ValueError("give exactly one of heldout (a split) and heldout_examples (how many of train)")
-        return self
 
 
-class MethodConfig(_Strict):
-    kind: Literal["adaptor", "full", "layer_lr", "lora"]
-    learning_rate: float = Field(2e-5, gt=0)
-    adaptor_learning_rate: float | None = Field(None, gt=0)
-    lambda_: float = Field(0.4, ge=0, le=1)
-    rank: int = Field(8, ge=1)
-    alpha: int | None = Field(None, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    importance: Literal["measured", "shuffled", "inverted"] = "measured"  # layer_lr; the others are controls
-    modality: Literal["speech", "text"] = "speech"  # how the training questions are put; text is a control
-    targets: tuple[str, ...] | None = None  # lora: names of linear layers; None: all of every transformer layer
-
-    @model_validator(mode="after")
-    def _sense(self) -> MethodConfig:
-        if self.importance != "measured" and self.kind != "layer_lr":
-            raise ValueError(f"importance {self.importance!r} belongs to kind layer_lr; {self.kind} does not use it")
-        if self.modality == "text" and self.kind == "adaptor":
-            raise ValueError("kind adaptor with modality text would train nothing; use speech, or another kind")
-        return self
-
-
-class AdaptorFirst(_Strict):
-    epochs: float = Field(gt=0)
-    learning_rate: float = Field(gt=0)
-    target: Literal["answer", "repeat"] = "answer"  # repeat: the model writes down the question it hears
-    instruction: str = "Repeat what is said in the speech."  # beside the speech, with target repeat
-
-
-class Align(_Strict):
-    epochs: int = Field(4, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-
-
-class Training(_Strict):
-    epochs: float = Field(3.0, gt=0)
-    batch_size: int = Field(32, ge=1)
-    accumulation: int = Field(1, ge=1)
-    warmup_ratio: float = Field(0.03, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    checkpoint_every: int = Field(500, ge=1)
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    max_tokens: int | None = Field(None, ge=1)  # of a batch, padding counted; batch_size then limits its rows
-    compile: bool = False  # torch.compile
-    liger: bool | Literal["auto"] = "auto"  # head and loss in one kernel; auto: where it is installed, on CUDA
-    eval_every: int | None = Field(None, ge=1)  # optimizer steps between perplexities of data.heldout
-    report_to: tuple[str, ...] = ()  # loggers of transformers, such as tensorboard and wandb
-    align: Align | None = None  # the adaptor's outputs with the embeddings of the words, before all else
-    adaptor_first: AdaptorFirst | None = None  # a phase of its own for the adaptor, before the method
-
-
-class Importance(_Strict):
-    n_examples: int | None = Field(None, ge=2)  # of the training data; None: 1/30 of it (the paper)
-    batch_size: int = Field(8, ge=1)
+@dataclass(frozen=True)
+class Importance:
+    n_examples: Annotated[int, Ge(2)] | None = None  # of the training data; None: 1/30 of it (the paper)
+    batch_size: Annotated[int, Ge(1)] = 8
     reduction: Literal["signed_sum", "per_batch_abs"] = "signed_sum"  # the one Eq. 3 and deactivation use
 
 
-class Deactivation(_Strict):
-    ratio: Fraction = Field(0.03, gt=0, lt=1)
+@dataclass(frozen=True)
+class Deactivation:
+    ratio: Annotated[float, Gt(0), Lt(1)] = 0.03
     scope: Literal["global", "per_layer", "per_matrix"] = "global"
-    random_seeds: int = Field(3, ge=1)
-    n_examples: int | None = Field(None, ge=1)  # of the held-out data; None: all
-    batch_size: int = Field(8, ge=1)
+    random_seeds: Annotated[int, Ge(1)] = 3
+    n_examples: Annotated[int, Ge(1)] | None = None  # of the held-out data; None: all
+    batch_size: Annotated[int, Ge(1)] = 8
 
 
-class Analysis(_Strict):
-    shuffles: int = Field(3, ge=1)  # of each null of rank clustering
-    rank_draws: int = Field(5, ge=0)  # shuffles for the nulls of the effective rank; 0: it has none
-    bootstrap: int = Field(1000, ge=100)
+@dataclass(frozen=True)
+class Analysis:
+    shuffles: Annotated[int, Ge(1)] = 3  # of each null of rank clustering
+    rank_draws: Annotated[int, Ge(0)] = 5  # shuffles for the nulls of the effective rank; 0: it has none
+    bootstrap: Annotated[int, Ge(100)] = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationTask(Split):
+    name: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    tasks: Annotated[tuple[EvaluationTask, ...], MinLen(1)]
+    max_new_tokens: Annotated[int, Ge(1)] = 32
+    batch_size: Annotated[int, Ge(1)] = 16
+    probe: bool = True  # the retention probe of every model: seconds each
+    text_asr: bool = False  # also ask the tuned models the recogniser's transcripts; needs models.asr
 
 
 # What the runs of a method after its first may be spared; clustering: with it parameter change and overlap of masks.
 SeedMeasure = Literal["importance", "clustering", "deactivation", "probe"]
 
 
-class EvaluationTask(Split):
-    name: str
-
-
-class Evaluation(_Strict):
-    tasks: tuple[EvaluationTask, ...] = Field(min_length=1)
-    max_new_tokens: int = Field(32, ge=1)
-    batch_size: int = Field(16, ge=1)
-    probe: bool = True  # the retention probe of every model: seconds each
-    text_asr: bool = False  # also ask the tuned models the recogniser's transcripts; needs models.asr
-
-
-class StudyConfig(_Strict):
+class StudyConfig(BaseModel):
     """One study: what is trained, on what, how it is measured."""
 
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
     name: str
-    seed: int = Field(0, ge=0)
-    seeds: int = Field(1, ge=1)  # training runs of every method
-    seeds_measure: tuple[SeedMeasure, ...] = get_args(
-        SeedMeasure
-    )  # besides accuracy and perplexity, after the first run
+    seed: Annotated[int, Ge(0)] = 0
+    seeds: Annotated[int, Ge(1)] = 1  # training runs of every method
+    seeds_measure: tuple[SeedMeasure, ...] = get_args(SeedMeasure)  # besides accuracy and perplexity, after the first
     models: Models
     speech: Speech = Speech()
-    prompt: Prompt = Prompt()
+    prompt: PromptStyle = PromptStyle()
     data: Data
-    methods: dict[str, MethodConfig] = Field(min_length=1)
-    training: Training = Training()
+    methods: Annotated[dict[str, Method], MinLen(1)]
+    training: Settings = Settings()
     importance: Importance = Importance()
     deactivation: Deactivation = Deactivation()
     analysis: Analysis = Analysis()
     evaluation: Evaluation
 
+    @field_validator("training", mode="before")
+    @classmethod
+    def _one_seed(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and "seed" in value:
+            raise ValueError("there is no key 'seed' here: every seed of a study derives from its own; remove it")
+        return value
+
+    @field_serializer("training")
+    def _without_seed(self, value: Settings) -> dict[str, Any]:
+        return {name: part for name, part in asdict(value).items() if name != "seed"}
+
     @model_validator(mode="after")
     def _names(self) -> StudyConfig:
         for name in self.methods:
-            if name == "base" or not name.replace("_", "").replace("-", "").isalnum():
-                raise ValueError(f"the method name {name!r} must be letters, digits, - and _, and not 'base'")
+            if name == BASE or not name.replace("_", "").replace("-", "").isalnum():
+                raise ValueError(f"the method name {name!r} must be letters, digits, - and _, and not {BASE!r}")
             if self.seeds > 1 and method_of(name) != (name, 0):
                 raise ValueError(f"the method name {name!r} is that of a run of {method_of(name)[0]!r}; choose another")
         if "importance" not in self.seeds_measure and {"clustering", "deactivation"} & set(self.seeds_measure):
@@ -230,7 +155,7 @@ class StudyConfig(_Strict):
         return self
 
     @property
-    def runs(self) -> dict[str, MethodConfig]:
+    def runs(self) -> dict[str, Method]:
         """Every training run by its folder in methods/: the first run of each method, then the second of each …"""
         return {run_name(name, i): method for i in range(self.seeds) for name, method in self.methods.items()}
 
@@ -241,6 +166,12 @@ class StudyConfig(_Strict):
     def measures(self, run: str, what: SeedMeasure) -> bool:
         """Whether a run is measured in a way that those after a method's first may be spared."""
         return self.number_of(run) == 0 or what in self.seeds_measure
+
+    def takes_speech(self, run: str) -> bool:
+        """Whether a model can be asked in speech: the base if the recipe names an adaptor, not one tuned on text."""
+        if run == BASE:
+            return self.models.adaptor is not None
+        return self.runs[run].modality == "speech"
 
 
 def load_config(path: Path) -> StudyConfig:
@@ -261,28 +192,7 @@ def load_config(path: Path) -> StudyConfig:
 
 
 def parse_config(values: Mapping[str, Any], origin: str) -> StudyConfig:
-    try:
-        return StudyConfig.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            known = _keys_at(first["loc"][:-1])
-            near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
-            raise UserError(f"{origin}: there is no key {where!r}; the nearest known key is {near[0]!r}.") from error
-        raise UserError(f"{origin}: {where or 'the recipe'}: {first['msg'].removeprefix('Value error, ')}.") from error
-
-
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    """The known keys of the section at `location` of a study; names of methods and numbers of tasks are passed over."""
-    section: type[BaseModel] = StudyConfig
-    for part in location:
-        if str(part) not in section.model_fields:
-            continue
-        annotation: Any = section.model_fields[str(part)].annotation
-        candidates = (annotation, *get_args(annotation))
-        section = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(section.model_fields)
+    return checked(StudyConfig, values, origin)
 
 
 def require_same_recipe(config: StudyConfig, file: Path) -> None:

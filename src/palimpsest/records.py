@@ -35,7 +35,7 @@ RESULT_TABLES = (
 # ---------------------------------------------------------------------------------------------------------------------
 # Record types of results.json: flat, one row each. Fields are only ever added.
 # ---------------------------------------------------------------------------------------------------------------------
-Modality = Literal["text", "speech", "cascade", "text_asr"]  # how a question is put: docs/glossary.md
+Modality = Literal["text", "speech", "cascade", "text_asr"]  # how a question is put: docs/concepts.md
 
 
 class DeactivationRecord(TypedDict):
@@ -167,6 +167,9 @@ class TimingRecord(TypedDict):
     step: str
     seconds: float
     peak_rss_bytes: int
+
+
+BASE = "base"  # what records call the model that was not trained
 
 
 def run_name(method: str, number: int) -> str:

@@ -21,19 +21,45 @@ from pathlib import Path
 from typing import Any
 
 from palimpsest.files import UserError, existing, hash_file, hash_value, read_json, write_json
-from palimpsest.records import TimingRecord
+from palimpsest.records import BASE, TimingRecord
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Layout: what lies where, for those who write it and those who read it
+# ---------------------------------------------------------------------------------------------------------------------
+ROOT = Path(__file__).parent  # of this package
+STUDY, RESULTS, PROVENANCE = "study.yaml", "results.json", "provenance.json"
 STEP_FILE = "step.json"  # inside every step's directory: fingerprint, inputs, seconds
+DROPPED = "dropped"  # data/dropped.jsonl: what was left out of training and held-out data, and why
 
 
-def code_version(*packages: str) -> str:
-    """Hash of the sources of the named sub-packages or modules, so that changed code runs its steps again."""
-    root = Path(__file__).parent
-    files: list[Path] = []
-    for package in packages:
-        path = root / package
-        files += sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
-    return hash_value([[str(file.relative_to(root)), hash_file(file)] for file in files])[:16]
+def folder_of(model: str) -> str:
+    """Where a model's steps live inside the run directory: the base's, or those of one training run."""
+    return BASE if model == BASE else f"methods/{model}"
+
+
+def models_in(run: Path) -> dict[str, Path]:
+    """The folders of all models that a run directory has, the base first, the others by name."""
+    methods = run / "methods"
+    trained = sorted(path for path in methods.iterdir() if path.is_dir()) if methods.is_dir() else []
+    base = [run / BASE] if (run / BASE).is_dir() else []
+    return {path.name: path for path in (*base, *trained)}
+
+
+def manifest_of(run: Path, group: str) -> Path:
+    """The examples of a group: train, heldout or task-NAME."""
+    return run / "data" / f"{group}.jsonl"
+
+
+def checkpoint_of(run: Path, model: str) -> Path:
+    return run / folder_of(model) / "checkpoint"
+
+
+def samples_of(run: Path, model: str, task: str, modality: str) -> Path:
+    return run / folder_of(model) / "samples" / f"{task}-{modality}" / "samples.jsonl"
+
+
+def losses_of(run: Path, model: str, modality: str) -> Path:
+    return run / folder_of(model) / "perplexity" / f"losses-{modality}.jsonl"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,7 +174,9 @@ def provenance() -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": versions,
         "hardware": hardware,
-        "code": code_version("."),
+        "code": hash_value([[str(file.relative_to(ROOT)), hash_file(file)] for file in sorted(ROOT.rglob("*.py"))])[
+            :16
+        ],
     }
 
 

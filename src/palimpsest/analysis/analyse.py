@@ -18,6 +18,7 @@ from palimpsest.importance.mask import Mask
 from palimpsest.importance.select import select
 from palimpsest.models.anatomy import layer_index, module_kind
 from palimpsest.records import (
+    BASE,
     ClusteringRecord,
     DeltaRecord,
     LayerRecord,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
     from palimpsest.importance.scores import Scores
 
-BASE = "base"
 MAP_KINDS = ("q", "o", "up", "down")  # one attention input, one output, and both sides of the MLP
 Weights = Mapping[str, "Tensor"]
 

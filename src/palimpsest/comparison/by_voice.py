@@ -11,11 +11,11 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from palimpsest.comparison.training_runs import BASE, Verdicts, runs_of
+from palimpsest.comparison.training_runs import Verdicts, runs_of
 from palimpsest.data.examples import Example
 from palimpsest.evaluation.scoring import PRIMARY
 from palimpsest.intervals import clustered_difference, wilson
-from palimpsest.records import VoiceRecord
+from palimpsest.records import BASE, VoiceRecord
 
 RECORDING = "recording"  # the voice of questions that came with their audio and no name of a voice
 

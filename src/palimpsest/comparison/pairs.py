@@ -8,7 +8,7 @@ both. `compare_runs` refuses runs that do not match; `pair_runs`, for a report, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from palimpsest.comparison.systems import BASE, Answers, Key, Losses, System, pool_seeds, read_systems, require_same
+from palimpsest.comparison.systems import Answers, Key, Losses, System, pool_seeds, read_systems, require_same
 from palimpsest.evaluation.scoring import PRIMARY
 from palimpsest.evaluation.tasks import text_version
-from palimpsest.files import UserError, write_json, write_text
+from palimpsest.files import UserError
 from palimpsest.intervals import (
     clustered_difference,
     holm,
@@ -30,8 +30,7 @@ from palimpsest.intervals import (
     retention,
     wilson,
 )
-from palimpsest.records import ComparisonRecord, GapRecord, LossPairRecord, PairRecord, RetentionRecord
-from palimpsest.report.comparison_text import markdown
+from palimpsest.records import BASE, ComparisonRecord, GapRecord, LossPairRecord, PairRecord, RetentionRecord
 
 if TYPE_CHECKING:
     pass
@@ -43,15 +42,14 @@ MODALITIES = ("text", "speech", "cascade", "text_asr")
 
 def compare_runs(
     runs: Sequence[Path],
-    out: Path,
     *,
     metric: str,
     methods: Sequence[str] | None = None,
     base: str | None = None,
     seeds: bool = False,
     seed: int = 0,
-) -> Iterator[str]:
-    """Compare the systems in `runs`; writes compare.json and compare.md to `out` and yields the latter's lines.
+) -> dict[str, Any]:
+    """The value of compare.json for the systems in `runs`.
 
     One run: every pair of its methods. Several: every pair of systems of different runs that are the same method, or
     of which one is an evaluation folder; with `methods`, every pair of what is named. With `seeds`, the runs are the
@@ -90,10 +88,7 @@ def compare_runs(
     tables["not_compared"] = not_compared(pairs)
     if seeds and with_losses:
         tables["not_compared"].append("Losses of several seeds; leave out --seeds to compare those of single runs.")
-    write_json(out / "compare.json", tables)
-    page = markdown(tables)
-    write_text(out / "compare.md", page)
-    yield from page.rstrip().split("\n")
+    return tables
 
 
 def _named(systems: Sequence[System], methods: Sequence[str] | None) -> list[System]:

@@ -13,8 +13,8 @@ from palimpsest.evaluation.perplexity import Perplexity, read_losses
 from palimpsest.evaluation.scoring import METRICS
 from palimpsest.evaluation.tasks import text_version
 from palimpsest.files import UserError, read_json
+from palimpsest.rundir import models_in
 
-BASE = "base"
 Key = tuple[str, str]  # (task, modality)
 
 
@@ -130,10 +130,7 @@ def _folders(run: Path) -> dict[str | None, Path]:
     """Method -> folder of a study; None -> the folder itself for an evaluation."""
     if not run.is_dir():
         raise UserError(f"{run} is not a folder; give the run directory of a study or the --out of evaluate.")
-    studied = {BASE: run / BASE} if (run / BASE).is_dir() else {}
-    if (run / "methods").is_dir():
-        studied |= {folder.name: folder for folder in sorted((run / "methods").iterdir()) if folder.is_dir()}
-    found: dict[str | None, Path] = {m: f for m, f in studied.items() if _sample_files(f) or _loss_files(f)}
+    found: dict[str | None, Path] = {m: f for m, f in models_in(run).items() if _sample_files(f) or _loss_files(f)}
     return found or ({None: run} if _sample_files(run) or _loss_files(run) else {})
 
 

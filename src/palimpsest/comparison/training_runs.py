@@ -23,9 +23,9 @@ from palimpsest.evaluation.perplexity import read_losses
 from palimpsest.evaluation.scoring import METRIC_VERSION, PRIMARY
 from palimpsest.files import UserError
 from palimpsest.intervals import clustered_difference, loss_difference, mean_arms, over_runs, standard_deviation
-from palimpsest.records import PairRecord, SeedRecord, method_of, run_name
+from palimpsest.records import BASE, PairRecord, SeedRecord, method_of, run_name
+from palimpsest.rundir import losses_of
 
-BASE = "base"
 Verdicts = Mapping[str, Mapping[str, bool]]  # run -> {question id: right?}
 Matrix = NDArray[np.float64]
 Rows = Sequence[Mapping[str, Any]]
@@ -219,10 +219,7 @@ def _matrix(verdicts: Sequence[Mapping[str, bool]]) -> Matrix:
 
 def _losses(run: Path, runs: Sequence[str], modality: str) -> tuple[Matrix, Matrix]:
     """((runs, answers) summed losses in nats, (answers,) tokens), answers by sorted id."""
-    every = []
-    for name in runs:
-        folder = run / (BASE if name == BASE else f"methods/{name}")
-        every.append(read_losses(folder / "perplexity" / f"losses-{modality}.jsonl")[1].samples)
+    every = [read_losses(losses_of(run, name, modality))[1].samples for name in runs]
     ids = sorted(every[0])
     if any(samples.keys() != every[0].keys() for samples in every):
         raise UserError("The training runs of a method were not measured on the same answers; run the study again.")

@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import numpy as np
 import soundfile
 import soxr
+from annotated_types import Ge, Le
 
 from palimpsest.data.examples import MAX_AUDIO_SECONDS, Example
 from palimpsest.data.speech import ENCODING, make_files, read_audio, write_flac
@@ -41,7 +42,7 @@ PEAK = 0.99  # louder copies are scaled down to it, speech and noise alike
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is changed; None leaves it as it is.
+    """Changed copies of every training utterance; each change is drawn anew from its range for each copy.
 
     Args:
         copies: changed versions of every utterance, beside the utterance itself.
@@ -50,10 +51,18 @@ class Augmentation:
         reverberation: seconds in which the sound in the room falls by 60 dB (by Sabine's formula).
     """
 
-    copies: int = 1
+    copies: Annotated[int, Ge(1)] = 1
     speed: tuple[float, float] | None = None
     noise_snr_db: tuple[float, float] | None = None
-    reverberation: float | None = None
+    reverberation: Annotated[float, Ge(0.15), Le(0.8)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.speed is None and self.noise_snr_db is None and self.reverberation is None:
+            raise ValueError("augmentation changes nothing; give speed, noise_snr_db or reverberation")
+        if self.speed is not None and not 0.5 <= self.speed[0] <= self.speed[1] <= 2:
+            raise ValueError(f"speed {list(self.speed)} must be a range [low, high] within 0.5 and 2")
+        if self.noise_snr_db is not None and not -10 <= self.noise_snr_db[0] <= self.noise_snr_db[1] <= 60:
+            raise ValueError(f"noise_snr_db {list(self.noise_snr_db)} must be a range [low, high] within -10 and 60")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ strict reading, an error. Nothing is cut or repaired; applied twice the filters 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import io
 import re
@@ -15,13 +14,14 @@ import struct
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import numpy as np
 import soundfile
 import soxr
+from annotated_types import Ge, Gt, Le, Lt
 
 from palimpsest.data.examples import Example
 from palimpsest.data.rows import Row
@@ -44,23 +44,14 @@ Keep: TypeAlias = "Callable[[Path | bytes], Path | Problem | None]"  # a recordi
 
 @dataclass(frozen=True)
 class Filters:
-    """Limits beyond which an example is left out. The defaults keep everything that can be spoken and heard."""
+    """Limits beyond which an example is left out. The defaults keep everything that can be spoken and encoded."""
 
-    max_question_words: int = 100  # more cannot be said in 30 s
-    max_answer_words: int = 1000
-    max_answer_characters: int = 8000
-    min_audio_seconds: float = 0.2
-    max_audio_seconds: float = 30.0  # what a Whisper encoder sees at once
-    silence_peak: float = 0.001  # of the mono mix, 1 is full scale: −60 dB
-
-    def __post_init__(self) -> None:
-        for key, value in asdict(self).items():
-            if value < 0:
-                raise UserError(f"The filter {key} is {value:g}; give a number from 0 up.")
-        if self.max_audio_seconds > 30:
-            raise UserError(
-                f"The filter max_audio_seconds is {self.max_audio_seconds:g}; the encoder hears 30 s at most."
-            )
+    max_question_words: Annotated[int, Ge(1)] = 100  # more cannot be said in 30 s
+    max_answer_words: Annotated[int, Ge(1)] = 1000
+    max_answer_characters: Annotated[int, Ge(1)] = 8000
+    min_audio_seconds: Annotated[float, Ge(0)] = 0.2
+    max_audio_seconds: Annotated[float, Gt(0), Le(30)] = 30.0  # what a Whisper encoder sees at once
+    silence_peak: Annotated[float, Ge(0), Lt(1)] = 0.001  # of the mono mix, 1 is full scale: −60 dB
 
 
 @dataclass(frozen=True)
@@ -81,19 +72,11 @@ class Dropped:
 
 
 def parse_filters(pairs: Sequence[str]) -> Filters:
-    """Filters from "KEY=VALUE" strings. Raises UserError, naming the nearest key."""
-    kinds = {field.name: int if field.type == "int" else float for field in fields(Filters)}
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        key, _, value = (part.strip() for part in pair.partition("="))
-        if key not in kinds:
-            near = difflib.get_close_matches(key, kinds, n=1, cutoff=0.0)[0]
-            raise UserError(f"There is no filter {key!r}; the nearest is {near!r}, set as {near}=NUMBER.")
-        try:
-            values[key] = kinds[key](value)
-        except ValueError as error:
-            raise UserError(f"The filter {key} is {value!r}; give a number, {key}=NUMBER.") from error
-    return Filters(**values)
+    """Filters from "KEY=VALUE" strings. Raises UserError for an unknown key and for a value out of range."""
+    from palimpsest.options import checked
+
+    values = [pair.partition("=") for pair in pairs]
+    return checked(Filters, {key.strip(): value.strip() for key, _, value in values}, "--filter")
 
 
 # ------------------------------------------------------------------------------------------------------------

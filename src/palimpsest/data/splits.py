@@ -17,7 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge
 
 from palimpsest.data.examples import Example
 from palimpsest.data.filters import (
@@ -42,12 +44,13 @@ TRAIN, HELDOUT = "train", "heldout"
 
 
 @dataclass(frozen=True)
-class SplitSource:
+class Split:
     """One split of a source, as a recipe names it."""
 
-    source: str
+    source: str  # facts, a manifest, a table, a folder of recordings, a hub name …: docs/data.md
     split: str
-    limit: int | None = None
+    limit: Annotated[int, Ge(1)] | None = None
+    voice: str | list[str] | None = None  # instead of speech.voice, for this split alone
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,9 @@ def heldout_ids(ids: Sequence[str], n: int) -> set[str]:
 class StudyData:
     """Sources of a study and how they are split. Nothing is read before it is asked for."""
 
-    train: SplitSource
-    heldout: SplitSource | int  # a split of its own, or how many examples of the training source
-    tasks: Mapping[str, SplitSource]
+    train: Split
+    heldout: Split | int  # a split of its own, or how many examples of the training source
+    tasks: Mapping[str, Split]
     filters: Filters
     strict: bool
     seed: int
@@ -87,14 +90,14 @@ class StudyData:
             "tasks": {name: self._task_inputs(task) for name, task in self.tasks.items()},
         }
 
-    def _split_inputs(self, group: str, wanted: SplitSource) -> list[Any]:
+    def _split_inputs(self, group: str, wanted: Split) -> list[Any]:
         identity = self._table(group).identity
         if identity is None:
             rows = self._table(group).read(0, set(self._chosen_of(group)), False)
             identity = hash_value([_row_identity(row) for row in rows])
         return [identity, wanted.limit]
 
-    def _task_inputs(self, task: SplitSource) -> list[Any]:
+    def _task_inputs(self, task: Split) -> list[Any]:
         identity = open_table(task.source, task.split).identity
         if identity is None:
             examples = load_examples(task.source, task.split, task.limit, self.seed)
@@ -104,7 +107,7 @@ class StudyData:
     # -- checks before the long work ----------------------------------------------------------------------------------
     def check(self) -> None:
         """Raises UserError for sources that do not exist, faulty tasks, and an empty split."""
-        if isinstance(self.heldout, SplitSource):
+        if isinstance(self.heldout, Split):
             same = (self.train.source, self.train.split) == (self.heldout.source, self.heldout.split)
             if same:
                 raise UserError(
@@ -211,7 +214,7 @@ class StudyData:
     @cached_property
     def _tables(self) -> dict[str, Table]:
         tables = {TRAIN: open_table(self.train.source, self.train.split)}
-        if isinstance(self.heldout, SplitSource):
+        if isinstance(self.heldout, Split):
             tables[HELDOUT] = open_table(self.heldout.source, self.heldout.split)
         return tables
 

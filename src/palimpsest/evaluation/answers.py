@@ -29,7 +29,7 @@ from palimpsest.evaluation.scoring import METRIC_VERSION, METRICS, score, words
 from palimpsest.evaluation.tasks import Task
 from palimpsest.files import UserError, append_jsonl, drop_cut_line, read_json, read_lines, write_json, write_jsonl
 from palimpsest.intervals import wilson
-from palimpsest.models.processor import encode, render
+from palimpsest.models.prompts import encode, render
 from palimpsest.records import Modality, QARecord
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from palimpsest.data.speech import read_audio
 from palimpsest.evaluation.answers import GREEDY, Answer, Answerer, decode_new, end_ids
 from palimpsest.files import UserError
 from palimpsest.models import SAMPLE_RATE
-from palimpsest.models.processor import DEFAULT_INSTRUCTION
+from palimpsest.models.prompts import PromptStyle
 from palimpsest.records import Modality
 
 # Their encoders have no mask for padded audio: in a batch an answer would depend on its neighbours.
@@ -38,7 +38,7 @@ def audio_llm_answerer(
     processor: Any,
     max_new_tokens: int = 32,
     system: str | None = None,
-    instruction: str = DEFAULT_INSTRUCTION,
+    instruction: str = PromptStyle.speech_instruction,
 ) -> Answerer:
     """Greedy answers of an audio LLM to questions given as text or as speech.
 

@@ -72,7 +72,7 @@ def cascade_answerer(hear: Callable[[Sequence[Example]], dict[str, str]], answer
     return answer_heard
 
 
-def heard_before(transcripts: Mapping[str, str | None]) -> Callable[[Sequence[Example]], dict[str, str]]:
+def transcribed_before(transcripts: Mapping[str, str | None]) -> Callable[[Sequence[Example]], dict[str, str]]:
     """A `hear` for `cascade_answerer` from transcripts by id; None stands for a recording that could not be read."""
 
     def hear(examples: Sequence[Example]) -> dict[str, str]:

@@ -28,7 +28,7 @@ from torch.nn.functional import cross_entropy
 from palimpsest.files import UserError, hash_file, read_jsonl
 from palimpsest.intervals import wilson
 from palimpsest.models.anatomy import unwrap
-from palimpsest.models.processor import encode
+from palimpsest.models.prompts import encode
 from palimpsest.records import ProbeRecord
 
 if TYPE_CHECKING:

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 
 from palimpsest.data.examples import Example
-from palimpsest.data.sources import load_examples
 from palimpsest.evaluation.scoring import METRIC_VERSION, METRICS, PRIMARY, words
 from palimpsest.files import UserError, hash_value
 
 TASK_VERSION = "1"  # raised whenever the same examples would be put to a model in another way
-
-HUB_NAMES = {
-    "fixie-ai/llama-questions": "llama_questions",
-    "fixie-ai/spoken-web-questions": "web_questions",
-    "chiyuanhsiao/spoken-web-questions": "web_questions",
-}
 
 
 @dataclass(frozen=True)
@@ -60,32 +52,6 @@ class Task:
 def text_version(version: str) -> str:
     """The part of a task's version that answers to written questions depend on."""
     return version.partition("+")[0]
-
-
-def load_task(
-    source: str,
-    *,
-    name: str | None = None,
-    split: str = "test",
-    limit: int | None = None,
-    seed: int | None = None,
-    instruction: str | None = None,
-    metric: str = PRIMARY,
-    audio: Path | None = None,
-) -> Task:
-    """The task of a question set, by name or path; see `data.sources.load_examples` for what can be read.
-
-    `name` is what the records call the task, by default `task_name(source)`.
-    With `limit`, the first examples are taken, or a random choice where a `seed` is given. `audio`: the folder that
-    recordings inside a table are written to.
-    """
-    examples = load_examples(source, split, limit=limit, seed=seed, audio=audio)
-    return Task(name or task_name(source), tuple(examples), instruction, metric)
-
-
-def task_name(source: str) -> str:
-    """A hub set's usual name, so that its rows stand beside the published ones; else file or folder, without suffix."""
-    return HUB_NAMES.get(source, Path(source.rpartition(":")[2]).stem)
 
 
 def _check(task: Task) -> None:

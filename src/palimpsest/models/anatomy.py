@@ -15,7 +15,7 @@ your choice to parameters. Names that follow the rule above keep their layer and
 
 Checked on Llama, Mistral, Qwen2, Qwen3, Gemma 3, Phi-3 (fused qkv and gate_up), GPT-2 (Conv1D: weights are
 stored input × output), OPT, Mixtral and Qwen3-MoE, and inside Qwen2-Audio, Voxtral, Audio Flamingo 3 and Granite
-Speech (tests/test_importance_any_model.py). docs/any-model.md explains the rule.
+Speech (tests/test_importance_any_model.py). docs/importance.md explains the rule.
 """
 
 from __future__ import annotations

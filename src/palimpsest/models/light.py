@@ -100,7 +100,8 @@ def compose(
     """
     from safetensors.torch import load_file
 
-    from palimpsest.models.processor import PromptStyle, SpeechLMProcessor
+    from palimpsest.models.processor import SpeechLMProcessor
+    from palimpsest.models.prompts import PromptStyle
     from palimpsest.models.speech_lm import SpeechLM
 
     light = read_light(folder)

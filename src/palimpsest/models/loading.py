@@ -50,6 +50,13 @@ def resolve(name: str) -> str:
     return name
 
 
+def choose_device(wanted: str) -> str:
+    """ "auto" is CUDA if there is one, else the CPU; anything else is taken as it is."""
+    import torch
+
+    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+
 def fingerprint(name: str) -> str:
     """Identifies the model's weights and config: hashes of the local files, or the hub's commit."""
     where = resolve(name)

@@ -1,12 +1,8 @@
-"""Prompts and features: from questions (text or audio) to what SpeechLM takes, with the model's own chat template.
-
-Everything a prompt is made of is decided here, once, for training, importance, perplexity and generation.
-"""
+"""Prompts and features: from questions (text or audio) to what SpeechLM takes, with the model's own chat template."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +10,7 @@ from transformers import AutoProcessor
 
 from palimpsest.files import UserError, read_json, write_json
 from palimpsest.models import SAMPLE_RATE
+from palimpsest.models.prompts import PromptStyle, encode, messages, render
 from palimpsest.models.speech_lm import SPEECH_POSITION, SpeechLength, SpeechLMConfig
 
 if TYPE_CHECKING:
@@ -25,16 +22,7 @@ if TYPE_CHECKING:
 SPEECH_MARK = "<speech>"  # only inside this module: where the chat template puts the speech; never tokenised
 SAMPLES_PER_FRAME = 320  # one encoder frame, 20 ms
 MAX_FRAMES = 1500  # 30 s
-DEFAULT_INSTRUCTION = "Answer the question asked in the speech."
 FILE = "speech_processor.json"
-
-
-@dataclass(frozen=True)
-class PromptStyle:
-    """`system` None leaves the system turn to the chat template (some templates write one of their own)."""
-
-    system: str | None = None
-    speech_instruction: str = DEFAULT_INSTRUCTION
 
 
 class SpeechLMProcessor:
@@ -187,31 +175,6 @@ class SpeechLMProcessor:
         style = PromptStyle(settings.pop("system"), settings.pop("speech_instruction"))
         tokenizer = AutoTokenizer.from_pretrained(folder, **hub)
         return cls(tokenizer, WhisperFeatureExtractor.from_pretrained(folder, **hub), style=style, **settings)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Text: one rendering, one tokenisation
-# ---------------------------------------------------------------------------------------------------------------------
-def messages(user: str, system: str | None) -> list[dict[str, str]]:
-    turns = [{"role": "user", "content": user}]
-    return turns if system is None else [{"role": "system", "content": system}, *turns]
-
-
-def render(tokenizer: Any, user: str, system: str | None) -> tuple[str, bool]:
-    """The prompt as a string, and whether a chat template made it; without one: "Question: …\\nAnswer:"."""
-    if tokenizer.chat_template is None:
-        lead = "" if system is None else f"{system}\n"
-        return f"{lead}Question: {user}\nAnswer:", False
-    text = tokenizer.apply_chat_template(messages(user, system), add_generation_prompt=True, tokenize=False)
-    return str(text), True
-
-
-def encode(tokenizer: Any, text: str, start: bool = False) -> list[int]:
-    """Token ids. A chat template writes its own begin-of-text, so the tokenizer may add one only at a plain `start`."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if start and tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
-        return [tokenizer.bos_token_id, *ids]
-    return ids
 
 
 AutoProcessor.register(SpeechLMConfig, SpeechLMProcessor, exist_ok=True)

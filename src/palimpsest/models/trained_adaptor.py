@@ -14,8 +14,6 @@ from palimpsest.models.loading import embedding_width, is_speech_lm, load_encode
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from palimpsest.config import Models, Speech
-
 
 @dataclass(frozen=True)
 class TrainedAdaptor:
@@ -82,23 +80,25 @@ def _read_parts(folder: Path, prefixes: tuple[str, ...]) -> dict[str, dict[str, 
     return parts
 
 
-def require_fit(adaptor: TrainedAdaptor, models: Models, speech: Speech) -> None:
-    """Raise UserError, naming the recipe's key, unless the adaptor fits the study of these two sections."""
+def require_fit(
+    adaptor: TrainedAdaptor, language_model: str, encoder: str, *, stack_factor: int, length: str, hidden: int
+) -> None:
+    """Raise UserError, naming the recipe's key, unless the adaptor fits these models and this shape of speech."""
     source = f"models.adaptor: {adaptor.source}"
     wanted = {
-        "speech.stack_factor": (speech.stack_factor, adaptor.stack_factor),
-        "speech.length": (speech.length, adaptor.speech_length),
-        "speech.adaptor_hidden_size": (speech.adaptor_hidden_size, adaptor.hidden),
+        "speech.stack_factor": (stack_factor, adaptor.stack_factor),
+        "speech.length": (length, adaptor.speech_length),
+        "speech.adaptor_hidden_size": (hidden, adaptor.hidden),
     }
     for key, (given, trained) in wanted.items():
         if given != trained:
             raise UserError(f"{source} was trained with {key} {trained}, the recipe has {given}; set it to {trained}.")
-    width = embedding_width(models.language_model)
+    width = embedding_width(language_model)
     if width != adaptor.output:
         raise UserError(
-            f"{source} speaks to a language model of width {adaptor.output}, {models.language_model} has {width}; use "
+            f"{source} speaks to a language model of width {adaptor.output}, {language_model} has {width}; use "
             "the language model it was trained for."
         )
-    encoder, _ = load_encoder(models.encoder)
-    if light.content_hash(encoder.named_parameters()) != adaptor.encoder:
-        raise UserError(f"{source} was trained behind another encoder than {models.encoder}; use that one.")
+    loaded, _ = load_encoder(encoder)
+    if light.content_hash(loaded.named_parameters()) != adaptor.encoder:
+        raise UserError(f"{source} was trained behind another encoder than {encoder}; use that one.")

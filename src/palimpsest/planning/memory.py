@@ -28,7 +28,7 @@ from palimpsest.training.methods import MethodKind
 RUNTIME_BYTES = {"cpu": 550_000_000, "cuda": 1_000_000_000}
 # glibc keeps much of what a step has freed in its heap, in pieces; measured, as a share of the activations, with
 # checkpointing too (all are computed, piece by piece)
-# (benchmarks/plan.py, docs/plan.md). CUDA's fragmentation is left to the margin of nominal memory.
+# (benchmarks/plan.py, docs/machines.md). CUDA's fragmentation is left to the margin of nominal memory.
 ALLOCATOR_SHARE = {"cpu": 0.5, "cuda": 0.0}
 ADAM_STATES = 2  # AdamW: first and second moment, in the precision of the weights
 N_PROJECTIONS = 7  # q, k, v, o, gate, up, down: what LoRA wraps in a Llama layer

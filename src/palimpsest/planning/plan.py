@@ -1,7 +1,7 @@
 """What a recipe will need, told before anything runs: parameters, memory, disk and time per method.
 
 `plan` reads configs and, where it lies on this machine, the data; it loads no weights, speaks nothing and fetches no
-data. The formulas are in `training.budget` and, with what was measured against them, in docs/plan.md.
+data. The formulas are in memory.py and, with what was measured against them, in docs/machines.md.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge, Le
+from typing_extensions import Doc
 
 from palimpsest.config import StudyConfig
 from palimpsest.files import UserError
@@ -39,20 +42,19 @@ PUBLISHED_ROWS = {
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the command line adds to a recipe."""
+class Assumptions:
+    """What a recipe does not say: the machine, and of data that is not on this one, how much there is of it."""
 
-    gpu: str | None = None
-    n_gpus: int = 1
-    memory: float | None = None  # GB of one device
-    shape: str | None = None
-    config: Path | None = None
-    utilisation: float = UTILISATION
-    # Of data that is not on this machine:
-    examples: int | None = None
-    question_seconds: float = 6.0
-    answer_tokens: int = 100
-    longest_answer: int = 400
+    gpu: Annotated[str | None, Doc("H200, H100, A100-80GB, …; without it this machine.")] = None
+    n_gpus: Annotated[int, Ge(1), Doc("Sharded over so many (FSDP2).")] = 1
+    memory: Annotated[float | None, Doc("GB of one device, instead of the GPU's own.")] = None
+    shape: Annotated[str | None, Doc("Built-in language model: llama-3.2-1b, llama-3.1-8b, …")] = None
+    config: Annotated[Path | None, Doc("config.json in place of the language model's.")] = None
+    utilisation: Annotated[float, Ge(0.01), Le(1), Doc("Share of the GPU's FLOP/s reached.")] = UTILISATION
+    examples: Annotated[int | None, Ge(1), Doc("Of training data that is not here.")] = None
+    question_seconds: Annotated[float, Ge(0.1), Le(30), Doc("Likewise: mean length of speech.")] = 6.0
+    answer_tokens: Annotated[int, Ge(1), Doc("Likewise: mean length of answers.")] = 100
+    longest_answer: Annotated[int, Ge(1), Doc("Likewise: the longest.")] = 400
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ class Plan:
     gpu: Gpu | None
 
 
-def make_plan(config: StudyConfig, options: Options) -> Plan:
+def make_plan(config: StudyConfig, options: Assumptions) -> Plan:
     """Raises UserError for a model, GPU or data set that cannot be had."""
     from palimpsest.planning.memory import encoder_flops, memory
     from palimpsest.planning.sizes import decoder_sizes, encoder_sizes, find_gpu
@@ -155,7 +157,7 @@ def make_plan(config: StudyConfig, options: Options) -> Plan:
 # ---------------------------------------------------------------------------------------------------------------------
 # Device, method, batch
 # ---------------------------------------------------------------------------------------------------------------------
-def _device(config: StudyConfig, options: Options, gpu: Gpu | None) -> tuple[int, str, Any]:
+def _device(config: StudyConfig, options: Assumptions, gpu: Gpu | None) -> tuple[int, str, Any]:
     """(bytes of one device, its name, "cpu" or "cuda"): what was asked for, or what this machine has."""
     import os
 
@@ -256,7 +258,7 @@ def _steps(config: StudyConfig, n: int, tokens: float) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 # ---------------------------------------------------------------------------------------------------------------------
-def read_lengths(config: StudyConfig, options: Options) -> Lengths:
+def read_lengths(config: StudyConfig, options: Assumptions) -> Lengths:
     """Lengths of the training examples: read where the data lies on this machine, else assumed from `options`."""
     from palimpsest.data.examples import Example
     from palimpsest.data.sources import JOIN, load_examples
@@ -310,7 +312,7 @@ def _counter(config: StudyConfig) -> tuple[Any, str]:
         per = CHARACTERS_PER_TOKEN
         return lambda e: (
             PROMPT_TOKENS, -(-len(e.question) // per), seconds(e), -(-len(e.answer) // per) + 1
-        ), f"as {per} characters a token, for want of the tokenizer"  # fmt: skip
+        ), f"as {per} characters a token, without the tokenizer"  # fmt: skip
     frame = len(processor.speech_prompt(0))
 
     def row(example: Any) -> tuple[int, int, float, int]:
@@ -325,7 +327,7 @@ def _processor(config: StudyConfig) -> Any:
     from transformers import AutoTokenizer, WhisperFeatureExtractor
 
     from palimpsest.models.loading import text_source
-    from palimpsest.models.processor import PromptStyle, SpeechLMProcessor
+    from palimpsest.models.processor import SpeechLMProcessor
 
     where = text_source(config.models.language_model)
     if not Path(where).is_dir():
@@ -335,5 +337,5 @@ def _processor(config: StudyConfig) -> Any:
         WhisperFeatureExtractor(),
         stack_factor=config.speech.stack_factor,
         speech_length=config.speech.length,
-        style=PromptStyle(config.prompt.system, config.prompt.speech_instruction),
+        style=config.prompt,
     )

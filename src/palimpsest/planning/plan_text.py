@@ -9,10 +9,10 @@ from pathlib import Path
 from palimpsest.config import load_config
 from palimpsest.files import UserError
 from palimpsest.planning.memory import largest_rows, memory, optimizer_traffic
-from palimpsest.planning.plan import BANDWIDTH_SHARE, GB, MethodPlan, Options, Plan, make_plan
+from palimpsest.planning.plan import BANDWIDTH_SHARE, GB, Assumptions, MethodPlan, Plan, make_plan
 
 FORMULAS = (
-    "Formulas (docs/plan.md derives them). d hidden, q heads × head size, f MLP width, L layers, V vocabulary, T",
+    "Formulas (docs/machines.md derives them). d hidden, q heads × head size, f MLP width, L layers, V vocabulary, T",
     "tokens of the largest batch, S its longest row, w bytes of a weight, n supervised tokens",
     "  weights      w · (language model + encoder + adaptor), 4 · LoRA",
     "  gradients    w · trained             optimizer  2 · gradients (AdamW)",
@@ -28,7 +28,7 @@ FORMULAS = (
 )
 
 
-def plan_recipe(recipe: Path, options: Options) -> Iterator[str]:
+def plan_recipe(recipe: Path, options: Assumptions) -> Iterator[str]:
     """The plan as lines of text. Raises UserError after the last of them if a method does not fit."""
     plan = make_plan(load_config(recipe), options)
     yield from lines(plan, options)
@@ -37,7 +37,7 @@ def plan_recipe(recipe: Path, options: Options) -> Iterator[str]:
         raise UserError(message)
 
 
-def lines(plan: Plan, options: Options) -> Iterator[str]:
+def lines(plan: Plan, options: Assumptions) -> Iterator[str]:
     yield from _what(plan)
     yield ""
     yield from _memory(plan, options)
@@ -107,7 +107,7 @@ def _what(plan: Plan) -> Iterator[str]:
     )
 
 
-def _memory(plan: Plan, options: Options) -> Iterator[str]:
+def _memory(plan: Plan, options: Assumptions) -> Iterator[str]:
     where = "on each device, weights, gradients and optimizer sharded" if options.n_gpus > 1 else "on the device"
     yield f"Memory {where}, GB (10⁹ bytes), of {plan.capacity / GB:.1f}"
     heads = ["trained", "largest batch", "weights", "gradients", "optimizer", "activations", "loss"]
@@ -132,7 +132,7 @@ def _memory(plan: Plan, options: Options) -> Iterator[str]:
     yield from _table(["", *heads], rows)
 
 
-def _time(plan: Plan, options: Options) -> Iterator[str]:
+def _time(plan: Plan, options: Assumptions) -> Iterator[str]:
     if plan.gpu is None:
         yield "Time: name a GPU with --gpu for an estimate."
         return

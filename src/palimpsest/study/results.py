@@ -17,8 +17,8 @@ from palimpsest.evaluation.floors import floor_records
 from palimpsest.evaluation.scoring import PRIMARY
 from palimpsest.evaluation.tasks import Task
 from palimpsest.files import read_json
-from palimpsest.records import RESULT_TABLES, SCHEMA, ComparisonRecord, Modality
-from palimpsest.rundir import RunDir
+from palimpsest.records import BASE, RESULT_TABLES, SCHEMA, ComparisonRecord, Modality
+from palimpsest.rundir import RunDir, folder_of, manifest_of, samples_of
 
 if TYPE_CHECKING:
     from palimpsest.config import StudyConfig
@@ -28,40 +28,35 @@ MODALITIES: tuple[Modality, ...] = ("text", "speech", "cascade", "text_asr")
 
 def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -> dict[str, Any]:
     """The value of results.json for a run whose `steps` are done; `seed` is the bootstrap's."""
-    names = ["base", *config.runs]
-    first_runs = ["base", *config.methods]
+    names = [BASE, *config.runs]
+    first_runs = [BASE, *config.methods]
     tables: dict[str, Any] = {"schema": SCHEMA} | {table: [] for table in RESULT_TABLES}
     for name in names:
-        folder = run.path / ("base" if name == "base" else f"methods/{name}")
+        folder = run.path / folder_of(name)
         if config.measures(name, "deactivation"):
             tables["deactivation"] += read_json(folder / "deactivation" / "records.json")
         if config.evaluation.probe and config.measures(name, "probe"):
             tables["probe"] += read_json(folder / "probe" / "records.json")
         tables["perplexity"] += read_json(folder / "perplexity" / "records.json")
-        if name != "base":
+        if name != BASE:
             tables["training"] += read_json(folder / "checkpoint" / "training.json")
     for table in TABLES:
         tables[table] = read_json(run.path / "analysis" / f"{table}.json")
 
     comparisons: list[ComparisonRecord] = []
     right: dict[tuple[str, str], Verdicts] = {}
-    trained_on = {example.voice or RECORDING for example in read_manifest(run.path / "data" / "train.jsonl")}
+    trained_on = {example.voice or RECORDING for example in read_manifest(manifest_of(run.path, "train"))}
     for task_config in config.evaluation.tasks:
-        examples = read_manifest(run.path / "data" / f"task-{task_config.name}.jsonl")
+        examples = read_manifest(manifest_of(run.path, f"task-{task_config.name}"))
         task = Task(task_config.name, tuple(examples))
         for modality in MODALITIES if config.evaluation.text_asr else MODALITIES[:3]:
             verdicts: dict[str, Mapping[str, bool]] = {}
             for name in names:
-                folder = run.path / ("base" if name == "base" else f"methods/{name}")
                 # The base model's answers to transcripts are its cascade.
-                asked = "cascade" if (name, modality) == ("base", "text_asr") else modality
-                file = folder / "samples" / f"{task.name}-{asked}" / "samples.jsonl"
+                asked = "cascade" if (name, modality) == (BASE, "text_asr") else modality
+                file = samples_of(run.path, name, task.name, asked)
                 # In what modalities a model is asked is the recipe's to say; a file may be left from an earlier one.
-                base_is_deaf = config.models.adaptor is None
-                deaf = modality == "speech" and (
-                    base_is_deaf if name == "base" else config.runs[name].modality == "text"
-                )
-                if deaf or not file.exists():
+                if (modality == "speech" and not config.takes_speech(name)) or not file.exists():
                     continue
                 _, rows = read_finished(file)
                 tables["qa"] += summarise(rows, name, task, modality)

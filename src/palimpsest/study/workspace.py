@@ -6,20 +6,23 @@ import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from palimpsest.config import EvaluationTask, Split, StudyConfig
+from palimpsest.config import StudyConfig
 from palimpsest.data.collate import Collator
 from palimpsest.data.examples import Example, read_manifest
 from palimpsest.data.features import Features
-from palimpsest.data.filters import Filters
-from palimpsest.data.splits import SplitSource, StudyData
+from palimpsest.data.splits import Split, StudyData
+from palimpsest.data.voices import Voices
 from palimpsest.files import hash_file, hash_value, read_jsonl, require_disk
 from palimpsest.parallel import is_main, share
 from palimpsest.progress import Advance, Reporter
-from palimpsest.rundir import RunDir, Step, code_version, provenance
+from palimpsest.records import BASE
+from palimpsest.rundir import DROPPED, RunDir, Step, checkpoint_of, folder_of, provenance
+from palimpsest.study.code import step_code
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,37 +35,7 @@ if TYPE_CHECKING:
     from palimpsest.training.held_out import HeldOut
     from palimpsest.training.settings import Settings
 
-Modality = Literal["text", "speech"]  # what a collator can put; rundir.Modality has those of evaluation
-BASE = "base"
-DROPPED = "dropped"  # data/dropped.jsonl: what was left out of training and held-out data, and why
-# What code each kind of step depends on: a change there runs the step again.
-CODE = {
-    "data": (
-        "data/examples",
-        "data/rows",
-        "data/sources",
-        "data/local",
-        "data/parquet",
-        "data/filters",
-        "data/splits",
-        "data/speech",
-        "data/voices",
-        "data/augment",
-    ),
-    "features": ("data/features", "data/shards", "models/speech_lm", "models/processor"),
-    "train": ("training", "models", "data/collate"),
-    "importance": ("importance", "models", "data/collate"),
-    "deactivation": ("importance", "models", "data/collate", "evaluation/perplexity", "evaluation/deactivation"),
-    "perplexity": ("models", "data/collate", "evaluation/perplexity"),
-    "samples": ("evaluation", "models", "data/collate"),
-    "probe": ("evaluation/probe", "models"),
-    "analysis": ("analysis", "importance"),
-}
-
-
-def folder_of(name: str) -> str:
-    """Where a model's steps live inside the run directory."""
-    return BASE if name == BASE else f"methods/{name}"
+AskedAs = Literal["text", "speech"]  # what a collator can put; records.Modality has those of evaluation
 
 
 class Workspace:
@@ -71,6 +44,7 @@ class Workspace:
     def __init__(self, config: StudyConfig, folder: Path, reporter: Reporter) -> None:
         self.config = config
         self.dir = RunDir(folder)
+        self.path = folder
         self.reporter = reporter
         self.done: list[Step] = []
         self._tuned: tuple[str, SpeechLM] | None = None
@@ -79,18 +53,18 @@ class Workspace:
     def step(
         self,
         name: str,
-        kind: str,
+        made_by: Callable[..., None],
         inputs: Mapping[str, Any],
         write: Callable[[Path, Advance], None],
         *,
         together: bool = False,
     ) -> None:
-        """Run `write(folder, advance)` unless the step is there with the same inputs and code.
+        """Run `write(folder, advance)` unless the step is there with the same inputs and code, that of `made_by`.
 
         Of several processes rank 0 does this, and the others wait; `together`: all call `write`, and what writes into
         the folder is rank 0's.
         """
-        full = {**inputs, "code": code_version(*CODE[kind])}
+        full = {**inputs, "code": step_code(made_by)}
         step = share(self.dir.finished(name, full) if is_main() else None)
         if step is not None:
             self.reporter.skipped(name)
@@ -105,8 +79,8 @@ class Workspace:
                 step = share(step)
         self.done.append(step)
 
-    def is_done(self, name: str, kind: str, inputs: Mapping[str, Any]) -> bool:
-        return self.dir.finished(name, {**inputs, "code": code_version(*CODE[kind])}) is not None
+    def is_done(self, name: str, made_by: Callable[..., None], inputs: Mapping[str, Any]) -> bool:
+        return self.dir.finished(name, {**inputs, "code": step_code(made_by)}) is not None
 
     def fingerprint(self, step: str) -> str:
         return next(s.fingerprint for s in self.done if s.name == step)
@@ -122,59 +96,61 @@ class Workspace:
         """Where the study's examples come from; nothing is read yet."""
         data = self.config.data
 
-        def source(split: Split) -> SplitSource:
-            return SplitSource(split.source, split.split, split.limit)
-
         return StudyData(
-            source(data.train),
-            source(data.heldout) if data.heldout is not None else data.heldout_examples or 0,
-            {task.name: source(task) for task in self.config.evaluation.tasks},
-            Filters(**data.filters.model_dump()),
+            data.train,
+            data.heldout if data.heldout is not None else data.heldout_examples or 0,
+            {task.name: task for task in self.config.evaluation.tasks},
+            data.filters,
             data.strict,
             self.seed("data"),
         )
 
     @cached_property
+    def source_inputs(self) -> dict[str, Any]:
+        """What the examples follow from, as JSON; read once."""
+        return self.sources.inputs()
+
+    @cached_property
+    def voices(self) -> dict[str, Voices]:
+        """Names of the voices that speak what has no recording, by group: the split's own, or those of all."""
+        data, common = self.config.data, self.config.speech.voice
+        heldout = data.heldout or data.train  # taken out of the training source
+        splits: dict[str, Split] = {"train": data.train, "heldout": heldout}
+        splits |= {f"task-{task.name}": task for task in self.config.evaluation.tasks}
+        return {key: common if split.voice is None else split.voice for key, split in splits.items()}
+
+    @cached_property
     def groups(self) -> dict[str, list[Example]]:
         """The examples of data/, with audio, by manifest: train, heldout, task-NAME."""
-        paths = sorted((self.dir.path / "data").glob("*.jsonl"))
+        paths = sorted((self.path / "data").glob("*.jsonl"))
         return {path.stem: read_manifest(path) for path in paths if path.stem != DROPPED}
 
     @cached_property
     def dropped(self) -> dict[str, dict[str, int]]:
         """How many examples were left out of each group, by reason."""
-        rows = read_jsonl(self.dir.path / "data" / f"{DROPPED}.jsonl")
+        rows = read_jsonl(self.path / "data" / f"{DROPPED}.jsonl")
         groups = {row["split"] for row in rows}
         return {g: dict(Counter(row["reason"] for row in rows if row["split"] == g)) for g in sorted(groups)}
 
-    def hears(self, name: str) -> bool:
-        """Whether a model can be asked in speech: the base if the recipe names an adaptor, not one tuned on text."""
-        if name == BASE:
-            return self.config.models.adaptor is not None
-        return self.config.runs[name].modality == "speech"
+    def modalities(self, model: str) -> list[AskedAs]:
+        """How a model's losses are measured."""
+        return ["text", "speech"] if self.config.takes_speech(model) else ["text"]
 
-    def collator(self, modality: Modality, group: str) -> Collator:
-        features = Features(self.dir.path / "features" / group) if modality == "speech" else None
+    def collator(self, modality: AskedAs, group: str) -> Collator:
+        features = Features(self.path / "features" / group) if modality == "speech" else None
         return Collator(self.processor, modality, features)
 
-    def task(self, task: EvaluationTask) -> Any:
-        from palimpsest.evaluation.tasks import Task
-
-        return Task(task.name, tuple(self.groups[f"task-{task.name}"]))
-
     def held_out(self, name: str) -> HeldOut | None:
-        """What a method's training is evaluated on between its steps, if it is; in speech only if it can hear."""
+        """What a method's training is evaluated on between its steps, if it is; in speech only if it takes speech."""
         if self.config.training.eval_every is None:
             return None
-        modalities: list[Modality] = ["text", "speech"] if self.hears(name) else ["text"]
-        return {modality: (self.collator(modality, "heldout"), self.groups["heldout"]) for modality in modalities}
+        groups = self.groups
+        return {modality: (self.collator(modality, "heldout"), groups["heldout"]) for modality in self.modalities(name)}
 
     # -- training -----------------------------------------------------------------------------------------------------
     @cached_property
     def settings(self) -> Settings:
-        from palimpsest.training.settings import Settings
-
-        return Settings.of(self.config.training.model_dump(), self.seed("train"))
+        return replace(self.config.training, seed=self.seed("train"))
 
     def require_budget(self) -> None:
         """A training example above the token budget is told now, not after hours of other steps."""
@@ -190,23 +166,22 @@ class Workspace:
 
         # Per model a checkpoint and two reductions of importance; while one trains, its optimizer's state.
         need = 3 * weight_bytes(self.config.models.language_model) * (len(self.config.runs) + 2)
-        have = sum(file.stat().st_size for file in self.dir.path.rglob("*") if file.is_file())
-        require_disk(self.dir.path, max(0, need - have), f"The study {self.config.name}")
+        have = sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        require_disk(self.path, max(0, need - have), f"The study {self.config.name}")
 
     # -- models -------------------------------------------------------------------------------------------------------
     @cached_property
     def device(self) -> str:
-        import torch
+        from palimpsest.models.loading import choose_device
 
-        wanted = self.config.models.device
-        return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+        return choose_device(self.config.models.device)
 
     @cached_property
     def processor(self) -> SpeechLMProcessor:
         from transformers import WhisperFeatureExtractor
 
         from palimpsest.models.loading import load_tokenizer, resolve
-        from palimpsest.models.processor import PromptStyle, SpeechLMProcessor
+        from palimpsest.models.processor import SpeechLMProcessor
 
         speech, prompt = self.config.speech, self.config.prompt
         return SpeechLMProcessor(
@@ -214,7 +189,7 @@ class Workspace:
             WhisperFeatureExtractor.from_pretrained(resolve(self.config.models.encoder)),
             stack_factor=speech.stack_factor,
             speech_length=speech.length,
-            style=PromptStyle(prompt.system, prompt.speech_instruction),
+            style=prompt,
         )
 
     @cached_property
@@ -237,7 +212,15 @@ class Workspace:
         if self.adaptor is not None:
             from palimpsest.models.trained_adaptor import require_fit
 
-            require_fit(self.adaptor, self.config.models, self.config.speech)
+            models, speech = self.config.models, self.config.speech
+            require_fit(
+                self.adaptor,
+                models.language_model,
+                models.encoder,
+                stack_factor=speech.stack_factor,
+                length=speech.length,
+                hidden=speech.adaptor_hidden_size,
+            )
 
     def new_speech_lm(self, run: str) -> SpeechLM:
         """The base language model behind the adaptor that a run starts from: a fresh one, or that of models.adaptor.
@@ -270,7 +253,7 @@ class Workspace:
         elif speech.calibrate_adaptor:
             import torch
 
-            features = Features(self.dir.path / "features" / "train")
+            features = Features(self.path / "features" / "train")
             sample = torch.cat([features[example.id] for example in self.groups["train"][:64]])
             spread = language_model.get_input_embeddings().weight.detach().float().std()
             model.adaptor.calibrate(sample[None], float(spread))
@@ -294,7 +277,7 @@ class Workspace:
             self._tuned = (BASE, self._behind_adaptor(self.base).eval())
         if self._tuned is None or self._tuned[0] != name:
             self.forget()
-            folder = self.dir.path / "methods" / name / "checkpoint"
+            folder = checkpoint_of(self.path, name)
             self._tuned = (name, load_speech_lm(folder, dtype=self.config.models.dtype, device=self.device)[0])
         return self._tuned[1]
 
@@ -305,7 +288,7 @@ class Workspace:
         """Of a model; `other`: on other questions than the models are compared on."""
         from palimpsest.importance.scores import Scores
 
-        return Scores.open(self.dir.path / folder_of(name) / f"importance{'_other' * other}")
+        return Scores.open(self.path / folder_of(name) / f"importance{'_other' * other}")
 
     def weights(self, name: str) -> Mapping[str, Tensor]:
         """The scored weights by canonical name; a tuned model's are read from its checkpoint as needed."""
@@ -314,7 +297,7 @@ class Workspace:
 
         if name == BASE:
             return {key: parameter.detach() for key, parameter in scored_parameters(self.base).items()}
-        return StoredLanguageModel(self.dir.path / "methods" / name / "checkpoint")
+        return StoredLanguageModel(checkpoint_of(self.path, name))
 
     # -- what went in -------------------------------------------------------------------------------------------------
     @cached_property
@@ -336,12 +319,12 @@ class Workspace:
 
         return fingerprint(name)
 
-    def model_inputs(self, name: str, heard: bool = False) -> dict[str, Any]:
-        """What identifies a model; `heard`: as it is when asked in speech, which makes a difference for the base."""
+    def model_inputs(self, name: str, in_speech: bool = False) -> dict[str, Any]:
+        """What identifies a model; `in_speech`: as asked in speech, which makes a difference for the base."""
         dtype = self.config.models.dtype
         if name == BASE:
-            return {"base": self.base_hash, "dtype": dtype, **(self.adaptor_inputs if heard else {})}
-        return {"checkpoint": self.fingerprint(f"methods/{name}/checkpoint"), "dtype": dtype}
+            return {"base": self.base_hash, "dtype": dtype, **(self.adaptor_inputs if in_speech else {})}
+        return {"checkpoint": self.fingerprint(f"{folder_of(name)}/checkpoint"), "dtype": dtype}
 
     def provenance(self, started: float) -> dict[str, Any]:
         models = self.config.models
@@ -362,7 +345,7 @@ class Workspace:
             "data": {
                 name: {
                     "n": len(group),
-                    "sha256": hash_file(self.dir.path / "data" / f"{name}.jsonl"),
+                    "sha256": hash_file(self.path / "data" / f"{name}.jsonl"),
                     "voices": sorted({example.voice or "recording" for example in group}),
                     "dropped": self.dropped.get(name, {}),
                 }

@@ -6,7 +6,7 @@ tokens along the positions, so no time stamps are needed. After this the speech 
 would; the language model never runs, and an epoch costs a small part of one through the model. Beyond the paper, where
 the adaptor learns from the answers alone.
 
->>> alignment = align_adaptor(model.adaptor, embedding, examples, features, tokens, AlignSettings())  # doctest: +SKIP
+>>> alignment = align_adaptor(model.adaptor, embedding, examples, features, tokens, Align())  # doctest: +SKIP
 
 Legend: position = adaptor positions, 10 per second; word = 1 + tokens that occur in the training texts, blank first.
 """
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from palimpsest.data.examples import Example
     from palimpsest.models.speech_lm import SpeechAdaptor, SpeechLM
     from palimpsest.records import TrainingRecord
-    from palimpsest.training.settings import Settings
+    from palimpsest.training.settings import Align, Settings
 
 CALIBRATION = 256  # utterances that set the adaptor's buffers
 BLANK = 0
@@ -51,18 +51,6 @@ class Frames(Protocol):
     def count(self, example_id: str, /) -> int:
         """Frames of an example, without reading them."""
         ...
-
-
-@dataclass(frozen=True)
-class AlignSettings:
-    epochs: int = 4
-    learning_rate: float = 1e-3  # linear warm-up, then a cosine to zero
-    warmup_steps: int = 100
-    batch_size: int = 32
-    weight_decay: float = 0.01
-    max_grad_norm: float = 5.0
-    sharpness: float = 20.0  # at the start; logit between a token's own embedding and the origin, learned
-    seed: int = 0
 
 
 class TokenReader(nn.Module):
@@ -116,8 +104,9 @@ def align_adaptor(
     examples: Sequence[Example],
     frames: Frames,
     tokens: Mapping[str, Sequence[int]],
-    settings: AlignSettings,
+    settings: Align,
     *,
+    seed: int = 0,
     state: Path | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> Alignment:
@@ -133,11 +122,11 @@ def align_adaptor(
     Raises UserError when no utterance is long enough for its tokens, and for a `state` of another run.
     """
     device = embedding.device
-    usable, plan = plan_of(examples, frames, tokens, adaptor.stack_factor, settings)
+    usable, plan = plan_of(examples, frames, tokens, adaptor.stack_factor, settings, seed)
     known = sorted({token for e in usable for token in tokens[e.id]})
     word_of = {token: i + 1 for i, token in enumerate(known)}
     reader = TokenReader(embedding[torch.tensor(known, device=device)], settings.sharpness).to(device)
-    _calibrate(adaptor, [frames[e.id] for e in _sample(usable, settings.seed)], float(embedding.float().std()))
+    _calibrate(adaptor, [frames[e.id] for e in _sample(usable, seed)], float(embedding.float().std()))
 
     total = settings.epochs * len(plan)
     trained = [*adaptor.parameters(), *reader.parameters()]
@@ -146,7 +135,7 @@ def align_adaptor(
         optimizer,
         lambda step: min(1.0, (step + 1) / settings.warmup_steps) * 0.5 * (1 + math.cos(math.pi * step / total)),
     )
-    run = hash_value([asdict(settings), [(e.id, list(tokens[e.id])) for e in usable]])
+    run = hash_value([asdict(settings), seed, [(e.id, list(tokens[e.id])) for e in usable]])
     parts = {"adaptor": adaptor, "reader": reader, "optimizer": optimizer, "schedule": schedule}
     losses = _resume(state, run, parts)
 
@@ -175,7 +164,8 @@ def plan_of(
     frames: Frames,
     tokens: Mapping[str, Sequence[int]],
     stack_factor: int,
-    settings: AlignSettings,
+    settings: Align,
+    seed: int,
 ) -> tuple[list[Example], EpochBatches]:
     """The examples long enough for their tokens, and their batches. Raises UserError if there are none."""
     usable = [e for e in examples if positions_needed(tokens[e.id]) <= frames.count(e.id) // stack_factor]
@@ -183,7 +173,7 @@ def plan_of(
         raise UserError("No utterance has as many speech positions as its text has tokens; check texts and recordings.")
     lengths = [frames.count(e.id) for e in usable]
     budget = settings.batch_size * sorted(lengths)[len(lengths) // 2]  # long ones in smaller batches
-    return usable, EpochBatches(len(usable), settings.batch_size, settings.seed, lengths, max(budget, max(lengths)))
+    return usable, EpochBatches(len(usable), settings.batch_size, seed, lengths, max(budget, max(lengths)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,9 +183,9 @@ def align_steps(examples: Sequence[Example], collator: Collator, settings: Setti
     """Optimizer steps of the alignment that the settings ask for."""
     if settings.align is None:
         return 0
-    tokens, options = _spoken(examples, collator), _options(settings)
-    plan = plan_of(examples, _features(collator), tokens, collator.processor.stack_factor, options)[1]
-    return options.epochs * len(plan)
+    tokens, factor = _spoken(examples, collator), collator.processor.stack_factor
+    plan = plan_of(examples, _features(collator), tokens, factor, settings.align, settings.seed)[1]
+    return settings.align.epochs * len(plan)
 
 
 def align_phase(
@@ -208,14 +198,15 @@ def align_phase(
 ) -> list[TrainingRecord]:
     """The alignment of a training run, by rank 0 for all; its loss is of another kind, so there are no records."""
     if is_main():
-        folder.mkdir(parents=True, exist_ok=True)
+        assert settings.align is not None
         align_adaptor(
             model.adaptor,
             model.get_input_embeddings().get_parameter("weight").detach(),
             examples,
             _features(collator),
             _spoken(examples, collator),
-            _options(settings),
+            settings.align,
+            seed=settings.seed,
             state=folder / STATE,
             progress=None if advance is None else lambda done, _total, _loss: advance(done),
         )
@@ -232,11 +223,6 @@ def _spoken(examples: Sequence[Example], collator: Collator) -> dict[str, list[i
 def _features(collator: Collator) -> Frames:
     assert collator.features is not None  # the speech modality has them
     return collator.features
-
-
-def _options(settings: Settings) -> AlignSettings:
-    assert settings.align is not None
-    return AlignSettings(settings.align.epochs, settings.align.learning_rate, seed=settings.seed)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
 
 from palimpsest.files import UserError
 from palimpsest.models.anatomy import layer_index, scored_parameters
@@ -34,16 +36,22 @@ class Method:
     """One way to train. `alpha` None means 2·rank (the paper); `adaptor_learning_rate` None means `learning_rate`."""
 
     kind: MethodKind
-    learning_rate: float = 2e-5
-    adaptor_learning_rate: float | None = None
-    lambda_: float = 0.4  # layer_lr: Eq. 3
-    rank: int = 8  # lora
-    alpha: int | None = None  # lora
-    dropout: float = 0.0  # lora
+    learning_rate: Annotated[float, Gt(0)] = 2e-5
+    adaptor_learning_rate: Annotated[float, Gt(0)] | None = None
+    lambda_: Annotated[float, Ge(0), Le(1)] = 0.4  # layer_lr: Eq. 3
+    rank: Annotated[int, Ge(1)] = 8  # lora
+    alpha: Annotated[int, Ge(1)] | None = None  # lora
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0  # lora
     # layer_lr: which layers Eq. 3 slows down; "shuffled" and "inverted" are controls, see `method_scales`.
     importance: Literal["measured", "shuffled", "inverted"] = "measured"
     modality: Literal["speech", "text"] = "speech"  # how the training questions are put
     targets: tuple[str, ...] | None = None  # lora: names of linear layers, such as q_proj; None: all of every layer's
+
+    def __post_init__(self) -> None:
+        if self.importance != "measured" and self.kind != "layer_lr":
+            raise ValueError(f"importance {self.importance!r} belongs to kind layer_lr; {self.kind} does not use it")
+        if self.modality == "text" and self.kind == "adaptor":
+            raise ValueError("kind adaptor with modality text would train nothing; use speech, or another kind")
 
 
 def layer_totals(scores: Scores, reduction: str) -> dict[int, float]:

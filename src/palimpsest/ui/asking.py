@@ -16,12 +16,13 @@ from palimpsest.config import StudyConfig, load_config
 from palimpsest.data.examples import Example
 from palimpsest.data.speech import read_audio
 from palimpsest.files import UserError
+from palimpsest.records import BASE
 from palimpsest.report.inputs import method_name
+from palimpsest.rundir import checkpoint_of
 
 if TYPE_CHECKING:
     from palimpsest.evaluation.answers import Answerer
 
-BASE = "base"
 Input = Literal["text", "speech", "cascade"]
 Key = tuple[str, Input]  # (model, how it was asked)
 EMPTY = "(empty answer)"
@@ -74,7 +75,7 @@ def open_panel(run: Path) -> Panel:
     for name, method in config.runs.items():
         if method.modality == "text":
             refusals[name, "speech"] = f"{title(name)} was tuned on text alone and cannot hear."
-        if not (_checkpoint(run, name) / "config.json").is_file():
+        if not (checkpoint_of(run, name) / "config.json").is_file():
             absent = f"methods/{name}/checkpoint is not there: the study has not trained {title(name)} yet."
             refusals |= {(name, "text"): absent, (name, "speech"): absent}
     return Panel(run, config, refusals)
@@ -151,7 +152,7 @@ def _answers(
 
 def _load(panel: Panel, model: str, heard: str | None, limit: int) -> dict[Input, Answerer]:
     from palimpsest.evaluation.answers import text_answerer
-    from palimpsest.evaluation.cascade import cascade_answerer, heard_before
+    from palimpsest.evaluation.cascade import cascade_answerer, transcribed_before
     from palimpsest.evaluation.spoken import recording_answerer
     from palimpsest.models.loading import load_language_model, load_speech_lm
     from palimpsest.progress import Reporter
@@ -159,7 +160,7 @@ def _load(panel: Panel, model: str, heard: str | None, limit: int) -> dict[Input
 
     models, system = panel.config.models, panel.config.prompt.system
     if model == BASE:
-        hear = heard_before({"question": heard})
+        hear = transcribed_before({"question": heard})
         if models.adaptor is not None:  # the recipe gives the base ears, and a run's workspace puts them on
             ws = Workspace(panel.config, panel.run, Reporter(0, quiet=True))
             by_text = text_answerer(ws.base, ws.processor.tokenizer, limit, system)
@@ -170,7 +171,7 @@ def _load(panel: Panel, model: str, heard: str | None, limit: int) -> dict[Input
         )
         by_text = text_answerer(language_model, tokenizer, limit, system)
         return {"text": by_text, "cascade": cascade_answerer(hear, by_text)}
-    checkpoint = _checkpoint(panel.run, model)
+    checkpoint = checkpoint_of(panel.run, model)
     speech_lm, processor = load_speech_lm(checkpoint, dtype=models.dtype, device=_device(panel))
     return {
         "text": text_answerer(speech_lm.language_model, processor.tokenizer, limit, system),
@@ -187,14 +188,9 @@ def _transcript(panel: Panel, example: Example) -> str:
 
 
 def _device(panel: Panel) -> str:
-    import torch
+    from palimpsest.models.loading import choose_device
 
-    wanted = panel.config.models.device
-    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
-
-
-def _checkpoint(run: Path, method: str) -> Path:
-    return run / "methods" / method / "checkpoint"
+    return choose_device(panel.config.models.device)
 
 
 def _failures() -> tuple[type[Exception], ...]:

@@ -22,11 +22,12 @@ from palimpsest.analysis.clustering import concentration
 from palimpsest.analysis.maps import block_map
 from palimpsest.files import UserError, read_json
 from palimpsest.models.anatomy import layer_index
+from palimpsest.records import BASE
 from palimpsest.report.heatmaps import short_name
 from palimpsest.report.inputs import Inputs, at, main_reduction, method_key, method_name
 from palimpsest.report.style import COLOR_MAP, power_of_ten, style
+from palimpsest.rundir import folder_of
 
-BASE = "base"
 N_DECADES = 5  # of a matrix's colour scale below its largest value
 MEASURES = {"mean": "mean of a weight", "total": "sum over the matrices"}
 
@@ -105,7 +106,7 @@ def matrix(inputs: Inputs, model: str, name: str, reduction: str) -> Matrix:
 
     Raises UserError where neither has it.
     """
-    folder = inputs.path / ("" if model == BASE else "methods") / model / "importance"
+    folder = inputs.path / folder_of(model) / "importance"
     if (folder / "scores.json").is_file():
         from palimpsest.importance.scores import Scores
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from palimpsest.files import UserError
+from palimpsest.records import BASE
 from palimpsest.report.heatmaps import short_name
 from palimpsest.report.inputs import Inputs, method_name, read_inputs
 from palimpsest.ui import asking, explorer
@@ -26,10 +27,10 @@ footer { display: none !important; }
 NOTHING = ""
 
 
-def serve(run: Path, port: int | None = None, *, tell: Callable[[str], None] = print) -> None:
-    """Show `run` until interrupted; raises as `served`."""
+def serve(run: Path, port: int | None = None) -> Iterator[str]:
+    """Show `run` until interrupted, after a line that says where; raises as `served`."""
     with served(run, port) as page:
-        tell(f"{run} is at {page.local_url} until you press Ctrl+C.")
+        yield f"{run} is at {page.local_url} until you press Ctrl+C."
         page.block_thread()
 
 
@@ -154,7 +155,7 @@ def shown(panel: asking.Panel, state: asking.State, key: asking.Key) -> str:
 def _importance_tab(gradio: Any, inputs: Inputs) -> None:
     models, reductions = explorer.models_of(inputs), explorer.reductions_of(inputs)
     names = explorer.matrices_of(inputs)
-    tuned = [name for name in models if name != explorer.BASE]
+    tuned = [name for name in models if name != BASE]
     missing = [line for line in inputs.missing if "layers" in line or "maps/" in line or "results.json" in line]
     if missing or not models:
         gradio.Textbox(
@@ -181,15 +182,15 @@ def _importance_tab(gradio: Any, inputs: Inputs) -> None:
     notes = gradio.Textbox(label="About these figures", interactive=False, lines=2, elem_id="notes")
 
     def draw_grids(name: str, by: str, what: str) -> Any:
-        found, why = _each(lambda one: explorer.grid(inputs, one, by, what), (explorer.BASE, name))
-        base = next((g for g in found if g.model == explorer.BASE), None)
-        other = next((g for g in found if g.model != explorer.BASE), None)
+        found, why = _each(lambda one: explorer.grid(inputs, one, by, what), (BASE, name))
+        base = next((g for g in found if g.model == BASE), None)
+        other = next((g for g in found if g.model != BASE), None)
         return explorer.draw_grids(base, other, what) if found else None, "\n".join(why)
 
     def draw_matrices(name: str, by: str, matrix: str | None) -> Any:
         if matrix is None:
             return None, "There is no matrix to show."
-        found, why = _each(lambda one: explorer.matrix(inputs, one, matrix, by), (explorer.BASE, name))
+        found, why = _each(lambda one: explorer.matrix(inputs, one, matrix, by), (BASE, name))
         said = "\n".join([explorer.about(found), *why]).strip()
         return explorer.draw_matrices(found) if found else None, said
 

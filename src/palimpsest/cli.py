@@ -1,0 +1,156 @@
+"""The command line: every command by name, its options made from the dataclass `Options` of its module.
+
+Bad input ends with one sentence and exit code 2. Nothing heavy is imported before a command runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect as introspection
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import annotated_types as bounds
+import typer
+from rich.console import Console
+from typer.models import ArgumentInfo, OptionInfo
+from typing_extensions import Doc
+
+from palimpsest.commands import (
+    ask,
+    compare,
+    deactivate,
+    demo,
+    evaluate,
+    export,
+    figure,
+    importance,
+    inspect,
+    plan,
+    prepare,
+    probe,
+    report,
+    study,
+    ui,
+    validate_importance,
+)
+from palimpsest.files import UserError
+
+COMMANDS: dict[str, ModuleType] = {
+    "study": study,
+    "demo": demo,
+    "plan": plan,
+    "report": report,
+    "figure": figure,
+    "ui": ui,
+    "ask": ask,
+    "evaluate": evaluate,
+    "probe": probe,
+    "compare": compare,
+    "importance": importance,
+    "deactivate": deactivate,
+    "validate-importance": validate_importance,
+    "export": export,
+}
+DATA_COMMANDS: dict[str, ModuleType] = {"prepare": prepare, "inspect": inspect}
+
+
+def main() -> None:
+    """Entry point."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    # transformers' loading bars and notices would tear up our own progress; set before it is imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True).print(f"palimpsest: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _application(help: str, commands: dict[str, ModuleType], **options: Any) -> typer.Typer:
+    made = typer.Typer(help=help, no_args_is_help=True, rich_markup_mode=None, **options)
+    for name, module in commands.items():
+        made.command(name)(_function(module.Options, module.run))
+    return made
+
+
+def _function(options: Any, run: Callable[[Any], Iterator[str]]) -> Callable[..., None]:
+    """What typer makes a command of: a keyword for every field of `options`, and its docstring."""
+    parameters = list(_parameters(options))
+
+    def command(**values: Any) -> None:
+        for line in run(_filled(options, values)):
+            typer.echo(line)
+
+    command.__doc__ = options.__doc__
+    command.__signature__ = introspection.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def _parameters(options: Any) -> Iterator[introspection.Parameter]:
+    """One for each field; the fields of a dataclass inside stand beside the others."""
+    hints = get_type_hints(options, include_extras=True)
+    for field in dataclasses.fields(options):
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            yield from _parameters(hint)
+            continue
+        kind, *about = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        default: Any = introspection.Parameter.empty
+        if field.default is not dataclasses.MISSING:
+            default = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
+        annotation: Any = Annotated[kind, _described(field.name, about, default)]
+        yield introspection.Parameter(
+            field.name, introspection.Parameter.KEYWORD_ONLY, annotation=annotation, default=default
+        )
+
+
+def _described(name: str, about: list[Any], default: Any) -> ArgumentInfo | OptionInfo:
+    """typer's description of one option, from its help (Doc), its bounds and, where it is there, an own description.
+
+    A switch that is on without being given can be turned off: --audio/--no-audio.
+    """
+    info = next((item for item in about if isinstance(item, (ArgumentInfo, OptionInfo))), None)
+    if info is None:
+        info = typer.Option(f"--{name.replace('_', '-')}") if default is False else typer.Option()
+    for item in about:
+        if isinstance(item, Doc):
+            info.help = item.documentation
+        elif isinstance(item, bounds.Ge):
+            info.min = item.ge
+        elif isinstance(item, bounds.Le):
+            info.max = item.le
+    return info
+
+
+def _filled(options: Any, values: dict[str, Any]) -> Any:
+    hints = get_type_hints(options)
+    inside = {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    own = {name: values[name] for name in hints if name not in inside}
+    return options(**own, **{name: _filled(hint, values) for name, hint in inside.items()})
+
+
+app = _application(
+    "What speech training writes over in a language model, and how to keep it.",
+    COMMANDS,
+    name="palimpsest",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(_application("Get data in: prepare, inspect.", DATA_COMMANDS), name="data")
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,0 @@
-"""`python -m palimpsest.cli`."""
-
-from palimpsest.cli import main
-
-main()

@@ -1,0 +1,65 @@
+"""palimpsest ask: one question to one model, as speech or as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Ge
+from typing_extensions import Doc
+
+from palimpsest.files import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Ask a speech LLM one question, as speech or as text; any causal LM answers text.
+
+    Without --model it is the small speech LLM that comes with palimpsest.
+
+    Example: palimpsest ask --audio question.wav
+    """
+
+    model: Annotated[
+        str, Doc("Folder of a speech LLM, e.g. runs/demo/methods/lora/checkpoint; for text, any causal LM.")
+    ] = "embedded:smollm2-135m-speech"
+    audio: Annotated[Path | None, Doc("The question as a recording (wav, flac, …; up to 30 s).")] = None
+    text: Annotated[str | None, Doc("The question as text.")] = None
+    max_new_tokens: Annotated[int, Ge(1)] = 64
+
+
+def run(options: Options) -> Iterator[str]:
+    yield answer(options)
+
+
+def answer(options: Options) -> str:
+    """The greedy answer. Speech needs a SpeechLM's folder; text goes to any causal LM, or to the one inside.
+
+    Raises UserError unless exactly one of `audio` and `text` is given, and for audio that cannot be read.
+    """
+    from palimpsest.data.examples import Example
+    from palimpsest.data.speech import read_audio
+    from palimpsest.evaluation.answers import text_answerer
+    from palimpsest.evaluation.spoken import recording_answerer
+    from palimpsest.models.loading import is_speech_lm, load_speech_lm, load_text_model, resolve
+
+    model, limit = options.model, options.max_new_tokens
+    if (options.audio is None) == (options.text is None):
+        raise UserError("Ask either with --audio FILE or with --text QUESTION.")
+    if options.text is not None:
+        if not options.text.strip():
+            raise UserError("The question given with --text is empty.")
+        language_model, processor = load_text_model(model)
+        asked = text_answerer(language_model, processor.tokenizer, limit, processor.style.system)
+        return asked([Example("question", options.text, ("",), "")], "text")[0].response
+
+    assert options.audio is not None
+    read_audio(options.audio)  # before the model is loaded: a bad file is known at once
+    if not is_speech_lm(resolve(model)):
+        raise UserError(
+            f"{model} is no speech LLM, so it takes no speech; give a methods/NAME/checkpoint folder of a run."
+        )
+    asked = recording_answerer(*load_speech_lm(model), limit)
+    return asked([Example("question", "", ("",), "", audio=options.audio)], "speech")[0].response

@@ -1,0 +1,255 @@
+"""palimpsest evaluate: one model on one task, outside a study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from annotated_types import Ge
+from typing_extensions import Doc
+
+from palimpsest.files import UserError, hash_value, write_json
+from palimpsest.progress import Reporter
+from palimpsest.records import FloorRecord, Modality, PerplexityRecord, QARecord
+
+if TYPE_CHECKING:
+    from palimpsest.evaluation.answers import Answerer, SampleRow
+    from palimpsest.evaluation.judge import Judge, Judged
+    from palimpsest.evaluation.tasks import Task
+
+
+HUB_NAMES = {
+    "fixie-ai/llama-questions": "llama_questions",
+    "fixie-ai/spoken-web-questions": "web_questions",
+    "chiyuanhsiao/spoken-web-questions": "web_questions",
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Answer the questions of a task and score the answers, each accuracy with its 95 % interval.
+
+    Example: palimpsest evaluate --model embedded:smollm2-135m-instruct --task facts --split heldout --out runs/eval
+    """
+
+    model: Annotated[str, Doc("Causal LM, speech LLM or audio LLM: embedded: name, folder, hub name.")]
+    task: Annotated[str, Doc("facts, a manifest, llama_questions:FOLDER or web_questions:FOLDER.")]
+    out: Annotated[Path, Doc("Folder for samples-MODALITY.jsonl and results-MODALITY.json.")]
+    split: Annotated[str, Doc("Split of the task.")] = "test"
+    modality: Annotated[Modality, Doc("How the questions are put.")] = "text"
+    asr: Annotated[str, Doc("Recogniser of the cascade.")] = "embedded:whisper-tiny.en"
+    limit: Annotated[int | None, Ge(1), Doc("Only the first questions.")] = None
+    max_new_tokens: Annotated[int, Ge(1)] = 32
+    batch_size: Annotated[int, Ge(1)] = 16
+    device: Annotated[str, Doc("auto (CUDA if there is one), cpu, cuda, cuda:1 …")] = "auto"
+    perplexity: Annotated[bool, Doc("Also the loss of every target answer.")] = False
+    judge_url: Annotated[
+        str | None,
+        Doc("Also ask an LLM judge: base of an OpenAI-compatible API; its key in PALIMPSEST_JUDGE_KEY."),
+    ] = None
+    judge_model: Annotated[str | None, Doc("The judge's name there.")] = None
+
+
+def run(options: Options) -> Iterator[str]:
+    """Answer, score, write samples and results to `out`; yields the lines of a small table.
+
+    The model is any causal LM (text, and transcripts), a SpeechLM or an audio LLM of transformers (speech too).
+    Raises UserError for bad input before the model is loaded.
+    """
+    from palimpsest.data.speech import speak
+    from palimpsest.evaluation.answers import answer_questions, qa_record, summarise
+    from palimpsest.evaluation.floors import floor_records
+    from palimpsest.evaluation.judge import METRIC, judge_rows
+    from palimpsest.models.loading import choose_device, fingerprint
+
+    model, modality, out = options.model, options.modality, options.out
+    judge, task, where = _check(options)
+    transcribed = modality in ("cascade", "text_asr")
+    unspoken = modality != "text" and any(example.audio is None for example in task.examples)
+    reporter = Reporter(1 + unspoken + options.perplexity + (judge is not None))
+    if unspoken:
+        with reporter.step("speaking the questions") as advance:
+            task = replace(task, examples=tuple(speak(task.examples, out / "audio", progress=advance)))
+    device = choose_device(options.device)
+    with reporter.step(f"{task.name} from {modality}") as advance:
+        rows = answer_questions(
+            _answerer(options, where, device),
+            task,
+            modality,
+            model=hash_value([fingerprint(model), fingerprint(options.asr)]) if transcribed else fingerprint(model),
+            out=out / f"samples-{modality}.jsonl",
+            max_new_tokens=options.max_new_tokens,
+            batch_size=options.batch_size,
+            progress=advance,
+            notice=reporter.note,
+        )
+    floors = floor_records(rows, model, task, modality)
+    results: dict[str, Any] = {"schema": 1, "qa": summarise(rows, model, task, modality), "qa_floors": floors}
+    results["seconds_per_question"] = sum(row["seconds"] for row in rows) / len(rows)
+    judged = None
+    if options.perplexity:
+        with reporter.step(f"perplexity from {modality}") as advance:
+            results["perplexity"] = [_perplexity(options, where, device, task, advance)]
+    if judge is not None:
+        with reporter.step(f"judged by {judge.model}") as advance:
+            judged = judge_rows(judge, rows, out / f"samples-{modality}.judge.jsonl", advance)
+        results["qa"].append(qa_record(rows, judged.verdicts, model, task, modality, METRIC, judge.version))
+        results["judge"] = {"model": judge.model, "version": judge.version, "failed": judged.failed}
+    if transcribed:
+        from palimpsest.evaluation.cascade import word_error_rate
+
+        results["word_error_rate"] = word_error_rate((row["question"], row["transcript"] or "") for row in rows)
+    write_json(out / f"results-{modality}.json", results)
+    yield from _lines(rows, results, judged)
+
+
+def _check(options: Options) -> tuple[Judge | None, Task, str]:
+    """What is known to be wrong before a model is loaded; (the judge, the task, where the model is)."""
+    from palimpsest.evaluation.judge import Judge
+    from palimpsest.models.loading import model_kind, resolve
+
+    model, modality, url, name = options.model, options.modality, options.judge_url, options.judge_model
+    if (url is None) != (name is None):
+        raise UserError("A judge needs both --judge-url and --judge-model; give the other one too.")
+    if options.perplexity and modality not in ("text", "speech"):
+        raise UserError("A cascade has no perplexity; leave out --perplexity, or use --modality text or speech.")
+    judge = Judge(url, name) if url is not None and name is not None else None
+    recordings = options.out / "audio" if modality != "text" else None  # of a table that holds them
+    task = load_task(options.task, split=options.split, limit=options.limit, audio=recordings)
+    where = resolve(model)
+    if modality == "speech" and model_kind(where) == "language_model":
+        raise UserError(f"{model} takes no audio; evaluate it with --modality text or cascade.")
+    if options.perplexity and model_kind(where) == "audio_llm":
+        raise UserError(f"Perplexity of the audio LLM {model} cannot be measured yet; leave out --perplexity.")
+    return judge, task, where
+
+
+def load_task(
+    source: str,
+    *,
+    name: str | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    seed: int | None = None,
+    instruction: str | None = None,
+    metric: str | None = None,
+    audio: Path | None = None,
+) -> Task:
+    """The task of a question set, by name or path; see `data.sources.load_examples` for what can be read.
+
+    `name` is what the records call the task, by default `task_name(source)`.
+    With `limit`, the first examples are taken, or a random choice where a `seed` is given. `audio`: the folder that
+    recordings inside a table are written to.
+    """
+    from palimpsest.data.sources import load_examples
+    from palimpsest.evaluation.tasks import Task
+
+    examples = load_examples(source, split, limit=limit, seed=seed, audio=audio)
+    task = Task(name or task_name(source), tuple(examples), instruction)
+    return task if metric is None else replace(task, metric=metric)
+
+
+def task_name(source: str) -> str:
+    """A hub set's usual name, so that its rows stand beside the published ones; else file or folder, without suffix."""
+    return HUB_NAMES.get(source, Path(source.rpartition(":")[2]).stem)
+
+
+def _answerer(options: Options, where: str, device: str) -> Answerer:
+    from palimpsest.evaluation.answers import text_answerer
+    from palimpsest.models.loading import load_asr, load_audio_llm, load_speech_lm, load_text_model, model_kind
+
+    kind, limit = model_kind(where), options.max_new_tokens
+    if kind == "speech_lm" and options.modality == "speech":
+        from palimpsest.evaluation.spoken import recording_answerer
+
+        return recording_answerer(*load_speech_lm(where, device=device), limit)
+    if kind == "audio_llm":
+        from palimpsest.evaluation.audio_llm import audio_llm_answerer
+
+        answer = audio_llm_answerer(*load_audio_llm(where, dtype="auto", device=device), limit)
+    else:
+        language_model, processor = load_text_model(where, device=device)
+        answer = text_answerer(language_model, processor.tokenizer, limit, processor.style.system)
+    if options.modality in ("text", "speech"):
+        return answer
+    from palimpsest.evaluation.cascade import cascade_answerer, transcribe
+
+    return cascade_answerer(partial(transcribe, *load_asr(options.asr, device=device)), answer)
+
+
+def _perplexity(options: Options, where: str, device: str, task: Task, advance: Any) -> PerplexityRecord:
+    """The losses of the target answers of a language model (text) or a SpeechLM (speech), loaded once more."""
+    from palimpsest.data.collate import Collator
+    from palimpsest.data.features import Features, compute_features
+    from palimpsest.evaluation.perplexity import measure_losses
+    from palimpsest.models.loading import load_speech_lm, load_text_model
+
+    asked: Any
+    if options.modality == "speech":
+        asked, processor = load_speech_lm(where, device=device)
+        folder = options.out / "features"
+        compute_features(asked.encoder, processor, task.examples, folder)
+        collator = Collator(processor, "speech", Features(folder))
+    else:
+        asked, processor = load_text_model(where, device=device)
+        collator = Collator(processor, "text")
+    return measure_losses(
+        asked,
+        collator,
+        task.examples,
+        options.batch_size,
+        options.out,
+        method=options.model,
+        task=task.name,
+        progress=advance,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In words
+# ---------------------------------------------------------------------------------------------------------------------
+def _lines(rows: Sequence[SampleRow], results: Mapping[str, Any], judged: Judged | None) -> Iterator[str]:
+    by_chance = {(floor["metric"], floor["floor"]): floor for floor in results["qa_floors"]}
+    for record in results["qa"]:
+        floors = [by_chance.get((record["metric"], kind)) for kind in FLOORS]
+        yield _accuracy(record) + "".join(f"  {_floor(floor)}" for floor in floors if floor is not None)
+    for measured in results.get("perplexity", ()):
+        yield (
+            f"perplexity               {measured['perplexity']:.4g} ({measured['loss']:.4f} nats per token, "
+            f"{measured['n_tokens']} tokens of {measured['n_examples']} answers)"
+        )
+    if judged is not None and judged.failed:
+        first = next(iter(judged.failed))
+        yield (
+            f"not judged, counted as wrong: {len(judged.failed)} ({', '.join(list(judged.failed)[:5])}), the first "
+            f"because {judged.failed[first]} Run again to ask about them again."
+        )
+    flags = {
+        "empty": sum(row["empty"] for row in rows),
+        "refusal": sum(row["refusal"] for row in rows),
+        "loop": sum(row["loop"] for row in rows),
+        "failed": sum(row["failed"] for row in rows),
+    }
+    yield "answers that are          " + ", ".join(f"{flag}: {count}" for flag, count in flags.items())
+    yield from (f"failed: {row['id']}: {row['error']}" for row in rows if row["failed"])
+    if "word_error_rate" in results:
+        yield f"word error rate          {100 * results['word_error_rate']:.1f} %"
+    yield f"seconds per question     {results['seconds_per_question']:.2f}"
+
+
+FLOORS = {"unrelated": "unrelated", "echo_in_sentence": "echoed"}
+
+
+def _accuracy(record: QARecord) -> str:
+    return (
+        f"{record['metric']:<24} {record['correct']:>4}/{record['n']}  {100 * record['accuracy']:5.1f} %  "
+        f"[{100 * record['ci_low']:.1f}, {100 * record['ci_high']:.1f}]"
+    )
+
+
+def _floor(floor: FloorRecord) -> str:
+    value, low, high = (100 * share for share in (floor["value"], floor["ci_low"], floor["ci_high"]))
+    return f"{FLOORS[floor['floor']]} {value:.1f} % [{low:.1f}, {high:.1f}]"

@@ -1,0 +1,64 @@
+"""palimpsest importance: Eq. 2 of one model on one question set, outside a study."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Ge
+from typing_extensions import Doc
+
+from palimpsest.progress import Reporter
+
+
+@dataclass(frozen=True)
+class Options:
+    """Score every weight of the transformer layers on questions given as text: |θ·∂L/∂θ| (Eq. 2).
+
+    Example: palimpsest importance --model embedded:smollm2-135m-instruct --data facts --limit 64 --out runs/scores
+    """
+
+    model: Annotated[str, Doc("Causal LM or speech LLM: embedded: name, folder, or hub name.")]
+    data: Annotated[str, Doc("Question set with answers: facts or a manifest.")]
+    out: Annotated[Path, Doc("Folder for the scores.")]
+    split: Annotated[str, Doc("Split of the data.")] = "train"
+    limit: Annotated[int | None, Ge(1), Doc("Only so many examples.")] = None
+    batch_size: Annotated[int, Ge(1)] = 8
+    reductions: Annotated[str, Doc("Comma-separated: signed_sum, per_batch_abs, per_sequence_abs, fisher.")] = (
+        "signed_sum,per_batch_abs"
+    )
+    offload: Annotated[str | None, Doc("Keep the sums in host memory (cpu) or in a memory-mapped file (a folder).")] = (
+        None
+    )
+
+
+def run(options: Options) -> Iterator[str]:
+    """Writes the scores and yields the layers' shares. Raises UserError for bad input before the model is loaded."""
+    from palimpsest.data.collate import Collator, batches
+    from palimpsest.data.sources import load_examples
+    from palimpsest.importance.estimate import estimate_importance
+    from palimpsest.models.loading import load_text_model
+    from palimpsest.training.methods import layer_totals
+
+    examples = load_examples(options.data, options.split, options.limit)
+    reductions, offload = tuple(options.reductions.split(",")), options.offload
+    language_model, processor = load_text_model(options.model)
+    collator, size = Collator(processor, "text"), options.batch_size
+    total = -(-len(examples) // size)
+    with Reporter(1).step(f"importance of {options.model}") as advance:
+        scores = estimate_importance(
+            language_model,
+            batches(collator, examples, size, language_model.device, by_length=False),
+            reductions,
+            offload="cpu" if offload == "cpu" else Path(offload) if offload else None,
+            metadata={"scored_model": options.model, "modality": "text", "source": Path(options.data).name},
+            progress=lambda done, _: advance(done, total),
+        )
+        scores.save(options.out)
+    yield f"{len(scores.names)} weight matrices, {scores.metadata['n_tokens']} supervised tokens → {options.out}"
+    totals = layer_totals(scores, reductions[0])
+    whole = sum(totals.values())
+    yield f"share of each layer ({reductions[0]}):"
+    yield from (f"  layer {layer:>3}  {100 * value / whole:5.2f} %" for layer, value in totals.items())

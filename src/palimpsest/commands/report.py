@@ -1,0 +1,47 @@
+"""palimpsest report: the pages of finished runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typing_extensions import Doc
+
+from palimpsest.files import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Make the figures and report.html of a run again from its results, or one page that compares several runs.
+
+    Example: palimpsest report runs/demo
+    """
+
+    runs: Annotated[list[Path], typer.Argument(), Doc("Run directory of a study; several are compared in one page.")]
+    out: Annotated[Path | None, Doc("File of the page; default RUN/report.html, of several comparison.html here.")] = (
+        None
+    )
+    audio: Annotated[bool, Doc("Put recordings of spoken questions into the page of one run.")] = True
+    samples: Annotated[bool, Doc("Show questions and answers; without, no recordings either.")] = True
+
+
+def run(options: Options) -> Iterator[str]:
+    from palimpsest.comparison.pairs import pair_runs
+    from palimpsest.report.figures import write_figures
+    from palimpsest.report.page import write_report
+    from palimpsest.report.side_by_side import write_comparison
+
+    for folder in options.runs:
+        if not folder.is_dir():
+            raise UserError(f"{folder} is not a run directory; give the --out of a study.")
+    if options.out is not None and options.out.is_dir():
+        raise UserError(f"{options.out} is a folder; give a file for the page with --out.")
+    if len(options.runs) > 1:
+        page = write_comparison(options.runs, pair_runs(options.runs), options.out or Path("comparison.html"))
+    else:
+        write_figures(options.runs[0])
+        page = write_report(options.runs[0], options.out, audio=options.audio, samples=options.samples)
+    yield f"Report: {page}"

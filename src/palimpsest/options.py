@@ -1,0 +1,72 @@
+"""Options as values: frozen dataclasses whose bounds are `Annotated`, checked by pydantic where they come from a user.
+
+An option is written once, beside the code that uses it. A recipe, a command and `NAME=VALUE` on a command line all make
+it here. An unknown key is an error that names the nearest known one; a value out of range one that names the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from functools import cache
+from typing import Any, TypeVar, cast, get_args, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
+
+from palimpsest.files import UserError
+
+T = TypeVar("T")
+UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
+
+
+@cache
+def _checker(kind: Any) -> TypeAdapter[Any]:
+    """Around the kind there is a mapping whose refusal of unknown keys holds for the dataclasses inside."""
+    around: Any = with_config(ConfigDict(extra="forbid"))(TypedDict("around", {"made": kind}))  # type: ignore[operator]
+    return TypeAdapter(around)
+
+
+def checked(kind: type[T], values: Mapping[str, Any], origin: str) -> T:
+    """`kind` made of `values`. Raises UserError, one sentence, for the first thing wrong in them."""
+    try:
+        made: dict[str, T] = _checker(cast(Any, kind)).validate_python({"made": values})
+        return made["made"]
+    except ValidationError as error:
+        first = error.errors()[0]
+        location = first["loc"][1:]
+        where = ".".join(str(part) for part in location)
+        if first["type"] in UNKNOWN:
+            near = nearest(str(location[-1]), _keys_at(kind, location[:-1]))
+            raise UserError(f"{origin}: there is no key {where!r}; the nearest known key is {near!r}.") from error
+        said = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{origin}: {f'{where}: ' if where else ''}{said}.") from error
+
+
+def nearest(key: str, known: Sequence[str]) -> str:
+    return difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
+
+
+def _keys_at(kind: Any, location: Sequence[int | str]) -> list[str]:
+    """The known keys of the section at `location`; names of methods and numbers of tasks are passed over."""
+    section = kind
+    for part in location:
+        hint = _hints(section).get(str(part))
+        if hint is not None:
+            section = next(iter(_sections(hint)))
+    return list(_hints(section))
+
+
+def _hints(section: Any) -> dict[str, Any]:
+    if is_dataclass(section):
+        hints = get_type_hints(section)
+        return {field.name: hints[field.name] for field in fields(section)}
+    return {name: field.annotation for name, field in section.model_fields.items()}
+
+
+def _sections(hint: Any) -> list[Any]:
+    """The kinds of sections in a type such as `dict[str, Method]` or `Split | None`."""
+    if isinstance(hint, type) and (is_dataclass(hint) or issubclass(hint, BaseModel)):
+        return [hint]
+    return [section for part in get_args(hint) for section in _sections(part)]

@@ -1,0 +1,423 @@
+"""The steps of a study, each in one style: what goes in (JSON), what it writes (one folder), and that it is a step.
+
+`workspace.step` skips what was done before with the same inputs and the same code: the source of the function here, and
+of every module that it imports (code.py).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from palimpsest.config import dump_config
+from palimpsest.data.augment import augment, require_library
+from palimpsest.data.collate import batches
+from palimpsest.data.examples import Example, write_manifest
+from palimpsest.data.speech import speak_several
+from palimpsest.data.splits import speak_groups
+from palimpsest.data.voices import find_voices
+from palimpsest.files import hash_value, read_jsonl, write_json, write_jsonl, write_text
+from palimpsest.parallel import is_main, sharded, world_size
+from palimpsest.progress import Advance
+from palimpsest.records import BASE, Modality
+from palimpsest.rundir import DROPPED, PROVENANCE, RESULTS, STUDY, folder_of, samples_of
+from palimpsest.study.workspace import Workspace
+
+
+def check(ws: Workspace) -> None:
+    """What can be known to be wrong before the long work: options, sources, audio, models, disk; then study.yaml."""
+    from palimpsest.models.loading import resolve
+    from palimpsest.training.train import require_options
+
+    require_options(ws.settings, ws.device, sharded=sharded())
+    if ws.config.speech.augmentation is not None:
+        require_library(ws.config.speech.augmentation)
+    if not ws.is_done("data", data, _data_inputs(ws)):
+        ws.sources.check()
+    models = ws.config.models
+    used = [name for name in (models.language_model, models.encoder, models.asr) if name is not None]
+    with ws.reporter.step("models") as advance:
+        for i, name in enumerate(used):
+            resolve(name)  # converts an embedded model on its first use
+            advance(i + 1, len(used))
+    ws.require_adaptor()
+    ws.require_disk()
+    write_text(ws.path / STUDY, dump_config(ws.config))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------------------------
+def data(ws: Workspace) -> None:
+    """data/: manifests of training, held-out and task questions, spoken where there was no recording."""
+
+    def write(folder: Path, advance: Advance) -> None:
+        def say(groups: Mapping[str, Sequence[Example]]) -> dict[str, list[Example]]:
+            workers = min(2, max(1, sum(map(len, groups.values()))))
+            voiced = [(group, ws.voices[key]) for key, group in groups.items()]
+            spoken = speak_several(voiced, folder / "audio", workers, progress=advance)
+            return dict(zip(groups, spoken, strict=True))
+
+        groups, dropped = ws.sources.read(folder / "audio", advance)
+        groups, unspoken = speak_groups(groups, say, ws.config.data.strict)
+        if (changes := ws.config.speech.augmentation) is not None:
+            seed = ws.seed("augmentation")
+            groups["train"] = augment(groups["train"], folder / "audio", changes, seed, progress=advance)
+        for key, group in groups.items():
+            write_manifest(folder / f"{key}.jsonl", group)
+        write_jsonl(folder / f"{DROPPED}.jsonl", [item.to_row(group) for group, item in dropped + unspoken])
+
+    ws.step("data", data, _data_inputs(ws), write)
+
+
+def _data_inputs(ws: Workspace) -> dict[str, Any]:
+    changes = ws.config.speech.augmentation
+    return {
+        "voices": {key: [[v.label, v.version()] for v in find_voices(it)] for key, it in ws.voices.items()},
+        "augmentation": None if changes is None else [asdict(changes), ws.seed("augmentation")],
+        "sources": ws.source_inputs,
+    }
+
+
+def features(ws: Workspace) -> None:
+    """features/: encoder frames of every recording, computed once for all methods, epochs and measurements."""
+    speech = ws.config.speech
+    inputs = {
+        "data": ws.fingerprint("data"),
+        "encoder": ws.encoder_hash,
+        "length": speech.length,
+        "stack_factor": speech.stack_factor,
+    }
+
+    def write(folder: Path, advance: Advance) -> None:
+        from palimpsest.data.features import compute_features
+        from palimpsest.models.loading import load_encoder
+
+        cache = folder / "cache" if speech.feature_cache is None else Path(speech.feature_cache).expanduser()
+        encoder, _ = load_encoder(ws.config.models.encoder, device=ws.device)
+        total, before = sum(map(len, ws.groups.values())), 0
+        for key, group in ws.groups.items():
+
+            def group_advance(done: int, _: int, before: int = before) -> None:
+                advance(before + done, total)
+
+            compute_features(encoder, ws.processor, group, folder / key, cache=cache, progress=group_advance)
+            before += len(group)
+
+    ws.step("features", features, inputs, write)
+    ws.require_budget()  # a training example above it is an error now, not after hours of other steps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+# ---------------------------------------------------------------------------------------------------------------------
+def train(ws: Workspace, model: str) -> None:
+    """methods/NAME/checkpoint/: the SpeechLM after training, its processor and its loss curve."""
+    method, reduction = ws.config.runs[model], ws.config.importance.reduction
+    inputs: dict[str, Any] = {
+        "base": ws.base_hash,
+        "encoder": ws.encoder_hash,
+        "dtype": ws.config.models.dtype,
+        "data": ws.fingerprint("features" if ws.config.takes_speech(model) else "data"),
+        "speech": {**asdict(ws.config.speech), "feature_cache": None},
+        "prompt": asdict(ws.config.prompt),
+        "method": asdict(method),
+        "training": asdict(ws.config.training),
+        "seeds": [ws.seed("adaptor", model), ws.seed("train", model)],
+        **ws.adaptor_inputs,
+    }
+    if method.kind == "layer_lr":
+        inputs |= {"scores": ws.fingerprint(f"{BASE}/importance"), "reduction": reduction}
+    if method.importance == "shuffled":
+        inputs["shuffle"] = ws.seed("shuffled layers", model)
+
+    def write(folder: Path, advance: Advance) -> None:
+        from palimpsest.training.methods import method_scales
+        from palimpsest.training.train import train as train_model
+
+        scales, settings = None, replace(ws.settings, seed=ws.seed("train", model))
+        if method.modality == "text":  # written questions pass by the adaptor
+            settings = replace(settings, align=None, adaptor_first=None)
+        if method.kind == "layer_lr":
+            seed = ws.seed("shuffled layers", model)
+            scales = method_scales(method, ws.scores(BASE), reduction=reduction, seed=seed)
+            if is_main():
+                write_json(folder / "layer_scales.json", {str(layer): scale for layer, scale in scales.items()})
+        speech_lm = ws.new_speech_lm(model)
+        records = train_model(
+            speech_lm,
+            ws.groups["train"],
+            ws.collator(method.modality, "train"),
+            method,
+            settings,
+            folder,
+            name=model,
+            scales=scales,
+            held_out=ws.held_out(model),
+            sharded=sharded(),
+            progress=advance,
+        )
+        if is_main():
+            speech_lm.save_pretrained(folder)
+            ws.processor.save_pretrained(folder)
+            write_json(folder / "training.json", records)
+        ws.keep(model, speech_lm)
+
+    ws.step(f"{folder_of(model)}/checkpoint", train, inputs, write, together=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measurements of one model
+# ---------------------------------------------------------------------------------------------------------------------
+def importance(ws: Workspace, model: str, other: bool = False) -> None:
+    """NAME/importance/: Eq. 2 on training questions given as text, by two reductions in one pass.
+
+    NAME/importance_other/: the same on as many other questions, which says how much the choice of data matters.
+    """
+    options = ws.config.importance
+    inputs = {
+        "model": ws.model_inputs(model),
+        "data": ws.fingerprint("data"),
+        "options": [options.n_examples, options.batch_size],
+        "prompt": asdict(ws.config.prompt),
+        "seed": ws.seed("importance"),
+        "other": other,
+    }
+
+    def write(folder: Path, advance: Advance) -> None:
+        from palimpsest.importance.estimate import estimate_importance
+        from palimpsest.importance.layouts import my_share
+
+        # A changed copy asks the same question as its original: as text they are one example.
+        pool = [example for example in ws.groups["train"] if example.augmentation is None]
+        n_examples = min(len(pool), options.n_examples or max(2, len(pool) // 30))
+        order = random.Random(ws.seed("importance")).sample(pool, len(pool))
+        chosen = order[:n_examples]
+        if other:  # the rest of the training data, or held-out questions where most of it was needed
+            rest = order[n_examples:]
+            chosen = (rest if len(rest) >= n_examples else ws.groups["heldout"])[:n_examples]
+        total = -(-len(chosen) // options.batch_size)
+        scores = estimate_importance(
+            ws.language_model(model),
+            # In random order: batches sorted by length would not be alike, and the bootstrap draws batches.
+            my_share(batches(ws.collator("text", "train"), chosen, options.batch_size, ws.device, by_length=False)),
+            ("signed_sum", "per_batch_abs"),
+            metadata={"scored_model": model, "modality": "text"},
+            progress=lambda done, _: advance(min(total, done * world_size()), total),
+            distributed=world_size() > 1,
+        )
+        if is_main():
+            scores.save(folder)
+
+    ws.step(f"{folder_of(model)}/importance{'_other' * other}", importance, inputs, write, together=True)
+
+
+def deactivation(ws: Workspace, model: str) -> None:
+    """NAME/deactivation/: perplexity of held-out answers with the top, bottom and random weights set to zero."""
+    options, reduction = ws.config.deactivation, ws.config.importance.reduction
+    inputs = {
+        "model": ws.model_inputs(model, in_speech=True),
+        "importance": ws.fingerprint(f"{folder_of(model)}/importance"),
+        "reduction": reduction,
+        "features": ws.fingerprint("features"),
+        "options": asdict(options),
+        "prompt": asdict(ws.config.prompt),
+        "seed": ws.seed("deactivation"),
+    }
+
+    def write(folder: Path, advance: Advance) -> None:
+        from palimpsest.evaluation.deactivation import deactivation_records
+
+        held_out = ws.groups["heldout"][: options.n_examples]
+        records = deactivation_records(
+            model,
+            ws.speech_lm(model) if ws.config.takes_speech(model) or model != BASE else ws.base,
+            ws.scores(model).tensors(reduction),
+            {
+                modality: partial(batches, ws.collator(modality, "heldout"), held_out, options.batch_size, ws.device)
+                for modality in ws.modalities(model)
+            },
+            ratio=options.ratio,
+            scope=options.scope,
+            random_seeds=[ws.seed(f"deactivation/{i}") for i in range(options.random_seeds)],
+            reduction=reduction,
+            progress=advance,
+        )
+        write_json(folder / "records.json", records)
+
+    ws.step(f"{folder_of(model)}/deactivation", deactivation, inputs, write)
+
+
+def perplexity(ws: Workspace, model: str) -> None:
+    """NAME/perplexity/: losses-MODALITY.jsonl of every held-out answer, and records.json."""
+    size = ws.config.deactivation.batch_size
+    inputs = {
+        "model": ws.model_inputs(model, in_speech=True),
+        "features": ws.fingerprint("features"),
+        "prompt": asdict(ws.config.prompt),
+        "batch_size": size,
+    }
+
+    def write(folder: Path, advance: Advance) -> None:
+        from palimpsest.evaluation.perplexity import measure_losses
+
+        records = []
+        for modality in ws.modalities(model):
+            asked = ws.language_model(model) if modality == "text" else ws.speech_lm(model)
+            about: dict[str, Any] = {"method": model, "task": "heldout", "progress": advance}
+            collator = ws.collator(modality, "heldout")
+            records.append(measure_losses(asked, collator, ws.groups["heldout"], size, folder, **about))
+        write_json(folder / "records.json", records)
+
+    ws.step(f"{folder_of(model)}/perplexity", perplexity, inputs, write)
+
+
+def probe(ws: Workspace, model: str) -> None:
+    """NAME/probe/: right against wrong continuations, the losses of every pair and their summary."""
+    from palimpsest.evaluation.probe import load_pairs, pair_losses, pairs_version, summarise_probe
+
+    def write(folder: Path, advance: Advance) -> None:
+        losses = pair_losses(ws.language_model(model), ws.processor.tokenizer, load_pairs(), progress=advance)
+        write_jsonl(folder / "pairs.jsonl", (loss.to_row() for loss in losses))
+        write_json(folder / "records.json", summarise_probe(losses, model))
+
+    ws.step(f"{folder_of(model)}/probe", probe, {"model": ws.model_inputs(model), "pairs": pairs_version()}, write)
+
+
+def answers(ws: Workspace, model: str, task: str, modality: Modality) -> None:
+    """NAME/samples/TASK-MODALITY/: an answer to every question, as text, as speech or as a transcript.
+
+    "cascade": the base model answers the recogniser's transcripts, the reference for S2T; "text_asr": a tuned model
+    answers the same transcripts, which must have been made.
+    """
+    options = ws.config.evaluation
+    inputs = {
+        "model": ws.model_inputs(model, in_speech=modality == "speech"),
+        "data": ws.fingerprint("data"),
+        "task": task,
+        "options": [options.max_new_tokens, options.batch_size],
+        "prompt": asdict(ws.config.prompt),
+    }
+    if modality == "cascade":
+        inputs["asr"] = ws.model_hash(str(ws.config.models.asr))
+    elif modality == "text_asr":
+        inputs["cascade"] = ws.fingerprint(f"{BASE}/samples/{task}-cascade")
+    else:
+        inputs["features"] = ws.fingerprint("features")
+
+    def write(folder: Path, advance: Advance) -> None:
+        from palimpsest.evaluation.answers import answer_questions
+        from palimpsest.evaluation.tasks import Task
+
+        answer_questions(
+            _answerer(ws, model, task, modality),
+            Task(task, tuple(ws.groups[f"task-{task}"])),
+            modality,
+            model=hash_value(inputs["model"]),
+            out=folder / "samples.jsonl",
+            max_new_tokens=options.max_new_tokens,
+            batch_size=options.batch_size,
+            progress=advance,
+            notice=ws.reporter.note,
+        )
+
+    ws.step(f"{folder_of(model)}/samples/{task}-{modality}", answers, inputs, write)
+
+
+def _answerer(ws: Workspace, model: str, task: str, modality: Modality) -> Any:
+    from palimpsest.evaluation.answers import text_answerer
+    from palimpsest.evaluation.cascade import cascade_answerer, transcribe, transcribed_before
+    from palimpsest.evaluation.spoken import speech_answerer
+    from palimpsest.models.loading import load_asr
+
+    limit = ws.config.evaluation.max_new_tokens
+    if modality == "speech":
+        return speech_answerer(ws.speech_lm(model), ws.collator("speech", f"task-{task}"), limit)
+    by_text = text_answerer(ws.language_model(model), ws.processor.tokenizer, limit, ws.config.prompt.system)
+    if modality == "cascade":
+        return cascade_answerer(partial(transcribe, *load_asr(str(ws.config.models.asr), device=ws.device)), by_text)
+    if modality == "text_asr":
+        rows = read_jsonl(samples_of(ws.path, BASE, task, "cascade"))
+        return cascade_answerer(transcribed_before({row["id"]: row["transcript"] for row in rows}), by_text)
+    return by_text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Analysis and report
+# ---------------------------------------------------------------------------------------------------------------------
+def analysis(ws: Workspace) -> None:
+    """analysis/: layer distribution, shift, clustering, parameter change."""
+    names = [BASE, *(run for run in ws.config.runs if ws.config.measures(run, "importance"))]
+    clustered = [name for name in names if ws.config.measures(name, "clustering")]
+    inputs = {**_analysis_inputs(ws, names), "options": asdict(ws.config.analysis), "clustered": clustered}
+
+    def write(folder: Path, advance: Advance) -> None:
+        from palimpsest.analysis.analyse import write_tables
+
+        options = ws.config.analysis
+        write_tables(
+            folder,
+            models=names,
+            clustered=clustered,
+            scores=ws.scores,
+            weights=ws.weights,
+            other=lambda: ws.scores(BASE, other=True),
+            reduction=ws.config.importance.reduction,
+            ratio=ws.config.deactivation.ratio,
+            rank=next((m.rank for m in ws.config.methods.values() if m.kind == "lora"), 8),
+            n_shuffles=options.shuffles,
+            rank_draws=options.rank_draws,
+            n_draws=options.bootstrap,
+            seed=ws.seed("analysis"),
+            progress=advance,
+        )
+
+    ws.step("analysis", analysis, inputs, write)
+
+
+def maps(ws: Workspace) -> None:
+    """maps/: heat maps of importance and change, of the first run of each method; further ones would only repeat."""
+    names = [BASE, *ws.config.methods]
+
+    def write(folder: Path, advance: Advance) -> None:
+        from palimpsest.analysis.analyse import write_study_maps
+
+        reduction = ws.config.importance.reduction
+        write_study_maps(folder, models=names, scores=ws.scores, weights=ws.weights, reduction=reduction)
+        advance(1, 1)
+
+    ws.step("maps", maps, _analysis_inputs(ws, names), write)
+
+
+def _analysis_inputs(ws: Workspace, names: Sequence[str]) -> dict[str, Any]:
+    return {
+        "importance": {name: ws.fingerprint(f"{folder_of(name)}/importance") for name in names},
+        "other": ws.fingerprint(f"{BASE}/importance_other"),
+        "checkpoints": {name: ws.fingerprint(f"{folder_of(name)}/checkpoint") for name in names if name != BASE},
+        "rank": next((m.rank for m in ws.config.methods.values() if m.kind == "lora"), 8),
+        "reduction": ws.config.importance.reduction,
+        "ratio": ws.config.deactivation.ratio,
+        "seed": ws.seed("analysis"),
+    }
+
+
+def report(ws: Workspace, started: float) -> Path:
+    """results.json, provenance.json, figures/ and report.html, from what the steps left; made anew each time."""
+    from palimpsest.report.figures import write_figures
+    from palimpsest.report.page import write_report
+    from palimpsest.study.results import collect
+
+    with ws.reporter.step("report") as advance:
+        results = collect(ws.dir, ws.config, [step.name for step in ws.done], ws.seed("results"))
+        write_json(ws.path / RESULTS, results)
+        write_json(ws.path / PROVENANCE, ws.provenance(started))
+        advance(1, 3)
+        write_figures(ws.path)
+        advance(2, 3)
+        page = write_report(ws.path)
+        advance(3, 3)
+    return page
