@@ -9,7 +9,7 @@ import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palimpsest.data.examples import MAX_AUDIO_SECONDS, Example, check_audio, read_manifest, write_manifest
+from palimpsest.data.examples import MAX_AUDIO_SECONDS, Example, read_manifest, require_good_audio, write_manifest
 from palimpsest.files import UserError
 
 GOOD = {"id": "a", "question": "What is two plus two?", "answer": "Four."}
@@ -112,13 +112,14 @@ def test_audio_is_relative_to_the_manifest_and_its_header_is_read(tmp_path: Path
 
 def test_empty_and_overlong_audio_are_refused(tmp_path: Path) -> None:
     example = Example("a", "Q?", ("A",), "A", audio=wav(tmp_path / "a.wav", MAX_AUDIO_SECONDS))
-    check_audio([example, Example("b", "Q?", ("A",), "A")])
+    require_good_audio(example, "Example 'a'")
+    require_good_audio(Example("b", "Q?", ("A",), "A"), "Example 'b'")
     wav(tmp_path / "a.wav", MAX_AUDIO_SECONDS + 0.1)
     with pytest.raises(UserError, match=r"Example 'a': .*lasts 30\.1 s"):
-        check_audio([example])
+        require_good_audio(example, "Example 'a'")
     wav(tmp_path / "a.wav", 0)
     with pytest.raises(UserError, match="is empty"):
-        check_audio([example])
+        require_good_audio(example, "Example 'a'")
 
 
 def test_a_folder_with_manifest_and_audio_can_be_moved(tmp_path: Path) -> None:

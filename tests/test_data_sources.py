@@ -151,6 +151,25 @@ def test_what_is_no_source_is_told(tmp_path: Path) -> None:
         load_examples(f"web:{tmp_path}", "train")
 
 
+def test_a_missing_recording_is_reported_with_file_and_line_where_it_is_asked_for(tmp_path: Path) -> None:
+    lines = [Example(name, f"{name}?", ("A",), "A", tmp_path / "no.wav" if name == "b" else None) for name in "abc"]
+    write_manifest(tmp_path / "m.jsonl", lines)
+    (tmp_path / "t.csv").write_text("id,question,answer,audio\na,A?,x,\nb,B?,x,no.wav\n", encoding="utf-8")
+    for file in ("m.jsonl", "t.csv"):
+        line = 2 if file == "m.jsonl" else 3
+        with pytest.raises(UserError, match=rf"{file}:{line}: the audio file .*no\.wav does not exist"):
+            load_examples(str(tmp_path / file), "any")
+        assert [e.id for e in load_examples(str(tmp_path / file), "any", 1)] == ["a"]
+
+
+def test_every_source_keeps_what_a_manifest_says(tmp_path: Path) -> None:
+    """Alone and joined to another: nothing of an example is lost on the way through rows."""
+    example = Example("a~1", "A?", ("x", "y"), "It is x.", None, "anna", "k", "speed=1.1")
+    write_manifest(tmp_path / "m.jsonl", [example])
+    assert load_examples(str(tmp_path / "m.jsonl"), "train") == [example]
+    assert load_examples(f"facts + {tmp_path / 'm.jsonl'}", "train")[-1] == example
+
+
 def test_ids_never_hold_a_path(tmp_path: Path) -> None:
     for name in ("llama", "web"):
         (tmp_path / name).mkdir()

@@ -163,7 +163,7 @@ def test_inputs_of_a_hub_source_do_not_ask_the_hub(tmp_path: Path, monkeypatch: 
     def no_hub(*_: Any) -> list[str]:
         raise AssertionError("asked")
 
-    monkeypatch.setattr("palimpsest.data.published.hub_files", no_hub)
+    monkeypatch.setattr("palimpsest.data.parquet.hub_files", no_hub)
     hub = Split("gpt-omni/VoiceAssistant-400K", "train")
     assert study(hub, 5).inputs() == study(hub, 5).inputs()
     assert study(Split(f"{hub.source}@abc", "train"), 5).inputs() != study(hub, 5).inputs()

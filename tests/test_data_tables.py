@@ -14,7 +14,7 @@ import pytest
 import soundfile
 
 from audio_files import encoded, tone, voice_assistant, wav, write_parquet
-from palimpsest.data import published
+from palimpsest.data import parquet
 from palimpsest.data.rows import Names, Row
 from palimpsest.data.sources import load_examples, open_table
 from palimpsest.files import UserError
@@ -175,7 +175,7 @@ def test_the_hub_is_asked_when_rows_are_read_and_not_before(tmp_path: Path, monk
         asked.append((name, revision, split))
         return ["memory://va.parquet"], 3
 
-    monkeypatch.setattr(published, "hub_files", files)
+    monkeypatch.setattr(parquet, "hub_files", files)
     table = open_table("gpt-omni/VoiceAssistant-400K@abc123", "train")
     assert asked == []
     assert table.identity == ["hub", "gpt-omni/VoiceAssistant-400K", "abc123", "train"]

@@ -146,8 +146,8 @@ def test_what_a_killed_run_had_done_is_not_done_again(tmp_path: Path, monkeypatc
         with pytest.raises(Killed):
             run(source, tmp_path / "out")
     taken: list[int] = []
-    original = prepare._take
-    monkeypatch.setattr(prepare, "_take", lambda row, *rest: taken.append(row.position) or original(row, *rest))
+    original = prepare.take
+    monkeypatch.setattr(prepare, "take", lambda row, *rest: taken.append(row.position) or original(row, *rest))
     run(source, tmp_path / "out")
     assert taken == list(range(16, 27))
 
@@ -245,4 +245,4 @@ def test_inspecting_a_prepared_folder_tells_what_was_dropped_before(tmp_path: Pa
     text = "\n".join(inspect_data(str(tmp_path / "out"), split="train"))
     assert "21: 21 usable, 0 to be dropped" in text
     assert "dropped before  6, when it was prepared" in text
-    assert "voices          not told 14, buzz 7" in text
+    assert "voices          not named 14, buzz 7" in text

@@ -1,4 +1,4 @@
-"""Augmentation: changed copies of training utterances, for a speech LLM that must hear more than one clean voice.
+"""Augmentation: changed copies of training utterances, for a speech LLM that is to know more than one clean voice.
 
 Three changes, in this order: speed (soxr; pitch goes with it), reverberation (pyroomacoustics' image sources), noise
 (white). Encoder frames are cached, so this happens to the audio, before the encoder. Off by default; never for
@@ -24,15 +24,16 @@ import soxr
 from annotated_types import Ge, Le
 
 from palimpsest.data.examples import MAX_AUDIO_SECONDS, Example
-from palimpsest.data.speech import ENCODING, SAMPLE_RATE, read_audio, run_jobs, write_flac
+from palimpsest.data.speech import ENCODING, make_files, read_audio, write_flac
 from palimpsest.files import UserError, hash_file, hash_value
+from palimpsest.models import SAMPLE_RATE
 
 if TYPE_CHECKING:
     from jaxtyping import Float32, Float64
     from numpy import ndarray
 
 VERSION = 1  # part of the file names: change it when the samples change for the same draws
-N_ROOMS = 16  # whose impulse responses are computed once; each copy is heard in one of them
+N_ROOMS = 16  # whose impulse responses are computed once; each copy is played in one of them
 SMALLEST_ROOM, LARGEST_ROOM = (3.0, 3.0, 2.4), (6.0, 5.0, 3.0)  # m
 WALL_DISTANCE = 0.5  # m, of speaker and microphone
 NEAREST = 1.0  # m, between the two
@@ -91,7 +92,7 @@ def augment(
     workers: int = 2,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Example]:
-    """The examples, then their changed copies with the ids `ID~1`, `ID~2`, …, each with its `augmentation` told.
+    """The examples, then their changed copies with the ids `ID~1`, `ID~2`, …, each with its `augmentation` named.
 
     What is drawn for a copy depends on `seed`, id and number alone. Files are named by what determines their samples;
     those that exist are not made again.
@@ -122,15 +123,7 @@ def augment(
             jobs[path] = (example.audio, path, draw)
             copies.append(replace(example, id=name, audio=path, augmentation=str(draw)))
 
-    folder.mkdir(parents=True, exist_ok=True)
-    waiting = [job for path, job in jobs.items() if not path.exists()]
-    done = len(jobs) - len(waiting)
-    if progress is not None:
-        progress(done, len(jobs))
-    for _ in run_jobs(_write_copy, waiting, workers):
-        done += 1
-        if progress is not None:
-            progress(done, len(jobs))
+    make_files(_write_copy, folder, jobs, workers, progress)
     return [*examples, *copies]
 
 
@@ -180,7 +173,7 @@ def change(audio: Float32[ndarray, " samples"], draw: Draw) -> Float32[ndarray, 
     """Speed, room, noise; scaled down where it would clip."""
     changed = audio
     if draw.speed is not None:
-        # Heard as if recorded at `speed` times the rate; resampling may round a sample beyond the limit.
+        # As if recorded at `speed` times the rate; resampling may round a sample beyond the limit.
         changed = soxr.resample(changed, SAMPLE_RATE * draw.speed, SAMPLE_RATE)[: int(MAX_AUDIO_SECONDS * SAMPLE_RATE)]
     if draw.rt60 is not None:
         changed = reverberate(changed, _impulse_response(draw.rt60, draw.room))

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from palimpsest.data.examples import Example
+from palimpsest.models.loss import IGNORED
 
 if TYPE_CHECKING:
     from palimpsest.data.features import Features
     from palimpsest.models.processor import SpeechLMProcessor
 
-IGNORED = -100
 Batch = dict[str, Any]
 
 

@@ -13,15 +13,15 @@ relative to the manifest's folder. Leading and trailing blanks of every string a
 from __future__ import annotations
 
 import difflib
-import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import soundfile
 
+from palimpsest.data.rows import Row, json_objects
 from palimpsest.files import UserError, write_jsonl
 
 KEYS = ("id", "question", "answer", "answers", "audio", "voice", "kind", "augmentation")
@@ -41,6 +41,12 @@ class Example:
     kind: str | None = None  # group for break-downs, e.g. "capital"
     augmentation: str | None = None  # of a changed copy of another example's audio: what was changed
 
+    @classmethod
+    def of(cls, row: Row, name: str, audio: Path | None) -> Example:
+        """The row under the id `name`, spoken in the file `audio`."""
+        texts = (row.question, row.answers, row.answer)
+        return cls(name, *texts, audio, row.voice, row.kind, row.augmentation)
+
     def to_row(self, folder: Path) -> dict[str, Any]:
         """The manifest line of this example for a manifest in `folder`.
 
@@ -52,13 +58,8 @@ class Example:
         if self.audio is not None:
             audio, root = Path(os.path.abspath(self.audio)), Path(os.path.abspath(folder))  # noqa: PTH100 (no symlinks)
             row["audio"] = (audio.relative_to(root) if audio.is_relative_to(root) else audio).as_posix()
-        if self.voice is not None:
-            row["voice"] = self.voice
-        if self.kind is not None:
-            row["kind"] = self.kind
-        if self.augmentation is not None:
-            row["augmentation"] = self.augmentation
-        return row
+        rest = {"voice": self.voice, "kind": self.kind, "augmentation": self.augmentation}
+        return row | {key: value for key, value in rest.items() if value is not None}
 
 
 def write_manifest(path: Path, examples: Iterable[Example]) -> None:
@@ -72,50 +73,42 @@ def read_manifest(
     """Read a manifest and check all of it, before anything long starts.
 
     Every line is checked even where `limit` keeps only the first ones. The audio headers of the examples that
-    are returned are opened (see `check_audio`), unless `check` is False: filters.py then drops broken ones.
+    are returned are opened (see `require_good_audio`), unless `check` is False.
 
     Raises:
         UserError: naming file and line: no JSON, a missing, unknown, empty or wrongly typed field, an id used
             twice, audio that is missing (or not given, with `require_audio`), unreadable, empty or too long.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"A limit of {limit} examples was asked of {path}; use a limit of 1 or more, or none.")
-    examples: list[Example] = []
-    lines: dict[str, int] = {}  # id -> line number
-    for number, text in _numbered_lines(path):
-        where = f"{path}:{number}"
-        example = _parse(text, path.parent, where)
-        if example.id in lines:
+    require_limit(limit, path)
+    examples: list[tuple[str, Example]] = []  # with file and line
+    for row in manifest_rows(path):
+        assert row.id is not None
+        assert not isinstance(row.audio, bytes)
+        if require_audio and row.audio is None:
             raise UserError(
-                f"{where}: the id {example.id!r} is already used on line {lines[example.id]}; "
-                "give every line its own id."
-            )
-        if require_audio and example.audio is None:
-            raise UserError(
-                f'{where}: example {example.id!r} has no "audio"; '
+                f'{row.where}: example {row.id!r} has no "audio"; '
                 "add the path of its recording, or have it spoken first."
             )
-        lines[example.id] = number
-        examples.append(example)
-    if not examples:
-        raise UserError(f"{path} holds no example; write one JSON object a line into it.")
-    examples = examples[:limit]
-    for example in examples if check else ():
-        _require_good_audio(example, f"{path}:{lines[example.id]}")
-    return examples
+        examples.append((row.where, Example.of(row, row.id, row.audio)))
+    for where, example in examples[:limit] if check else ():
+        require_good_audio(example, where)
+    return [example for _, example in examples[:limit]]
 
 
-def check_audio(examples: Iterable[Example]) -> None:
-    """Open the header of every example's audio file; examples without audio pass.
+def require_limit(limit: int | None, source: str | Path) -> None:
+    if limit is not None and limit < 1:
+        raise UserError(f"A limit of {limit} examples was asked of {source}; use a limit of 1 or more, or none.")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Audio, by its header
+# ------------------------------------------------------------------------------------------------------------
+def require_good_audio(example: Example, where: str) -> None:
+    """Open the header of the example's audio file, if it has one.
 
     Raises:
-        UserError: for the first file that is missing, unreadable, empty or longer than MAX_AUDIO_SECONDS.
+        UserError: at `where`, for a file that is missing, unreadable, empty or longer than MAX_AUDIO_SECONDS.
     """
-    for example in examples:
-        _require_good_audio(example, f"Example {example.id!r}")
-
-
-def _require_good_audio(example: Example, where: str) -> None:
     problem = None if example.audio is None else audio_problem(example.audio)
     if problem is not None:
         raise UserError(f"{where}: {problem}")
@@ -139,50 +132,48 @@ def audio_problem(path: Path) -> str | None:
     return None
 
 
-def _numbered_lines(path: Path) -> list[tuple[int, str]]:
-    """The non-blank lines with their numbers from 1.
+# ------------------------------------------------------------------------------------------------------------
+# The lines of a manifest
+# ------------------------------------------------------------------------------------------------------------
+def manifest_rows(path: Path) -> Iterator[Row]:
+    """A row for every line. Raises UserError for a line that is no example, an id used twice, and an empty file."""
+    lines: dict[str, int] = {}  # id → number of its line
+    for number, record in json_objects(path):
+        where = f"{path}:{number}"
+        row = _manifest_row(record, len(lines), path.parent, where)
+        assert row.id is not None
+        if row.id in lines:
+            raise UserError(
+                f"{where}: the id {row.id!r} is already used on line {lines[row.id]}; give every line its own id."
+            )
+        lines[row.id] = number
+        yield row
+    if not lines:
+        raise UserError(f"{path} holds no example; write one JSON object a line into it.")
 
-    Split at line feeds only: `str.splitlines` also splits at U+2028 and U+0085, legal inside JSON strings.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError(f"The manifest {path} does not exist; check the path.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"The manifest {path} is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
-    except OSError as error:
-        raise UserError(f"The manifest {path} cannot be read ({error.strerror}); check the path.") from error
-    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
 
-
-def _parse(text: str, folder: Path, where: str) -> Example:
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{where}: not valid JSON ({error.msg}, column {error.colno}); write one JSON object a line."
-        ) from error
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a {type(row).__name__} instead of a JSON object; write one object a line.")
-    for key in row:
+def _manifest_row(record: dict[str, Any], position: int, folder: Path, where: str) -> Row:
+    for key in record:
         if key not in KEYS:
             near = difflib.get_close_matches(key, KEYS, n=1)
             hint = f'did you mean "{near[0]}"?' if near else f"use {', '.join(KEYS)} or remove it."
             raise UserError(f'{where}: unknown key "{key}"; {hint}')
-    audio = _string(row, "audio", where)
-    golds = _golds(row, where)
-    answer = _string(row, "answer", where) or (golds[0] if golds else None)
+    audio = _string(record, "audio", where)
+    golds = _golds(record, where)
+    answer = _string(record, "answer", where) or (golds[0] if golds else None)
     if answer is None:
         raise UserError(f'{where}: neither "answer" nor "answers"; add at least one of them.')
-    return Example(
-        id=_required(row, "id", where),
-        question=_required(row, "question", where),
+    return Row(
+        position,
+        where,
+        id=_required(record, "id", where),
+        question=_required(record, "question", where),
         answers=golds or (answer,),
         answer=answer,
         audio=None if audio is None else folder / audio,
-        voice=_string(row, "voice", where),
-        kind=_string(row, "kind", where),
-        augmentation=_string(row, "augmentation", where),
+        voice=_string(record, "voice", where),
+        kind=_string(record, "kind", where),
+        augmentation=_string(record, "augmentation", where),
     )
 
 

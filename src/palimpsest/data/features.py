@@ -23,8 +23,9 @@ import torch
 
 from palimpsest.data.examples import Example
 from palimpsest.data.shards import DTYPE, Shards, claim, shard_name, verify_shard, write_shard
-from palimpsest.data.speech import SAMPLE_RATE, read_audio
+from palimpsest.data.speech import read_audio
 from palimpsest.files import UserError, hash_file, hash_value, read_json, require_disk, write_json
+from palimpsest.models import SAMPLE_RATE
 from palimpsest.models.speech_lm import encode_speech
 
 if TYPE_CHECKING:
@@ -136,11 +137,11 @@ def compute_features(
     shards.folder.mkdir(parents=True, exist_ok=True)
     write_json(shards.folder / "encoding.json", encoding)
 
-    def told(n_more: int = 0) -> None:
+    def report(n_more: int = 0) -> None:
         if progress is not None:
             progress(len(order) - len(missing) + n_more, len(order))
 
-    told()
+    report()
     waiting = list(_plan(order, n_bytes))
     for wait in (False, True):  # first what no other process is at, then what the others have not finished
         taken, waiting = waiting, []
@@ -160,12 +161,12 @@ def compute_features(
                 for start in range(0, len(todo), batch_size):
                     batch = todo[start : start + batch_size]
                     frames |= _encode(encoder, processor, {key: audio[key] for key in batch})
-                    told(len(frames))
+                    report(len(frames))
                 write_shard(file, path, frames)
             missing.difference_update(todo)
     shards.refresh()
     missing.clear()
-    told()
+    report()
     _write_index(folder, examples, keys, shards, encoder.config.d_model)
 
 

@@ -1,4 +1,4 @@
-"""What is left out of training and held-out data, and why.
+"""From a row to an example: what is left out of training and held-out data, and why.
 
 Two kinds of reasons. A row that is not meant (a later turn of a conversation, a question that stands in the held-out
 data) is left out always. A row that is faulty (empty, too long, broken or silent audio) is left out and listed, or, in
@@ -13,19 +13,21 @@ import re
 import struct
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import numpy as np
 import soundfile
 import soxr
 from annotated_types import Ge, Gt, Le, Lt
 
+from palimpsest.data.examples import Example
 from palimpsest.data.rows import Row
-from palimpsest.data.speech import ENCODING, SAMPLE_RATE, write_flac
+from palimpsest.data.speech import ENCODING, write_flac
 from palimpsest.files import UserError, hash_value
+from palimpsest.models import SAMPLE_RATE
 
 if TYPE_CHECKING:
     from jaxtyping import Float32
@@ -36,10 +38,13 @@ NOT_MEANT = (LATER_TURN, IN_HELDOUT)  # left out in strict reading too
 SPEAKER_TAG = re.compile(r"^(?:\s*<USER>:)+\s*")  # VoiceAssistant-400K writes it in front of some questions
 DURATION_TOLERANCE = 0.1  # seconds between what a header says and what can be decoded
 
+Problem: TypeAlias = tuple[str, str]  # reason, detail
+Keep: TypeAlias = "Callable[[Path | bytes], Path | Problem | None]"  # a recording → its file, what is wrong, or none
+
 
 @dataclass(frozen=True)
 class Filters:
-    """Limits beyond which an example is left out. The defaults keep everything that can be spoken and heard."""
+    """Limits beyond which an example is left out. The defaults keep everything that can be spoken and encoded."""
 
     max_question_words: Annotated[int, Ge(1)] = 100  # more cannot be said in 30 s
     max_answer_words: Annotated[int, Ge(1)] = 1000
@@ -86,8 +91,8 @@ def normalised_question(question: str) -> str:
     return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", question).casefold()))
 
 
-def text_problem(row: Row, filters: Filters) -> tuple[str, str] | None:
-    """(reason, detail) of the first thing that keeps this row out, None if its text is fine."""
+def text_problem(row: Row, filters: Filters) -> Problem | None:
+    """The first thing that keeps this row out, None if its text is fine."""
     question_words, answer_words = len(row.question.split()), len(row.answer.split())
     if row.later_turn:
         return LATER_TURN, "not the first turn of its conversation"
@@ -115,15 +120,15 @@ class Recording:
     seconds: float
 
 
-def decode(audio: Path | bytes, filters: Filters) -> Recording | tuple[str, str]:
-    """The recording, or (reason, detail) of what is wrong with it. Any rate, any channels; nothing is cut."""
+def decode(audio: Path | bytes, filters: Filters) -> Recording | Problem:
+    """The recording, or what is wrong with it. Any rate, any channels; nothing is cut."""
     if isinstance(audio, Path) and not audio.is_file():
         return "broken audio", f"{audio} does not exist"
     try:
         with soundfile.SoundFile(io.BytesIO(audio) if isinstance(audio, bytes) else str(audio)) as file:
-            rate, told = file.samplerate, file.frames / file.samplerate
-            if told > filters.max_audio_seconds:
-                return "long audio", f"{told:.1f} s, the limit is {filters.max_audio_seconds:g} s"
+            rate, announced = file.samplerate, file.frames / file.samplerate
+            if announced > filters.max_audio_seconds:
+                return "long audio", f"{announced:.1f} s, the limit is {filters.max_audio_seconds:g} s"
             frames = file.read(dtype="float32", always_2d=True)  # (time, channels)
     except soundfile.LibsndfileError as error:
         return "broken audio", f"cannot be decoded: {error.error_string}"  # without the object's address
@@ -133,7 +138,7 @@ def decode(audio: Path | bytes, filters: Filters) -> Recording | tuple[str, str]
     missing = _missing_bytes(audio)
     if len(frames) == 0 or not np.isfinite(frames).all():
         return "broken audio", "it holds no sample" if len(frames) == 0 else "it holds values that are no numbers"
-    if missing or abs(told - seconds) > DURATION_TOLERANCE:
+    if missing or abs(announced - seconds) > DURATION_TOLERANCE:
         return "wrong duration", f"cut short: {seconds:.2f} s can be decoded, the header announces more"
     if seconds < filters.min_audio_seconds:
         return "wrong duration", f"{seconds:.2f} s, at least {filters.min_audio_seconds:g} s are needed"
@@ -145,7 +150,7 @@ def decode(audio: Path | bytes, filters: Filters) -> Recording | tuple[str, str]
 
 
 def _missing_bytes(audio: Path | bytes) -> bool:
-    """Whether a WAV file ends before its data chunk does, which libsndfile does not tell.
+    """Whether a WAV file ends before its data chunk does, which libsndfile does not report.
 
     Sizes of 0 and 0xFFFFFFFF, which programs write that cannot seek, say nothing.
     """
@@ -167,7 +172,7 @@ def _head(path: Path, n_bytes: int = 65_536) -> bytes:
         return file.read(n_bytes)
 
 
-def store(audio: Path | bytes, folder: Path, filters: Filters) -> Path | tuple[str, str]:
+def store(audio: Path | bytes, folder: Path, filters: Filters) -> Path | Problem:
     """Check a recording and write it to `folder` as 16 kHz mono FLAC, or say what is wrong with it.
 
     The file is named by content and limits: one that exists has passed and is not decoded again.
@@ -190,14 +195,41 @@ def store(audio: Path | bytes, folder: Path, filters: Filters) -> Path | tuple[s
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What follows
+# From a row to an example
 # ------------------------------------------------------------------------------------------------------------
-def refuse(dropped: Dropped, where: str) -> UserError:
-    """The error of strict reading: the first faulty row."""
-    return UserError(
-        f"{dropped.where}: {dropped.reason} ({dropped.detail}); correct or remove it, "
-        f"or read {where} without strict, which drops and lists such rows."
-    )
+NO_LIMITS = Filters(max_question_words=10**9, max_answer_words=10**9, max_answer_characters=10**9)
+
+
+def take(row: Row, name: str, filters: Filters, keep: Keep, strict: str | None = None) -> Example | Dropped:
+    """The row as an example under the id `name`, or why it is left out.
+
+    Args:
+        keep: checks the recording of a row whose text is fine, and says which file it is from now on.
+        strict: what is read, for the error that a faulty row then is. A row that is not meant is left out all the same.
+    """
+    problem = text_problem(row, filters)
+    kept = keep(row.audio) if problem is None and row.audio is not None else None
+    if isinstance(kept, tuple):
+        problem, kept = kept, None
+    if problem is None:
+        return Example.of(row, name, kept)
+    dropped = Dropped(name, row.where, *problem)
+    if strict is not None:
+        refuse_fault(dropped, strict)
+    return dropped
+
+
+def without_recording(_: Path | bytes) -> None:
+    """To keep nothing: where only texts are looked at."""
+
+
+def refuse_fault(dropped: Dropped, where: str) -> None:
+    """Raises the UserError of strict reading for a faulty row."""
+    if dropped.is_fault:
+        raise UserError(
+            f"{dropped.where}: {dropped.reason} ({dropped.detail}); correct or remove it, "
+            f"or read {where} without strict, which drops and lists such rows."
+        )
 
 
 def counts(dropped: Iterable[Dropped]) -> dict[str, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from palimpsest.data.filters import Dropped, Filters, Recording, decode, refuse, require_some, text_problem
+from palimpsest.data.filters import Dropped, Filters, Problem, decode, require_some, take
 from palimpsest.data.rows import Names, Row
 from palimpsest.data.sources import open_table
 from palimpsest.files import read_jsonl
@@ -39,28 +39,31 @@ class Findings:
     def n_kept(self) -> int:
         return len(self.question_words)
 
-    def add(self, row: Row, name: str, filters: Filters) -> Dropped | None:
-        """Count the row; returns what is wrong with it, if anything."""
+    def add(self, row: Row, name: str, filters: Filters, strict: str | None) -> None:
+        """Count the row, and measure what of it would be kept."""
         self.n_rows += 1
-        problem = text_problem(row, filters)
-        recording = None
-        if problem is None and row.audio is not None:
-            found = decode(row.audio, filters)
-            recording, problem = (found, None) if isinstance(found, Recording) else (None, found)
-        if problem is not None:
-            dropped = Dropped(name, row.where, *problem)
-            self.dropped[dropped.reason] += 1
-            if self.dropped[dropped.reason] <= SHOWN:
-                self.examples.setdefault(dropped.reason, []).append(dropped)
-            return dropped
+        seconds: list[float] = []
+
+        def measure(recording: Path | bytes) -> Problem | None:
+            found = decode(recording, filters)
+            if isinstance(found, tuple):
+                return found
+            seconds.append(found.seconds)
+            return None
+
+        found = take(row, name, filters, measure, strict)
+        if isinstance(found, Dropped):
+            self.dropped[found.reason] += 1
+            if self.dropped[found.reason] <= SHOWN:
+                self.examples.setdefault(found.reason, []).append(found)
+            return
         self.question_words.append(len(row.question.split()))
         self.answer_words.append(len(row.answer.split()))
-        if recording is not None:
-            self.seconds.append(recording.seconds)
-            self.voices[row.voice or "not told"] += 1
+        self.seconds.extend(seconds)
+        if seconds:
+            self.voices[row.voice or "not named"] += 1
         if row.kind is not None:
             self.kinds[row.kind] += 1
-        return None
 
 
 def inspect_data(
@@ -82,9 +85,7 @@ def inspect_data(
     total = limit if n_rows is None else min(n_rows, limit or n_rows)
     with Reporter(1).step(f"reading {source}, split {split}") as advance:
         for row in islice(table.read(0, None, True), limit):
-            problem = found.add(row, names(row), limits)
-            if strict and problem is not None and problem.is_fault:
-                raise refuse(problem, table.where)
+            found.add(row, names(row), limits, table.where if strict else None)
             advance(found.n_rows, total or found.n_rows)
     require_some(found.n_kept, dict(found.dropped), table.where)
     yield from _lines(found)

@@ -1,7 +1,8 @@
-"""One's own data: a CSV or parquet table, a folder of recordings with their texts, or an instruction set.
+"""Readers of files on this machine: manifests, CSV, folders of recordings, instruction sets, two published sets.
 
-Columns of a table: `question`, `answer` or `answers`, and optionally `id`, `audio`, `voice`, `kind`. `answers` holds
-several gold strings: in CSV separated by "|", in parquet a list. Audio paths are relative to the table's folder.
+Columns of a table of one's own: `question`, `answer` or `answers`, and optionally `id`, `audio`, `voice`, `kind`.
+`answers` holds several gold strings: in CSV separated by "|", in parquet a list. Audio paths are relative to the
+table's folder. (Parquet: parquet.py.)
 
 A folder of recordings has either a `metadata.csv` or `metadata.jsonl` with the column `file_name` beside those above
 (the hub's AudioFolder layout), or beside each `x.wav` (or .flac, .ogg, .mp3) a text of the same name: `x.json` with
@@ -13,23 +14,35 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from palimpsest.data.parquet import Schema, local_count, local_files, local_identity, parquet_table
-from palimpsest.data.published import joined
-from palimpsest.data.rows import Row, Table, find_columns, listed, text, texts
+from palimpsest.data.examples import manifest_rows
+from palimpsest.data.rows import (
+    Row,
+    Table,
+    find_columns,
+    json_objects,
+    listed,
+    open_text,
+    require_object,
+    text,
+    texts,
+)
 from palimpsest.files import UserError
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff")
 METADATA = ("metadata.csv", "metadata.jsonl")
 REQUIRED = {"question": ("question", "questions"), "answers": ("answers", "answer")}
-OPTIONAL = {key: (key,) for key in ("id", "answer", "audio", "voice", "kind")}
+OPTIONAL = {key: (key,) for key in ("id", "answer", "voice", "kind")}
 GOLD_SEPARATOR = "|"  # between the gold strings of one CSV cell
+LLAMA_TABLE = "llama_questions_300.tsv"
+LLAMA_COLUMNS = ("Questions", "Answer", "Wav Filename")
+WEB_FILES = {"train": "trainmodel.json", "val": "val.json", "test": "test.json"}
 
 
-def _fields(cells: Mapping[str, Any]) -> dict[str, Any]:
+def own_fields(cells: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a Row. `answers` is whichever of answers and answer is there; with both, answer is the target."""
     golds = texts(cells["answers"])
     return {
@@ -42,66 +55,8 @@ def _fields(cells: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-OWN_SCHEMA = Schema(required=REQUIRED, read=_fields, optional={k: v for k, v in OPTIONAL.items() if k != "audio"})
-
-
-def own_parquet(path: Path, split: str) -> Table:
-    files = local_files(path, split)
-    identity, count = local_identity(files), lambda: local_count(files)
-    return parquet_table("table", str(path), OWN_SCHEMA, lambda: files, identity=identity, count=count)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# CSV
-# ------------------------------------------------------------------------------------------------------------
-def own_csv(path: Path, split: str) -> Table:
-    """A file is one split, whatever its name; a folder holds SPLIT.csv."""
-    file = _file_of_split(path, split, ".csv")
-    _csv_columns(file, "audio")  # told now, not in the middle of a study
-    return listed("table", str(file), lambda: _csv_rows(file, "audio"))
-
-
-def _csv_rows(file: Path, audio_column: str) -> Iterator[Row]:
-    columns = _csv_columns(file, audio_column)
-    with _opened(file) as lines:
-        reader = csv.DictReader(lines)
-        try:
-            for position, record in enumerate(reader):
-                cells: dict[str, Any] = {key: record[column] or "" for key, column in columns.items()}
-                if columns["answers"].strip().lower() == "answers":  # one `answer` is a sentence and stays whole
-                    cells["answers"] = cells["answers"].split(GOLD_SEPARATOR)
-                audio = text(cells.pop("audio", None))
-                where = f"{file}:{reader.line_num}"
-                yield Row(position, where, audio=file.parent / audio if audio else None, **_fields(cells))
-        except csv.Error as error:
-            raise UserError(
-                f"{file}:{reader.line_num}: not valid CSV ({error}); correct the quotation marks."
-            ) from error
-
-
-def _csv_columns(file: Path, audio_column: str) -> dict[str, str]:
-    with _opened(file) as lines:
-        header = next(csv.reader(lines), [])
-    required = REQUIRED if audio_column == "audio" else {**REQUIRED, "audio": (audio_column,)}
-    return find_columns(header, required, {**OPTIONAL, "audio": (audio_column,)}, str(file))
-
-
-def _opened(file: Path) -> Any:
-    """The file as text; a wrong encoding is told at once, not in the middle."""
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as check:
-            for _ in check:
-                pass
-        return file.open(encoding="utf-8-sig", newline="")
-    except FileNotFoundError as error:
-        raise UserError(f"{file} does not exist; check the path.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); check the path.") from error
-
-
 def _file_of_split(path: Path, split: str, suffix: str) -> Path:
+    """A file is one split, whatever its name; a folder holds SPLIT.csv, SPLIT.jsonl or SPLIT.json."""
     if not path.is_dir():
         return path
     file = path / f"{split}{suffix}"
@@ -109,6 +64,63 @@ def _file_of_split(path: Path, split: str, suffix: str) -> Path:
         present = ", ".join(sorted(other.stem for other in path.glob(f"*{suffix}"))) or "none"
         raise UserError(f"{path} has no split {split!r}; it has: {present}.")
     return file
+
+
+def _json(file: Path) -> Any:
+    with open_text(file) as lines:
+        try:
+            return json.load(lines)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{file} is not valid JSON ({error}); correct it or download it again.") from error
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Manifests and CSV
+# ------------------------------------------------------------------------------------------------------------
+def manifest(path: Path, split: str) -> Table:
+    file = _file_of_split(path, split, ".jsonl")
+    return listed("", str(file), lambda: manifest_rows(file))
+
+
+def own_csv(path: Path, split: str) -> Table:
+    file = _file_of_split(path, split, ".csv")
+    return _csv_table("table", file, file, "audio")
+
+
+def _csv_table(name: str, where: Path, file: Path, audio_column: str) -> Table:
+    _csv_columns(file, audio_column)  # an error now, not in the middle of a study
+    return listed(name, str(where), lambda: _csv_rows(file, audio_column))
+
+
+def _csv_rows(file: Path, audio_column: str) -> Iterator[Row]:
+    columns = _csv_columns(file, audio_column)
+    with open_text(file) as lines:
+        reader = csv.DictReader(lines)
+        try:
+            for position, record in enumerate(reader):
+                cells: dict[str, Any] = {key: record[column] or "" for key, column in columns.items()}
+                if columns["answers"].strip().lower() == "answers":  # one `answer` is a sentence and stays whole
+                    cells["answers"] = cells["answers"].split(GOLD_SEPARATOR)
+                audio = text(cells.get("audio"))
+                where = f"{file}:{reader.line_num}"
+                yield Row(position, where, audio=file.parent / audio if audio else None, **own_fields(cells))
+        except csv.Error as error:
+            raise UserError(
+                f"{file}:{reader.line_num}: not valid CSV ({error}); correct the quotation marks."
+            ) from error
+
+
+def _csv_columns(file: Path, audio_column: str) -> dict[str, str]:
+    with open_text(file) as lines:
+        return _own_columns(next(csv.reader(lines), []), str(file), audio_column)
+
+
+def _own_columns(present: list[str], where: str, audio_column: str) -> dict[str, str]:
+    """The recording may be absent under its usual name; a metadata file is there to name it."""
+    audio = {"audio": (audio_column,)}
+    if audio_column == "audio":
+        return find_columns(present, REQUIRED, {**OPTIONAL, **audio}, where)
+    return find_columns(present, {**REQUIRED, **audio}, OPTIONAL, where)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -125,20 +137,17 @@ def audio_folder(path: Path, split: str) -> Table:
     folder = path / split if (path / split).is_dir() else path
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; check the path.")
-    rows: Callable[[], Iterator[Row]]
-    if (folder / METADATA[0]).is_file():
-        _csv_columns(folder / METADATA[0], "file_name")
-        rows = lambda: _csv_rows(folder / METADATA[0], "file_name")  # noqa: E731
-    elif (folder / METADATA[1]).is_file():
-        rows = lambda: _metadata_rows(folder / METADATA[1])  # noqa: E731
-    elif _recordings(folder):
-        rows = lambda: _pairs(folder)  # noqa: E731
-    else:
-        present = ", ".join(sorted(child.name for child in folder.iterdir() if child.is_dir())) or "none"
-        raise UserError(
-            f"{folder} holds neither {METADATA[0]} nor recordings and has no split {split!r}; its folders: {present}."
-        )
-    return listed("audio", str(folder), rows)
+    table, lines = (folder / name for name in METADATA)
+    if table.is_file():
+        return _csv_table("audio", folder, table, "file_name")
+    if lines.is_file():
+        return listed("audio", str(folder), lambda: _metadata_rows(lines))
+    if _recordings(folder):
+        return listed("audio", str(folder), lambda: _pairs(folder))
+    present = ", ".join(sorted(child.name for child in folder.iterdir() if child.is_dir())) or "none"
+    raise UserError(
+        f"{folder} holds neither {METADATA[0]} nor recordings and has no split {split!r}; its folders: {present}."
+    )
 
 
 def _recordings(folder: Path) -> list[Path]:
@@ -150,49 +159,38 @@ def _text_beside(audio: Path) -> Path | None:
 
 
 def _pairs(folder: Path) -> Iterator[Row]:
-    """A recording without a text is a row without a question, for the filters to tell."""
+    """A recording without a text is a row without a question, which the filters report."""
     for position, audio in enumerate(_recordings(folder)):
         beside = _text_beside(audio)
         cells: dict[str, Any] = {"question": "", "answers": ()}
         if beside is not None and beside.suffix == ".json":
-            cells = _checked(_json(beside), str(beside))
+            record = require_object(_json(beside), str(beside))
+            columns = find_columns(list(record), REQUIRED, OPTIONAL, str(beside))
+            cells = {key: record[column] for key, column in columns.items()}
         elif beside is not None:
-            with _opened(beside) as lines:
+            with open_text(beside) as lines:
                 question, _, answer = lines.read().partition("\n")
             cells = {"question": question, "answers": " ".join(answer.split())}
         cells["id"] = audio.stem
-        yield Row(position, str(audio), audio=audio, **_fields(cells))
+        yield Row(position, str(audio), audio=audio, **own_fields(cells))
 
 
 def _metadata_rows(file: Path) -> Iterator[Row]:
-    with _opened(file) as lines:
-        position = 0
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"{file}:{number}"
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not valid JSON ({error.msg}); write one object a line.") from error
-            cells = _checked(record, where, "file_name")
-            audio = text(cells.pop("audio"))
-            yield Row(position, where, audio=file.parent / audio if audio else None, **_fields(cells))
-            position += 1
-
-
-def _checked(record: Any, where: str, audio: str | None = None) -> dict[str, Any]:
-    """The cells of one JSON object by our names."""
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: a {type(record).__name__} instead of a JSON object; write one object.")
-    required = {**REQUIRED, "audio": (audio,)} if audio else REQUIRED
-    columns = find_columns(list(record), required, OPTIONAL if not audio else {**OPTIONAL, "audio": (audio,)}, where)
-    return {key: record[column] for key, column in columns.items()}
+    for position, (number, record) in enumerate(json_objects(file)):
+        where = f"{file}:{number}"
+        cells = {key: record[column] for key, column in _own_columns(list(record), where, "file_name").items()}
+        audio = text(cells["audio"])
+        yield Row(position, where, audio=file.parent / audio if audio else None, **own_fields(cells))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Instruction sets
 # ------------------------------------------------------------------------------------------------------------
+def with_input(instruction: Any, context: Any) -> str:
+    """An instruction and the input it speaks about, on a line of its own."""
+    return "\n".join(part for part in (text(instruction), text(context)) if part)
+
+
 def alpaca(path: Path, split: str) -> Table:
     """A JSON list of {"instruction", "input" (may be absent or empty), "output"}: text, to be spoken.
 
@@ -208,16 +206,74 @@ def alpaca(path: Path, split: str) -> Table:
 
     def rows() -> Iterator[Row]:
         for position, record in enumerate(records):
-            question = joined(record.get("instruction"), record.get("input"))
+            question = with_input(record.get("instruction"), record.get("input"))
             answer = text(record.get("output"))
             yield Row(position, f"{file}, record {position + 1}", question, texts(answer), answer)
 
     return listed("alpaca", str(file), rows)
 
 
-def _json(file: Path) -> Any:
-    with _opened(file) as lines:
-        try:
-            return json.load(lines)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{file} is not valid JSON ({error}); correct it or download it again.") from error
+# ------------------------------------------------------------------------------------------------------------
+# Llama Questions and WebQuestions, as published
+# ------------------------------------------------------------------------------------------------------------
+def llama_questions(folder: Path, split: str) -> Table:
+    """The table and its recordings. Gold answers are kept as published, blanks around them dropped.
+
+    The published table has carriage returns, trailing blanks, and one question twice with two recordings. Ids
+    are made of the recordings' names, so both stay.
+    """
+    if split != "test":
+        raise UserError(f"Llama Questions has no split {split!r}; it has: test.")
+    table = folder / LLAMA_TABLE
+    with open_text(table, "\n") as lines:
+        # Split by hand: quotation marks are part of a question, which the csv module would take for quoting.
+        header, *cells = [[cell.strip() for cell in line.split("\t")] for line in lines] or [[]]
+    missing = [name for name in LLAMA_COLUMNS if name not in header]
+    if missing:
+        raise UserError(f"{table} has no column {missing[0]!r}; its first line must be {', '.join(LLAMA_COLUMNS)}.")
+    columns = [header.index(name) for name in LLAMA_COLUMNS]
+    rows: dict[str, Row] = {}
+    for number, line in enumerate(cells, start=2):
+        if not any(line):
+            continue
+        where = f"{table}:{number}"
+        wanted = [line[column] if column < len(line) else "" for column in columns]
+        if not all(wanted):
+            raise UserError(f"{where}: a cell is empty; every line needs {', '.join(LLAMA_COLUMNS)}.")
+        question, answer, wav = wanted
+        name = f"llama_questions-{Path(wav).stem}"
+        if name in rows:
+            raise UserError(f"{where}: the recording {wav} is used twice; give each line its own.")
+        rows[name] = Row(len(rows), where, question, (answer,), answer, name, folder / wav)
+    return listed("", str(table), rows.values)
+
+
+def web_questions(folder: Path, split: str) -> Table:
+    """Records {"qId", "qText", "answers"}; the target sentence is the first gold answer."""
+    if split not in WEB_FILES:
+        raise UserError(f"WebQuestions has no split {split!r}; it has: {', '.join(WEB_FILES)}.")
+    file = folder / WEB_FILES[split]
+    records = _json(file)
+    if not isinstance(records, list):
+        raise UserError(f"{file} holds a {type(records).__name__} instead of a list of records; download it again.")
+    rows: dict[str, Row] = {}
+    for number, record in enumerate(records, start=1):
+        where, texts_of = f"{file}: record {number}", _web_texts(record)
+        if texts_of is None:
+            raise UserError(f"{where} lacks qId, qText or answers; correct or remove it.")
+        key, question, *golds = texts_of
+        name = f"web_questions-{key}"
+        if name in rows:
+            raise UserError(f"{where} has the qId of another, {name}; correct or remove it.")
+        rows[name] = Row(len(rows), where, question, tuple(golds), golds[0], name)
+    return listed("", str(file), rows.values)
+
+
+def _web_texts(record: Any) -> list[str] | None:
+    """qId, qText and the answers; None for a record that is not as published."""
+    if not isinstance(record, dict) or not isinstance(record.get("answers"), list):
+        return None
+    found = [record.get("qId"), record.get("qText"), *record["answers"]]
+    if len(found) < 3 or not all(isinstance(item, str) and item.strip() for item in found):
+        return None
+    return [item.strip() for item in found]

@@ -1,23 +1,40 @@
-"""Tables in parquet files, on this machine or on the hub: read row group by row group, recordings only where wanted.
+"""Tables in parquet files, one's own and published sets, on this machine or on the hub: row group by row group.
 
 Audio is the hub's Audio feature: a struct of `bytes` and `path`, plain bytes, or a path relative to the file. The bytes
-are passed on as they are; nothing here decodes them.
+are passed on as they are, and read only where wanted; nothing here decodes them.
+
+Published spoken sets in their own columns:
+
+| prefix | on the hub | columns that are read |
+|---|---|---|
+| `voice_assistant` | gpt-omni/VoiceAssistant-400K | round, question, answer, question_audio; split_name |
+| `spoken_alpaca` | GSQA/spoken-alpaca-gpt4 | instruction, output, input_audio; input, speech_input, input_speaker |
+| `llama_questions` | fixie-ai/llama-questions | question, answer, audio |
+| `spoken_web_questions` | chiyuanhsiao/ and fixie-ai/spoken-web-questions | question, answers, audio |
+
+Columns after the semicolon may be absent. A hub name may end in @REVISION.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from palimpsest.data.rows import Row, Table, find_columns
+from palimpsest.data.filters import without_speaker_tag
+from palimpsest.data.local import OPTIONAL, REQUIRED, own_fields, with_input
+from palimpsest.data.rows import Row, Table, find_columns, text, texts
 from palimpsest.files import UserError
 
 BATCH_ROWS = 32  # rows in memory at a time, with their recordings
 BUFFER = 4 << 20  # bytes read ahead in each column: no whole row group is held, and a hub request is worth its delay
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Kinds of tables
+# ------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Schema:
     """The columns of a kind of table: our names → accepted spellings in lower case, and how a row is read from them."""
@@ -26,75 +43,124 @@ class Schema:
     read: Callable[[Mapping[str, Any]], dict[str, Any]]  # cells by our names → fields of Row
     optional: Mapping[str, Sequence[str]] = field(default_factory=dict)
     audio: Sequence[str] = ("audio",)
-    audio_is_required: bool = False
+    audio_is_required: bool = True
+
+    def columns(self, present: Sequence[str], where: str) -> dict[str, str]:
+        audio = {"audio": self.audio}
+        if self.audio_is_required:
+            return find_columns(present, {**self.required, **audio}, self.optional, where)
+        return find_columns(present, self.required, {**self.optional, **audio}, where)
 
 
-def parquet_table(
-    name: str,
-    where: str,
-    schema: Schema,
-    files: Callable[[], Sequence[str]],
-    *,
-    identity: Any,
-    count: Callable[[], int | None],
-) -> Table:
-    """A table over parquet files; `files` gives their paths or URLs and is called at the first read."""
+def _voice_assistant(cells: Mapping[str, Any]) -> dict[str, Any]:
+    """One turn of a conversation; only the first stands by itself."""
+    return {
+        "question": without_speaker_tag(text(cells["question"])),
+        "answers": texts(cells["answer"]),
+        "answer": text(cells["answer"]),
+        "later_turn": text(cells["round"]) != "1",
+        "kind": text(cells.get("split_name")) or None,
+    }
+
+
+def _spoken_alpaca(cells: Mapping[str, Any]) -> dict[str, Any]:
+    """The question is what was spoken: `speech_input` where it is filled, else instruction and input."""
+    return {
+        "question": text(cells.get("speech_input")) or with_input(cells["instruction"], cells.get("input")),
+        "answers": texts(cells["output"]),
+        "answer": text(cells["output"]),
+        "voice": text(cells.get("input_speaker")) or None,
+    }
+
+
+QUESTION_SET = Schema(REQUIRED, own_fields, audio=("audio", "question_audio"))  # the target is the first gold string
+SCHEMAS = {
+    "voice_assistant": Schema(
+        required={"round": ("round",), "question": ("question",), "answer": ("answer",)},
+        read=_voice_assistant,
+        optional={"split_name": ("split_name",)},
+        audio=("question_audio", "audio"),
+    ),
+    "spoken_alpaca": Schema(
+        required={"instruction": ("instruction",), "output": ("output",)},
+        read=_spoken_alpaca,
+        optional={"input": ("input",), "speech_input": ("speech_input",), "input_speaker": ("input_speaker",)},
+        audio=("input_audio", "audio"),
+    ),
+    "llama_questions": QUESTION_SET,
+    "spoken_web_questions": QUESTION_SET,
+    "table": Schema(REQUIRED, own_fields, OPTIONAL, audio_is_required=False),  # one's own
+}
+HUB = {
+    "gpt-omni/VoiceAssistant-400K": "voice_assistant",
+    "GSQA/spoken-alpaca-gpt4": "spoken_alpaca",
+    "fixie-ai/llama-questions": "llama_questions",
+    "chiyuanhsiao/spoken-web-questions": "spoken_web_questions",
+    "fixie-ai/spoken-web-questions": "spoken_web_questions",
+}
+
+
+def hub_table(source: str, split: str) -> Table | None:
+    """The table of a hub name, None for what is none; the hub is asked only when rows are read."""
+    name, _, revision = source.partition("@")
+    if name not in HUB:
+        return None
+    answer = cache(lambda: hub_files(name, revision or None, split))  # the hub is asked once
+    identity = ["hub", name, revision, split]
+    read = _reader(SCHEMAS[HUB[name]], f"{source}, split {split}", lambda: answer()[0])
+    return Table(HUB[name], f"{source}, split {split}", read, identity, lambda: answer()[1])
+
+
+def local_table(kind: str, path: Path, split: str) -> Table:
+    """A table of one's own or a local copy, one file or a folder. Raises UserError for a path or split that is not
+    there."""
+    files = local_files(path, split)
+    # Names, sizes and times of change: hashing hundreds of gigabytes at every start would take longer than reading.
+    identity = [[Path(file).name, Path(file).stat().st_size, Path(file).stat().st_mtime_ns] for file in files]
+    read = _reader(SCHEMAS[kind], str(path), lambda: files)
+    return Table(kind, str(path), read, identity, lambda: sum(_open(file).metadata.num_rows for file in files))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rows
+# ------------------------------------------------------------------------------------------------------------
+def _reader(
+    schema: Schema, where: str, files: Callable[[], Sequence[str]]
+) -> Callable[[int, Collection[int] | None, bool], Iterator[Row]]:
+    """`read` of a Table over parquet files; `files` gives their paths or URLs and is called at the first read."""
 
     def read(start: int, only: Collection[int] | None, audio: bool) -> Iterator[Row]:
-        first = 0  # position of the file's first row
+        position = 0  # of the next row
         for url in files():
             file = _open(url)
-            columns = _columns(file.schema_arrow.names, schema, f"{where} ({url.rsplit('/', 1)[-1]})")
-            chosen = [column for key, column in columns.items() if audio or key != "audio"]
+            columns = schema.columns(file.schema_arrow.names, f"{where} ({url.rsplit('/', 1)[-1]})")
+            chosen = {key: column for key, column in columns.items() if audio or key != "audio"}
             for group in range(file.num_row_groups):
-                last = first + file.metadata.row_group(group).num_rows
-                wanted = (
-                    range(max(start, first), last) if only is None else [i for i in range(first, last) if i in only]
-                )
-                if wanted and wanted[-1] >= start:
-                    batches = file.iter_batches(BATCH_ROWS, row_groups=[group], columns=chosen)
-                    yield from _rows(_told(batches, url), first, start, only, columns, schema, where, url)
-                first = last
+                last = position + file.metadata.row_group(group).num_rows
+                wanted = {i for i in range(max(start, position), last) if only is None or i in only}
+                if wanted:
+                    batches = file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[*chosen.values()])
+                    for cells in _cells(batches, chosen, url):
+                        if position in wanted:
+                            values = {key: cell.as_py() for key, cell in cells.items()}
+                            recording = _recording(values.pop("audio", None), url)
+                            yield Row(position, f"{where}, row {position + 1}", audio=recording, **schema.read(values))
+                        position += 1
+                position = last
 
-    return Table(name, where, read, identity, count)
-
-
-def _columns(present: Sequence[str], schema: Schema, where: str) -> dict[str, str]:
-    audio = {"audio": schema.audio}
-    if schema.audio_is_required:
-        return find_columns(present, {**schema.required, **audio}, schema.optional, where)
-    return find_columns(present, schema.required, {**schema.optional, **audio}, where)
+    return read
 
 
-def _rows(
-    batches: Iterator[Any],
-    first: int,
-    start: int,
-    only: Collection[int] | None,
-    columns: Mapping[str, str],
-    schema: Schema,
-    where: str,
-    url: str,
-) -> Iterator[Row]:
-    position = first
-    for batch in batches:
-        cells = {key: batch.column(column) for key, column in columns.items() if column in batch.schema.names}
-        for i in range(batch.num_rows):
-            if position >= start and (only is None or position in only):
-                values = {key: column[i].as_py() for key, column in cells.items()}
-                audio = _recording(values.pop("audio", None), url)
-                yield Row(position, f"{where}, row {position + 1}", audio=audio, **schema.read(values))
-            position += 1
-
-
-def _told(batches: Iterator[Any], url: str) -> Iterator[Any]:
-    """The batches; a file that breaks off or a connection that is lost becomes a UserError."""
+def _cells(batches: Iterator[Any], columns: Mapping[str, str], url: str) -> Iterator[dict[str, Any]]:
+    """The cells of every row; a file that breaks off or a connection that is lost becomes a UserError."""
     import pyarrow as pa
     from huggingface_hub.errors import HfHubHTTPError
 
     http_error: Any = HfHubHTTPError.__bases__[0]  # of the HTTP package in use, whose name changes between versions
     try:
-        yield from batches
+        for batch in batches:
+            arrays = {key: batch.column(column) for key, column in columns.items()}
+            yield from ({key: array[i] for key, array in arrays.items()} for i in range(batch.num_rows))
     except (OSError, pa.ArrowException, http_error) as error:
         raise UserError(
             f"{url} cannot be read to its end ({_first_line(error)}); check the connection and start again, "
@@ -147,10 +213,6 @@ def local_files(path: Path, split: str) -> list[str]:
     return _of_split(_load_builder("parquet", data_dir=str(path)), split, str(path))
 
 
-def local_count(files: Sequence[str]) -> int:
-    return sum(_open(file).metadata.num_rows for file in files)
-
-
 def hub_files(name: str, revision: str | None, split: str) -> tuple[list[str], int | None]:
     """URLs of a hub data set's parquet files, and its number of rows where its card says it; asks the hub."""
     builder = _load_builder(name, revision=revision)
@@ -188,8 +250,3 @@ def _of_split(builder: Any, split: str, where: str) -> list[str]:
 
 def _first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).split("\n")[0].rstrip(".")[:200]
-
-
-def local_identity(files: Sequence[str]) -> list[list[Any]]:
-    """Names, sizes and times of change: hashing hundreds of gigabytes at every start would take longer than reading."""
-    return [[Path(file).name, Path(file).stat().st_size, Path(file).stat().st_mtime_ns] for file in files]

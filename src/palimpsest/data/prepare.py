@@ -19,9 +19,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from palimpsest.data.examples import Example
-from palimpsest.data.filters import Dropped, Filters, refuse, require_some, store, text_problem
-from palimpsest.data.rows import Names, Row, Table, identity_of
+from palimpsest.data.examples import Example, require_limit
+from palimpsest.data.filters import Dropped, Filters, refuse_fault, require_some, store, take
+from palimpsest.data.rows import Names, Table, identity_of
 from palimpsest.data.sources import open_table
 from palimpsest.data.speech import speak
 from palimpsest.data.splits import spoken_or_dropped
@@ -54,8 +54,7 @@ def prepare_data(
     Raises:
         UserError: a source that cannot be read, a folder that was prepared with other options, nothing left.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"A limit of {limit} examples was asked of {source}; use a limit of 1 or more, or none.")
+    require_limit(limit, source)
     limits = filters or Filters()
     table = open_table(source, split)
     options = {
@@ -69,9 +68,9 @@ def prepare_data(
         return
     if voice != NO_VOICE:
         for found in find_voices(voice):
-            found.version()  # a voice that is not installed is told before the rows are read
+            found.version()  # a voice that is not installed is an error before the rows are read
     with Reporter(1).step(f"{source}, split {split}") as advance:
-        _fill(work, table, limits, limit, strict, voice, workers, advance)
+        _fill(work, table, limits, limit, table.where if strict else None, voice, workers, advance)
     report = work.finish(table.where)
     yield f"{out / f'{split}.jsonl'}"
     yield from _summary(report)
@@ -82,7 +81,7 @@ def _fill(
     table: Table,
     filters: Filters,
     limit: int | None,
-    strict: bool,
+    strict: str | None,
     voice: str,
     workers: int,
     advance: Advance,
@@ -102,7 +101,7 @@ def _fill(
         n_read = 0
         for row in islice(rows, size):
             n_read, position = n_read + 1, row.position + 1
-            found = _take(row, names(row), work.audio, filters)
+            found = take(row, names(row), filters, lambda recording: store(recording, work.audio, filters), strict)
             if isinstance(found, Example):
                 kept.append(found)
             else:
@@ -112,22 +111,10 @@ def _fill(
         if voice != NO_VOICE and any(example.audio is None for example in kept):
             kept, silent = spoken_or_dropped(kept, say)
             dropped += silent
-        fault = next((item for item in dropped if item.is_fault), None)
-        if strict and fault is not None:
-            raise refuse(fault, table.where)
+            if strict is not None and silent:
+                refuse_fault(silent[0], strict)
         work.note(kept, dropped, position)
         advance(*((work.n_kept, limit) if limit is not None else (position, n_rows or position)))
-
-
-def _take(row: Row, name: str, audio: Path, filters: Filters) -> Example | Dropped:
-    """The row as an example with its recording in the folder `audio`, or why it is left out."""
-    problem = text_problem(row, filters)
-    if problem is not None:
-        return Dropped(name, row.where, *problem)
-    if row.audio is None:
-        return row.example(name, None)
-    stored = store(row.audio, audio, filters)
-    return row.example(name, stored) if isinstance(stored, Path) else Dropped(name, row.where, *stored)
 
 
 def _summary(report: dict[str, Any]) -> Iterator[str]:

@@ -1,19 +1,19 @@
 """Rows of a source before they become examples: read one after the other, as often as needed, never all at once.
 
-A `Table` is one split of a source. Its rows are as the source has them: strings may be empty, recordings broken.
-What may be wrong with a row, and what follows, is decided in filters.py and splits.py.
+Every source opens as a `Table`: one split, whose rows are as the source has them. Strings may be empty, recordings
+broken; what may be wrong with a row, and what follows, is decided in filters.py alone.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from palimpsest.data.examples import Example
 from palimpsest.files import UserError, hash_value
 
 
@@ -31,9 +31,7 @@ class Row:
     later_turn: bool = False  # of a conversation that began in another row
     voice: str | None = None
     kind: str | None = None
-
-    def example(self, name: str, audio: Path | None) -> Example:
-        return Example(name, self.question, self.answers, self.answer, audio, self.voice, self.kind)
+    augmentation: str | None = None
 
 
 Read = Callable[[int, "Collection[int] | None", bool], Iterator[Row]]
@@ -47,7 +45,7 @@ class Table:
     recordings that stand inside a table are read only with `audio`, otherwise they are None.
     """
 
-    name: str  # begins the ids that are made from content
+    name: str  # begins the ids that are made from content; "": every row has one of its own
     where: str  # for messages
     read: Read
     identity: Any = None  # JSON that stands for the content where hashing all of it would take long; None: hash it
@@ -55,12 +53,15 @@ class Table:
 
 
 def listed(name: str, where: str, rows: Callable[[], Iterable[Row]]) -> Table:
-    """A table whose recordings are files: everything else is read each time."""
+    """A table whose recordings are files: everything else is read each time, up to the last row asked for."""
 
     def read(start: int, only: Collection[int] | None, audio: bool) -> Iterator[Row]:
-        for row in rows():
+        last = None if only is None else max(only, default=-1)
+        for row in rows() if last != -1 else ():
             if row.position >= start and (only is None or row.position in only):
                 yield row
+            if row.position == last:
+                return
 
     return Table(name, where, read, count=lambda: sum(1 for _ in rows()))
 
@@ -145,8 +146,48 @@ class Names:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Columns and cells
+# Files, columns and cells
 # ------------------------------------------------------------------------------------------------------------
+def open_text(path: Path, newline: str = "") -> IO[str]:
+    """The file as text; one that is missing or not UTF-8 is an error now, not in the middle."""
+    try:
+        with path.open(encoding="utf-8-sig", newline=newline) as check:
+            for _ in check:
+                pass
+        return path.open(encoding="utf-8-sig", newline=newline)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; check the path.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the path.") from error
+
+
+def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number from 1, object) of every line that is not blank; a faulty line is a UserError.
+
+    Lines end at line feeds only: elsewhere Python also ends them at U+2028 and U+0085, legal inside JSON strings.
+    """
+    with open_text(path, "\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                record = json.loads(line.removesuffix("\n"))
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{where}: not valid JSON ({error.msg}, column {error.colno}); write one JSON object a line."
+                ) from error
+            yield number, require_object(record, where)
+
+
+def require_object(record: Any, where: str) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: a {type(record).__name__} instead of a JSON object; write one object a line.")
+    return record
+
+
 def find_columns(
     present: Sequence[str], required: Mapping[str, Sequence[str]], optional: Mapping[str, Sequence[str]], where: str
 ) -> dict[str, str]:

@@ -11,7 +11,7 @@ Legend: samples = audio samples at 16 kHz.
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -25,12 +25,12 @@ import soxr
 from palimpsest.data.examples import MAX_AUDIO_SECONDS, Example, audio_problem
 from palimpsest.data.voices import Speaker, Voice, Voices, choose_voice, find_voices
 from palimpsest.files import UserError, hash_value, replacing
+from palimpsest.models import SAMPLE_RATE
 
 if TYPE_CHECKING:
     from jaxtyping import Float32
     from numpy import ndarray
 
-SAMPLE_RATE = 16_000  # Hz, what Whisper encoders take
 ENCODING = "flac-16bit-16kHz"  # part of the file names: change it when the samples change for the same voice
 
 Job = TypeVar("Job")
@@ -100,7 +100,7 @@ def speak(
 
     Raises:
         UserError: the voice is unknown or not installed, or it cannot speak some questions within
-            MAX_AUDIO_SECONDS (told once, after all others are done).
+            MAX_AUDIO_SECONDS (one error for all, after the others are done).
     """
     return speak_several([(examples, voice)], folder, workers, seed, progress)[0]
 
@@ -131,18 +131,8 @@ def speak_several(
             jobs[path] = (path, example.question, seed, voice)
             spoken[-1].append(replace(example, audio=path, voice=voice.label))
 
-    folder.mkdir(parents=True, exist_ok=True)
-    waiting = [job for path, job in jobs.items() if not path.exists()]
-    done, problems = len(jobs) - len(waiting), []
-    if progress is not None:
-        progress(done, len(jobs))
     _speakers.clear()
-    for problem in run_jobs(_speak, waiting, workers):
-        done += 1
-        if problem is not None:
-            problems.append(problem)
-        if progress is not None:
-            progress(done, len(jobs))
+    problems = make_files(_speak, folder, jobs, workers, progress)
     if problems:
         voice_names = ", ".join(dict.fromkeys(voice.label for *_, voice in jobs.values()))
         raise UserError(
@@ -176,8 +166,32 @@ def _speak(job: _Speech) -> str | None:
     return None
 
 
-def run_jobs(function: Callable[[Job], str | None], jobs: Sequence[Job], workers: int) -> Iterator[str | None]:
-    """Results of the importable `function`, in the order of the jobs; in this process or in `workers` of them."""
+def make_files(
+    function: Callable[[Job], str | None],
+    folder: Path,
+    jobs: Mapping[Path, Job],
+    workers: int,
+    progress: Callable[[int, int], None] | None,
+) -> list[str]:
+    """Run the importable `function` on every job whose file in `folder` is not there yet.
+
+    Returns what it returned of those that failed: None is success.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    waiting = [job for path, job in jobs.items() if not path.exists()]
+    n_there, problems = len(jobs) - len(waiting), []
+    if progress is not None:
+        progress(n_there, len(jobs))
+    for done, problem in enumerate(_run(function, waiting, workers), start=n_there + 1):
+        if problem is not None:
+            problems.append(problem)
+        if progress is not None:
+            progress(done, len(jobs))
+    return problems
+
+
+def _run(function: Callable[[Job], str | None], jobs: Sequence[Job], workers: int) -> Iterator[str | None]:
+    """Results in the order of the jobs; in this process or in `workers` of them."""
     if workers <= 1 or not jobs:
         yield from map(function, jobs)
         return

@@ -26,19 +26,20 @@ from palimpsest.data.filters import (
     IN_HELDOUT,
     Dropped,
     Filters,
+    Problem,
     counts,
     decode,
     normalised_question,
-    refuse,
     require_some,
     store,
-    text_problem,
+    take,
+    without_recording,
 )
 from palimpsest.data.rows import Names, Row, Table
 from palimpsest.data.sources import choose, load_examples, open_table
 from palimpsest.files import UserError, hash_file, hash_value
+from palimpsest.progress import Advance
 
-Advance = Callable[[int, int], None]  # (done, total)
 TRAIN, HELDOUT = "train", "heldout"
 
 
@@ -92,7 +93,7 @@ class StudyData:
     def _split_inputs(self, group: str, wanted: Split) -> list[Any]:
         identity = self._table(group).identity
         if identity is None:
-            rows = self._table(group).read(0, {chosen.position for chosen in self._all_chosen(group)}, False)
+            rows = self._table(group).read(0, set(self._chosen_of(group)), False)
             identity = hash_value([_row_identity(row) for row in rows])
         return [identity, wanted.limit]
 
@@ -124,33 +125,33 @@ class StudyData:
         Recordings inside tables are written to the folder `audio`, one at a time; one that is there already is kept.
         Raises UserError for a faulty row in strict reading, and for a split of which nothing is left.
         """
-        chosen, dropped = self._selection
+        chosen, dropped = self._selection[0], [*self._selection[1]]
+
+        def keep(recording: Path | bytes) -> Path | Problem:
+            """Bytes of a table are written to the folder, a file stays where it is."""
+            if isinstance(recording, bytes):
+                return store(recording, audio, self.filters)
+            found = decode(recording, self.filters)
+            return found if isinstance(found, tuple) else recording
+
         groups: dict[str, list[Example]] = {TRAIN: [], HELDOUT: []}
         total = sum(map(len, chosen.values()))
         done = 0
-        for table, names in self._readings(chosen):
+        for source, table in self._tables.items():
+            names = self._chosen_of(source)
             for row in table.read(0, set(names), True):
                 group, name = names[row.position]
-                found = _example(row, name, audio, self.filters)
+                found = take(row, name, self.filters, keep, self._strict)
                 if isinstance(found, Example):
                     groups[group].append(found)
                 else:
-                    self._drop(dropped, group, found)
+                    dropped.append((group, found))
                 done += 1
                 advance(done, total)
-        for group, examples in groups.items():
-            left_out = counts(item for of, item in dropped if of == group)
-            require_some(len(examples), left_out, f"{group} data of the study, from {self._table(group).where}")
+        self._require_some(groups, dropped)
         for name, task in self.tasks.items():
             groups[f"task-{name}"] = load_examples(task.source, task.split, task.limit, self.seed, audio)
         return groups, dropped
-
-    def _readings(self, chosen: Mapping[str, list[_Chosen]]) -> list[tuple[Table, dict[int, tuple[str, str]]]]:
-        """Every table once: position → (group, id)."""
-        positions = {g: {item.position: (g, item.id) for item in items} for g, items in chosen.items()}
-        if isinstance(self.heldout, int):
-            return [(self._table(TRAIN), positions[TRAIN] | positions[HELDOUT])]
-        return [(self._table(TRAIN), positions[TRAIN]), (self._table(HELDOUT), positions[HELDOUT])]
 
     # -- choosing -----------------------------------------------------------------------------------------------------
     @cached_property
@@ -177,32 +178,35 @@ class StudyData:
                 dropped.append((TRAIN, Dropped(item.id, f"{where}, row {item.position + 1}", IN_HELDOUT, detail)))
         train = [item for item in train if item.question not in asked]
         train = [train[i] for i in choose(len(train), self.train.limit, self.seed)]
-        for group, items in ((TRAIN, train), (HELDOUT, heldout)):
+        chosen = {TRAIN: train, HELDOUT: heldout}
+        self._require_some(chosen, dropped)
+        return chosen, dropped
+
+    def _require_some(self, groups: Mapping[str, Sequence[Any]], dropped: Sequence[tuple[str, Dropped]]) -> None:
+        for group, items in groups.items():
             left_out = counts(item for of, item in dropped if of == group)
             require_some(len(items), left_out, f"{group} data of the study, from {self._table(group).where}")
-        return {TRAIN: train, HELDOUT: heldout}, dropped
 
     def _texts(self, group: str, dropped: list[tuple[str, Dropped]]) -> list[_Chosen]:
         """The rows whose text is fine; those that are not go to `dropped`."""
         table, kept = self._table(group), []
         names = Names(table)
         for row in table.read(0, None, False):
-            name, problem = names(row), text_problem(row, self.filters)
-            if problem is None:
-                kept.append(_Chosen(row.position, name, hash_value(normalised_question(row.question))[:16]))
+            found = take(row, names(row), self.filters, without_recording, self._strict)
+            if isinstance(found, Example):
+                kept.append(_Chosen(row.position, found.id, hash_value(normalised_question(row.question))[:16]))
             else:
-                self._drop(dropped, group, Dropped(name, row.where, *problem))
+                dropped.append((group, found))
         return kept
 
-    def _all_chosen(self, group: str) -> list[_Chosen]:
-        chosen, _ = self._selection
-        with_heldout = group == TRAIN and isinstance(self.heldout, int)
-        return chosen[group] + (chosen[HELDOUT] if with_heldout else [])
+    def _chosen_of(self, source: str) -> dict[int, tuple[str, str]]:
+        """What is chosen of the table `source`: position → (group, id)."""
+        groups = (TRAIN, HELDOUT) if isinstance(self.heldout, int) else (source,)
+        return {item.position: (group, item.id) for group in groups for item in self._selection[0][group]}
 
-    def _drop(self, dropped: list[tuple[str, Dropped]], group: str, item: Dropped) -> None:
-        if self.strict and item.is_fault:
-            raise refuse(item, "the study's data")
-        dropped.append((group, item))
+    @property
+    def _strict(self) -> str | None:
+        return "the study's data" if self.strict else None
 
     def _table(self, group: str) -> Table:
         return self._tables[TRAIN if isinstance(self.heldout, int) else group]
@@ -215,20 +219,9 @@ class StudyData:
         return tables
 
 
-def _example(row: Row, name: str, folder: Path, filters: Filters) -> Example | Dropped:
-    """The row with its recording checked: bytes of a table are written to `folder`, a file stays where it is."""
-    if row.audio is None:
-        return row.example(name, None)
-    if isinstance(row.audio, bytes):
-        stored = store(row.audio, folder, filters)
-        return row.example(name, stored) if isinstance(stored, Path) else Dropped(name, row.where, *stored)
-    found = decode(row.audio, filters)
-    return Dropped(name, row.where, *found) if isinstance(found, tuple) else row.example(name, row.audio)
-
-
 def _row_identity(row: Row) -> list[Any]:
     assert not isinstance(row.audio, bytes)
-    return _example_identity(row.example(row.id or "", row.audio))
+    return _example_identity(Example.of(row, row.id or "", row.audio))
 
 
 def _example_identity(example: Example) -> list[Any]:

@@ -143,7 +143,7 @@ def _espeak_version(voice: str) -> str:
     """The program's version, after a check that it has the language and the variant: it takes any other silently."""
     found = re.search(r"text-to-speech: (\S+)", _espeak("--version").decode())
     if found is None:
-        raise UserError(f"`{ESPEAK} --version` tells no version; install the program {ESPEAK} again.")
+        raise UserError(f"`{ESPEAK} --version` reports no version; install the program {ESPEAK} again.")
     language, plus, variant = voice.partition("+")
     # Columns: priority, language, age and sex, name, file, other languages. MBROLA's voices need another program.
     rows = [line.split() for line in _espeak("--voices").decode().splitlines()[1:]]

@@ -19,9 +19,10 @@ import jinja2
 import torch
 
 from palimpsest.data.examples import Example
-from palimpsest.data.speech import SAMPLE_RATE, read_audio
+from palimpsest.data.speech import read_audio
 from palimpsest.evaluation.answers import GREEDY, Answer, Answerer, decode_new, end_ids
 from palimpsest.files import UserError
+from palimpsest.models import SAMPLE_RATE
 from palimpsest.models.prompts import PromptStyle
 from palimpsest.records import Modality
 

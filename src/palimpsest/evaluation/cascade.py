@@ -15,10 +15,11 @@ from typing import Any
 import torch
 
 from palimpsest.data.examples import Example
-from palimpsest.data.speech import SAMPLE_RATE, read_audio
+from palimpsest.data.speech import read_audio
 from palimpsest.evaluation.answers import Answer, Answerer
 from palimpsest.evaluation.scoring import number_words
 from palimpsest.files import UserError
+from palimpsest.models import SAMPLE_RATE
 from palimpsest.records import Modality
 
 MULTILINGUAL_VOCABULARY = 51865  # of Whisper; English-only checkpoints have fewer tokens and take no language

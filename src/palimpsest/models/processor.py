@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoProcessor
 
 from palimpsest.files import UserError, read_json, write_json
+from palimpsest.models import SAMPLE_RATE
 from palimpsest.models.prompts import PromptStyle, encode, messages, render
 from palimpsest.models.speech_lm import SPEECH_POSITION, SpeechLength, SpeechLMConfig
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import BatchFeature
 
 SPEECH_MARK = "<speech>"  # only inside this module: where the chat template puts the speech; never tokenised
-SAMPLE_RATE = 16_000  # Hz
 SAMPLES_PER_FRAME = 320  # one encoder frame, 20 ms
 MAX_FRAMES = 1500  # 30 s
 FILE = "speech_processor.json"
