@@ -30,7 +30,7 @@ from palimpsest.intervals import (
     retention,
     wilson,
 )
-from palimpsest.records import ComparisonRecord, GapRecord, LossPairRecord, PairRecord, RetentionRecord
+from palimpsest.records import MODALITIES, ComparisonRecord, GapRecord, LossPairRecord, PairRecord, RetentionRecord
 from palimpsest.report.comparison_text import markdown
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 
 LEVEL = 0.05
 BETTER, WORSE, ALIKE = "better", "worse", "no difference shown"
-MODALITIES = ("text", "speech", "cascade", "text_asr")
 
 
 def compare_runs(

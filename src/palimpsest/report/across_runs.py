@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, cast
 
-from palimpsest.records import PairRecord, SeedRecord, method_of
-from palimpsest.report.inputs import Inputs, Results, main_metric, method_key, method_name, modality_key, task_name
+from palimpsest.records import PairRecord, Results, SeedRecord, method_of
+from palimpsest.report.inputs import Inputs, main_metric, method_key, method_name, modality_key, task_name
 from palimpsest.report.table import (
     EMPTY,
     NOT_FINITE,
