@@ -108,7 +108,7 @@ def method_key(method: str) -> tuple[int, str]:
     if number:
         group, name = method_key(method)
         return group, f"{name}-seed{number:06d}"
-    rank = lora_rank(method)
+    rank = rank_in_name(method)
     if rank is not None:
         return (len(METHOD_ORDER), f"{rank:06d}")
     return (METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER) + 1, method)
@@ -118,14 +118,20 @@ def method_name(method: str) -> str:
     method, number = method_of(method)
     if number:
         return f"{method_name(method)}, run {number + 1}"
-    rank = lora_rank(method)
+    rank = rank_in_name(method)
     return METHOD_NAMES.get(method, method) if rank is None else f"LoRA rank {rank}"
 
 
-def lora_rank(method: str) -> int | None:
+def rank_in_name(method: str) -> int | None:
     """The rank in a name such as `lora_r8`."""
     match = re.fullmatch(r"lora_r(\d{1,6})", method)
     return int(match[1]) if match else None
+
+
+def model_name(inputs: Inputs) -> str | None:
+    """The language model's name as provenance.json has it, None if it has none."""
+    name = at(inputs.provenance, "models", "language_model", "name")
+    return str(name) if name else None
 
 
 def task_name(task: str) -> str:
