@@ -10,9 +10,9 @@ from palimpsest.comparison.by_voice import voice_records
 from palimpsest.data.examples import Example
 from palimpsest.files import write_json
 from palimpsest.intervals import wilson
-from palimpsest.report.evaluation_tables import voices
 from palimpsest.report.inputs import read_inputs
 from palimpsest.report.page import tables_of
+from palimpsest.report.tables import voices
 from report_fixture import invented_results, make_run
 
 VOICES = {"a": "near", "b": "near", "c": "far", "d": "far", "e": "far", "f": None}

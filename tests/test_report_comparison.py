@@ -15,8 +15,7 @@ from palimpsest.cli import app
 from palimpsest.comparison.pairs import pair_runs
 from palimpsest.files import UserError, read_json, write_json, write_text
 from palimpsest.report.inputs import read_inputs
-from palimpsest.report.side_by_side import write_comparison
-from palimpsest.report.side_by_side_tables import Run, _merged, tables_of
+from palimpsest.report.side_by_side import Run, _merged, tables_of, write_comparison
 from palimpsest.report.table import Table
 from report_fixture import HOSTILE, invented_results, make_run
 from test_compare import losses, study

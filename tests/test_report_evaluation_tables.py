@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from palimpsest.report.evaluation_tables import floors, perplexity
+from palimpsest.report.tables import floors, perplexity
 from report_fixture import invented_results
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from palimpsest.report import analysis_tables, structure_tables, tables
+from palimpsest.report import structure_tables, tables
 from palimpsest.report.paper import SOURCE_LABEL
 from palimpsest.report.table import Table, to_csv, to_latex, to_markdown
 from report_fixture import accuracy_row, comparison_row, invented_results, probe_row
@@ -121,7 +121,7 @@ def test_every_accuracy_row_says_whether_it_was_published_or_measured_here() -> 
 
 def test_the_probe_has_a_row_per_kind_and_two_columns_per_model() -> None:
     records: Any = [probe_row("full", "all", 30, 60, -0.5), *(probe_row("base", k, 45, 60, 2.0) for k in ("all", "x"))]
-    table = analysis_tables.probe(records)
+    table = tables.probe(records)
     assert [column.title for column in table.columns] == [
         "Pairs", "n", "Base %", "Base, margin", "Full-FT %", "Full-FT, margin",
     ]  # fmt: skip
@@ -168,7 +168,7 @@ def test_clustering_takes_medians_and_leaves_out_undefined_scores() -> None:
         for index, (value, z) in enumerate(((0.2, 2.0), (0.3, 20.0), (0.9, None)))
     ]
     # median of 0.2, 0.3, 0.9; median of 2, 20; one of the two defined z is above 3
-    assert _row(analysis_tables.clustering(records), 0)[4:] == ["3", "0.300", "0.100", "11.0", "50"]
+    assert _row(structure_tables.clustering(records), 0)[4:] == ["3", "0.300", "0.100", "11.0", "50"]
 
 
 def test_delta_summarises_by_method_and_kind() -> None:
@@ -184,7 +184,7 @@ def test_delta_summarises_by_method_and_kind() -> None:
         }
         for index, (norm, overlap) in enumerate(((0.01, 0.1), (0.02, 0.2), (0.06, 0.3)))
     ]
-    row = _row(analysis_tables.delta(records), 0)
+    row = _row(structure_tables.delta(records), 0)
     assert row == ["LoRA", "q", "3", "0.0200 [0.0100 to 0.0600]", "20.0", "3.0", "–", "–"]
 
 
@@ -208,7 +208,7 @@ def test_layers_show_one_reduction_of_whole_layers() -> None:
         record("base", 0, "q", "fisher", 0.1),
         record("base", 0, "all", "signed_sum", 0.5),
     ]
-    table = analysis_tables.layers(records, "text", "fisher")
+    table = structure_tables.layers(records, "text", "fisher")
     assert [column.title for column in table.columns] == ["Layer", "Base, %", "Base, sum", "Full-FT, %", "Full-FT, sum"]
     assert _row(table, 0) == ["0", "–", "–", "25.00", "2.50"]
     assert _row(table, 1) == ["1", "75.00", "7.50", "–", "–"]
@@ -230,7 +230,7 @@ def test_claims_stand_beside_the_papers_evidence_with_a_worded_verdict() -> None
 
 
 def test_timings_add_up() -> None:
-    table = analysis_tables.timings(
+    table = structure_tables.timings(
         [
             {"step": "a", "seconds": 30.0, "peak_rss_bytes": 1_500_000_000},
             {"step": "b", "seconds": 60.0, "peak_rss_bytes": 2_000_000_000},

@@ -1,41 +1,32 @@
 """Every record of results.json and compare.json: flat, one row each. Fields are only ever added.
 
-A `Number` is a float that the file has as null where it was not finite; anywhere else a null is a damaged record.
+The types here are what pydantic checks the files against (report/inputs.py), and need no pydantic themselves.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Literal, NotRequired, TypedDict
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NotRequired, get_args
+
+from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on only
 
 SCHEMA = 1
-RESULT_TABLES = (
-    "deactivation",
-    "qa",
-    "qa_floors",
-    "voices",
-    "perplexity",
-    "comparisons",
-    "probe",
-    "layers",
-    "shift",
-    "clustering",
-    "clustering_summary",
-    "delta",
-    "mask_overlap",
-    "correlations",
-    "training",
-    "seeds",
-    "seed_comparisons",
-    "claims",
-    "timings",
-)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Record types of results.json: flat, one row each. Fields are only ever added.
-# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class NullWhereNotFinite:
+    """The mark of a float that the file has as null where it was not finite."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        from pydantic_core import core_schema  # only where a file is checked
+
+        return core_schema.nullable_schema(handler(source))
+
+
+Number = Annotated[float, NullWhereNotFinite()]  # anywhere else a null is a damaged record
 Modality = Literal["text", "speech", "cascade", "text_asr"]  # how a question is put: docs/concepts.md
+MODALITIES: tuple[Modality, ...] = get_args(Modality)  # the order everywhere
 
 
 class DeactivationRecord(TypedDict):
@@ -51,8 +42,8 @@ class DeactivationRecord(TypedDict):
     n_removed: int
     n_examples: int
     n_tokens: int
-    loss: float  # nats per supervised token
-    perplexity: float
+    loss: Number  # nats per supervised token
+    perplexity: Number
 
 
 class QARecord(TypedDict):
@@ -111,7 +102,7 @@ class ShiftRecord(TypedDict):
     modality: str
     reduction: str
     measure: str
-    value: float
+    value: Number
     ci_low: float | None
     ci_high: float | None
     noise_floor: float | None  # the same measure between the reference and itself scored on other data
@@ -126,10 +117,10 @@ class ClusteringRecord(TypedDict):
     layer: int
     kind: str
     measure: str
-    value: float
-    null_mean: float  # entries shuffled; of delta_rank<r>: random singular vectors
-    null_std: float
-    z: float
+    value: Number
+    null_mean: Number  # entries shuffled; of delta_rank<r>: random singular vectors
+    null_std: Number
+    z: Number
     within_rows_mean: NotRequired[float | None]  # entries shuffled within their rows; None where that changes nothing
     within_rows_std: NotRequired[float | None]
     within_rows_z: NotRequired[float | None]
@@ -143,13 +134,13 @@ class DeltaRecord(TypedDict):
     name: str
     layer: int
     kind: str
-    relative_norm: float  # ‖W_tuned − W_base‖ / ‖W_base‖, Frobenius
-    overlap_with_importance: float  # share of the largest changes that hit the base model's most important weights
-    overlap_by_chance: float
-    effective_rank: NotRequired[float]  # of the change, see ClusteringRecord's measure of that name
-    energy_top1: NotRequired[float]  # share of ‖ΔW‖² in its largest singular direction
-    energy_top8: NotRequired[float]
-    energy_top24: NotRequired[float]
+    relative_norm: Number  # ‖W_tuned − W_base‖ / ‖W_base‖, Frobenius
+    overlap_with_importance: Number  # share of the largest changes that hit the base model's most important weights
+    overlap_by_chance: Number
+    effective_rank: NotRequired[Number]  # of the change, see ClusteringRecord's measure of that name
+    energy_top1: NotRequired[Number]  # share of ‖ΔW‖² in its largest singular direction
+    energy_top8: NotRequired[Number]
+    energy_top24: NotRequired[Number]
 
 
 class ClaimRecord(TypedDict):
@@ -192,9 +183,9 @@ class ClusteringSummaryRecord(TypedDict):
     measure: str
     n_matrices: int
     n_undefined: int  # left out: all-zero matrices
-    ratio: float  # geometric mean of value / null_mean; 1 is no clustering
-    ci_low: float
-    ci_high: float
+    ratio: Number  # geometric mean of value / null_mean; 1 is no clustering
+    ci_low: Number
+    ci_high: Number
 
 
 class MaskOverlapRecord(TypedDict):
@@ -206,7 +197,7 @@ class MaskOverlapRecord(TypedDict):
     layer: int | None
     kind: str
     ratio: float  # of the weights of each matrix that count as its most important
-    overlap: float  # share of the model's most important weights that are the reference's too
+    overlap: Number  # share of the model's most important weights that are the reference's too
     overlap_by_chance: float
     ci_low: float | None  # of "all": 95 %, bootstrap over matrices
     ci_high: float | None
@@ -282,8 +273,8 @@ class PerplexityRecord(TypedDict):
     modality: str
     n_examples: int
     n_tokens: int
-    loss: float  # nats per supervised token
-    perplexity: float
+    loss: Number  # nats per supervised token
+    perplexity: Number
 
 
 class PairRecord(TypedDict):
@@ -394,11 +385,65 @@ class TrainingRecord(TypedDict):
     method: str
     step: int
     epoch: float  # of the phase
-    loss: float  # nats per supervised token
-    learning_rate: float  # base rate at this step; null in eval records
+    loss: Number  # nats per supervised token
+    learning_rate: Number  # base rate at this step; null in eval records
     kind: NotRequired[str]  # train | eval
     phase: NotRequired[str]  # adaptor | method
-    grad_norm: NotRequired[float]  # train: before clipping
+    grad_norm: NotRequired[Number]  # train: before clipping
     modality: NotRequired[str]  # eval: text | speech
     n_tokens: NotRequired[int]  # eval
-    perplexity: NotRequired[float]  # eval
+    perplexity: NotRequired[Number]  # eval
+
+
+class Results(TypedDict):
+    """The tables of results.json, every one present (empty where the run has none)."""
+
+    deactivation: list[DeactivationRecord]
+    qa: list[QARecord]
+    qa_floors: list[FloorRecord]
+    voices: list[VoiceRecord]
+    perplexity: list[PerplexityRecord]
+    comparisons: list[ComparisonRecord]
+    probe: list[ProbeRecord]
+    layers: list[LayerRecord]
+    shift: list[ShiftRecord]
+    clustering: list[ClusteringRecord]
+    clustering_summary: list[ClusteringSummaryRecord]
+    delta: list[DeltaRecord]
+    mask_overlap: list[MaskOverlapRecord]
+    correlations: list[CorrelationRecord]
+    training: list[TrainingRecord]
+    seeds: list[SeedRecord]
+    seed_comparisons: list[PairRecord]
+    claims: list[ClaimRecord]
+    timings: list[TimingRecord]
+
+
+RESULT_TABLES = tuple(Results.__annotations__)
+
+
+class SystemRecord(TypedDict):
+    """One of the systems that `palimpsest compare` compares."""
+
+    label: str
+    run: str  # its folder
+    method: str | None  # None: an evaluation folder
+
+
+class Paired(TypedDict):
+    """Systems on the same questions and answers, and what could not be paired, a sentence each."""
+
+    metric: str
+    accuracy: list[PairRecord]
+    perplexity: list[LossPairRecord]
+    not_compared: list[str]
+
+
+class Comparison(Paired):
+    """compare.json."""
+
+    schema: int
+    seed: int  # of the bootstrap
+    systems: list[SystemRecord]
+    retention: list[RetentionRecord]
+    modality_gap: list[GapRecord]

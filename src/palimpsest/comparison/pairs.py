@@ -30,14 +30,23 @@ from palimpsest.intervals import (
     retention,
     wilson,
 )
-from palimpsest.records import BASE, ComparisonRecord, GapRecord, LossPairRecord, PairRecord, RetentionRecord
+from palimpsest.records import (
+    BASE,
+    MODALITIES,
+    Comparison,
+    ComparisonRecord,
+    GapRecord,
+    LossPairRecord,
+    Paired,
+    PairRecord,
+    RetentionRecord,
+)
 
 if TYPE_CHECKING:
     pass
 
 LEVEL = 0.05
 BETTER, WORSE, ALIKE = "better", "worse", "no difference shown"
-MODALITIES = ("text", "speech", "cascade", "text_asr")
 
 
 def compare_runs(
@@ -48,7 +57,7 @@ def compare_runs(
     base: str | None = None,
     seeds: bool = False,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Comparison:
     """The value of compare.json for the systems in `runs`.
 
     One run: every pair of its methods. Several: every pair of systems of different runs that are the same method, or
@@ -69,7 +78,7 @@ def compare_runs(
     if seeds:
         systems = _named(pool_seeds(systems), methods)  # by the methods' own names, not those of their runs
     pairs = _pairs(systems, every=seeds or methods is not None or len(runs) == 1)
-    tables: dict[str, Any] = {
+    tables: Comparison = {
         "schema": 1,
         "metric": metric,
         "seed": seed,
@@ -78,6 +87,7 @@ def compare_runs(
         "retention": retention_records(systems, metric, base),
         "modality_gap": gap_records(systems, metric, seed),
         "perplexity": loss_records(pairs),
+        "not_compared": not_compared(pairs),
     }
     if not pairs and not tables["modality_gap"]:
         raise UserError(
@@ -85,7 +95,6 @@ def compare_runs(
         )
     if pairs and not tables["accuracy"] and not tables["perplexity"]:
         raise UserError("The systems have no task and modality in common; evaluate them on the same task first.")
-    tables["not_compared"] = not_compared(pairs)
     if seeds and with_losses:
         tables["not_compared"].append("Losses of several seeds; leave out --seeds to compare those of single runs.")
     return tables
@@ -394,7 +403,7 @@ def _paired(
     return np.array([a[i] for i in ids], dtype=np.bool_), np.array([b[i] for i in ids], dtype=np.bool_)
 
 
-def pair_runs(runs: Sequence[Path], metric: str = PRIMARY, seed: int = 0) -> dict[str, Any]:
+def pair_runs(runs: Sequence[Path], metric: str = PRIMARY, seed: int = 0) -> Paired:
     """Every two of `runs` compared in the methods both have: `metric`, `accuracy`, `perplexity`, `not_compared`.
 
     `accuracy` and `perplexity` are PairRecords and LossPairRecords, Holm-corrected over each table; `not_compared`

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from palimpsest.config import load_config
 from palimpsest.files import UserError
 from palimpsest.planning.memory import largest_rows, memory, optimizer_traffic
 from palimpsest.planning.plan import BANDWIDTH_SHARE, GB, Assumptions, MethodPlan, Plan, make_plan
+from palimpsest.report.table import Cell, Column, Table, to_plain
 
 FORMULAS = (
     "Formulas (docs/machines.md derives them). d hidden, q heads × head size, f MLP width, L layers, V vocabulary, T",
@@ -57,20 +58,20 @@ def refusal(plan: Plan, recipe: Path) -> str | None:
     worst = max(too_large, key=lambda method: method.memory.peak)
     rows = largest_rows(worst.setup, worst.batch, plan.capacity)
     names = ", ".join(method.name for method in too_large)
-    told = (
+    sentence = (
         f"{recipe} does not fit: {names} would need up to {worst.memory.peak / GB:.1f} GB with "
         f"{worst.batch.rows} rows of {worst.batch.length} tokens, and {plan.device} has {plan.capacity / GB:.1f} GB; "
     )
     if rows:
         config = plan.config.training
         total = worst.batch.rows * config.accumulation
-        return told + (
+        return sentence + (
             f"the largest batch that fits is {rows} {'row' if rows == 1 else 'rows'}: set training.batch_size to "
             f"{rows * worst.setup.n_gpus} and training.accumulation to {-(-total // rows)}, or gradient_checkpointing."
         )
     n = _gpus_that_fit(worst, plan.capacity)
     more = f"at least {n} such devices are needed (--n-gpus {n})" if n else "no number of such devices is enough"
-    return told + f"not even a batch of one row fits, and {more}."
+    return sentence + f"not even a batch of one row fits, and {more}."
 
 
 def _gpus_that_fit(method: MethodPlan, capacity: int) -> int | None:
@@ -129,7 +130,7 @@ def _memory(plan: Plan, options: Assumptions) -> Iterator[str]:
                 fits,
             ]
         )
-    yield from _table(["", *heads], rows)
+    yield from _table(["", *heads], rows, words=(0, len(heads) - 1, len(heads)))
 
 
 def _time(plan: Plan, options: Assumptions) -> Iterator[str]:
@@ -172,7 +173,7 @@ def _disk(plan: Plan) -> Iterator[str]:
         [f"checkpoints of {_runs(plan)}", f"{checkpoints / GB:.2f}"],
         ["while one trains: three checkpoints with optimizer state", f"{passing / GB:.2f}"],
     ]
-    yield from _table(None, rows)
+    yield from _table(["", ""], rows)
 
 
 def _runs(plan: Plan) -> str:
@@ -180,16 +181,10 @@ def _runs(plan: Plan) -> str:
     return f"{n} methods" if plan.config.seeds == 1 else f"{n * plan.config.seeds} training runs"
 
 
-def _table(heads: Sequence[str] | None, rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """First column to the left, the others to the right; words (no digit first) to the left."""
-    every = [*([list(heads)] if heads else []), *rows]
-    widths = [max(len(row[i]) for row in every) for i in range(len(rows[0]))]
-    for row in every:
-        cells = [
-            cell.ljust(width) if i == 0 or not any(r[i][:1].isdigit() for r in rows) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield "  " + "  ".join(cells).rstrip()
+def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[int] = (0,)) -> list[str]:
+    """The table as lines of text. words: the columns that hold words; the others hold numbers."""
+    columns = tuple(Column(title, numeric=i not in words) for i, title in enumerate(titles))
+    return to_plain(Table("", "", columns, tuple(tuple(map(Cell, row)) for row in rows))).split("\n")
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Several training runs of every method: their tables, and the view of a run directory that shows methods, not runs."""
+"""Several training runs of every method: the view of a run directory that shows methods, not runs."""
 
 from __future__ import annotations
 
@@ -8,137 +8,10 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, cast
 
-from palimpsest.records import PairRecord, SeedRecord, method_of
-from palimpsest.report.inputs import Inputs, Results, main_metric, method_key, method_name, modality_key, task_name
-from palimpsest.report.table import (
-    EMPTY,
-    NOT_FINITE,
-    Cell,
-    Column,
-    Table,
-    count,
-    interval,
-    number,
-    p_value,
-    percent,
-    points,
-    significant,
-    text,
-)
-
-MEASURES = {
-    "accuracy": "Accuracy %",
-    "perplexity": "Perplexity",
-    "perplexity_ratio": "Perplexity over the base's",
-    "perplexity_ratio_top": "Perplexity without the top weights, times the whole's",
-    "perplexity_ratio_bottom": "Perplexity without the bottom weights, times the whole's",
-    "perplexity_ratio_random": "Perplexity without random weights, times the whole's",
-}
+from palimpsest.records import Results, method_of
+from palimpsest.report.inputs import Inputs, main_metric
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Tables
-# ----------------------------------------------------------------------------------------------------------
-def seeds(records: Sequence[SeedRecord]) -> Table:
-    """Mean, standard deviation and interval of every measure over the training runs of each method."""
-    columns = (
-        Column("Measure"),
-        Column("Task"),
-        Column("Input"),
-        Column("Method"),
-        Column("Runs", numeric=True),
-        Column("Mean", numeric=True),
-        Column("Deviation", numeric=True),
-        Column("Each run", prose=True),
-        Column("Interval over"),
-    )
-    order = list(dict.fromkeys([*MEASURES, *(row["measure"] for row in records)]))
-    key = lambda row: (  # noqa: E731
-        order.index(row["measure"]), row["basis"] or "", row["task"] or "", modality_key(row["modality"]),
-        method_key(row["method"]),
-    )  # fmt: skip
-    rows = tuple(
-        (
-            text(_measure(row)),
-            text(task_name(row["task"]) if row["task"] else ""),
-            text(row["modality"]),
-            text(method_name(row["method"])),
-            count(row["n_seeds"]),
-            _mean(row),
-            EMPTY if row["std"] is None else number(row["std"], _written(row, row["std"])),
-            text(", ".join(NOT_FINITE if value is None else _written(row, value) for value in row["values"])),
-            text(row["ci_over"]),
-        )
-        for row in sorted(records, key=key)
-    )
-    return Table(
-        "seeds",
-        "Several training runs of each method: mean and spread",
-        columns,
-        rows,
-        "The runs of a method differ in their seeds: first weights of the adaptor and of LoRA, order of the examples, "
-        "dropout. Brackets: 95 % interval of the mean, over what the last column names. Deviation: standard deviation "
-        "of the runs. Means of perplexities and of their ratios are geometric.",
-    )
-
-
-def comparisons(records: Sequence[PairRecord]) -> Table:
-    """Two methods on the same questions, each the mean over its runs."""
-    columns = (
-        Column("Task"),
-        Column("Input"),
-        Column("A"),
-        Column("B"),
-        *(Column(name, numeric=True) for name in ("n", "Runs of A", "Runs of B", "B − A, points", "p", "p, Holm")),
-        Column("B is"),
-    )
-    rows = tuple(
-        (
-            text(task_name(row["task"])),
-            text(row["modality"]),
-            text(method_name(row["method_a"])),
-            text(method_name(row["method_b"])),
-            count(row["n"]),
-            count(row["seeds_a"]),
-            count(row["seeds_b"]),
-            number(row["difference"], points(row["difference"]), interval(row["ci_low"], row["ci_high"], "points")),
-            number(row["p_value"], p_value(row["p_value"])),
-            number(row["p_holm"], p_value(row["p_holm"])),
-            text(row["verdict"]),
-        )
-        for row in records
-    )
-    return Table(
-        "seed_comparisons",
-        "Paired comparisons of the methods' means over their runs",
-        columns,
-        rows,
-        "Clustered by question and by seed; Holm: corrected for all rows of this table. Brackets: 95 % interval.",
-    )
-
-
-def _measure(row: SeedRecord) -> str:
-    name = MEASURES.get(row["measure"], row["measure"])
-    if row["measure"] in MEASURES:
-        return name
-    reference = "" if row["reference"] is None else f" from {method_name(row['reference'])}"
-    return f"{name}{reference}, {row['basis']}"
-
-
-def _written(row: SeedRecord, value: float) -> str:
-    return percent(value) if row["measure"] == "accuracy" else significant(value)
-
-
-def _mean(row: SeedRecord) -> Cell:
-    if row["mean"] is None:  # null in results.json: some run's is not finite
-        return Cell(NOT_FINITE, sort=float("inf"))
-    style = () if row["measure"] == "accuracy" else ("significant",)
-    return number(row["mean"], _written(row, row["mean"]), interval(row["ci_low"], row["ci_high"], *style))
-
-
-# ----------------------------------------------------------------------------------------------------------
-# Methods instead of runs
-# ----------------------------------------------------------------------------------------------------------
 def n_runs(results: Results) -> int:
     """Training runs of every method."""
     return max((row["n_seeds"] for row in results["seeds"]), default=1)

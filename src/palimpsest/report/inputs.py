@@ -10,85 +10,46 @@ import json
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, NotRequired, TypedDict, cast, get_args, get_origin, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
 import yaml
+from typing_extensions import TypedDict
 
 from palimpsest import records
 from palimpsest.files import UserError
-from palimpsest.records import method_of
+from palimpsest.records import MODALITIES, Results, method_of
 from palimpsest.rundir import STEP_FILE
 
 METHOD_ORDER = ("base", "full", "layer_lr", "lora")
 METHOD_NAMES = {"base": "Base", "full": "Full-FT", "layer_lr": "Layer-LR", "lora": "LoRA"}
 TASK_NAMES = {"llama_questions": "Llama Questions", "web_questions": "Web Questions"}
-MODALITIES = ("text", "speech", "cascade", "text_asr")
 MODALITY_NAMES = {"text": "T2T", "speech": "S2T", "cascade": "Cascade", "text_asr": "Transcript"}
 MAIN_METRIC = "token_sequence_numbers"  # the scoring rule and the reduction that the claims are decided on;
 MAIN_REDUCTION = "per_batch_abs"  # a run without them is shown by the first it has
-# Where a null stands for a number that was not finite. Anywhere else a null is a damaged record.
-MAY_BE_NULL = {
-    "deactivation": {"loss", "perplexity"},
-    "perplexity": {"loss", "perplexity"},
-    "shift": {"value"},
-    "clustering": {
-        *("value", "null_mean", "null_std", "z"),
-        *("within_rows_mean", "within_rows_std", "within_rows_z"),
-        *("within_columns_mean", "within_columns_std", "within_columns_z"),
-    },
-    "clustering_summary": {"ratio", "ci_low", "ci_high"},
-    "delta": {
-        *("relative_norm", "overlap_with_importance", "overlap_by_chance"),
-        *("effective_rank", "energy_top1", "energy_top8", "energy_top24"),
-    },
-    "mask_overlap": {"layer", "overlap", "ci_low", "ci_high", "noise_floor"},
-    "correlations": {"kendall_tau", "p_value"},
-    "training": {"loss", "learning_rate", "grad_norm", "perplexity"},
-}
 OF_SEVERAL_RUNS = {"seeds", "seed_comparisons"}  # empty where every method was trained once
 MAY_BE_EMPTY = OF_SEVERAL_RUNS | {"voices"}  # empty where no task is spoken in several voices
 MAX_SAMPLES_BYTES = 64 * 2**20  # of one samples.jsonl
 
 
-class Results(TypedDict):
-    """results.json, every table present (empty where the run has none)."""
-
-    deactivation: list[records.DeactivationRecord]
-    qa: list[records.QARecord]
-    qa_floors: list[records.FloorRecord]
-    voices: list[records.VoiceRecord]
-    perplexity: list[records.PerplexityRecord]
-    comparisons: list[records.ComparisonRecord]
-    probe: list[records.ProbeRecord]
-    layers: list[records.LayerRecord]
-    shift: list[records.ShiftRecord]
-    clustering: list[records.ClusteringRecord]
-    clustering_summary: list[records.ClusteringSummaryRecord]
-    delta: list[records.DeltaRecord]
-    mask_overlap: list[records.MaskOverlapRecord]
-    correlations: list[records.CorrelationRecord]
-    training: list[records.TrainingRecord]
-    seeds: list[records.SeedRecord]
-    seed_comparisons: list[records.PairRecord]
-    claims: list[records.ClaimRecord]
-    timings: list[records.TimingRecord]
-
-
-class Sample(TypedDict):
-    """One answered question of one method."""
+class _Scalars(TypedDict):
+    """What every line of a samples.jsonl must have."""
 
     id: str
     question: str
     response: str
+    n_new_tokens: int
+
+
+class Sample(_Scalars):
+    """One answered question of one method."""
+
     answers: list[str]
     verdicts: dict[str, bool]
-    n_new_tokens: int
     failed: bool
 
 
@@ -147,7 +108,7 @@ def method_key(method: str) -> tuple[int, str]:
     if number:
         group, name = method_key(method)
         return group, f"{name}-seed{number:06d}"
-    rank = lora_rank(method)
+    rank = rank_in_name(method)
     if rank is not None:
         return (len(METHOD_ORDER), f"{rank:06d}")
     return (METHOD_ORDER.index(method) if method in METHOD_ORDER else len(METHOD_ORDER) + 1, method)
@@ -157,14 +118,20 @@ def method_name(method: str) -> str:
     method, number = method_of(method)
     if number:
         return f"{method_name(method)}, run {number + 1}"
-    rank = lora_rank(method)
+    rank = rank_in_name(method)
     return METHOD_NAMES.get(method, method) if rank is None else f"LoRA rank {rank}"
 
 
-def lora_rank(method: str) -> int | None:
+def rank_in_name(method: str) -> int | None:
     """The rank in a name such as `lora_r8`."""
     match = re.fullmatch(r"lora_r(\d{1,6})", method)
     return int(match[1]) if match else None
+
+
+def model_name(inputs: Inputs) -> str | None:
+    """The language model's name as provenance.json has it, None if it has none."""
+    name = at(inputs.provenance, "models", "language_model", "name")
+    return str(name) if name else None
 
 
 def task_name(task: str) -> str:
@@ -267,7 +234,7 @@ def _read_results(path: Path, missing: list[str]) -> Results:
         if not isinstance(rows, list):
             missing.append(f"{path.name}: “{table}” is not a list.")
             continue
-        faults = [_fault(row, record, MAY_BE_NULL.get(table, set())) for row in rows]
+        faults = _faults(rows, record)
         tables[table] = [row for row, fault in zip(rows, faults, strict=True) if fault is None]
         bad = [fault for fault in faults if fault is not None]
         if bad:
@@ -275,27 +242,23 @@ def _read_results(path: Path, missing: list[str]) -> Results:
     return cast(Results, tables)
 
 
-def _fault(row: object, record: type, nullable: Set[str] = frozenset()) -> str | None:
-    """Why `row` is not a `record`, or None."""
-    if not isinstance(row, dict):
-        return "not a mapping"
-    for key, hint in get_type_hints(record, include_extras=True).items():
-        optional = get_origin(hint) is NotRequired
-        if key not in row:
-            if optional:
-                continue
-            return f"“{key}” is missing"
-        (hint,) = get_args(hint) if optional else (hint,)
-        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        if float in kinds:
-            kinds = (*kinds, int)
-        value = row[key]
-        if value is None and key in nullable:
-            continue
-        wrong_bool = isinstance(value, bool) and bool not in kinds  # a bool would pass for an int
-        if wrong_bool or not isinstance(value, tuple(get_origin(kind) or kind for kind in kinds)):
-            return f"“{key}” is {str(value)[:40]!r}"
-    return None
+def _faults(rows: Sequence[object], record: type) -> list[str | None]:
+    """Why each row is not a `record`, or None. Keys that only newer versions write are no fault."""
+    from pydantic import TypeAdapter, ValidationError  # importing a report brings no pydantic
+
+    checker = TypeAdapter[Any](record)
+
+    def fault(row: object) -> str | None:
+        try:
+            checker.validate_python(row, strict=True)
+        except ValidationError as error:
+            if not isinstance(row, dict):
+                return "not a mapping"
+            key = error.errors()[0]["loc"][0]
+            return f"“{key}” is {str(row[key])[:40]!r}" if key in row else f"“{key}” is missing"
+        return None
+
+    return [fault(row) for row in rows]
 
 
 def _read_maps(path: Path, missing: list[str]) -> dict[tuple[str, str], npt.NDArray[np.float32]]:
@@ -345,37 +308,23 @@ def _read_sample_file(file: Path, where: str, missing: list[str]) -> list[Sample
     if file.stat().st_size > MAX_SAMPLES_BYTES:
         missing.append(f"{where} is larger than {MAX_SAMPLES_BYTES // 2**20} MiB and is not shown.")
         return []
-    rows: list[Sample] = []
-    n_bad = 0
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         missing.append(f"{where} cannot be read ({_first_line(error)}).")
         return []
-    for line in filter(str.strip, lines):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            n_bad += 1
-            continue
-        if _fault(_without_containers(row), _SampleScalars) is None:
-            rows.append(_sample(row))
-        else:
-            n_bad += 1
-    if n_bad:
-        missing.append(f"{where}: {n_bad} damaged lines are left out.")
-    return rows
+    rows = [_parsed(line) for line in lines if line.strip()]
+    good = [row for row, fault in zip(rows, _faults(rows, _Scalars), strict=True) if fault is None]
+    if len(good) < len(rows):
+        missing.append(f"{where}: {len(rows) - len(good)} damaged lines are left out.")
+    return [_sample(row) for row in good]
 
 
-class _SampleScalars(TypedDict):
-    id: str
-    question: str
-    response: str
-    n_new_tokens: int
-
-
-def _without_containers(row: object) -> object:
-    return {key: row[key] for key in _SampleScalars.__annotations__ if key in row} if isinstance(row, dict) else row
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def _sample(row: dict[str, Any]) -> Sample:

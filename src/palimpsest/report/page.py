@@ -15,26 +15,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from palimpsest.files import write_text
-from palimpsest.report import across_runs as seeds
-from palimpsest.report import analysis_tables, evaluation_tables, paper, structure_tables, summary, tables
+from palimpsest.report import paper, summary
 from palimpsest.report import remake as commands
-from palimpsest.report.across_runs import by_method, n_runs
+from palimpsest.report.across_runs import by_method
 from palimpsest.report.figures import FIGURES, OPTIONAL, draw, why_not
-from palimpsest.report.inputs import (
-    Inputs,
-    at,
-    flat,
-    lora_rank,
-    main_metric,
-    main_reduction,
-    missing_steps,
-    read_inputs,
-    task_name,
-)
+from palimpsest.report.inputs import Inputs, flat, main_metric, missing_steps, read_inputs, task_name
 from palimpsest.report.recordings import read_recordings
 from palimpsest.report.samples import MAX_QUESTIONS, samples_of
 from palimpsest.report.style import Drawing, to_inline_svg
-from palimpsest.report.table import DASH, Table, to_csv, to_html, to_latex, to_markdown
+from palimpsest.report.table import to_csv, to_html, to_latex, to_markdown
+from palimpsest.report.tables import tables_of
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -126,58 +116,6 @@ def render(inputs: Inputs, *, audio: bool = True, samples: bool = True) -> str:
         provenance=_provenance(inputs),
         config=inputs.config_text,
     )
-
-
-def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Table]:
-    """Every table that has a row of this run; one with the paper's numbers alone would pass for a result.
-
-    every_run: the inputs before `by_method`, for the tables that list every training run.
-    """
-    results, runs = inputs.results, (every_run or inputs).results
-    of_each = n_runs(results)
-    metric = main_metric(results)
-    model = summary.model_name(inputs) or DASH
-    every = [
-        tables.deactivation(runs["deactivation"]),
-        tables.accuracy(results["qa"], metric, model, _tuned_on_text(inputs), of_each),
-        tables.accuracy_details(runs["qa"]),
-        evaluation_tables.floors(results["qa_floors"], metric),
-        evaluation_tables.voices(results["voices"]),
-        tables.lora_rank(results["qa"], metric, _ranks(inputs), model, of_each),
-        tables.comparisons(runs["comparisons"] if of_each == 1 else []),  # else of first runs alone
-        seeds.seeds(results["seeds"]),
-        seeds.comparisons(results["seed_comparisons"]),
-        evaluation_tables.perplexity(results["perplexity"]),
-        tables.claims(results["claims"]),
-        analysis_tables.probe(results["probe"]),
-        analysis_tables.layers(results["layers"], "text", main_reduction(results)),
-        analysis_tables.shift(results["shift"]),
-        analysis_tables.clustering(results["clustering"]),
-        structure_tables.clustering_summary(results["clustering_summary"]),
-        analysis_tables.delta(results["delta"]),
-        structure_tables.mask_overlap(results["mask_overlap"]),
-        structure_tables.correlations(results["correlations"]),
-        analysis_tables.timings(results["timings"]),
-    ]
-    return {table.name: table for table in every if len(table.rows) > len(table.published)}
-
-
-def _tuned_on_text(inputs: Inputs) -> list[str]:
-    """The methods that study.yaml trains on questions given as text."""
-    methods = {row["method"] for row in inputs.results["qa"]}
-    return [method for method in sorted(methods) if at(inputs.config, "methods", method, "modality") == "text"]
-
-
-def _ranks(inputs: Inputs) -> dict[str, int]:
-    """The rank of every LoRA method: what study.yaml says, else what its name says."""
-    ranks: dict[str, int] = {}
-    for method in sorted({row["method"] for row in inputs.results["qa"]}):
-        options = at(inputs.config, "methods", method)
-        configured = at(options, "rank") if at(options, "kind") == "lora" else None
-        rank = configured if isinstance(configured, int) else lora_rank(method)
-        if rank is not None:
-            ranks[method] = rank
-    return ranks
 
 
 def _provenance(inputs: Inputs) -> list[tuple[str, list[tuple[str, str]]]]:

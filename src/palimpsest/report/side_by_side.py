@@ -6,21 +6,62 @@ scored alike in both runs; what does not match is said.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from palimpsest.files import UserError
+from palimpsest.records import ClaimRecord, LossPairRecord, Paired, PairRecord
 from palimpsest.report import summary
-from palimpsest.report.inputs import Inputs, read_inputs, task_name
+from palimpsest.report.inputs import (
+    MODALITY_NAMES,
+    Inputs,
+    flat,
+    main_reduction,
+    method_key,
+    method_name,
+    modality_key,
+    model_name,
+    read_inputs,
+    task_name,
+)
 from palimpsest.report.page import render_page, write_page
-from palimpsest.report.side_by_side_tables import Run, tables_of
+from palimpsest.report.table import (
+    DASH,
+    EMPTY,
+    Cell,
+    Column,
+    Table,
+    count,
+    interval,
+    mean,
+    number,
+    numbers,
+    percent,
+    ranges,
+    significant,
+    table,
+    text,
+    words,
+)
+from palimpsest.report.tables import DIFFERENCE, INPUT, P_HOLM, TASK, VERDICTS, N, P
+
+MAX_VALUE = 120  # characters of one value of a configuration or provenance
+UNCOMMON = ("steps.", "started", "finished", "seconds")  # provenance that differs between any two runs
+A, B, VERDICT = words("A", "method_a"), words("B", "method_b"), words("Verdict on B", "verdict")
 
 
-def write_comparison(runs: Sequence[Path], paired: Mapping[str, Any], out: Path) -> Path:
+@dataclass(frozen=True)
+class Run:
+    label: str
+    inputs: Inputs
+
+
+def write_comparison(runs: Sequence[Path], paired: Paired, out: Path) -> Path:
     """Write the page that shows `runs` side by side to `out` and return its path.
 
-    paired: what `palimpsest.pairing.pair_runs` returns: `metric`, `accuracy`, `perplexity`, `not_compared`.
+    paired: what `palimpsest.comparison.pairs.pair_runs` returns.
 
     Raises:
         UserError: a run is not a folder, or is given twice; `out` is a folder.
@@ -31,13 +72,12 @@ def write_comparison(runs: Sequence[Path], paired: Mapping[str, Any], out: Path)
         raise UserError(f"{out} is a folder; give a file for the page with --out.")
     names = [run.resolve().name for run in runs]
     labels = [name if names.count(name) == 1 else str(run) for run, name in zip(runs, names, strict=True)]
-    write_page(
-        out, render([Run(label, read_inputs(run)) for label, run in zip(labels, runs, strict=True)], paired, out)
-    )
+    read = [Run(label, read_inputs(run)) for label, run in zip(labels, runs, strict=True)]
+    write_page(out, render(read, paired, out))
     return out
 
 
-def render(runs: Sequence[Run], paired: Mapping[str, Any], out: Path) -> str:
+def render(runs: Sequence[Run], paired: Paired, out: Path) -> str:
     """The page as text."""
     metric = paired["metric"]
     every = tables_of(runs, paired)
@@ -57,7 +97,7 @@ def render(runs: Sequence[Run], paired: Mapping[str, Any], out: Path) -> str:
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Words
+# Summaries, and what is not alike
 # ----------------------------------------------------------------------------------------------------------
 def _summaries(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, tuple[summary.Finding, ...]]]]]:
     """Each question of the summary with every run's findings."""
@@ -68,10 +108,10 @@ def _summaries(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, tuple[sum
 
 def _unlike(runs: Sequence[Run], metric: str) -> Iterator[str]:
     """What stands side by side here and is not the same measurement, a sentence each, from the runs' own records."""
-    for table, by in (("tasks", _tasks), ("scoring rules", _versions), ("language models", _models)):
+    for what, by in (("tasks", _tasks), ("scoring rules", _versions), ("language models", _models)):
         values = [(run.label, by(run.inputs, metric)) for run in runs]
         if len({value for _, value in values}) > 1:
-            yield f"The runs have different {table}: " + "; ".join(f"{label}: {value}" for label, value in values) + "."
+            yield f"The runs have different {what}: " + "; ".join(f"{label}: {value}" for label, value in values) + "."
 
 
 def _tasks(inputs: Inputs, metric: str) -> str:
@@ -84,4 +124,222 @@ def _versions(inputs: Inputs, metric: str) -> str:
 
 
 def _models(inputs: Inputs, metric: str) -> str:
-    return summary.model_name(inputs) or "not named"
+    return model_name(inputs) or "not named"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Tables with a column per run
+# ----------------------------------------------------------------------------------------------------------
+Key = tuple[Any, ...]
+Cells = Mapping[Key, Cell]  # the cells of one run by what identifies a row
+
+
+def tables_of(runs: Sequence[Run], paired: Paired) -> list[Table]:
+    """Every table of the page, also those without a row."""
+    metric = paired["metric"]
+    return [
+        _claims(runs),
+        _side_by_side(
+            runs,
+            "accuracy",
+            "Accuracy by run",
+            ("Task", "Input", "Method"),
+            lambda run: _accuracies(run, metric),
+            f"Percent of the questions, scoring rule {metric}; in brackets the 95 % Wilson interval, the questions, "
+            "the version of the rule. Other versions are other measurements.",
+        ),
+        _pairs(paired["accuracy"]),
+        _loss_pairs(paired["perplexity"]),
+        _side_by_side(
+            runs,
+            "perplexity",
+            "Perplexity of the held-out answers by run",
+            ("Method", "Input"),
+            _perplexities,
+            "In brackets the number of tokens; other numbers of tokens are other answers or another tokenizer.",
+        ),
+        _side_by_side(
+            runs,
+            "shift",
+            "Shift of the text importance over the layers by run (Jensen–Shannon divergence, bits)",
+            ("Method",),
+            _shifts,
+            "From the base of the same run; in brackets the 95 % interval, and what two halves of the data differ by.",
+        ),
+        _side_by_side(
+            runs,
+            "deactivation",
+            "Perplexity with weights set to zero, by run",
+            ("Model", "Input", "Removed", "Removed %", "Scope"),
+            _deactivations,
+            "Random: mean over seeds. In brackets the number of tokens and the scores that chose the weights.",
+        ),
+        _side_by_side(runs, "differences", "What the recipes differ in", ("Key",), _config, "", _differs),
+        _side_by_side(
+            runs, "provenance", "Versions, hardware, models, data of each run", ("Key",), _provenance, "", _always
+        ),
+    ]
+
+
+def _always(cells: Sequence[Cell]) -> bool:
+    return True
+
+
+def _differs(cells: Sequence[Cell]) -> bool:
+    return len({cell.text for cell in cells}) > 1
+
+
+def _side_by_side(
+    runs: Sequence[Run],
+    name: str,
+    title: str,
+    heads: Sequence[str],
+    of: Callable[[Inputs], Cells],
+    note: str,
+    keep: Callable[[Sequence[Cell]], bool] = _always,
+) -> Table:
+    """A row per key that any run has, in the order of the first run that has it; a dash where a run has none."""
+    columns = [of(run.inputs) for run in runs]
+    lines = [(key, [cells.get(key, EMPTY) for cells in columns]) for key in _merged([list(cells) for cells in columns])]
+    prose = name in ("differences", "provenance")
+    return Table(
+        name,
+        title,
+        (
+            *(Column(head) for head in heads),
+            *(Column(run.label, numeric=not prose, prose=prose) for run in runs),
+        ),
+        tuple((*(text(str(part)) for part in key), *cells) for key, cells in lines if keep(cells)),
+        note,
+    )
+
+
+def _merged(orders: Sequence[Sequence[Key]]) -> list[Key]:
+    """Every key once: those of the first run in its order, keys of later runs after the one they follow there."""
+    merged = list(orders[0])
+    for order in orders[1:]:
+        place = 0
+        for key in order:
+            if key in merged:
+                place = merged.index(key) + 1
+            else:
+                merged.insert(place, key)
+                place += 1
+    return merged
+
+
+def _accuracies(inputs: Inputs, metric: str) -> Cells:
+    rows = [row for row in inputs.results["qa"] if row["metric"] == metric]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    rows.sort(key=lambda row: (tasks.index(row["task"]), modality_key(row["modality"]), method_key(row["method"])))
+    return {
+        (
+            task_name(row["task"]),
+            MODALITY_NAMES.get(row["modality"], row["modality"]),
+            method_name(row["method"]),
+        ): Cell(
+            percent(row["accuracy"]),
+            f"{interval(row['ci_low'], row['ci_high'])}; n {row['n']}; version {row['metric_version']}",
+            row["accuracy"],
+        )
+        for row in rows
+    }
+
+
+def _perplexities(inputs: Inputs) -> Cells:
+    rows = sorted(
+        inputs.results["perplexity"], key=lambda row: (method_key(row["method"]), modality_key(row["modality"]))
+    )
+    return {
+        (method_name(row["method"]), row["modality"]): mean([row["perplexity"]], f"{row['n_tokens']} tokens")
+        for row in rows
+    }
+
+
+def _shifts(inputs: Inputs) -> Cells:
+    wanted = ("base", "text", main_reduction(inputs.results), "jensen_shannon")
+    cells: dict[Key, Cell] = {}
+    for row in sorted(inputs.results["shift"], key=lambda row: method_key(row["model"])):
+        if (row["reference"], row["modality"], row["reduction"], row["measure"]) == wanted:
+            parts = [interval(row["ci_low"], row["ci_high"], significant)]
+            parts += [f"noise {significant(row['noise_floor'])}" if row["noise_floor"] is not None else ""]
+            cells[(method_name(row["model"]),)] = number(row["value"], detail="; ".join(filter(None, parts)))
+    return cells
+
+
+def _deactivations(inputs: Inputs) -> Cells:
+    groups: dict[Key, list[Any]] = {}
+    order = lambda row: (method_key(row["model"]), modality_key(row["modality"]), row["ratio"])  # noqa: E731
+    for row in sorted(inputs.results["deactivation"], key=order):
+        scope = DASH if row["condition"] == "base" else row["scope"]
+        removed = {"base": "nothing"}.get(row["condition"], row["condition"])
+        key = (method_name(row["model"]), row["modality"], removed, f"{100 * row['ratio']:g}", scope)
+        groups.setdefault(key, []).append(row)
+    return {
+        key: mean(
+            [row["perplexity"] for row in rows],
+            f"{rows[0]['n_tokens']} tokens" + (f"; {rows[0]['reduction']}" if key[2] != "nothing" else ""),
+        )
+        for key, rows in groups.items()
+    }
+
+
+def _config(inputs: Inputs) -> Cells:
+    return {(key,): text(value) for key, value in flat(inputs.config, MAX_VALUE)}
+
+
+def _provenance(inputs: Inputs) -> Cells:
+    return {(key,): text(value) for key, value in flat(inputs.provenance, MAX_VALUE) if not key.startswith(UNCOMMON)}
+
+
+def _verdict(row: ClaimRecord) -> Cell:
+    value = "" if row["value"] is None else significant(row["value"])
+    spread = interval(row["ci_low"], row["ci_high"], significant)
+    written = VERDICTS.get(row["verdict"], row["verdict"])
+    return Cell(written, "; ".join(filter(None, (value, spread))), written)
+
+
+def _claims(runs: Sequence[Run]) -> Table:
+    """A row per claim: its statement and each run's verdict with the value it rests on."""
+    statements: dict[int, str] = {}
+    for run in runs:
+        for row in run.inputs.results["claims"]:
+            statements.setdefault(row["claim"], row["statement"])
+    verdicts = [{row["claim"]: row for row in run.inputs.results["claims"]} for run in runs]
+    rows = []
+    for claim, statement in sorted(statements.items()):
+        cells = [_verdict(of[claim]) if claim in of else EMPTY for of in verdicts]
+        rows.append((count(claim), text(statement), *cells))
+    return Table(
+        "claims",
+        "The paper's claims: verdict by run",
+        (Column("Claim", numeric=True), Column("Statement", prose=True), *(Column(run.label) for run in runs)),
+        tuple(rows),
+        "In brackets the value the verdict rests on and its 95 % interval; each run's own report names the measure.",
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Differences
+# ----------------------------------------------------------------------------------------------------------
+def _pairs(records: Sequence[PairRecord]) -> Table:
+    shares = (numbers("A %", "accuracy_a", percent), numbers("B %", "accuracy_b", percent))
+    return table(
+        "pairs",
+        "The same method in two runs, on the same questions",
+        (TASK, INPUT, A, B, N, *shares, DIFFERENCE, P, P_HOLM, VERDICT),
+        records,
+        "Brackets: 95 % interval, paired bootstrap. p: exact McNemar test; Holm: corrected for all rows of this table.",
+    )
+
+
+def _loss_pairs(records: Sequence[LossPairRecord]) -> Table:
+    losses = (numbers(f"Loss {name.upper()}", f"loss_{name}", lambda loss: f"{loss:.4f}") for name in "ab")
+    difference = ranges("B − A", "difference", lambda loss: f"{loss:+.4f}".replace("-", "−"))
+    return table(
+        "loss_pairs",
+        "The same method in two runs: loss on the same answers",
+        (words("Data", "task", task_name), INPUT, A, B, N, *losses, difference, P, P_HOLM, VERDICT),
+        records,
+        "Nats per supervised token; lower is better. Brackets: 95 % interval, paired by answer. Holm: over this table.",
+    )

@@ -1,39 +1,149 @@
-"""Tables of how importance and change are arranged inside the matrices, and what goes with it."""
+"""Tables of where and how the weights differ, and of what the run cost: lists of columns over records."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from statistics import fmean, median
 
-from palimpsest.records import ClusteringSummaryRecord, CorrelationRecord, MaskOverlapRecord
+from palimpsest.records import (
+    ClusteringRecord,
+    ClusteringSummaryRecord,
+    CorrelationRecord,
+    DeltaRecord,
+    LayerRecord,
+    MaskOverlapRecord,
+    ShiftRecord,
+    TimingRecord,
+)
 from palimpsest.report.inputs import method_key, method_name
-from palimpsest.report.table import Cell, Column, Table, count, interval, number, p_value, percent, text
+from palimpsest.report.table import (
+    EMPTY,
+    Cell,
+    Field,
+    Row,
+    Table,
+    cells,
+    count,
+    counts,
+    grouped,
+    interval,
+    number,
+    numbers,
+    p_value,
+    percent,
+    ranges,
+    seconds,
+    significant,
+    table,
+    where,
+    words,
+)
 
 OF = {"importance": "importance", "mask": "top mask", "delta": "change"}
-ORDER = ("importance", "mask", "delta")
+
+METHOD, MODEL, REFERENCE = (words(key.capitalize(), key, method_name) for key in ("method", "model", "reference"))
+KIND, MEASURE, SCORES = words("Kind", "kind"), words("Measure", "measure"), words("Scores", "reduction")
+MATRICES = cells("Matrices", lambda group: count(len(group["rows"])))
+
+
+def layers(records: Sequence[LayerRecord], modality: str, reduction: str) -> Table:
+    """Importance by layer: share of the model's total, and the total."""
+    wanted = (modality, reduction, "all")
+    rows = [row for row in records if (row["modality"], row["reduction"], row["kind"]) == wanted]
+    return table(
+        f"layers_{modality}",
+        f"Importance by layer, {modality} input",
+        (
+            counts("Layer", "layer"),
+            *(
+                where(field, model=model)
+                for model in sorted({row["model"] for row in rows}, key=method_key)
+                for field in (
+                    numbers(f"{method_name(model)}, %", "share", lambda share: percent(share, 2)),
+                    numbers(f"{method_name(model)}, sum", "total"),
+                )
+            ),
+        ),
+        sorted(grouped(rows, "layer"), key=lambda row: row["layer"]),
+        f"Reduction {reduction}. %: share of the model's total. Sum: over the layer's scored weights.",
+    )
+
+
+def shift(records: Sequence[ShiftRecord]) -> Table:
+    """How far each model's layer-wise importance lies from its reference, beside the noise of the measure."""
+    return table(
+        "shift",
+        "Shift of the layer-wise importance",
+        (
+            MODEL,
+            REFERENCE,
+            words("Input", "modality"),
+            SCORES,
+            MEASURE,
+            ranges("Value", "value"),
+            numbers("Noise floor", "noise_floor"),
+        ),
+        records,
+        "Noise floor: the same measure between the reference and itself scored on other data. Brackets: 95 % interval.",
+    )
+
+
+def clustering(records: Sequence[ClusteringRecord]) -> Table:
+    """Concentration on rows and columns, summarised over the layers of each module kind."""
+    order = lambda row: (row["of"] != "importance", method_key(row["model"]), list(row.values())[:4])  # noqa: E731
+    return table(
+        "clustering",
+        "Rank clustering: concentration on rows and columns",
+        (
+            words("Of", "of"),
+            MODEL,
+            KIND,
+            MEASURE,
+            MATRICES,
+            _over("Value", "value", median),
+            _over("Shuffled", "null_mean", median),
+            _over("z", "z", median),
+            _over("z > 3, %", "z", lambda z: sum(value > 3 for value in z) / len(z), lambda share: percent(share, 0)),
+        ),
+        sorted(grouped(records, "of", "model", "kind", "measure"), key=order),
+        "Medians over the matrices of a kind. Shuffled: what the same entries give in random places; "
+        "z: distance from that in its standard deviations.",
+    )
+
+
+def _over(
+    title: str, key: str, statistic: Callable[[list[float]], float], write: Callable[[float], str] = significant
+) -> Field:
+    """A statistic over the records of a group, without the nulls that stand for numbers that are not finite."""
+
+    def cell(group: Row) -> Cell:
+        values = _finite(group, key)
+        return number(value := statistic(values), write(value)) if values else EMPTY
+
+    return cells(title, cell)
+
+
+def _finite(group: Row, key: str) -> list[float]:
+    return [row[key] for row in group["rows"] if row.get(key) is not None]
 
 
 def clustering_summary(records: Sequence[ClusteringSummaryRecord]) -> Table:
     """One row per model and what was measured: typical ratios of the measures to their shuffled null."""
-    rows_of = [row for row in records if row["kind"] == "all"]
-    measures = list(dict.fromkeys(row["measure"] for row in rows_of if row["ratio"] is not None))
-    cells = {(row["of"], row["model"], row["measure"]): row for row in rows_of}
-    lines = sorted(
-        {(row["of"], row["model"]) for row in rows_of},
-        key=lambda key: (ORDER.index(key[0]) if key[0] in ORDER else len(ORDER), key[0], method_key(key[1])),
-    )
-    rows: list[tuple[Cell, ...]] = []
-    for of, model in lines:
-        line = [text(_of(of)), text(method_name(model))]
-        for measure in measures:
-            row = cells.get((of, model, measure))
-            detail = "" if row is None else interval(row["ci_low"], row["ci_high"], "significant")
-            line.append(number(row["ratio"] if row else None, detail=detail))
-        rows.append(tuple(line))
-    return Table(
+    records = [row for row in records if row["kind"] == "all"]
+    order = {of: place for place, of in enumerate(OF)}
+    measures = dict.fromkeys(row["measure"] for row in records if row["ratio"] is not None)
+    return table(
         "clustering_summary",
         "Rank clustering of whole models: measure over its value for shuffled entries",
-        (Column("Of"), Column("Model"), *(Column(measure, numeric=True) for measure in measures)),
-        tuple(rows),
+        (
+            words("Of", "of", _of),
+            MODEL,
+            *(where(ranges(measure, "ratio"), measure=measure) for measure in measures),
+        ),
+        sorted(
+            grouped(records, "of", "model"),
+            key=lambda row: (order.get(row["of"], len(OF)), row["of"], method_key(row["model"])),
+        ),
         "Geometric mean over the matrices, 95 % interval over the matrices. 1: no clustering; above 1 for shares and "
         "Gini, below 1 for the effective rank: clustered. Change of rank r: the change cut to its r largest singular "
         "directions, over random directions.",
@@ -45,26 +155,47 @@ def _of(of: str) -> str:
     return f"change of rank {rank}" if rank != of else OF.get(of, of)
 
 
+def delta(records: Sequence[DeltaRecord]) -> Table:
+    """How much each method changed the weights, and how often the largest changes hit important weights."""
+
+    def change(group: Row) -> Cell:
+        values = _finite(group, "relative_norm")
+        return number(median(values), detail=interval(min(values), max(values), significant)) if values else EMPTY
+
+    return table(
+        "delta",
+        "Parameter change by method",
+        (
+            METHOD,
+            KIND,
+            MATRICES,
+            cells("Relative change", change),
+            _over("Overlap with importance %", "overlap_with_importance", fmean, percent),
+            _over("Overlap by chance %", "overlap_by_chance", fmean, percent),
+            _over("Effective rank", "effective_rank", median),
+            _over("Energy in 8 directions, %", "energy_top8", fmean, percent),
+        ),
+        sorted(grouped(records, "method", "kind"), key=lambda row: (method_key(row["method"]), row["kind"])),
+        "Relative change: Frobenius norm of the change over that of the base weights, median and range over "
+        "the matrices. Overlap: share of the largest changes that hit the base model's most important "
+        "weights, mean. Effective rank: participation ratio of the squared singular values, median.",
+    )
+
+
 def mask_overlap(records: Sequence[MaskOverlapRecord]) -> Table:
     """One row per model and module kind would be long; over all matrices, with what other data alone change."""
-    rows = [
-        (
-            text(method_name(row["model"])),
-            text(method_name(row["reference"])),
-            number(row["ratio"], percent(row["ratio"], 0)),
-            number(row["overlap"], percent(row["overlap"]), interval(row["ci_low"], row["ci_high"])),
-            number(row["noise_floor"], percent(row["noise_floor"])),
-            number(row["overlap_by_chance"], percent(row["overlap_by_chance"])),
-        )
-        for row in sorted(records, key=lambda row: method_key(row["model"]))
-        if row["kind"] == "all"
-    ]
-    columns = ("Weights, %", "Shared, %", "Same model, other data, %", "By chance, %")
-    return Table(
+    return table(
         "mask_overlap",
         "Most important weights that stay the most important ones",
-        (Column("Model"), Column("Reference"), *(Column(name, numeric=True) for name in columns)),
-        tuple(rows),
+        (
+            MODEL,
+            REFERENCE,
+            numbers("Weights, %", "ratio", lambda share: percent(share, 0)),
+            ranges("Shared, %", "overlap", percent),
+            numbers("Same model, other data, %", "noise_floor", percent),
+            numbers("By chance, %", "overlap_by_chance", percent),
+        ),
+        sorted((row for row in records if row["kind"] == "all"), key=lambda row: method_key(row["model"])),
         "Mean over the matrices of the share of a model's top weights that are the reference's too; 95 % interval over "
         "the matrices.",
     )
@@ -72,29 +203,23 @@ def mask_overlap(records: Sequence[MaskOverlapRecord]) -> Table:
 
 def correlations(records: Sequence[CorrelationRecord]) -> Table:
     """Shift of importance against loss of text accuracy, over the tuned models."""
-    rows = [
-        (
-            text(row["measure"]),
-            text(row["reduction"]),
-            count(row["n_models"]),
-            number(row["kendall_tau"]),
-            number(row["p_value"], p_value(row["p_value"])),
-            text(row["note"]),
-        )
-        for row in records
-    ]
-    columns = (
-        Column("Shift"),
-        Column("Scores"),
-        Column("Models", numeric=True),
-        Column("Kendall τ", numeric=True),
-        Column("p", numeric=True),
-        Column("Note"),
-    )
-    return Table(
+    kendall, p = numbers("Kendall τ", "kendall_tau"), numbers("p", "p_value", p_value)
+    return table(
         "correlations",
         "Does more shift go with more loss of text accuracy?",
-        columns,
-        tuple(rows),
+        (words("Shift", "measure"), SCORES, counts("Models", "n_models"), kendall, p, words("Note", "note")),
+        records,
         "Over the tuned models; exact two-sided p. Three models cannot give a p below 0.33.",
+    )
+
+
+def timings(records: Sequence[TimingRecord]) -> Table:
+    memory = numbers("Peak memory, GB", "peak_rss_bytes", lambda size: f"{size / 1e9:.2f}")
+    return table(
+        "timings",
+        "Time and memory of each step",
+        (words("Step", "step"), numbers("Time", "seconds", seconds), memory),
+        records,
+        f"{seconds(sum(row['seconds'] for row in records))} in all. "
+        "Peak memory: largest resident size of the process so far.",
     )

@@ -17,6 +17,7 @@ from palimpsest.report.inputs import (
     main_reduction,
     method_key,
     method_name,
+    model_name,
     peak_layer,
     task_name,
     text_layers,
@@ -78,12 +79,6 @@ def scale(inputs: Inputs) -> str:
     return sentence + "; read it as a demonstration of the method, not as evidence about large models."
 
 
-def model_name(inputs: Inputs) -> str | None:
-    """The language model's name as provenance.json has it, None if it has none."""
-    name = at(inputs.provenance, "models", "language_model", "name")
-    return str(name) if name else None
-
-
 def points_of(inputs: Inputs) -> list[Point]:
     """The summary's questions with their answers, in reading order."""
     return [
@@ -130,7 +125,7 @@ def _where(inputs: Inputs) -> list[Finding]:
         of = (row["reference"], row["modality"], row["reduction"], row["measure"])
         if of != wanted or row["value"] is None:
             continue
-        spread = interval(row["ci_low"], row["ci_high"], "significant")
+        spread = interval(row["ci_low"], row["ci_high"], significant)
         detail = f"{method_name(row['model'])}: {significant(row['value'])} bits"
         detail += f" (95 % interval {spread})" if spread else ""
         if row["noise_floor"]:
@@ -272,7 +267,7 @@ def _paired(inputs: Inputs, task: str, before: str, after: str) -> ComparisonRec
 
 
 def _difference(row: ComparisonRecord) -> str:
-    spread = interval(row["ci_low"], row["ci_high"], "points")
+    spread = interval(row["ci_low"], row["ci_high"], points)
     p = p_value(row["p_holm"])
     evidence = f"95 % interval {spread}; paired p {p if p.startswith('<') else f'= {p}'}, Holm-corrected"
     if row["p_holm"] >= LEVEL:

@@ -1,12 +1,17 @@
-"""A table as a value, how its numbers are written, and its four renderings: HTML, Markdown, LaTeX, CSV."""
+"""A table as a value, made from a list of columns and the records that are its rows, and its renderings.
+
+A column knows its title and how a record becomes its cell. The renderings: HTML, Markdown, LaTeX, CSV, plain text.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any
 
 from markupsafe import Markup, escape
 
@@ -86,12 +91,9 @@ def p_value(value: float | None) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
-def interval(low: float | None, high: float | None, number: str = "percent") -> str:
+def interval(low: float | None, high: float | None, write: Callable[[float], str] = percent) -> str:
     """`low to high`, written like the values they belong to; empty where there is none."""
-    if low is None or high is None:
-        return ""
-    write = {"percent": percent, "points": points, "significant": significant}[number]
-    return f"{write(low)} to {write(high)}"
+    return "" if low is None or high is None else f"{write(low)} to {write(high)}"
 
 
 def seconds(value: float) -> str:
@@ -112,11 +114,77 @@ def number(value: float | None, written: str | None = None, detail: str = "") ->
     return Cell(written if written is not None else (DASH if value is None else significant(value)), detail, value)
 
 
+def mean(values: Sequence[float | None], detail: str = "") -> Cell:
+    """The mean of perplexities; None stands for one that is not finite."""
+    finite = [value for value in values if value is not None]
+    return number(fmean(finite), detail=detail) if len(finite) == len(values) else Cell(NOT_FINITE, detail, math.inf)
+
+
 def count(value: int) -> Cell:
     return Cell(f"{value:,}".replace(",", "\u202f"), sort=value)
 
 
 EMPTY = Cell(DASH)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Columns: what stands at their head, and how a row of records becomes their cell
+# ----------------------------------------------------------------------------------------------------------
+Row = Mapping[str, Any]  # a record, or a group of records as `grouped` makes it
+Field = tuple[Column, Callable[[Row], Cell]]
+
+
+def table(
+    name: str, title: str, fields: Iterable[Field], rows: Iterable[Row], note: str = "", published: Collection[int] = ()
+) -> Table:
+    """The table whose columns are `fields`, with a line for each of `rows`."""
+    fields = list(fields)
+    lines = tuple(tuple(cell(row) for _, cell in fields) for row in rows)
+    return Table(name, title, tuple(column for column, _ in fields), lines, note, frozenset(published))
+
+
+def words(title: str, key: str, say: Callable[[Any], str] = str, prose: bool = False) -> Field:
+    return Column(title, prose=prose), lambda row: text(say(row[key]))
+
+
+def counts(title: str, key: str) -> Field:
+    """Whole numbers; a dash where a record has none."""
+    return Column(title, numeric=True), lambda row: count(row[key]) if key in row else EMPTY
+
+
+def numbers(title: str, key: str, write: Callable[[float], str] = significant) -> Field:
+    """Numbers as `write` writes them; a dash for null."""
+    return cells(title, lambda row: number(row[key], None if row[key] is None else write(row[key])))
+
+
+def ranges(title: str, key: str, write: Callable[[float], str] = significant) -> Field:
+    """Numbers with the interval from `ci_low` to `ci_high`."""
+    value = numbers(title, key, write)[1]
+    return cells(title, lambda row: replace(value(row), detail=interval(row["ci_low"], row["ci_high"], write)))
+
+
+def cells(title: str, of: Callable[[Row], Cell]) -> Field:
+    """A numeric column whose cell is `of(row)`."""
+    return Column(title, numeric=True), of
+
+
+def where(field: Field, **wanted: Any) -> Field:
+    """`field` of the record of a group that has the `wanted` values; a dash where none has them."""
+    column, cell = field
+
+    def of(group: Row) -> Cell:
+        found = [row for row in group["rows"] if all(row[key] == value for key, value in wanted.items())]
+        return cell(found[-1]) if found else EMPTY
+
+    return column, of
+
+
+def grouped(records: Iterable[Row], *keys: str) -> list[dict[str, Any]]:
+    """The records that agree in `keys`, as one row of a table: these keys, and the records as `rows`."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for record in records:
+        groups.setdefault(tuple(record[key] for key in keys), []).append(record)
+    return [{**dict(zip(keys, values, strict=True)), "rows": rows} for values, rows in groups.items()]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -170,6 +238,34 @@ def _markdown(value: str) -> str:
     for character in "\\`*_|<>[]":
         value = value.replace(character, "\\" + character)
     return value
+
+
+def to_plain(table: Table) -> str:
+    """Columns that line up in a terminal; without title and note, and without a head where no column has a title."""
+    lines = _aligned(table, [[cell.plain for cell in row] for row in table.rows])
+    untitled = not any(column.title for column in table.columns)
+    return "\n".join("  " + "  ".join(line).rstrip() for line in lines[untitled:])
+
+
+def to_aligned_markdown(table: Table) -> str:
+    """Markdown that lines up as plain text too; without title and note."""
+    head, *rows = _aligned(table, [[cell.plain.replace("|", "\\|") for cell in row] for row in table.rows])
+    rule = "|" + "|".join("-" * (len(title) + 2) for title in head) + "|"
+    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _aligned(table: Table, rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The titles and `rows`, every text as wide as its column, words to the left and numbers to the right."""
+    lines = [[column.title for column in table.columns], *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        [
+            value.rjust(width) if column.numeric else value.ljust(width)
+            for value, width, column in zip(line, widths, table.columns, strict=True)
+        ]
+        for line in lines
+    ]
 
 
 def to_latex(table: Table) -> str:

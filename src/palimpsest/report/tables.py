@@ -1,124 +1,227 @@
-"""Tables of what the models can do: plain functions from lists of records to `Table` values.
+"""The tables of a run's report, and those of them that say what the models can do.
 
-Where the paper has the same table, its numbers stand below ours in rows of their own, each labelled as
-published in its first cell, so that the label survives sorting and copying.
+Each is a list of columns over records of results.json. Where the paper has the same table, its numbers stand below
+ours in rows of their own, labelled as published in their first cell, so that the label survives sorting and copying.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from palimpsest.records import ClaimRecord, ComparisonRecord, DeactivationRecord, QARecord
-from palimpsest.report import paper
-from palimpsest.report.inputs import MODALITY_NAMES, method_key, method_name, modality_key, task_name
+from palimpsest.records import (
+    ClaimRecord,
+    ComparisonRecord,
+    DeactivationRecord,
+    FloorRecord,
+    PairRecord,
+    PerplexityRecord,
+    ProbeRecord,
+    QARecord,
+    SeedRecord,
+    VoiceRecord,
+)
+from palimpsest.report import paper, structure_tables
+from palimpsest.report.across_runs import n_runs
+from palimpsest.report.inputs import (
+    MODALITY_NAMES,
+    Inputs,
+    at,
+    main_metric,
+    main_reduction,
+    method_key,
+    method_name,
+    modality_key,
+    model_name,
+    rank_in_name,
+    task_name,
+)
 from palimpsest.report.table import (
     DASH,
     EMPTY,
     NOT_FINITE,
     Cell,
     Column,
+    Field,
+    Row,
     Table,
+    cells,
     count,
+    counts,
+    grouped,
     interval,
-    number,
+    mean,
+    numbers,
     p_value,
     percent,
     points,
+    ranges,
     significant,
+    table,
     text,
+    where,
+    words,
 )
 
 OURS = "measured here"
 DIGEST_NOTE = "* from a secondary digest of the paper, not checked against it."
 CONDITIONS = ("base", "top", "bottom", "random")
 VERDICTS = {"holds": "✓ holds", "fails": "✗ fails", "undecided": "? undecided"}
+FLOORS = {
+    "unrelated": "Answers to other questions %",
+    "echo": "Question repeated %",
+    "echo_in_sentence": "Question in a sentence %",
+}
+OF_SEEDS = {  # what is measured over training runs
+    "accuracy": "Accuracy %",
+    "perplexity": "Perplexity",
+    "perplexity_ratio": "Perplexity over the base's",
+    "perplexity_ratio_top": "Perplexity without the top weights, times the whole's",
+    "perplexity_ratio_bottom": "Perplexity without the bottom weights, times the whole's",
+    "perplexity_ratio_random": "Perplexity without random weights, times the whole's",
+}
+
+SOURCE, TASK, INPUT = words("Source", "source"), words("Task", "task", task_name), words("Input", "modality")
+METHOD, SYSTEM = words("Method", "method", method_name), words("Model", "model")
+A, B = words("A", "method_a", method_name), words("B", "method_b", method_name)
+N, DIFFERENCE = counts("n", "n"), ranges("B − A, points", "difference", points)
+P, P_HOLM = numbers("p", "p_value", p_value), numbers("p, Holm", "p_holm", p_value)
 
 
+def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Table]:
+    """Every table that has a row of this run; one with the paper's numbers alone would pass for a result.
+
+    every_run: the inputs before `by_method`, for the tables that list every training run.
+    """
+    results, runs = inputs.results, (every_run or inputs).results
+    of_each = n_runs(results)
+    metric = main_metric(results)
+    model = model_name(inputs) or DASH
+    every = [
+        deactivation(runs["deactivation"]),
+        accuracy(results["qa"], metric, model, _tuned_on_text(inputs), of_each),
+        accuracy_details(runs["qa"]),
+        floors(results["qa_floors"], metric),
+        voices(results["voices"]),
+        lora_rank(results["qa"], metric, _ranks(inputs), model, of_each),
+        comparisons(runs["comparisons"] if of_each == 1 else []),  # else of first runs alone
+        seeds(results["seeds"]),
+        seed_comparisons(results["seed_comparisons"]),
+        perplexity(results["perplexity"]),
+        claims(results["claims"]),
+        probe(results["probe"]),
+        structure_tables.layers(results["layers"], "text", main_reduction(results)),
+        structure_tables.shift(results["shift"]),
+        structure_tables.clustering(results["clustering"]),
+        structure_tables.clustering_summary(results["clustering_summary"]),
+        structure_tables.delta(results["delta"]),
+        structure_tables.mask_overlap(results["mask_overlap"]),
+        structure_tables.correlations(results["correlations"]),
+        structure_tables.timings(results["timings"]),
+    ]
+    return {table.name: table for table in every if len(table.rows) > len(table.published)}
+
+
+def _tuned_on_text(inputs: Inputs) -> list[str]:
+    """The methods that study.yaml trains on questions given as text."""
+    methods = {row["method"] for row in inputs.results["qa"]}
+    return [method for method in sorted(methods) if at(inputs.config, "methods", method, "modality") == "text"]
+
+
+def _ranks(inputs: Inputs) -> dict[str, int]:
+    """The rank of every LoRA method: what study.yaml says, else what its name says."""
+    ranks: dict[str, int] = {}
+    for method in sorted({row["method"] for row in inputs.results["qa"]}):
+        options = at(inputs.config, "methods", method)
+        configured = at(options, "rank") if at(options, "kind") == "lora" else None
+        rank = configured if isinstance(configured, int) else rank_in_name(method)
+        if rank is not None:
+            ranks[method] = rank
+    return ranks
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What the models can do
+# ----------------------------------------------------------------------------------------------------------
 def deactivation(records: Sequence[DeactivationRecord]) -> Table:
     """Table 1: perplexity after zeroing the top, bottom or a random share of the weights.
 
     The random condition is the mean over its seeds, with their smallest and largest value.
     """
-    columns = (
-        Column("Source"),
-        Column("Model"),
-        Column("Input"),
-        Column("Removed %", numeric=True),
-        Column("Selected by"),
-        *(Column(name, numeric=True) for name in ("Whole", "Top", "Bottom", "Random")),
-    )
-    groups: dict[tuple[str, str, float, str, str], list[DeactivationRecord]] = defaultdict(list)
-    whole: dict[tuple[str, str], DeactivationRecord] = {}
-    for record in records:
-        if record["condition"] == "base":
-            whole[record["model"], record["modality"]] = record
-        else:
-            key = (record["model"], record["modality"], record["ratio"], record["scope"], record["reduction"])
-            groups[key].append(record)
-    keys = sorted(groups, key=lambda key: (method_key(key[0]), modality_key(key[1]), *key[2:]))
-    rows: list[tuple[Cell, ...]] = []
-    for key in keys:
-        model, modality, ratio, scope, reduction = key
-        base = whole.get((model, modality))
-        of = {name: [row for row in groups[key] if row["condition"] == name] for name in CONDITIONS}
+    whole = {(row["model"], row["modality"]): [row] for row in records if row["condition"] == "base"}
+    removed = (row for row in records if row["condition"] != "base")
+    groups = grouped(removed, "model", "modality", "ratio", "scope", "reduction")
+    groups.sort(key=lambda g: (method_key(g["model"]), modality_key(g["modality"]), *list(g.values())[2:5]))
+    rows: list[Row] = []
+    for group in groups:
+        of = {name: [row for row in group["rows"] if row["condition"] == name] for name in CONDITIONS}
+        of["base"] = whole.get((group["model"], group["modality"]), [])
         rows.append(
-            (
-                text(OURS),
-                text(method_name(model)),
-                text(modality),
-                number(ratio, f"{100 * ratio:g}"),
-                text(f"{scope}, {reduction}"),
-                _perplexity([base] if base else []),
-                *(_perplexity(of[name]) for name in CONDITIONS[1:]),
-            )
+            {
+                **group,
+                "source": OURS,
+                "model": method_name(group["model"]),
+                "selection": f"{group['scope']}, {group['reduction']}",
+                "cells": {name: _perplexity(found) for name, found in of.items()},
+            }
         )
-    n_ours = len(rows)
-    for published in paper.TABLE_1:
-        values = (published.base, published.top, published.bottom, published.random)
-        rows.append(
-            (
-                text(paper.SOURCE_LABEL),
-                text(f"LLaMA-Omni {published.model}"),
-                text(published.modality),
-                number(paper.TABLE_1_RATIO, f"{100 * paper.TABLE_1_RATIO:g}"),
-                text("not stated"),
-                *(_published(value, significant(value.value)) for value in values),
-            )
-        )
-    return Table(
+    rows += [
+        {
+            "source": paper.SOURCE_LABEL,
+            "model": f"LLaMA-Omni {row.model}",
+            "modality": row.modality,
+            "ratio": paper.TABLE_1_RATIO,
+            "selection": "not stated",
+            "cells": {name: _published(getattr(row, name), significant) for name in CONDITIONS},
+        }
+        for row in paper.TABLE_1
+    ]
+    return table(
         "deactivation",
         "Perplexity with a share of the weights set to zero (the paper's Table 1)",
-        columns,
-        tuple(rows),
+        (
+            SOURCE,
+            SYSTEM,
+            INPUT,
+            numbers("Removed %", "ratio", lambda ratio: f"{100 * ratio:g}"),
+            words("Selected by", "selection"),
+            *(_given("Whole" if name == "base" else name.capitalize(), name) for name in CONDITIONS),
+        ),
+        rows,
         f"Selected by: scope of the selection and reduction of the scores. Random: mean over seeds, with the "
-        f"smallest and largest in brackets. {_tokens(records)}{DIGEST_NOTE}",
-        frozenset(range(n_ours, len(rows))),
+        f"smallest and largest in brackets. {_sizes(records, 'examples')}{DIGEST_NOTE}",
+        _from_the_paper(rows),
     )
-
-
-def _tokens(records: Sequence[DeactivationRecord]) -> str:
-    """On how much text the perplexities were measured."""
-    sizes = sorted({(row["modality"], row["n_examples"], row["n_tokens"]) for row in records})
-    return "".join(f"{modality}: {n} examples, {tokens} tokens. " for modality, n, tokens in sizes)
 
 
 def _perplexity(records: Sequence[DeactivationRecord]) -> Cell:
     if not records:
         return EMPTY
-    values = [float(record["perplexity"]) for record in records if record["perplexity"] is not None]
-    if len(values) < len(records):
-        return Cell(NOT_FINITE, sort=float("inf"))
-    detail = f"{interval(min(values), max(values), 'significant')}; {len(values)} seeds" if len(values) > 1 else ""
-    return number(fmean(values), detail=detail)
+    values = [row["perplexity"] for row in records]
+    if len(values) == 1 or None in values:
+        return mean(values)
+    return mean(values, f"{interval(min(values), max(values), significant)}; {len(values)} seeds")
 
 
-def _published(value: paper.Value | None, written: str) -> Cell:
+def _sizes(records: Sequence[DeactivationRecord] | Sequence[PerplexityRecord], what: str) -> str:
+    """On how much text the perplexities were measured."""
+    sizes = sorted({(row["modality"], row["n_examples"], row["n_tokens"]) for row in records})
+    return "".join(f"{modality}: {n} {what}, {tokens} tokens. " for modality, n, tokens in sizes)
+
+
+def _given(title: str, name: str) -> Field:
+    """Cells that the row has already, by name."""
+    return cells(title, lambda row: row["cells"].get(name, EMPTY))
+
+
+def _published(value: paper.Value | None, write: Callable[[float], str]) -> Cell:
     if value is None:
         return EMPTY
-    return Cell(f"{written} *" if value.certainty == "digest" else written, sort=value.value)
+    return Cell(write(value.value) + (" *" if value.certainty == "digest" else ""), sort=value.value)
+
+
+def _from_the_paper(rows: Sequence[Row]) -> list[int]:
+    return [index for index, row in enumerate(rows) if row["source"] == paper.SOURCE_LABEL]
 
 
 def accuracy(
@@ -129,56 +232,28 @@ def accuracy(
     `tuned_on_text` names the methods that were trained on questions given as text; `n_runs` of each method are meant.
     """
     asked = {row["modality"] for row in records}
-    modalities = [modality for modality in MODALITY_NAMES if modality != "text_asr" or modality in asked]
-    columns = (
-        Column("Source"),
-        Column("Task"),
-        Column("Model"),
-        Column("Method"),
-        *(Column(f"{MODALITY_NAMES[modality]} %", numeric=True) for modality in modalities),
-    )
-    cells = {
-        (row["task"], row["method"], row["modality"]): _accuracy(row) for row in records if row["metric"] == metric
-    }
-    rows: list[tuple[Cell, ...]] = []
-    published_rows: list[int] = []
-    for task in _tasks(cells, paper.TABLE_2):
-        rows += [
-            (
-                text(OURS),
-                text(task_name(task)),
-                text(model),
-                text(method_name(method)),
-                *(cells.get((task, method, modality), EMPTY) for modality in modalities),
-            )
-            for method in sorted({method for of, method, _ in cells if of == task}, key=method_key)
-        ]
-        for published in paper.TABLE_2:
-            if published.task == task:
-                published_at = {"text": _percent(published.t2t), "speech": _percent(published.s2t)}
-                published_rows.append(len(rows))
-                rows.append(
-                    (
-                        text(paper.SOURCE_LABEL),
-                        text(task_name(task)),
-                        text(f"{published.system}, {published.size}"),
-                        text(method_name(published.method)) if published.method else EMPTY,
-                        *(published_at.get(modality, EMPTY) for modality in modalities),
-                    )
-                )
-    return Table(
+    records = [row for row in records if row["metric"] == metric]
+    rows = _beside_the_paper(records, paper.TABLE_2, model, lambda row: method_key(row["method"]))
+    base_has_adaptor = any((row["method"], row["modality"]) == ("base", "speech") for row in records)
+    return table(
         "accuracy",
         "Accuracy from typed (T2T) and spoken (S2T) questions (the paper's Table 2)",
-        columns,
-        tuple(rows),
+        (
+            SOURCE,
+            TASK,
+            SYSTEM,
+            (Column("Method"), lambda row: text(method_name(row["method"])) if row["method"] else EMPTY),
+            *(_given(f"{name} %", key) for key, name in MODALITY_NAMES.items() if key != "text_asr" or key in asked),
+        ),
+        rows,
         f"Ours: scoring rule {metric}, {_brackets(n_runs)}. The paper "
         "states neither its scoring rule nor intervals, so the two are not the same measurement."
-        f"{_deaf(tuned_on_text)}{BASE_HEARD if any(key[1:] == ('base', 'speech') for key in cells) else ''}",
-        frozenset(published_rows),
+        f"{_not_spoken_to(tuned_on_text)}{BASE_WITH_ADAPTOR if base_has_adaptor else ''}",
+        _from_the_paper(rows),
     )
 
 
-BASE_HEARD = " The base model heard through the adaptor that the methods started from."
+BASE_WITH_ADAPTOR = " The base model heard through the adaptor that the methods started from."
 
 
 def _brackets(n_runs: int) -> str:
@@ -190,7 +265,7 @@ def _brackets(n_runs: int) -> str:
     )
 
 
-def _deaf(tuned_on_text: Sequence[str]) -> str:
+def _not_spoken_to(tuned_on_text: Sequence[str]) -> str:
     """Why some methods have no S2T."""
     if not tuned_on_text:
         return ""
@@ -200,9 +275,38 @@ def _deaf(tuned_on_text: Sequence[str]) -> str:
     )
 
 
-def _tasks(cells: Iterable[tuple[str, Any, str]], published: Sequence[paper.AccuracyRow]) -> list[str]:
-    """This run's tasks in its own order, then those that only the paper has."""
-    return list(dict.fromkeys([task for task, _, _ in cells] + [row.task for row in published]))
+def _beside_the_paper(
+    records: Sequence[QARecord],
+    published: Sequence[paper.AccuracyRow],
+    model: str,
+    key: Callable[[Row], Any],
+    ranks: Mapping[str, int] | None = None,
+) -> list[Row]:
+    """By task, a row per method of ours, then the paper's; tasks in this run's order, then those only the paper has."""
+    ours: list[Row] = [
+        {
+            **group,
+            "source": OURS,
+            "model": model,
+            "rank": (ranks or {}).get(group["method"]),
+            "cells": {row["modality"]: _accuracy(row) for row in group["rows"]},
+        }
+        for group in grouped(records, "task", "method")
+    ]
+    theirs: list[Row] = [
+        {
+            "source": paper.SOURCE_LABEL,
+            "task": row.task,
+            "model": f"{row.system}, {row.size}",
+            "method": row.method,
+            "rank": row.rank,
+            "cells": {"text": _percent(row.t2t), "speech": _percent(row.s2t)},
+        }
+        for row in published
+    ]
+    by_task = grouped([*sorted(ours, key=key), *theirs], "task")
+    order = list(dict.fromkeys(row["task"] for row in [*ours, *theirs]))
+    return [row for group in sorted(by_task, key=lambda group: order.index(group["task"])) for row in group["rows"]]
 
 
 def _accuracy(row: QARecord) -> Cell:
@@ -213,176 +317,216 @@ def _accuracy(row: QARecord) -> Cell:
 def _percent(value: paper.Value | None) -> Cell:
     if value is None:
         return EMPTY
-    cell = _published(value, f"{value.value:.1f}")
-    return Cell(cell.text, sort=value.value / 100)  # ours sort by shares
-
-
-def accuracy_details(records: Sequence[QARecord]) -> Table:
-    """Every accuracy of the run, by scoring rule, with how many answers were empty, refused, looping or failed."""
-    columns = (
-        Column("Source"),
-        Column("Method"),
-        Column("Task"),
-        Column("Input"),
-        Column("Scoring rule"),
-        *(
-            Column(name, numeric=True)
-            for name in ("n", "Correct", "Accuracy %", "Empty", "Refused", "Looping", "Failed")
-        ),
-    )
-    key = lambda row: (row["metric"], row["task"], modality_key(row["modality"]), method_key(row["method"]))  # noqa: E731
-    rows = tuple(
-        (
-            text(OURS if row.get("source", "measured") == "measured" else row["source"]),
-            text(method_name(row["method"])),
-            text(task_name(row["task"])),
-            text(row["modality"]),
-            text(f"{row['metric']} {row['metric_version']}"),
-            count(row["n"]),
-            count(row["correct"]),
-            Cell(percent(row["accuracy"]), interval(row["ci_low"], row["ci_high"]), row["accuracy"]),
-            count(row["n_empty"]),
-            *(count(row[flag]) if flag in row else EMPTY for flag in ("n_refusal", "n_loop")),
-            count(row["n_failed"]),
-        )
-        for row in sorted(records, key=key)
-    )
-    return Table(
-        "accuracy_details",
-        "Every accuracy, by scoring rule",
-        columns,
-        rows,
-        "Empty and failed answers count as wrong. Refused and looping ones are scored as they are: a refusal opens "
-        "with an apology or not knowing, a loop repeats a run of words three times or more, over at least six words.",
-    )
+    return Cell(_published(value, lambda share: f"{share:.1f}").text, sort=value.value / 100)  # ours sort by shares
 
 
 def lora_rank(
     records: Sequence[QARecord], metric: str, ranks: Mapping[str, int], model: str = DASH, n_runs: int = 1
 ) -> Table:
     """Table 3: LoRA by rank. `ranks` gives the rank of each LoRA method of this run."""
-    columns = (
-        Column("Source"),
-        Column("Task"),
-        Column("Model"),
-        Column("Rank", numeric=True),
-        Column("T2T %", numeric=True),
-        Column("S2T %", numeric=True),
-    )
-    cells = {
-        (row["task"], row["method"], row["modality"]): _accuracy(row)
-        for row in records
-        if row["metric"] == metric and row["method"] in ranks
-    }
-    rows: list[tuple[Cell, ...]] = []
-    published_rows: list[int] = []
-    for task in _tasks(cells, paper.TABLE_3):
-        rows += [
-            (
-                text(OURS),
-                text(task_name(task)),
-                text(model),
-                count(ranks[method]),
-                cells.get((task, method, "text"), EMPTY),
-                cells.get((task, method, "speech"), EMPTY),
-            )
-            for method in sorted({method for of, method, _ in cells if of == task}, key=ranks.__getitem__)
-        ]
-        for published in paper.TABLE_3:
-            if published.task == task and published.rank is not None:
-                published_rows.append(len(rows))
-                rows.append(
-                    (
-                        text(paper.SOURCE_LABEL),
-                        text(task_name(task)),
-                        text(f"{published.system}, {published.size}"),
-                        count(published.rank),
-                        _percent(published.t2t),
-                        _percent(published.s2t),
-                    )
-                )
-    return Table(
+    records = [row for row in records if row["metric"] == metric and row["method"] in ranks]
+    rows = _beside_the_paper(records, paper.TABLE_3, model, lambda row: row["rank"], ranks)
+    return table(
         "lora_rank",
         "LoRA by rank (the paper's Table 3)",
-        columns,
-        tuple(rows),
+        (SOURCE, TASK, SYSTEM, counts("Rank", "rank"), _given("T2T %", "text"), _given("S2T %", "speech")),
+        rows,
         f"Ours: scoring rule {metric}, {_brackets(n_runs)}.",
-        frozenset(published_rows),
+        _from_the_paper(rows),
+    )
+
+
+def accuracy_details(records: Sequence[QARecord]) -> Table:
+    """Every accuracy of the run, by scoring rule, with how many answers were empty, refused, looping or failed."""
+    key = lambda row: (row["metric"], row["task"], modality_key(row["modality"]), method_key(row["method"]))  # noqa: E731
+    return table(
+        "accuracy_details",
+        "Every accuracy, by scoring rule",
+        (
+            (Column("Source"), _source),
+            METHOD,
+            TASK,
+            INPUT,
+            (Column("Scoring rule"), lambda row: text(f"{row['metric']} {row['metric_version']}")),
+            N,
+            counts("Correct", "correct"),
+            ranges("Accuracy %", "accuracy", percent),
+            counts("Empty", "n_empty"),
+            counts("Refused", "n_refusal"),
+            counts("Looping", "n_loop"),
+            counts("Failed", "n_failed"),
+        ),
+        sorted(records, key=key),
+        "Empty and failed answers count as wrong. Refused and looping ones are scored as they are: a refusal opens "
+        "with an apology or not knowing, a loop repeats a run of words three times or more, over at least six words.",
+    )
+
+
+def _source(row: Row) -> Cell:
+    source = row.get("source", "measured")
+    return text(OURS if source == "measured" else source)
+
+
+def floors(records: Sequence[FloorRecord], metric: str) -> Table:
+    """What the main scoring rule calls right by chance, one row per method, task and input."""
+    rows = grouped((row for row in records if row["metric"] == metric), "task", "modality", "method")
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    rows.sort(key=lambda row: (tasks.index(row["task"]), modality_key(row["modality"]), method_key(row["method"])))
+    return table(
+        "floors",
+        "What the scoring rule calls right that cannot be",
+        (
+            METHOD,
+            TASK,
+            INPUT,
+            cells("n", lambda group: count(max(row["n"] for row in group["rows"]))),
+            *(where(ranges(title, "value", percent), floor=floor) for floor, title in FLOORS.items()),
+        ),
+        rows,
+        f"Scoring rule {metric}. Answers to other questions: each answer scored against the gold answers of another "
+        "question, mean over several draws. An accuracy near these numbers says nothing. Brackets: 95 % interval.",
+    )
+
+
+def voices(records: Sequence[VoiceRecord]) -> Table:
+    """Accuracy by the voice of the question, of tasks spoken in several voices."""
+    return table(
+        "voices",
+        "Accuracy by the voice of the question",
+        (
+            TASK,
+            INPUT,
+            METHOD,
+            words("Voice", "voice"),
+            words("Trained on", "trained_on", lambda known: "yes" if known else "no"),
+            counts("Questions", "n"),
+            ranges("Accuracy %", "accuracy", percent),
+            numbers("The same as text %", "accuracy_text", percent),
+        ),
+        sorted(records, key=lambda row: (row["task"], modality_key(row["modality"]), method_key(row["method"]))),
+        "Mean over the training runs of a method. Trained on: the voice of some of the study's training questions. The "
+        "questions differ from voice to voice; the last column says how hard they are. Brackets: 95 % interval.",
     )
 
 
 def comparisons(records: Sequence[ComparisonRecord]) -> Table:
     """Two methods on the same questions."""
-    columns = (
-        Column("Task"),
-        Column("Input"),
-        Column("Scoring rule"),
-        Column("A"),
-        Column("B"),
-        *(
-            Column(name, numeric=True)
-            for name in ("n", "Only A right", "Only B right", "B − A, points", "p", "p, Holm")
-        ),
-    )
-    rows = tuple(
-        (
-            text(task_name(row["task"])),
-            text(row["modality"]),
-            text(row["metric"]),
-            text(method_name(row["method_a"])),
-            text(method_name(row["method_b"])),
-            count(row["n"]),
-            count(row["only_a"]),
-            count(row["only_b"]),
-            number(
-                row["difference"],
-                points(row["difference"]),
-                interval(row["ci_low"], row["ci_high"], "points"),
-            ),
-            number(row["p_value"], p_value(row["p_value"])),
-            number(row["p_holm"], p_value(row["p_holm"])),
-        )
-        for row in records
-    )
-    return Table(
+    only = (counts("Only A right", "only_a"), counts("Only B right", "only_b"))
+    return table(
         "comparisons",
         "Paired comparisons on the same questions",
-        columns,
-        rows,
+        (TASK, INPUT, words("Scoring rule", "metric"), A, B, N, *only, DIFFERENCE, P, P_HOLM),
+        records,
         "p: exact McNemar test; Holm: corrected for all rows of this table. Brackets: 95 % interval.",
+    )
+
+
+def seeds(records: Sequence[SeedRecord]) -> Table:
+    """Mean, standard deviation and interval of every measure over the training runs of each method."""
+    order = list(dict.fromkeys([*OF_SEEDS, *(row["measure"] for row in records)]))
+    key = lambda row: (  # noqa: E731
+        order.index(row["measure"]), row["basis"] or "", row["task"] or "", modality_key(row["modality"]),
+        method_key(row["method"]),
+    )  # fmt: skip
+    return table(
+        "seeds",
+        "Several training runs of each method: mean and spread",
+        (
+            (Column("Measure"), lambda row: text(_measure(row))),
+            words("Task", "task", lambda task: task_name(task) if task else ""),
+            INPUT,
+            METHOD,
+            counts("Runs", "n_seeds"),
+            cells("Mean", lambda row: mean([None]) if row["mean"] is None else ranges("", "mean", _write(row))[1](row)),
+            cells("Deviation", lambda row: numbers("", "std", _write(row))[1](row)),
+            (Column("Each run", prose=True), _each_run),
+            words("Interval over", "ci_over"),
+        ),
+        sorted(records, key=key),
+        "The runs of a method differ in their seeds: first weights of the adaptor and of LoRA, order of the examples, "
+        "dropout. Brackets: 95 % interval of the mean, over what the last column names. Deviation: standard deviation "
+        "of the runs. Means of perplexities and of their ratios are geometric.",
+    )
+
+
+def _measure(row: Row) -> str:
+    if row["measure"] in OF_SEEDS:
+        return OF_SEEDS[row["measure"]]
+    reference = "" if row["reference"] is None else f" from {method_name(row['reference'])}"
+    return f"{row['measure']}{reference}, {row['basis']}"
+
+
+def _write(row: Row) -> Callable[[float], str]:
+    return percent if row["measure"] == "accuracy" else significant
+
+
+def _each_run(row: Row) -> Cell:
+    return text(", ".join(NOT_FINITE if value is None else _write(row)(value) for value in row["values"]))
+
+
+def seed_comparisons(records: Sequence[PairRecord]) -> Table:
+    """Two methods on the same questions, each the mean over its runs."""
+    runs = (counts("Runs of A", "seeds_a"), counts("Runs of B", "seeds_b"))
+    return table(
+        "seed_comparisons",
+        "Paired comparisons of the methods' means over their runs",
+        (TASK, INPUT, A, B, N, *runs, DIFFERENCE, P, P_HOLM, words("B is", "verdict")),
+        records,
+        "Clustered by question and by seed; Holm: corrected for all rows of this table. Brackets: 95 % interval.",
+    )
+
+
+def perplexity(records: Sequence[PerplexityRecord]) -> Table:
+    """Perplexity of the unchanged models on the held-out answers, typed and spoken questions side by side."""
+    modalities = sorted({row["modality"] for row in records}, key=modality_key)
+    of = {name: f"{MODALITY_NAMES.get(name, name)} perplexity" for name in modalities}
+    return table(
+        "perplexity",
+        "Perplexity of the held-out answers",
+        (METHOD, *(where(cells(of[name], lambda row: mean([row["perplexity"]])), modality=name) for name in of)),
+        sorted(grouped(records, "method"), key=lambda row: method_key(row["method"])),
+        _sizes(records, "answers").strip(),
     )
 
 
 def claims(records: Sequence[ClaimRecord]) -> Table:
     """The paper's claims, each with this run's measure, value, interval and verdict."""
-    columns = (
-        Column("Claim", numeric=True),
-        Column("Statement", prose=True),
-        Column("Verdict"),
-        Column("Measure", prose=True),
-        Column("Value", numeric=True),
-        Column("Note", prose=True),
-        Column("In the paper", prose=True),
-    )
-    references = {reference.claim: reference for reference in paper.CLAIMS}
-    rows: list[tuple[Cell, ...]] = []
-    for row in sorted(records, key=lambda row: row["claim"]):
-        reference = references.get(row["claim"])
-        rows.append(
-            (
-                count(row["claim"]),
-                text(row["statement"]),
-                text(VERDICTS.get(row["verdict"], row["verdict"])),
-                text(row["measure"]),
-                number(row["value"], detail=interval(row["ci_low"], row["ci_high"], "significant")),
-                text(row.get("note", "")),
-                text(f"{reference.where} (published): {reference.published}") if reference else EMPTY,
-            )
-        )
-    return Table(
+    published = {claim.claim: text(f"{claim.where} (published): {claim.published}") for claim in paper.CLAIMS}
+    return table(
         "claims",
         "The paper's claims, tested on this run",
-        columns,
-        tuple(rows),
+        (
+            counts("Claim", "claim"),
+            words("Statement", "statement", prose=True),
+            words("Verdict", "verdict", lambda verdict: VERDICTS.get(verdict, verdict)),
+            words("Measure", "measure", prose=True),
+            ranges("Value", "value"),
+            (Column("Note", prose=True), lambda row: text(row.get("note", ""))),
+            (Column("In the paper", prose=True), lambda row: published.get(row["claim"], EMPTY)),
+        ),
+        sorted(records, key=lambda row: row["claim"]),
         "A verdict is about this run, not about the paper: the models and data differ. Brackets: 95 % interval.",
+    )
+
+
+def probe(records: Sequence[ProbeRecord]) -> Table:
+    """The retention probe: one row per kind of pairs, two columns per model."""
+    return table(
+        "probe",
+        "Retention probe: right against wrong continuations, without generation",
+        (
+            words("Pairs", "kind"),
+            N,
+            *(
+                where(field, model=model)
+                for model in sorted({row["model"] for row in records}, key=method_key)
+                for field in (
+                    ranges(f"{method_name(model)} %", "accuracy", percent),
+                    numbers(f"{method_name(model)}, margin", "margin"),
+                )
+            ),
+        ),
+        grouped(records, "kind", "n"),
+        "Share of pairs whose right continuation has the lower loss, 95 % Wilson interval; chance is 50 %. Margin: "
+        "mean of the wrong continuation's loss minus the right one's, nats per token.",
     )

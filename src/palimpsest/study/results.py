@@ -17,13 +17,11 @@ from palimpsest.evaluation.floors import floor_records
 from palimpsest.evaluation.scoring import PRIMARY
 from palimpsest.evaluation.tasks import Task
 from palimpsest.files import read_json
-from palimpsest.records import BASE, RESULT_TABLES, SCHEMA, ComparisonRecord, Modality
+from palimpsest.records import BASE, MODALITIES, RESULT_TABLES, SCHEMA, ComparisonRecord
 from palimpsest.rundir import RunDir, folder_of, manifest_of, samples_of
 
 if TYPE_CHECKING:
     from palimpsest.config import StudyConfig
-
-MODALITIES: tuple[Modality, ...] = ("text", "speech", "cascade", "text_asr")
 
 
 def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -> dict[str, Any]:
