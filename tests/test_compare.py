@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from palimpsest import intervals
 from palimpsest.cli import app
 from palimpsest.commands import compare as command
-from palimpsest.comparison import pairs as compare
 from palimpsest.comparison.pairs import accuracy_records
 from palimpsest.comparison.systems import Answers, System
 from palimpsest.data.examples import Example
@@ -134,8 +134,8 @@ def test_equal_systems_are_called_different_in_at_most_5_percent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The verdicts of compare over 1000 draws of two equally good systems at n = 300, difficulty shared."""
-    monkeypatch.setattr(compare, "minimum_detectable_difference", lambda *_: None)  # slow, and not looked at here
-    monkeypatch.setattr(compare, "paired_bootstrap", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(intervals, "minimum_detectable_difference", lambda *_: None)  # slow, and not looked at here
+    monkeypatch.setattr(intervals, "paired_bootstrap", lambda *_: (0.0, 0.0))
     random = np.random.default_rng(0)
     false = 0
     for draw in range(1000):

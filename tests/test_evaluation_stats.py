@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
 
-from palimpsest.comparison.pairs import compare, with_holm
+from palimpsest.comparison.pairs import compare, corrected
 from palimpsest.files import UserError
 from palimpsest.intervals import (
     holm,
@@ -220,8 +220,8 @@ def test_holm_by_hand() -> None:
 
 @given(st.lists(st.floats(0, 1), max_size=12))
 def test_holm_lies_between_no_correction_and_bonferroni(pvalues: list[float]) -> None:
-    for p, corrected in zip(pvalues, holm(pvalues), strict=True):
-        assert p <= corrected <= min(1.0, p * len(pvalues))
+    for p, adjusted in zip(pvalues, holm(pvalues), strict=True):
+        assert p <= adjusted <= min(1.0, p * len(pvalues))
 
 
 def test_compare_by_hand() -> None:
@@ -258,7 +258,7 @@ def test_compare_makes_every_pair_and_does_not_depend_on_row_order() -> None:
     assert [r["p_holm"] for r in records] == holm([r["p_value"] for r in records])
     shuffled = {m: dict(reversed(rows.items())) for m, rows in verdicts.items()}
     assert compare(shuffled, task="t", modality="text", metric="m", seed=0) == records
-    twice = with_holm(records * 2)
+    twice = corrected(records * 2)
     assert [r["p_holm"] for r in twice] == holm([r["p_value"] for r in records * 2])
 
 

@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_finite_leaves_the_mean_out_and_is_no_error(tables: d
 
 
 def test_comparisons_are_of_means_over_runs(tables: dict[str, Any], tmp_path: Path) -> None:
-    (row,) = seed_comparisons(["m"], 2, tables["verdicts"], tmp_path, 0)
+    (row,) = seed_comparisons(["m"], 2, tables["verdicts"], 0)
     assert (row["method_a"], row["seeds_a"], row["method_b"], row["seeds_b"]) == ("base", 1, "m", 2)
     assert (row["accuracy_a"], row["accuracy_b"], row["difference"]) == (0.75, 0.625, -0.125)
     # Differences of the questions 0, 0, −0.5, 0: variance 0.1875 / 3, over 4. Seeds: 0.03125, over 2.

@@ -261,11 +261,11 @@ def test_data_from_a_table_held_out_by_hash_and_what_was_dropped(inputs: Path, t
     assert sorted(row["reason"] for row in rows) == ["later turn", "silent audio"]
     assert sum(study.ws.dropped.get("train", {}).values()) + sum(study.ws.dropped.get("heldout", {}).values()) == 2
     again = Study(parse_config(recipe(inputs, data=data), "test"), tmp_path / "run")
-    again.data()
+    steps.data(again.ws)
     assert again.ws.done[0].skipped
     strict = Study(parse_config(recipe(inputs, data={**data, "strict": True}), "test"), tmp_path / "run")
     with pytest.raises(UserError, match="row 14: silent audio"):
-        strict.data()
+        steps.data(strict.ws)
 
 
 def test_transcripts_are_asked_of_every_model_and_the_base_s_answers_to_them_are_its_cascade(

@@ -99,7 +99,7 @@ class Evaluation:
     text_asr: bool = False  # also ask the tuned models the recogniser's transcripts; needs models.asr
 
 
-# What the runs of a method after its first may be spared; clustering: with it parameter change and overlap of masks.
+# What can be left out after the first run of a method; clustering: with it parameter change and overlap of masks.
 SeedMeasure = Literal["importance", "clustering", "deactivation", "probe"]
 
 
@@ -164,7 +164,7 @@ class StudyConfig(BaseModel):
         return 0 if run in self.methods else method_of(run)[1]
 
     def measures(self, run: str, what: SeedMeasure) -> bool:
-        """Whether a run is measured in a way that those after a method's first may be spared."""
+        """Whether a run is measured in a way that may be left out after a method's first."""
         return self.number_of(run) == 0 or what in self.seeds_measure
 
     def takes_speech(self, run: str) -> bool:

@@ -231,6 +231,59 @@ def loss_difference(a: ArrayLike, b: ArrayLike, tokens: ArrayLike, level: float 
     return _effect(value, error, len(counts) - 1, len(counts), level, power)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Accuracies: one way for one training run a side and for several
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Compared:
+    """Accuracy of b against that of a on the same questions, over one or several training runs of each."""
+
+    n: int  # questions
+    only_a: int | None  # questions only a has right; None where there are several runs
+    only_b: int | None
+    difference: float  # accuracy(b) − accuracy(a)
+    low: float  # 95 %
+    high: float
+    test: str  # mcnemar_exact | clustered_t
+    p_value: float
+    effect: Effect | None  # of several runs
+
+    @property
+    def detectable(self) -> float | None:
+        """The smallest true difference found with probability 0.8; None: no difference would be."""
+        if self.only_a is None or self.only_b is None:
+            return self.effect.detectable if self.effect else None
+        apart = self.only_a + self.only_b
+        return minimum_detectable_difference(self.n, apart / self.n) if apart else None
+
+
+def compare_accuracies(a: ArrayLike, b: ArrayLike, seed: int) -> Compared:
+    """a, b: verdicts, (seeds, questions) or (questions,), the same questions in the same order. seed: of the bootstrap.
+
+    One run a side: exact McNemar and the paired bootstrap. Several: `clustered_difference`.
+    """
+    first, second = _matrix(a), _matrix(b)
+    n, difference = first.shape[1], float(second.mean() - first.mean())
+    if len(first) > 1 or len(second) > 1:
+        effect = clustered_difference(first, second)
+        return Compared(n, None, None, difference, effect.low, effect.high, "clustered_t", effect.p_value, effect)
+    low, high = paired_bootstrap(first[0], second[0], seed)
+    only_a, only_b = int(np.sum(first > second)), int(np.sum(second > first))
+    p_value = mcnemar_exact(only_a, only_b)
+    return Compared(n, only_a, only_b, difference, low, high, "mcnemar_exact", p_value, None)
+
+
+def accuracy_interval(right: ArrayLike) -> tuple[float, float]:
+    """Of the mean of verdicts (seeds, questions): Wilson's for one run, clustered over several."""
+    values = _matrix(right)
+    if len(values) == 1:
+        return wilson(int(values.sum()), values.shape[1])
+    if values.shape[1] == 1:
+        return 0.0, 1.0  # one question says nothing about others
+    effect = clustered_difference(np.zeros_like(values[0]), values)
+    return max(0.0, effect.low), min(1.0, effect.high)
+
+
 def _effect(value: float, error: float, df: float, n: int, level: float, power: float) -> Effect:
     """From a standard error; where that is 0, every question says the same, and the sign test decides."""
     if error <= 1e-12 * abs(value):

@@ -68,7 +68,7 @@ def exact_importance(
 ) -> Float64[np.ndarray, " positions"]:
     """|L(θ) − L(θ with θ_j = 0)| for each position, in nats per supervised token: Eq. 1, the unit of the estimates.
 
-    The absolute value of `exact_changes`, which see.
+    The absolute value of `exact_changes`; see there.
     """
     magnitudes: Float64[np.ndarray, " positions"] = np.abs(
         exact_changes(model, batches, positions, parameters=parameters)

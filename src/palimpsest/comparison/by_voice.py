@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from palimpsest.comparison.training_runs import Verdicts, runs_of
 from palimpsest.data.examples import Example
 from palimpsest.evaluation.scoring import PRIMARY
-from palimpsest.intervals import clustered_difference, wilson
+from palimpsest.intervals import accuracy_interval
 from palimpsest.records import BASE, VoiceRecord
 
 RECORDING = "recording"  # the voice of questions that came with their audio and no name of a voice
@@ -41,14 +40,14 @@ def voice_records(
     records: list[VoiceRecord] = []
     for modality in ("speech", "cascade"):
         for method in (BASE, *methods):
-            runs = [BASE] if method == BASE else runs_of(method, n_seeds)
-            heard = verdicts.get(modality, {})
-            if any(run not in heard for run in runs):
+            runs = runs_of(method, n_seeds)
+            answered = verdicts.get(modality, {})
+            if any(run not in answered for run in runs):
                 continue
-            read = verdicts["text"]
+            as_text = verdicts["text"]
             for voice, ids in by_voice.items():
-                right = np.array([[heard[run][i] for i in ids] for run in runs], dtype=np.float64)
-                low, high = _interval(right)
+                right = np.array([[answered[run][i] for i in ids] for run in runs], dtype=np.float64)
+                low, high = accuracy_interval(right)
                 records.append(
                     {
                         "method": method,
@@ -62,17 +61,7 @@ def voice_records(
                         "accuracy": float(right.mean()),
                         "ci_low": low,
                         "ci_high": high,
-                        "accuracy_text": float(np.mean([[read[run][i] for i in ids] for run in runs])),
+                        "accuracy_text": float(np.mean([[as_text[run][i] for i in ids] for run in runs])),
                     }
                 )
     return records
-
-
-def _interval(right: NDArray[np.float64]) -> tuple[float, float]:
-    """right: (runs, questions)."""
-    if len(right) == 1:
-        return wilson(int(right.sum()), right.shape[1])
-    if right.shape[1] == 1:
-        return 0.0, 1.0  # one question says nothing about others
-    effect = clustered_difference(np.zeros_like(right[0]), right)
-    return max(0.0, effect.low), min(1.0, effect.high)

@@ -15,20 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from palimpsest.comparison.systems import Answers, Key, Losses, System, pool_seeds, read_systems, require_same
 from palimpsest.evaluation.scoring import PRIMARY
 from palimpsest.evaluation.tasks import text_version
 from palimpsest.files import UserError
 from palimpsest.intervals import (
+    accuracy_interval,
     clustered_difference,
+    compare_accuracies,
     holm,
     loss_difference,
-    mcnemar_exact,
-    minimum_detectable_difference,
-    paired_bootstrap,
     retention,
-    wilson,
 )
 from palimpsest.records import (
     BASE,
@@ -47,6 +46,7 @@ if TYPE_CHECKING:
 
 LEVEL = 0.05
 BETTER, WORSE, ALIKE = "better", "worse", "no difference shown"
+Matrix = NDArray[np.float64]  # verdicts (training runs, questions)
 
 
 def compare_runs(
@@ -115,7 +115,7 @@ def _pairs(systems: Sequence[System], every: bool) -> list[tuple[System, System]
 
 
 def not_compared(pairs: Sequence[tuple[System, System]]) -> list[str]:
-    """What only one of a pair has, a sentence each; speech of a base is not missed: it cannot hear."""
+    """What only one of a pair has, a sentence each; speech of a base is not missed: it may have no adaptor."""
     sentences = []
     for a, b in pairs:
         for one, other in ((a, b), (b, a)):
@@ -132,47 +132,35 @@ def accuracy_records(pairs: Sequence[tuple[System, System]], metric: str, seed: 
     """One row per pair, task and modality; Holm over all of them."""
     rows: list[PairRecord] = []
     for a, b in pairs:
-        for key in sorted(a.answers.keys() & b.answers.keys(), key=_order):
-            require_same(a.answers[key], b.answers[key], key)
-            rows.append(_accuracy(a, b, key, metric, seed))
-    adjusted = holm([row["p_value"] for row in rows])
-    return [
-        {**row, "p_holm": p, "verdict": _verdict(row["difference"], p)} for row, p in zip(rows, adjusted, strict=True)
-    ]
+        for key in sorted(a.answers.keys() & b.answers.keys(), key=order):
+            first, second = a.answers[key], b.answers[key]
+            require_same(first, second, key)
+            sides = (a.label, _matrix(first)), (b.label, _matrix(second))
+            rows.append(pair_record(*sides, key, metric, first.metric_version, seed))
+    return corrected(rows)
 
 
-def _order(key: Key) -> tuple[str, int]:
+def order(key: Key) -> tuple[str, int]:
     task, modality = key
     return task, MODALITIES.index(modality) if modality in MODALITIES else len(MODALITIES)
 
 
-def _verdict(difference: float, p: float) -> str:
-    return ALIKE if p > LEVEL else BETTER if difference > 0 else WORSE
-
-
-def _accuracy(a: System, b: System, key: Key, metric: str, seed: int) -> PairRecord:
-    first, second = _matrix(a.answers[key]), _matrix(b.answers[key])
-    n = first.shape[1]
-    low_a, high_a = _interval(first)
-    low_b, high_b = _interval(second)
-    only_a = only_b = None
-    if len(first) == len(second) == 1:
-        only_a, only_b = int(np.sum(first > second)), int(np.sum(second > first))
-        low, high = paired_bootstrap(first[0], second[0], seed)
-        p_value, test = mcnemar_exact(only_a, only_b), "mcnemar_exact"
-        detectable = minimum_detectable_difference(n, (only_a + only_b) / n) if only_a + only_b else None
-    else:
-        effect = clustered_difference(first, second)
-        low, high = effect.low, effect.high
-        p_value, test, detectable = effect.p_value, "clustered_t", effect.detectable
+def pair_record(
+    a: tuple[str, Matrix], b: tuple[str, Matrix], key: Key, metric: str, metric_version: str, seed: int
+) -> PairRecord:
+    """a, b: label and verdicts (training runs, questions). `p_holm` and `verdict` are those of `corrected`."""
+    (label_a, first), (label_b, second) = a, b
+    found = compare_accuracies(first, second, seed)
+    low_a, high_a = accuracy_interval(first)
+    low_b, high_b = accuracy_interval(second)
     return {
         "task": key[0],
         "modality": key[1],
         "metric": metric,
-        "metric_version": a.answers[key].metric_version,
-        "method_a": a.label,
-        "method_b": b.label,
-        "n": n,
+        "metric_version": metric_version,
+        "method_a": label_a,
+        "method_b": label_b,
+        "n": found.n,
         "seeds_a": len(first),
         "seeds_b": len(second),
         "accuracy_a": float(first.mean()),
@@ -181,31 +169,84 @@ def _accuracy(a: System, b: System, key: Key, metric: str, seed: int) -> PairRec
         "accuracy_b": float(second.mean()),
         "ci_low_b": low_b,
         "ci_high_b": high_b,
-        "only_a": only_a,
-        "only_b": only_b,
-        "difference": float(second.mean() - first.mean()),
-        "ci_low": low,
-        "ci_high": high,
-        "test": test,
-        "p_value": p_value,
-        "p_holm": p_value,
-        "detectable": detectable,
+        "only_a": found.only_a,
+        "only_b": found.only_b,
+        "difference": found.difference,
+        "ci_low": found.low,
+        "ci_high": found.high,
+        "test": found.test,
+        "p_value": found.p_value,
+        "p_holm": found.p_value,
+        "detectable": found.detectable,
         "verdict": ALIKE,
     }
 
 
-def _matrix(answers: Answers) -> Any:
-    """(seeds, questions), float64, questions by sorted id so that nothing depends on the rows' order."""
+def corrected(rows: Sequence[Any], better: int = 1) -> list[Any]:
+    """The rows of one table with Holm's correction over all, and the verdict that follows where they have one.
+
+    better: the sign of a difference that is good for b.
+    """
+    made = []
+    for row, p in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
+        verdict = ALIKE if p > LEVEL else BETTER if better * row.get("difference", 0) > 0 else WORSE
+        made.append({**row, "p_holm": p, **({"verdict": verdict} if "verdict" in row else {})})
+    return made
+
+
+def compare(
+    verdicts: Mapping[str, Mapping[str, bool]], *, task: str, modality: str, metric: str, seed: int
+) -> list[ComparisonRecord]:
+    """Every pair of methods with one training run each, paired by question.
+
+    verdicts: method -> {question id: right?}. Pairs follow the order of the methods, the earlier one being
+    `method_a`, so the base model belongs first. Holm is taken over the pairs of this call; use `corrected`
+    on the rows of several calls that are read as one table.
+
+    Raises:
+        UserError: when two methods did not answer the same questions.
+    """
+    records: list[ComparisonRecord] = []
+    for method_a, method_b in combinations(verdicts, 2):
+        found = compare_accuracies(*_paired(method_a, verdicts[method_a], method_b, verdicts[method_b]), seed)
+        assert found.only_a is not None
+        assert found.only_b is not None
+        records.append(
+            {
+                "task": task,
+                "modality": modality,
+                "metric": metric,
+                "method_a": method_a,
+                "method_b": method_b,
+                "n": found.n,
+                "only_a": found.only_a,
+                "only_b": found.only_b,
+                "difference": (found.only_b - found.only_a) / found.n,  # to the last bit, as it has always been
+                "ci_low": found.low,
+                "ci_high": found.high,
+                "p_value": found.p_value,
+                "p_holm": found.p_value,
+            }
+        )
+    return corrected(records)
+
+
+def _paired(name_a: str, a: Mapping[str, bool], name_b: str, b: Mapping[str, bool]) -> tuple[Matrix, Matrix]:
+    """Both methods' verdicts by sorted id, so that the bootstrap does not depend on the rows' order."""
+    if a.keys() != b.keys() or not a:
+        only_a, only_b = len(a.keys() - b.keys()), len(b.keys() - a.keys())
+        raise UserError(
+            f"{name_a!r} ({len(a)} questions) and {name_b!r} ({len(b)}) cannot be paired: {only_a} are only "
+            f"in the first, {only_b} only in the second; evaluate both on the same task."
+        )
+    ids = sorted(a)
+    return np.array([a[i] for i in ids], dtype=np.float64), np.array([b[i] for i in ids], dtype=np.float64)
+
+
+def _matrix(answers: Answers) -> Matrix:
+    """(seeds, questions), questions by sorted id so that nothing depends on the rows' order."""
     ids = sorted(answers.verdicts[0])
     return np.array([[verdicts[i] for i in ids] for verdicts in answers.verdicts], dtype=np.float64)
-
-
-def _interval(values: Any) -> tuple[float, float]:
-    """Of one accuracy: Wilson, or clustered over the seeds."""
-    if len(values) == 1:
-        return wilson(int(values.sum()), values.shape[1])
-    effect = clustered_difference(np.zeros_like(values[0]), values)
-    return max(0.0, effect.low), min(1.0, effect.high)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -222,7 +263,7 @@ def retention_records(systems: Sequence[System], metric: str, base: str | None) 
         reference = own if base is None else by_label[base]
         if reference is None or reference is system:
             continue
-        for key in sorted(system.answers.keys() & reference.answers.keys(), key=_order):
+        for key in sorted(system.answers.keys() & reference.answers.keys(), key=order):
             if key[1] != "text":
                 continue
             require_same(reference.answers[key], system.answers[key], key)
@@ -248,19 +289,19 @@ def gap_records(systems: Sequence[System], metric: str, seed: int) -> list[GapRe
     """T2T − S2T, and T2T − cascade, of every system that has both; Holm over all of them."""
     records: list[GapRecord] = []
     for system in systems:
-        for task, modality in sorted(system.answers, key=_order):
-            typed, heard = system.answers.get((task, "text")), system.answers[task, modality]
+        for task, modality in sorted(system.answers, key=order):
+            typed, asked = system.answers.get((task, "text")), system.answers[task, modality]
             if modality == "text" or typed is None:
                 continue
             spoken = Answers(
-                text_version(heard.version), heard.metric_version, heard.max_new_tokens, heard.verdicts, heard.file
+                text_version(asked.version), asked.metric_version, asked.max_new_tokens, asked.verdicts, asked.file
             )
             require_same(typed, spoken, (task, f"text and {modality}"))
             one, two = _matrix(spoken), _matrix(typed)
             if len(one) == 1:
-                low, high = paired_bootstrap(one[0], two[0], seed)
-                p_value = mcnemar_exact(int(np.sum(one > two)), int(np.sum(two > one)))
-            else:  # the same training runs on both sides: one difference per seed
+                found = compare_accuracies(one, two, seed)
+                low, high, p_value = found.low, found.high, found.p_value
+            else:  # the same training runs on both sides: one difference per run
                 effect = clustered_difference(np.zeros_like(one[0]), two - one)
                 low, high, p_value = effect.low, effect.high, effect.p_value
             records.append(
@@ -277,8 +318,7 @@ def gap_records(systems: Sequence[System], metric: str, seed: int) -> list[GapRe
                     "p_holm": p_value,
                 }
             )
-    adjusted = holm([record["p_value"] for record in records])
-    return [{**record, "p_holm": p} for record, p in zip(records, adjusted, strict=True)]
+    return corrected(records)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -288,11 +328,8 @@ def loss_records(pairs: Sequence[tuple[System, System]]) -> list[LossPairRecord]
     """One row per pair, task and modality for which both have per-example losses; Holm over all of them."""
     rows: list[LossPairRecord] = []
     for a, b in pairs:
-        rows += [_loss(a, b, key) for key in sorted(a.losses.keys() & b.losses.keys(), key=_order)]
-    adjusted = holm([row["p_value"] for row in rows])
-    return [
-        {**row, "p_holm": p, "verdict": _verdict(-row["difference"], p)} for row, p in zip(rows, adjusted, strict=True)
-    ]
+        rows += [_loss(a, b, key) for key in sorted(a.losses.keys() & b.losses.keys(), key=order)]
+    return corrected(rows, better=-1)
 
 
 def _loss(a: System, b: System, key: Key) -> LossPairRecord:
@@ -337,70 +374,6 @@ def aligned(first: Losses, second: Losses) -> tuple[Any, Any, Any]:
         np.array([b[i].loss for i in ids]),
         np.array([a[i].n_tokens for i in ids]),
     )
-
-
-def compare(
-    verdicts: Mapping[str, Mapping[str, bool]],
-    *,
-    task: str,
-    modality: str,
-    metric: str,
-    seed: int,
-    level: float = 0.95,
-) -> list[ComparisonRecord]:
-    """Every pair of methods, paired by question: difference, bootstrap interval, McNemar and Holm.
-
-    verdicts: method -> {question id: right?}. Pairs follow the order of the methods, the earlier one being
-    `method_a`, so the base model belongs first. Holm is taken over the pairs of this call; use `with_holm`
-    on the rows of several calls that are read as one table.
-
-    Raises:
-        UserError: when two methods did not answer the same questions.
-    """
-    records: list[ComparisonRecord] = []
-    for method_a, method_b in combinations(verdicts, 2):
-        right_a, right_b = _paired(method_a, verdicts[method_a], method_b, verdicts[method_b])
-        only_a, only_b = int(np.sum(right_a & ~right_b)), int(np.sum(right_b & ~right_a))
-        low, high = paired_bootstrap(right_a, right_b, seed, level=level)
-        p_value = mcnemar_exact(only_a, only_b)
-        records.append(
-            {
-                "task": task,
-                "modality": modality,
-                "metric": metric,
-                "method_a": method_a,
-                "method_b": method_b,
-                "n": len(right_a),
-                "only_a": only_a,
-                "only_b": only_b,
-                "difference": (only_b - only_a) / len(right_a),
-                "ci_low": low,
-                "ci_high": high,
-                "p_value": p_value,
-                "p_holm": p_value,
-            }
-        )
-    return with_holm(records)
-
-
-def with_holm(records: Sequence[ComparisonRecord]) -> list[ComparisonRecord]:
-    """The records with `p_holm` taken over all of them."""
-    corrected = holm([record["p_value"] for record in records])
-    return [{**record, "p_holm": p} for record, p in zip(records, corrected, strict=True)]
-
-
-def _paired(
-    name_a: str, a: Mapping[str, bool], name_b: str, b: Mapping[str, bool]
-) -> tuple[np.ndarray[tuple[int], np.dtype[np.bool_]], np.ndarray[tuple[int], np.dtype[np.bool_]]]:
-    """Both methods' verdicts by sorted id, so that the bootstrap does not depend on the rows' order."""
-    if a.keys() != b.keys() or not a:
-        only_a, only_b = len(a.keys() - b.keys()), len(b.keys() - a.keys())
-        raise UserError(
-            f"{name_a!r} ({len(a)} questions) and {name_b!r} ({len(b)}) cannot be paired: {only_a} are only "
-            f"in the first, {only_b} only in the second; evaluate both on the same task."
-        )
-    ids = sorted(a)
-    return np.array([a[i] for i in ids], dtype=np.bool_), np.array([b[i] for i in ids], dtype=np.bool_)
 
 
 def pair_runs(runs: Sequence[Path], metric: str = PRIMARY, seed: int = 0) -> Paired:

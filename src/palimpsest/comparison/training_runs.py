@@ -2,7 +2,7 @@
 
 The runs of a method differ in the adaptor's first weights, LoRA's, the order of the examples and dropout; they share
 the base, the data and what is measured on. Accuracies are clustered by question and by seed as in `palimpsest compare
---seeds` (evaluation/paired.py); everything else is combined by analysis/spread.py. docs/evaluation.md explains both.
+--seeds`, everything else is combined by `over_runs` (both in intervals.py); docs/evaluation.md explains them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from palimpsest.comparison.pairs import accuracy_records
-from palimpsest.comparison.systems import Answers, System
+from palimpsest.comparison.pairs import corrected, order, pair_record
 from palimpsest.evaluation.perplexity import read_losses
 from palimpsest.evaluation.scoring import METRIC_VERSION, PRIMARY
 from palimpsest.files import UserError
@@ -54,23 +53,23 @@ def seed_records(
 
 
 def seed_comparisons(
-    methods: Sequence[str], n_seeds: int, verdicts: Mapping[tuple[str, str], Verdicts], run: Path, seed: int
+    methods: Sequence[str], n_seeds: int, verdicts: Mapping[tuple[str, str], Verdicts], seed: int
 ) -> list[PairRecord]:
     """Every pair of the base and the methods, each method with all its runs; Holm over the table."""
-    systems = []
-    for method in (BASE, *methods):
-        runs = [BASE] if method == BASE else runs_of(method, n_seeds)
-        answers = {
-            key: Answers(key[0], METRIC_VERSION, 0, tuple(by_run[name] for name in runs), run)
-            for key, by_run in verdicts.items()
-            if all(name in by_run for name in runs)
-        }
-        systems.append(System(method, run, method, answers, {}))
-    return accuracy_records(list(combinations(systems, 2)), PRIMARY, seed)
+    rows: list[PairRecord] = []
+    for a, b in combinations((BASE, *methods), 2):
+        runs_a, runs_b = runs_of(a, n_seeds), runs_of(b, n_seeds)
+        for key in sorted(verdicts, key=order):
+            if all(name in verdicts[key] for name in (*runs_a, *runs_b)):
+                right = _matrix([verdicts[key][name] for name in (*runs_a, *runs_b)])
+                sides = (a, right[: len(runs_a)]), (b, right[len(runs_a) :])
+                rows.append(pair_record(*sides, key, PRIMARY, METRIC_VERSION, seed))
+    return corrected(rows)
 
 
 def runs_of(method: str, n_seeds: int) -> list[str]:
-    return [run_name(method, number) for number in range(n_seeds)]
+    """The training runs of a method; the base has none and stands for itself."""
+    return [BASE] if method == BASE else [run_name(method, number) for number in range(n_seeds)]
 
 
 # ------------------------------------------------------------------------------------------------------------

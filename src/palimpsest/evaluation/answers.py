@@ -48,7 +48,7 @@ class SampleRow(TypedDict):
     answers: list[str]
     prompt: str | None  # as the model saw it, template included
     prompt_tokens: int | None
-    transcript: str | None  # of a cascade: what the recogniser heard
+    transcript: str | None  # of a cascade: what the recogniser wrote down
     response: str
     n_new_tokens: int
     verdicts: dict[str, bool]  # per metric
@@ -65,7 +65,7 @@ def resume(
 ) -> list[SampleRow]:
     """The complete rows of an earlier run of the same evaluation; [] and a new binding where there is none.
 
-    A last line that was cut short is removed from the file, so that appending can go on, and `notice` is told.
+    A last line that was cut short is removed from the file, so that appending can go on, and `notice` gets a sentence.
 
     Raises:
         UserError: the rows belong to another evaluation, or a complete line is not a row of a question in
@@ -205,7 +205,7 @@ def answer_questions(
         model: fingerprint of everything `answer` uses (weights, system prompt); it binds the file to it.
         max_new_tokens: what `answer` was made with; recorded, and part of what a resumed file must match.
         progress: called as progress(answered, total), first with what an earlier run left.
-        notice: told, in a sentence, when a line cut by a kill was found and is asked again.
+        notice: gets a sentence when a line cut by a kill was found and is asked again.
 
     Raises:
         UserError: `out` belongs to another evaluation or is damaged (see `samples.resume`), or every single

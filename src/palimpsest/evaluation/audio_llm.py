@@ -176,8 +176,8 @@ def _turns(content: Any, system: str | None) -> Turns:
     turns: Turns = [{"role": "user", "content": content}]
     if system is None:
         return turns
-    told: Any = system if isinstance(content, str) else [{"type": "text", "text": system}]
-    return [{"role": "system", "content": told}, *turns]
+    turn: Any = system if isinstance(content, str) else [{"type": "text", "text": system}]
+    return [{"role": "system", "content": turn}, *turns]
 
 
 def _on_device(inputs: Mapping[str, Any], model: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The cascade: a speech recogniser writes the question down, a text answerer answers what it wrote.
 
->>> hear = partial(transcribe, whisper, whisper_processor)  # doctest: +SKIP
->>> answer = cascade_answerer(hear, text_answerer(language_model, tokenizer))  # doctest: +SKIP
+>>> write_down = partial(transcribe, whisper, whisper_processor)  # doctest: +SKIP
+>>> answer = cascade_answerer(write_down, text_answerer(language_model, tokenizer))  # doctest: +SKIP
 >>> rows = answer_questions(answer, task, "cascade", model=digest, out=path)  # doctest: +SKIP
 >>> word_error_rate((row["question"], row["transcript"] or "") for row in rows)  # doctest: +SKIP
 """
@@ -26,7 +26,7 @@ MULTILINGUAL_VOCABULARY = 51865  # of Whisper; English-only checkpoints have few
 
 
 def transcribe(asr_model: Any, asr_processor: Any, examples: Sequence[Example], batch_size: int = 16) -> dict[str, str]:
-    """What a `WhisperForConditionalGeneration` hears in the examples' recordings, greedy: id -> English text.
+    """What a `WhisperForConditionalGeneration` understands of the examples' recordings, greedy: id -> English text.
 
     Raises:
         UserError: an example has no recording, or one that cannot be read.
@@ -34,7 +34,7 @@ def transcribe(asr_model: Any, asr_processor: Any, examples: Sequence[Example], 
     multilingual = asr_model.config.vocab_size >= MULTILINGUAL_VOCABULARY
     arguments = {"language": "en", "task": "transcribe"} if multilingual else {}
     asr_model.eval()
-    heard: dict[str, str] = {}
+    written: dict[str, str] = {}
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
         waves = []
@@ -52,37 +52,37 @@ def transcribe(asr_model: Any, asr_processor: Any, examples: Sequence[Example], 
                 **arguments,
             )
         texts = asr_processor.batch_decode(ids, skip_special_tokens=True)
-        heard |= {example.id: text.strip() for example, text in zip(batch, texts, strict=True)}
-    return heard
+        written |= {example.id: text.strip() for example, text in zip(batch, texts, strict=True)}
+    return written
 
 
-def cascade_answerer(hear: Callable[[Sequence[Example]], dict[str, str]], answer: Answerer) -> Answerer:
+def cascade_answerer(write_down: Callable[[Sequence[Example]], dict[str, str]], answer: Answerer) -> Answerer:
     """Transcribe each batch, then answer the transcripts as text.
 
-    The gold question is not used. A recording in which nothing was heard is answered with nothing.
+    The gold question is not used. A recording in which nothing was understood is answered with nothing.
     """
 
-    def answer_heard(examples: Sequence[Example], modality: Modality) -> list[Answer]:
-        transcripts = hear(examples)
+    def answer_transcripts(examples: Sequence[Example], modality: Modality) -> list[Answer]:
+        transcripts = write_down(examples)
         audible = [replace(e, question=transcripts[e.id]) for e in examples if transcripts[e.id].strip()]
         answers = answer(audible, "text") if audible else []
         by_id = {e.id: given for e, given in zip(audible, answers, strict=True)}
         return [by_id.get(e.id, Answer("", 0))._replace(transcript=transcripts[e.id]) for e in examples]
 
-    return answer_heard
+    return answer_transcripts
 
 
 def transcribed_before(transcripts: Mapping[str, str | None]) -> Callable[[Sequence[Example]], dict[str, str]]:
-    """A `hear` for `cascade_answerer` from transcripts by id; None stands for a recording that could not be read."""
+    """`write_down` of `cascade_answerer` from transcripts by id; None stands for a recording that could not be read."""
 
-    def hear(examples: Sequence[Example]) -> dict[str, str]:
-        heard = {example.id: transcripts.get(example.id) for example in examples}
-        for id, text in heard.items():
+    def write_down(examples: Sequence[Example]) -> dict[str, str]:
+        known = {example.id: transcripts.get(example.id) for example in examples}
+        for id, text in known.items():
             if text is None:
                 raise UserError(f"Question {id!r} has no transcript: its recording could not be read.")
-        return {id: text for id, text in heard.items() if text is not None}
+        return {id: text for id, text in known.items() if text is not None}
 
-    return hear
+    return write_down
 
 
 def word_error_rate(pairs: Iterable[tuple[str, str]]) -> float:
@@ -100,10 +100,10 @@ def word_error_rate(pairs: Iterable[tuple[str, str]]) -> float:
 
 def word_errors(reference: str, hypothesis: str) -> int:
     """Levenshtein distance in words."""
-    wanted, heard = number_words(reference), number_words(hypothesis)
-    row = list(range(len(heard) + 1))  # row[j]: distance from the first i wanted words to the first j heard ones
+    wanted, found = number_words(reference), number_words(hypothesis)
+    row = list(range(len(found) + 1))  # row[j]: distance from the first i wanted words to the first j found ones
     for i, word in enumerate(wanted, 1):
         diagonal, row[0] = row[0], i
-        for j, other in enumerate(heard, 1):
+        for j, other in enumerate(found, 1):
             diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (word != other))
     return row[-1]

@@ -80,7 +80,7 @@ def floor_records(
     """Every floor of every metric for one method's answers to a whole task.
 
     The interval is Wilson's for n questions. For the unrelated floor, a mean over several draws, it is wider than
-    needed: it counts each response once, as if the further draws had told nothing new. A task of one question, or
+    needed: it counts each response once, as if the further draws had added nothing. A task of one question, or
     one whose questions share a gold, has no unrelated floor.
     """
     questions, answers = [row["question"] for row in rows], [row["answers"] for row in rows]

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palimpsest.export.model_card import THIS, Facts, Kind, Told, model_card, study_of
+from palimpsest.export.model_card import THIS, Additions, Facts, Kind, model_card, study_of
 from palimpsest.files import UserError, hash_value, read_json, require_disk, write_json, write_text
 from palimpsest.models import light as light_folder
 from palimpsest.models.embedded import PREFIX
@@ -92,14 +92,14 @@ def export(
     _check(checkpoint, wanted)
     study = study_of(checkpoint.run, checkpoint.method)
     trained_on = study.get("models", {"language_model": language_model, "encoder": encoder})
-    told = Told(
+    more = Additions(
         sources=[] if sources is None else read_sources(sources),
         qa=[row for folder in evaluations for row in read_evaluation(folder, checkpoint, trained_on)],
         notes="" if notes is None else read_text(notes),
     )
     if light is not None and None in (trained_on["language_model"], trained_on["encoder"]):
         raise UserError(
-            f"{checkpoint.path} lies outside a run, which would tell what it was trained on; give --language-model "
+            f"{checkpoint.path} lies outside a run, which would say what it was trained on; give --language-model "
             "NAME and --encoder NAME."
         )
     if set(wanted) != {"adapter"}:
@@ -121,7 +121,7 @@ def export(
         try:
             working.mkdir(parents=True)
             facts = write(working)
-            write_text(working / "README.md", model_card(kind, facts, study, told))
+            write_text(working / "README.md", model_card(kind, facts, study, more))
             if folder.exists():
                 folder.rmdir()  # empty, or the check would have refused it
             working.rename(folder)

@@ -20,7 +20,7 @@ from palimpsest.models.embedded import MODELS, PREFIX, SHIPPED
 
 Kind = Literal["text_llm", "speech_lm", "adapter", "light"]
 Study = dict[str, Any]
-HEARS = ("speech_lm", "light")
+WITH_SPEECH = ("speech_lm", "light")
 
 WHAT = {
     "text_llm": "The language model inside a speech LLM, taken out unchanged: a plain Hugging Face causal LM.",
@@ -61,7 +61,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Told:
+class Additions:
     """What the run does not say.
 
     sources: what the training data was made of: `kind`, `utterances`, `licence` and, if known, `voice` of each.
@@ -74,7 +74,7 @@ class Told:
     notes: str = ""
 
 
-NOTHING = Told()
+NOTHING = Additions()
 THIS = "this model"
 
 
@@ -97,7 +97,7 @@ def study_of(run: Path | None, method: str | None) -> Study:
     }
 
 
-def model_card(kind: Kind, facts: Facts, study: Study, told: Told = NOTHING) -> str:
+def model_card(kind: Kind, facts: Facts, study: Study, more: Additions = NOTHING) -> str:
     """The whole card as Markdown with YAML front matter."""
     if study:
         models = study["models"]
@@ -108,11 +108,11 @@ def model_card(kind: Kind, facts: Facts, study: Study, told: Told = NOTHING) -> 
         f"# {title}",
         f"{WHAT[kind]} Written by palimpsest {palimpsest.__version__}.",
         _made_of(facts, study),
-        _training(study, told.notes),
-        _sources(told.sources),
-        _measured(kind, study, told.qa),
+        _training(study, more.notes),
+        _sources(more.sources),
+        _measured(kind, study, more.qa),
         _loading(kind, facts),
-        _licences(kind, facts, study, told.sources),
+        _licences(kind, facts, study, more.sources),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -130,7 +130,7 @@ class Part:
 
 
 def part(name: str) -> Part:
-    """An `embedded:` model, a hub name, or a local folder, of which only the last part of the path is told."""
+    """An `embedded:` model, a hub name, or a local folder, of which only the last part of the path is shown."""
     if name.startswith(PREFIX):
         if name.removeprefix(PREFIX) in SHIPPED:
             return Part(f"`{name}`, which comes with palimpsest", None, "Apache-2.0")
@@ -213,10 +213,10 @@ def _training(study: Study, notes: str) -> str:
 def _measured(kind: Kind, study: Study, more: Sequence[Mapping[str, Any]]) -> str:
     if not study and not more:
         return ""
-    # An adapter and a language model alone cannot hear, so only answers to text are theirs.
-    heard = kind in HEARS
-    own = ("text", "speech" if heard else "")
-    shown = {"base": ("text", "cascade" if heard else ""), study.get("method"): own, THIS: own}
+    # An adapter and a language model alone take no speech, so only answers to text are theirs.
+    with_speech = kind in WITH_SPEECH
+    own = ("text", "speech" if with_speech else "")
+    shown = {"base": ("text", "cascade" if with_speech else ""), study.get("method"): own, THIS: own}
     rows = [
         row
         for row in [*study.get("qa", []), *more]
@@ -232,7 +232,7 @@ def _measured(kind: Kind, study: Study, more: Sequence[Mapping[str, Any]]) -> st
         lines.append(f"| {name} | {row['task']} | {row['modality']} | {right} | {interval} |")
     table = ["| model | task | question as | right | accuracy | 95 % interval |", "|---|---|---|---|---|---|", *lines]
     note = f"Greedy answers, metric `{PRIMARY}` version {rows[0]['metric_version']}, Wilson intervals."
-    if heard:
+    if with_speech:
         note += " In the cascade the base model answers what a speech recogniser has written down."
     return "\n".join(["## Measured", "", note, "", *table])
 
@@ -263,7 +263,7 @@ def _sources(sources: Sequence[Mapping[str, Any]]) -> str:
 def _licences(kind: Kind, facts: Facts, study: Study, sources: Sequence[Mapping[str, Any]]) -> str:
     unknown = "not recorded in the run; see where it comes from"
     named = [("Base model", facts.language_model)]
-    if kind in HEARS:
+    if kind in WITH_SPEECH:
         named.append(("Speech encoder", facts.encoder))
     found = [(what, part(name)) for what, name in named if name is not None]
     lines = [f"- {what}, {item.label}: {item.licence or unknown}" for what, item in found]

@@ -1,6 +1,6 @@
 """Importance on several processes (torchrun), as if on one.
 
-Two layouts, told apart by the weights:
+Two layouts, by what the weights are:
 
 **Replicas.** Every rank holds the whole model and gives `estimate_importance` its own batches; any number of
 them. Nothing is exchanged until the end, then each accumulator is summed over the ranks once, `signed_sum`

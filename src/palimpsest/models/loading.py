@@ -136,7 +136,7 @@ def is_speech_lm(name: str) -> bool:
 
 
 def model_kind(where: str) -> Literal["speech_lm", "audio_llm", "language_model"]:
-    """What a resolved name is, told from its config alone: ours, an audio LLM of transformers, or neither."""
+    """What a resolved name is, by its config alone: ours, an audio LLM of transformers, or neither."""
     if is_speech_lm(where):
         return "speech_lm"
     from transformers import AutoConfig
@@ -178,7 +178,7 @@ def load_text_model(
 ) -> tuple[PreTrainedModel, SpeechLMProcessor]:
     """As `load_language_model`, with the processor that writes its prompts: a SpeechLM has a system turn of its own.
 
-    Another model has none, and a processor that cannot hear.
+    Another model has none, and a processor without features of speech.
     """
     from palimpsest.models.processor import SpeechLMProcessor
 

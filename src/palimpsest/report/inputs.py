@@ -23,7 +23,7 @@ from typing_extensions import TypedDict
 from palimpsest import records
 from palimpsest.files import UserError
 from palimpsest.records import MODALITIES, Results, method_of
-from palimpsest.rundir import STEP_FILE
+from palimpsest.rundir import STEP_FILE, models_in
 
 METHOD_ORDER = ("base", "full", "layer_lr", "lora")
 METHOD_NAMES = {"base": "Base", "full": "Full-FT", "layer_lr": "Layer-LR", "lora": "LoRA"}
@@ -283,9 +283,7 @@ def _read_maps(path: Path, missing: list[str]) -> dict[tuple[str, str], npt.NDAr
 
 def _read_samples(run: Path, results: Results, missing: list[str]) -> dict[tuple[str, str, str], list[Sample]]:
     samples: dict[tuple[str, str, str], list[Sample]] = {}
-    folders = {"base": run / "base"}
-    if (run / "methods").is_dir():
-        folders |= {folder.name: folder for folder in (run / "methods").iterdir() if folder.is_dir()}
+    folders = models_in(run)
     for method in sorted(folders, key=method_key):
         for file in sorted(folders[method].glob("samples/*/samples.jsonl")):
             task, _, modality = file.parent.name.rpartition("-")

@@ -222,8 +222,8 @@ def _hears(inputs: Inputs) -> list[Finding]:
 
 def _beside(inputs: Inputs, task: str) -> str:
     """What the methods' answers to speech are read against: the base through its adaptor, the cascade."""
-    heard, written = _base(_accuracies(inputs, "speech"), task), _base(_accuracies(inputs, "cascade"), task)
-    parts = [f"the base through the adaptor it was given answers {_share(heard['accuracy'])}"] if heard else []
+    spoken, written = _base(_accuracies(inputs, "speech"), task), _base(_accuracies(inputs, "cascade"), task)
+    parts = [f"the base through the adaptor it was given answers {_share(spoken['accuracy'])}"] if spoken else []
     parts += [f"the base after a recogniser {_share(written['accuracy'])}"] if written else []
     return f" ({'; '.join(parts)})" if parts else ""
 

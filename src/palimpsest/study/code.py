@@ -56,7 +56,9 @@ def closure(modules: set[str]) -> set[str]:
 # Sources
 # ---------------------------------------------------------------------------------------------------------------------
 def path_of(module: str) -> Path:
-    return ROOT.joinpath(*module.split(".")).with_suffix(".py")
+    """Of a room, its __init__.py."""
+    path = ROOT.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 @cache
@@ -126,7 +128,4 @@ def _aliases(node: ast.ImportFrom) -> Iterator[tuple[ast.alias, str]]:
     above = node.module.removeprefix(NAME).lstrip(".")
     for alias in node.names:
         inside = f"{above}.{alias.name}".lstrip(".")
-        if path_of(inside).exists():
-            yield alias, inside
-        elif above and path_of(above).exists():
-            yield alias, above
+        yield alias, inside if path_of(inside).exists() else above

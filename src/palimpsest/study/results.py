@@ -9,7 +9,7 @@ from palimpsest.analysis.analyse import TABLES
 from palimpsest.analysis.claims import claim_records
 from palimpsest.analysis.correlation import correlation_records
 from palimpsest.comparison.by_voice import RECORDING, voice_records
-from palimpsest.comparison.pairs import compare, with_holm
+from palimpsest.comparison.pairs import compare, corrected
 from palimpsest.comparison.training_runs import Verdicts, seed_comparisons, seed_records
 from palimpsest.data.examples import read_manifest
 from palimpsest.evaluation.answers import read_finished, summarise, verdicts_by_id
@@ -68,11 +68,11 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
         tables["voices"] += voice_records(
             task.name, examples, list(config.methods), config.seeds, by_modality, trained_on
         )
-    tables["comparisons"] = with_holm(comparisons)
+    tables["comparisons"] = corrected(comparisons)
     tables["correlations"] = correlation_records(tables["shift"], tables["qa"], metric=PRIMARY)
     if config.seeds > 1:
         tables["seeds"] = seed_records(run.path, list(config.methods), config.seeds, right, tables)
-        tables["seed_comparisons"] = seed_comparisons(list(config.methods), config.seeds, right, run.path, seed)
+        tables["seed_comparisons"] = seed_comparisons(list(config.methods), config.seeds, right, seed)
     ranks = {name: method.rank for name, method in config.methods.items() if method.kind == "lora"}
     tables["claims"] = claim_records(tables, ranks)
     tables["timings"] = run.timings(steps)

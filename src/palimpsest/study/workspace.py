@@ -153,7 +153,7 @@ class Workspace:
         return replace(self.config.training, seed=self.seed("train"))
 
     def require_budget(self) -> None:
-        """A training example above the token budget is told now, not after hours of other steps."""
+        """A training example above the token budget is an error now, not after hours of other steps."""
         if self.settings.max_tokens is not None:
             from palimpsest.training.batching import require_budget, sequence_lengths
 
@@ -208,7 +208,7 @@ class Workspace:
         return None if source is None else read_adaptor(source)
 
     def require_adaptor(self) -> None:
-        """An adaptor that does not fit the study is told before the long work."""
+        """An adaptor that does not fit the study is an error before the long work."""
         if self.adaptor is not None:
             from palimpsest.models.trained_adaptor import require_fit
 

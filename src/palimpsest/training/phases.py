@@ -2,7 +2,7 @@
 
 A fresh adaptor sends noise into the language model, and the first steps of full fine-tuning then move weights to cope
 with noise. Training the adaptor alone first avoids that (LLaVA's order; beyond the paper, which trains
-both together). With target `repeat` the model learns in this phase to write down what it hears instead of answering.
+both together). With target `repeat` the model learns in this phase to write down what is said instead of answering.
 """
 
 from __future__ import annotations
@@ -59,8 +59,10 @@ def phases_of(
     if first is not None:
         if collator.modality != "speech":
             raise UserError("training.adaptor_first needs spoken questions; remove it for a method trained on text.")
-        heard = repeating(examples, collator, first.instruction) if first.target == "repeat" else (examples, collator)
-        phases.append(_phase("adaptor", first.learning_rate, ADAPTOR_ONLY, *heard, settings, first.epochs, 0))
+        trained_on = (
+            repeating(examples, collator, first.instruction) if first.target == "repeat" else (examples, collator)
+        )
+        phases.append(_phase("adaptor", first.learning_rate, ADAPTOR_ONLY, *seen, settings, first.epochs, 0))
     before = sum(phase.steps for phase in phases)
     rules = rules_for(method, scales)
     phases.append(_phase("method", method.learning_rate, rules, examples, collator, settings, settings.epochs, before))

@@ -69,12 +69,12 @@ def open_panel(run: Path) -> Panel:
     config = load_config(run / "study.yaml")
     refusals: dict[Key, str] = {}
     if config.models.adaptor is None:
-        refusals[BASE, "speech"] = "The base model cannot hear: ask it by text, or see the cascade."
+        refusals[BASE, "speech"] = "The base model takes no speech: ask it by text, or see the cascade."
     if config.models.asr is None:
         refusals[BASE, "cascade"] = "The study names no recogniser (models.asr), so there is no cascade."
     for name, method in config.runs.items():
         if method.modality == "text":
-            refusals[name, "speech"] = f"{title(name)} was tuned on text alone and cannot hear."
+            refusals[name, "speech"] = f"{title(name)} was tuned on text alone and takes no speech."
         if not (checkpoint_of(run, name) / "config.json").is_file():
             absent = f"methods/{name}/checkpoint is not there: the study has not trained {title(name)} yet."
             refusals |= {(name, "text"): absent, (name, "speech"): absent}
@@ -86,7 +86,7 @@ def ask_everyone(
 ) -> Iterator[State]:
     """Answers, greedy, as a study gives them: to the text, to the recording, or to both.
 
-    Yields a state when a model starts to load and when it has answered. What keeps one model from answering is told
+    Yields a state when a model starts to load and when it has answered. What keeps one model from answering is said
     in its place, and the others go on.
 
     Raises:
@@ -98,17 +98,17 @@ def ask_everyone(
     if audio is not None:
         read_audio(audio)
     by_text: tuple[Input, ...] = ("text",) if typed else ()
-    by_ear: tuple[Input, ...] = ("speech", "cascade") if audio is not None else ()
+    by_speech: tuple[Input, ...] = ("speech", "cascade") if audio is not None else ()
     example = Example(id="question", question=text if typed and text else "", answers=("",), answer="", audio=audio)
     limit = max_new_tokens or panel.config.evaluation.max_new_tokens
-    keys = panel.keys(by_text + by_ear)
+    keys = panel.keys(by_text + by_speech)
     state = State("", {}, {key: panel.refusals[key] for key in keys if key in panel.refusals})
 
-    heard: str | None = None
+    transcript: str | None = None
     if (BASE, "cascade") in keys and (BASE, "cascade") not in state.refusals:
         yield (state := replace(state, status=f"Loading the recogniser {panel.config.models.asr} …"))
         try:
-            heard = _transcript(panel, example)
+            transcript = _transcript(panel, example)
         except _failures() as error:
             state = replace(state, refusals={**state.refusals, (BASE, "cascade"): _sentence(error)})
     for model in panel.models:
@@ -117,7 +117,7 @@ def ask_everyone(
             continue
         yield (state := replace(state, status=f"Loading {title(model)} …"))
         answers, refusals = dict(state.answers), dict(state.refusals)
-        for key, given in _answers(panel, wanted, example, heard, limit).items():
+        for key, given in _answers(panel, wanted, example, transcript, limit).items():
             if isinstance(given, Exception):
                 refusals[key] = _sentence(given)
             else:
@@ -132,10 +132,10 @@ def ask_everyone(
 # One model
 # ----------------------------------------------------------------------------------------------------------
 def _answers(
-    panel: Panel, wanted: list[Key], example: Example, heard: str | None, limit: int
+    panel: Panel, wanted: list[Key], example: Example, transcript: str | None, limit: int
 ) -> dict[Key, str | Exception]:
     try:
-        answerers = _load(panel, wanted[0][0], heard, limit)
+        answerers = _load(panel, wanted[0][0], transcript, limit)
     except _failures() as error:
         return dict.fromkeys(wanted, error)
     given: dict[Key, str | Exception] = {}
@@ -150,7 +150,7 @@ def _answers(
     return given
 
 
-def _load(panel: Panel, model: str, heard: str | None, limit: int) -> dict[Input, Answerer]:
+def _load(panel: Panel, model: str, transcript: str | None, limit: int) -> dict[Input, Answerer]:
     from palimpsest.evaluation.answers import text_answerer
     from palimpsest.evaluation.cascade import cascade_answerer, transcribed_before
     from palimpsest.evaluation.spoken import recording_answerer
@@ -160,17 +160,17 @@ def _load(panel: Panel, model: str, heard: str | None, limit: int) -> dict[Input
 
     models, system = panel.config.models, panel.config.prompt.system
     if model == BASE:
-        hear = transcribed_before({"question": heard})
+        transcribe = transcribed_before({"question": transcript})
         if models.adaptor is not None:  # the recipe gives the base ears, and a run's workspace puts them on
             ws = Workspace(panel.config, panel.run, Reporter(0, quiet=True))
             by_text = text_answerer(ws.base, ws.processor.tokenizer, limit, system)
-            by_ear = recording_answerer(ws.speech_lm(BASE), ws.processor, limit)
-            return {"text": by_text, "speech": by_ear, "cascade": cascade_answerer(hear, by_text)}
+            by_speech = recording_answerer(ws.speech_lm(BASE), ws.processor, limit)
+            return {"text": by_text, "speech": by_speech, "cascade": cascade_answerer(transcribe, by_text)}
         language_model, tokenizer = load_language_model(
             models.language_model, dtype=models.dtype, device=_device(panel)
         )
         by_text = text_answerer(language_model, tokenizer, limit, system)
-        return {"text": by_text, "cascade": cascade_answerer(hear, by_text)}
+        return {"text": by_text, "cascade": cascade_answerer(transcribe, by_text)}
     checkpoint = checkpoint_of(panel.run, model)
     speech_lm, processor = load_speech_lm(checkpoint, dtype=models.dtype, device=_device(panel))
     return {
