@@ -59,9 +59,7 @@ def phases_of(
     if first is not None:
         if collator.modality != "speech":
             raise UserError("training.adaptor_first needs spoken questions; remove it for a method trained on text.")
-        trained_on = (
-            repeating(examples, collator, first.instruction) if first.target == "repeat" else (examples, collator)
-        )
+        seen = repeating(examples, collator, first.instruction) if first.target == "repeat" else (examples, collator)
         phases.append(_phase("adaptor", first.learning_rate, ADAPTOR_ONLY, *seen, settings, first.epochs, 0))
     before = sum(phase.steps for phase in phases)
     rules = rules_for(method, scales)
