@@ -1,4 +1,4 @@
-"""What a recipe will need, told before anything runs: parameters, memory, disk and time per method.
+"""What a recipe will need, reported before anything runs: parameters, memory, disk and time per method.
 
 `plan` reads configs and, where it lies on this machine, the data; it loads no weights, speaks nothing and fetches no
 data. The formulas are in `training.budget` and, with what was measured against them, in docs/plan.md.

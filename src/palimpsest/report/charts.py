@@ -247,17 +247,17 @@ def _plane_panel(
     for method in methods:
         text = rows.get((task, method, "text"))
         for modality in ("speech", "cascade"):
-            heard = rows.get((task, method, modality))
-            if text is None or heard is None:
+            spoken = rows.get((task, method, modality))
+            if text is None or spoken is None:
                 continue
             name = method_name(method) + (" after a speech recogniser" if modality == "cascade" else "")
             mark = look(method, methods)
-            x, y = 100 * text["accuracy"], 100 * heard["accuracy"]
+            x, y = 100 * text["accuracy"], 100 * spoken["accuracy"]
             axis.errorbar(
                 [x],
                 [y],
                 xerr=_arms(text),
-                yerr=_arms(heard),
+                yerr=_arms(spoken),
                 color=mark.color,
                 linewidth=1.1,
                 capsize=2.5,
@@ -272,7 +272,7 @@ def _plane_panel(
                 linestyle="none",
                 label=name,
             )
-            drawing.tip(point, f"{task_name(task)}, {name}: T2T {_written(text)}, spoken {_written(heard)}")
+            drawing.tip(point, f"{task_name(task)}, {name}: T2T {_written(text)}, spoken {_written(spoken)}")
     axis.set(title=task_name(task), xlabel="T2T accuracy, %", ylabel="S2T accuracy, %")
     for low, high, limit in ((*axis.get_xlim(), axis.set_xlim), (*axis.get_ylim(), axis.set_ylim)):
         limit(min(low, -0.03 * high), high)  # a mark at zero is seen whole
