@@ -11,9 +11,8 @@ import pytest
 
 from browser import chromium, contrast, foreign, overflow, visit
 from palimpsest.files import read_json, read_jsonl, write_json, write_jsonl
-from palimpsest.report import write_report
 from palimpsest.report.inputs import read_inputs
-from palimpsest.report.page import tables_of
+from palimpsest.report.page import tables_of, write_report
 from palimpsest.report.table import Table, to_csv, to_latex, to_markdown
 from report_fixture import make_run
 

@@ -1,4 +1,4 @@
-"""How numbers are written, and that a table says the same in all four renderings."""
+"""How numbers are written, and that a table says the same in all its renderings."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from palimpsest.report.table import (
     points,
     seconds,
     significant,
+    to_aligned_markdown,
     to_csv,
     to_html,
     to_latex,
     to_markdown,
+    to_plain,
 )
 
 
@@ -116,6 +118,19 @@ def test_html_has_caption_scopes_and_sort_keys() -> None:
 def test_markdown_keeps_its_columns() -> None:
     lines = to_markdown(_table((Cell("a|b\nc"), Cell("1", "2 to 3")))).splitlines()
     assert lines[2:5] == [r"| A\|B | x % |", "| --- | ---: |", r"| a\|b c | 1 \[2 to 3\] |"]
+
+
+def test_plain_text_lines_up() -> None:
+    table = _table((Cell("a|b"), Cell("1", "2 to 3")), (Cell("c"), Cell("10")))
+    assert to_plain(table).split("\n") == [
+        "  A|B         x %",
+        "  a|b  1 [2 to 3]",
+        "  c            10",
+    ]
+    untitled = Table("", "", (Column(""), Column("")), ((Cell("a"), Cell("b")), (Cell("cc"), Cell(""))))
+    assert to_plain(untitled) == "  a   b\n  cc"
+    words = Table("", "", (Column("A"), Column("B")), ((Cell("a|b"), Cell("")),))
+    assert to_aligned_markdown(words).split("\n") == ["| A    | B |", "|------|---|", r"| a\|b |   |"]
 
 
 def test_latex_escapes() -> None:

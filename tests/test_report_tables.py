@@ -256,3 +256,25 @@ def test_structure_tables_show_whole_models_with_their_intervals() -> None:
     assert _row(overlap, 0) == ["Full-FT", "Base", "3", "40.0 [35.0 to 45.0]", "60.0", "3.0"]
     assert len(overlap.rows) == 3
     assert _row(structure_tables.correlations(results["correlations"]), 0)[2:5] == ["3", "1.00", "0.333"]
+
+
+def test_floors_of_the_main_rule_one_row_per_method() -> None:
+    records = invented_results()["qa_floors"]
+    other = [{**record, "metric": "substring", "value": 0.9} for record in records]
+    table = tables.floors(other + records, "token_sequence")  # type: ignore[arg-type]
+    assert len(table.rows) == 2 * 6
+    first = ["Base", "Llama Questions", "text", "300", "1.0 [0.5 to 2.0]", "0.0 [0.0 to 0.0]", "5.0 [2.5 to 10.0]"]
+    assert _row(table, 0) == first
+    assert _row(table, 1)[0] == "Full-FT"
+    without = [record for record in records if record["floor"] != "unrelated"]
+    assert _row(tables.floors(without, "token_sequence"), 0)[4] == "–"  # type: ignore[arg-type]
+    assert tables.floors([], "token_sequence").rows == ()
+
+
+def test_perplexity_by_modality() -> None:
+    table = tables.perplexity(invented_results()["perplexity"])  # type: ignore[arg-type]
+    assert [column.title for column in table.columns] == ["Method", "T2T perplexity", "S2T perplexity"]
+    assert _row(table, 0) == ["Base", "4.48", "–"]
+    assert _row(table, 1) == ["Full-FT", "4.48", "not finite"]
+    assert "text: 100 answers, 1234 tokens." in table.note
+    assert tables.perplexity([]).rows == ()

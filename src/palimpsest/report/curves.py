@@ -17,7 +17,7 @@ from palimpsest.report.style import INK, LINE_HEIGHT, WIDTH, Drawing, log_labels
 from palimpsest.report.table import significant
 
 REMOVED = {"top": "Most important removed", "random": "Random removed", "bottom": "Least important removed"}
-MODALITIES = {"text": "text input", "speech": "speech input"}
+INPUTS = {"text": "text input", "speech": "speech input"}
 MAX_CURVE_POINTS = 120
 MAX_TICKS = 5
 WIDE_RANGE = 30.0  # largest over smallest value from which an axis is logarithmic
@@ -32,7 +32,7 @@ def deletion(inputs: Inputs) -> Drawing | None:
     ratios = sorted({row["ratio"] for row in rows if row["condition"] != "base"})
     if not ratios:
         return None
-    modalities = [name for name in MODALITIES if any(row["modality"] == name for row in rows)]
+    modalities = [name for name in INPUTS if any(row["modality"] == name for row in rows)]
     conditions = [name for name in REMOVED if any(row["condition"] == name for row in rows)]
     models = sorted({row["model"] for row in rows}, key=method_key)
     figure = Figure(figsize=(WIDTH, 0.7 + 2.0 * len(modalities)), layout="constrained")
@@ -47,7 +47,7 @@ def deletion(inputs: Inputs) -> Drawing | None:
                 _deletion_line(drawing, axis, curve, model, condition, nothing, methods_in(inputs.results))
             axis.set(xscale="log", yscale="log")
             axis.set_title(REMOVED[condition] if i == 0 else "")
-        panels[i, 0].set_ylabel(f"perplexity, {MODALITIES[modality]}")
+        panels[i, 0].set_ylabel(f"perplexity, {INPUTS[modality]}")
         log_labels(panels[i, 0])
     step = -(-len(ratios) // MAX_TICKS)
     shown = ratios[::-1][::step][::-1]
@@ -164,7 +164,7 @@ def retention(inputs: Inputs) -> Drawing | None:
     curves = {key: rows for key, rows in curves.items() if len(rows) > 1}
     if not curves:
         return None
-    modalities = [name for name in MODALITIES if any(of == name for of, _ in curves)]
+    modalities = [name for name in INPUTS if any(of == name for of, _ in curves)]
     figure = Figure(figsize=(WIDTH, LINE_HEIGHT), layout="constrained")
     drawing = Drawing("retention", "Held-out perplexity during training", "", "", figure)
     panels = figure.subplots(1, len(modalities), squeeze=False)[0]
@@ -175,9 +175,9 @@ def retention(inputs: Inputs) -> Drawing | None:
             rows = curves[modality, method]
             _retention_line(drawing, axis, rows, method, modality, methods_in(inputs.results))
             first, last = (significant(row["perplexity"]) for row in (rows[0], rows[-1]))
-            ends.append(f"{method_name(method)}, {MODALITIES[modality]}, from {first} to {last}")
+            ends.append(f"{method_name(method)}, {INPUTS[modality]}, from {first} to {last}")
         with_base |= _base_line(drawing, axis, inputs, modality, [r for r in records if r.get("modality") == modality])
-        axis.set(title=f"{MODALITIES[modality].capitalize()}", xlabel="step", ylabel="perplexity")
+        axis.set(title=f"{INPUTS[modality].capitalize()}", xlabel="step", ylabel="perplexity")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         values = [row["perplexity"] for (of, _), rows in curves.items() if of == modality for row in rows]
         if max(values) > WIDE_RANGE * min(values):
@@ -220,7 +220,7 @@ def _retention_line(
     axis.plot(steps, values, color=mark.color, linestyle=mark.line)
     for step, value in zip(steps, values, strict=True):
         (point,) = axis.plot([step], [value], mark.marker, color=mark.color)
-        drawing.tip(point, f"{method_name(method)}, {MODALITIES[modality]}, step {step}: {significant(value)}")
+        drawing.tip(point, f"{method_name(method)}, {INPUTS[modality]}, step {step}: {significant(value)}")
 
 
 def _base_line(drawing: Drawing, axis: Axes, inputs: Inputs, modality: str, records: Sequence[TrainingRecord]) -> bool:
@@ -230,7 +230,7 @@ def _base_line(drawing: Drawing, axis: Axes, inputs: Inputs, modality: str, reco
         of = (row["method"], row["modality"], row["task"])
         if of == ("base", modality, "heldout") and tokens == {row["n_tokens"]} and row["perplexity"] is not None:
             line = axis.axhline(row["perplexity"], color=INK, linewidth=1)
-            drawing.tip(line, f"Base, {MODALITIES[modality]}: {significant(row['perplexity'])}")
+            drawing.tip(line, f"Base, {INPUTS[modality]}: {significant(row['perplexity'])}")
             return True
     return False
 

@@ -25,8 +25,8 @@ from palimpsest.files import UserError
 from palimpsest.records import MODALITIES, Results, method_of
 from palimpsest.rundir import STEP_FILE, models_in
 
-METHOD_ORDER = ("base", "full", "layer_lr", "lora")
 METHOD_NAMES = {"base": "Base", "full": "Full-FT", "layer_lr": "Layer-LR", "lora": "LoRA"}
+METHOD_ORDER = tuple(METHOD_NAMES)
 TASK_NAMES = {"llama_questions": "Llama Questions", "web_questions": "Web Questions"}
 MODALITY_NAMES = {"text": "T2T", "speech": "S2T", "cascade": "Cascade", "text_asr": "Transcript"}
 MAIN_METRIC = "token_sequence_numbers"  # the scoring rule and the reduction that the claims are decided on;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from statistics import fmean, median
+from typing import Any
 
 from palimpsest.records import (
     ClusteringRecord,
@@ -90,7 +91,11 @@ def shift(records: Sequence[ShiftRecord]) -> Table:
 
 def clustering(records: Sequence[ClusteringRecord]) -> Table:
     """Concentration on rows and columns, summarised over the layers of each module kind."""
-    order = lambda row: (row["of"] != "importance", method_key(row["model"]), list(row.values())[:4])  # noqa: E731
+
+    def order(row: Row) -> tuple[Any, ...]:
+        of, model, kind, measure = (row[key] for key in ("of", "model", "kind", "measure"))
+        return of != "importance", method_key(model), of, model, kind, measure
+
     return table(
         "clustering",
         "Rank clustering: concentration on rows and columns",

@@ -24,7 +24,7 @@ from palimpsest.report.inputs import METHOD_ORDER, method_name
 
 INK = "#1c1e21"
 RULE = "#d4d7db"
-GREYS = ("#f2f3f5", "#c3c7cd", "#878d96", "#3d4249")  # four steps, told apart in print
+GREYS = ("#f2f3f5", "#c3c7cd", "#878d96", "#3d4249")  # four steps, distinct in print too
 COLOR_MAP = "cividis"  # even in lightness, hence readable in grey
 WIDTH = 7.2  # inches, a two-column page
 LINE_HEIGHT = 2.9  # inches, of a figure with one row of line charts

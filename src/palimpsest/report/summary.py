@@ -85,7 +85,7 @@ def points_of(inputs: Inputs) -> list[Point]:
         Point("What was lost?", tuple(_lost(inputs))),
         Point("Where in the model?", tuple(_where(inputs))),
         Point("Which training keeps the text?", tuple(_keeps(inputs))),
-        Point("Do the models understand speech?", tuple(_hears(inputs))),
+        Point("Do the models understand speech?", tuple(_understand(inputs))),
     ]
 
 
@@ -181,7 +181,7 @@ def _relation(paired: ComparisonRecord | None) -> str:
     return BETTER if paired["p_holm"] < LEVEL and paired["difference"] > 0 else ALIKE
 
 
-def _hears(inputs: Inputs) -> list[Finding]:
+def _understand(inputs: Inputs) -> list[Finding]:
     rows = [row for row in _accuracies(inputs, "speech") if row["method"] != "base"]
     if not rows:
         return [Finding("Not known: the run has no answers to spoken questions.")]

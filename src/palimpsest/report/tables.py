@@ -151,7 +151,9 @@ def deactivation(records: Sequence[DeactivationRecord]) -> Table:
     whole = {(row["model"], row["modality"]): [row] for row in records if row["condition"] == "base"}
     removed = (row for row in records if row["condition"] != "base")
     groups = grouped(removed, "model", "modality", "ratio", "scope", "reduction")
-    groups.sort(key=lambda g: (method_key(g["model"]), modality_key(g["modality"]), *list(g.values())[2:5]))
+    groups.sort(
+        key=lambda g: (method_key(g["model"]), modality_key(g["modality"]), g["ratio"], g["scope"], g["reduction"])
+    )
     rows: list[Row] = []
     for group in groups:
         of = {name: [row for row in group["rows"] if row["condition"] == name] for name in CONDITIONS}
