@@ -107,3 +107,12 @@ def test_a_file_is_no_run_directory(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be used as a run directory"):
         RunDir(tmp_path / "file")
+
+
+def test_what_a_finished_step_differs_in_is_named(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert run.outdated("s", {"x": 1}) == []
+    run.step("s", {"x": 1, "y": (1, 2), "code": "a"}, lambda folder: None)
+    assert run.outdated("s", {"x": 1, "y": [1, 2], "code": "a"}) == []
+    assert run.outdated("s", {"x": 1, "y": [1, 2], "code": "b"}) == ["code"]
+    assert run.outdated("s", {"x": 2, "z": 0, "y": [1, 2], "code": "a"}) == ["x", "z"]

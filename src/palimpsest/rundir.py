@@ -130,6 +130,15 @@ class RunDir:
         target, fingerprint = self.path / name, hash_value(inputs)
         return Step(name, target, fingerprint, skipped=True) if self._fingerprint(target) == fingerprint else None
 
+    def outdated(self, name: str, inputs: Mapping[str, Any]) -> list[str]:
+        """The inputs in which a finished step differs from `inputs`; [] where it is not there, or up to date."""
+        file = self.path / name / STEP_FILE
+        if not file.exists() or self.finished(name, inputs) is not None:
+            return []
+        before = read_json(file).get("inputs", {})
+        # As JSON, in which the file has them.
+        return sorted(key for key in {*before, *inputs} if hash_value(before.get(key)) != hash_value(inputs.get(key)))
+
     @staticmethod
     def _fingerprint(target: Path) -> str | None:
         file = target / STEP_FILE

@@ -47,6 +47,7 @@ class Workspace:
         self.path = folder
         self.reporter = reporter
         self.done: list[Step] = []
+        self._said_why = False
         self._tuned: tuple[str, SpeechLM] | None = None
 
     # -- steps --------------------------------------------------------------------------------------------------------
@@ -69,6 +70,7 @@ class Workspace:
         if step is not None:
             self.reporter.skipped(name)
         else:
+            self._say_why(name, full)
             with self.reporter.step(name) as advance:
                 if is_main():
                     step = self.dir.step(
@@ -78,6 +80,16 @@ class Workspace:
                     write(share(), advance)
                 step = share(step)
         self.done.append(step)
+
+    def _say_why(self, name: str, inputs: Mapping[str, Any]) -> None:
+        """Once: the first finished step that is made again, and what differs; the steps after it follow from that."""
+        found = self.dir.outdated(name, inputs) if is_main() and not self._said_why else []
+        if found:
+            self._said_why = True
+            what = "code" if found == ["code"] else ", ".join(found)
+            self.reporter.note(
+                f"{name} was finished before and is made again, as is what depends on it: its {what} changed."
+            )
 
     def is_done(self, name: str, made_by: Callable[..., None], inputs: Mapping[str, Any]) -> bool:
         return self.dir.finished(name, {**inputs, "code": step_code(made_by)}) is not None
