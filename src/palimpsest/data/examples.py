@@ -53,13 +53,11 @@ class Example:
         Audio below `folder` is written relative to it, so that the folder can be moved as a whole; audio
         elsewhere is written as an absolute path: a relative one would break when the folder is renamed.
         """
-        row: dict[str, Any] = {"id": self.id, "question": self.question, "answer": self.answer}
-        row["answers"] = list(self.answers)
+        row = {key: getattr(self, key) for key in KEYS if getattr(self, key) is not None}
         if self.audio is not None:
             audio, root = Path(os.path.abspath(self.audio)), Path(os.path.abspath(folder))  # noqa: PTH100 (no symlinks)
             row["audio"] = (audio.relative_to(root) if audio.is_relative_to(root) else audio).as_posix()
-        rest = {"voice": self.voice, "kind": self.kind, "augmentation": self.augmentation}
-        return row | {key: value for key, value in rest.items() if value is not None}
+        return {**row, "answers": list(self.answers)}
 
 
 def write_manifest(path: Path, examples: Iterable[Example]) -> None:
@@ -158,23 +156,16 @@ def _manifest_row(record: dict[str, Any], position: int, folder: Path, where: st
             near = difflib.get_close_matches(key, KEYS, n=1)
             hint = f'did you mean "{near[0]}"?' if near else f"use {', '.join(KEYS)} or remove it."
             raise UserError(f'{where}: unknown key "{key}"; {hint}')
-    audio = _string(record, "audio", where)
-    golds = _golds(record, where)
-    answer = _string(record, "answer", where) or (golds[0] if golds else None)
-    if answer is None:
+    texts: dict[str, Any] = {key: _string(record, key, where) for key in KEYS if key != "answers"}
+    for key in ("id", "question"):
+        if texts[key] is None:
+            raise UserError(f'{where}: "{key}" is missing; every line needs one.')
+    audio, answer = texts.pop("audio"), texts.pop("answer")
+    golds = _golds(record, where) or ((answer,) if answer else ())
+    if not golds:
         raise UserError(f'{where}: neither "answer" nor "answers"; add at least one of them.')
-    return Row(
-        position,
-        where,
-        id=_required(record, "id", where),
-        question=_required(record, "question", where),
-        answers=golds or (answer,),
-        answer=answer,
-        audio=None if audio is None else folder / audio,
-        voice=_string(record, "voice", where),
-        kind=_string(record, "kind", where),
-        augmentation=_string(record, "augmentation", where),
-    )
+    texts |= {"answer": answer or golds[0], "audio": None if audio is None else folder / audio}
+    return Row(position, where, answers=golds, **texts)
 
 
 def _string(row: dict[str, Any], key: str, where: str) -> str | None:
@@ -187,13 +178,6 @@ def _string(row: dict[str, Any], key: str, where: str) -> str | None:
     if not value.strip():
         raise UserError(f'{where}: "{key}" is empty; fill it in or remove it.')
     return value.strip()
-
-
-def _required(row: dict[str, Any], key: str, where: str) -> str:
-    value = _string(row, key, where)
-    if value is None:
-        raise UserError(f'{where}: "{key}" is missing; every line needs one.')
-    return value
 
 
 def _golds(row: dict[str, Any], where: str) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 
 from palimpsest.data.examples import Example, require_good_audio, require_limit
-from palimpsest.data.filters import NO_LIMITS, Problem, store, take, without_recording
+from palimpsest.data.filters import NO_LIMITS, Problem, store, take
 from palimpsest.data.local import (
     LLAMA_TABLE,
     METADATA,
@@ -75,7 +75,7 @@ def load_examples(
     chosen: dict[int, str] | None = None  # position → id, where not simply the first are taken
     if limit is not None and seed is not None:
         rows = table.read(0, None, False)
-        found = ((row.position, take(row, names(row), NO_LIMITS, without_recording, strict)) for row in rows)
+        found = ((row.position, take(row, names(row), NO_LIMITS, strict=strict)) for row in rows)
         usable = [(position, example.id) for position, example in found if isinstance(example, Example)]
         chosen = dict(usable[i] for i in choose(len(usable), limit, seed))
 

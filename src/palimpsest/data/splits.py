@@ -33,7 +33,6 @@ from palimpsest.data.filters import (
     require_some,
     store,
     take,
-    without_recording,
 )
 from palimpsest.data.rows import Names, Row, Table
 from palimpsest.data.sources import choose, load_examples, open_table
@@ -192,7 +191,7 @@ class StudyData:
         table, kept = self._table(group), []
         names = Names(table)
         for row in table.read(0, None, False):
-            found = take(row, names(row), self.filters, without_recording, self._strict)
+            found = take(row, names(row), self.filters, strict=self._strict)
             if isinstance(found, Example):
                 kept.append(_Chosen(row.position, found.id, hash_value(normalised_question(row.question))[:16]))
             else:
