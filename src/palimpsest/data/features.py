@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import soundfile
 import torch
 
 from palimpsest.data.examples import Example
@@ -121,7 +122,11 @@ def compute_features(
             raise UserError(f"The example {example.id!r} has no audio to encode; speak the data first.")
         keys.append(hash_file(example.audio))
         audio.setdefault(keys[-1], example.audio)
-    n_frames = {key: processor.n_frames(_n_samples(path)) for key, path in audio.items()}
+    headers = {key: soundfile.info(str(path)) for key, path in audio.items()}
+    n_frames = {
+        key: processor.n_frames(-(-header.frames * SAMPLE_RATE // header.samplerate))  # samples at 16 kHz
+        for key, header in headers.items()
+    }
     n_bytes = {key: n * encoder.config.d_model * DTYPE.itemsize for key, n in n_frames.items()}
     # Similar lengths together waste no padding; by hash among equals, so that the order of the examples plays no part.
     order = sorted(audio, key=lambda key: (n_frames[key], key))
@@ -131,23 +136,20 @@ def compute_features(
     shards.refresh()
     for shard in {shards[key].path: shards[key] for key in order if key in shards}.values():
         verify_shard(shard)
-    missing = {key for key in order if key not in shards}
+    missing = audio.keys() - shards.keys()
     room = sum(n_bytes[key] for key in missing)
     require_disk(shards.folder, room, f"Caching the speech features of {len(missing)} utterances")
     shards.folder.mkdir(parents=True, exist_ok=True)
     write_json(shards.folder / "encoding.json", encoding)
 
-    def report(n_more: int = 0) -> None:
-        if progress is not None:
-            progress(len(order) - len(missing) + n_more, len(order))
-
-    report()
+    report = progress or (lambda done, total: None)
+    report(len(order) - len(missing), len(order))
     waiting = list(_plan(order, n_bytes))
     for wait in (False, True):  # first what no other process is at, then what the others have not finished
         taken, waiting = waiting, []
         for part in taken:
             shards.refresh()
-            missing.difference_update(key for key in part if key in shards)
+            missing -= shards.keys()
             todo = [key for key in part if key in missing]
             if not todo:
                 continue
@@ -161,12 +163,10 @@ def compute_features(
                 for start in range(0, len(todo), batch_size):
                     batch = todo[start : start + batch_size]
                     frames |= _encode(encoder, processor, {key: audio[key] for key in batch})
-                    report(len(frames))
+                    report(len(order) - len(missing) + len(frames), len(order))
                 write_shard(file, path, frames)
-            missing.difference_update(todo)
     shards.refresh()
-    missing.clear()
-    report()
+    report(len(order), len(order))
     _write_index(folder, examples, keys, shards, encoder.config.d_model)
 
 
@@ -188,15 +188,6 @@ def describe_encoding(encoder: WhisperEncoder, processor: SpeechLMProcessor) -> 
     if processor.speech_length == "trim":
         described["stack_factor"] = processor.stack_factor  # the length is rounded up to whole positions
     return described
-
-
-def _n_samples(path: Path) -> int:
-    """At 16 kHz, by the file's header."""
-    import soundfile
-
-    header = soundfile.info(str(path))
-    n_samples: int = -(-header.frames * SAMPLE_RATE // header.samplerate)
-    return n_samples
 
 
 def _plan(order: Sequence[str], n_bytes: Mapping[str, int]) -> Iterator[list[str]]:

@@ -1,13 +1,6 @@
 """Readers of files on this machine: manifests, CSV, folders of recordings, instruction sets, two published sets.
 
-Columns of a table of one's own: `question`, `answer` or `answers`, and optionally `id`, `audio`, `voice`, `kind`.
-`answers` holds several gold strings: in CSV separated by "|", in parquet a list. Audio paths are relative to the
-table's folder. (Parquet: parquet.py.)
-
-A folder of recordings has either a `metadata.csv` or `metadata.jsonl` with the column `file_name` beside those above
-(the hub's AudioFolder layout), or beside each `x.wav` (or .flac, .ogg, .mp3) a text of the same name: `x.json` with
-`question` and `answer` or `answers`; or `x.txt`, whose first line is the question and whose other lines are the answer.
-The split is a sub-folder of that name, or the folder itself.
+docs/data.md describes columns and layouts. Audio paths are relative to the table's folder. (Parquet: parquet.py.)
 """
 
 from __future__ import annotations

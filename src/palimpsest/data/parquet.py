@@ -1,18 +1,7 @@
 """Tables in parquet files, one's own and published sets, on this machine or on the hub: row group by row group.
 
-Audio is the hub's Audio feature: a struct of `bytes` and `path`, plain bytes, or a path relative to the file. The bytes
-are passed on as they are, and read only where wanted; nothing here decodes them.
-
-Published spoken sets in their own columns:
-
-| prefix | on the hub | columns that are read |
-|---|---|---|
-| `voice_assistant` | gpt-omni/VoiceAssistant-400K | round, question, answer, question_audio; split_name |
-| `spoken_alpaca` | GSQA/spoken-alpaca-gpt4 | instruction, output, input_audio; input, speech_input, input_speaker |
-| `llama_questions` | fixie-ai/llama-questions | question, answer, audio |
-| `spoken_web_questions` | chiyuanhsiao/ and fixie-ai/spoken-web-questions | question, answers, audio |
-
-Columns after the semicolon may be absent. A hub name may end in @REVISION.
+The bytes of a recording are passed on as they are, and read only where wanted; nothing here decodes them. SCHEMAS says
+which columns a published set has; a hub name may end in @REVISION.
 """
 
 from __future__ import annotations

@@ -113,9 +113,12 @@ def _summary(report: dict[str, Any]) -> Iterator[str]:
 class _Part:
     """A file of JSON lines that grows under another name than its last one."""
 
-    path: Path
     final: Path
-    size: int
+    size: int  # bytes at the last note
+
+    @property
+    def path(self) -> Path:
+        return self.final.with_name(f".{self.final.stem}.part")
 
     def open(self) -> None:
         """Back to the last note: what was written after it by a killed run is cut off."""
@@ -141,7 +144,6 @@ class _Work:
             raise UserError(f"The split {split!r} would name a file; give a name without slashes.")
         self.out, self.split, self.options = out, split, json.loads(json.dumps(options))
         self.audio, self.report = out / "audio", out / "prepared" / f"{split}.json"
-        self.manifest, self.dropped = out / f"{split}.jsonl", out / "dropped" / f"{split}.jsonl"
         self.state = out / "prepared" / f".{split}.state.json"
         state = read_json(self.state) if self.state.exists() else {}
         self.is_finished = self.report.exists() and not state
@@ -151,29 +153,24 @@ class _Work:
                 was = f"{before['options'].get(key)!r}, now it is {value!r}"
                 what = "from a source that has changed since" if key == "identity" else f"with {key} {was}"
                 raise UserError(f"{out} was prepared {what}; give another --out, or delete that folder.")
-        if self.manifest.exists() and not before:
-            raise UserError(f"{self.manifest} exists and was not made by this command; give another --out.")
         self.n_rows, self.n_kept = state.get("n_rows", 0), state.get("n_kept", 0)
         # In the folder of the manifest, so that audio paths are relative to it from the start.
-        self._kept = _Part(out / f".{split}.part", self.manifest, state.get("kept_bytes", 0))
-        self._left_out = _Part(out / "dropped" / f".{split}.part", self.dropped, state.get("dropped_bytes", 0))
-        if state:
-            self._open()
-
-    def _open(self) -> None:
-        self._kept.open()
-        self._left_out.open()
+        self._kept = _Part(out / f"{split}.jsonl", state.get("kept_bytes", 0))
+        self._left_out = _Part(out / "dropped" / f"{split}.jsonl", state.get("dropped_bytes", 0))
+        self._parts = (self._left_out, self._kept)
+        if self._kept.final.exists() and not before:
+            raise UserError(f"{self._kept.final} exists and was not made by this command; give another --out.")
+        for part in self._parts if state else ():
+            part.open()
 
     def ids(self) -> Iterator[str]:
         """Of all rows read so far."""
-        if self.state.exists():
-            for part in (self._kept, self._left_out):
-                yield from (row["id"] for row in part.rows())
+        return (row["id"] for part in self._parts if self.state.exists() for row in part.rows())
 
     def note(self, kept: Sequence[Example], dropped: Sequence[Dropped], n_rows: int) -> None:
         """`kept` and `dropped` are done, up to the row `n_rows`."""
-        if not self.state.exists():
-            self._open()
+        for part in () if self.state.exists() else self._parts:
+            part.open()
         self._kept.append([example.to_row(self.out) for example in kept])
         self._left_out.append([item.to_row(self.split) for item in dropped])
         self.n_rows, self.n_kept = n_rows, self.n_kept + len(kept)
@@ -186,8 +183,8 @@ class _Work:
         dropped = dict(Counter(row["reason"] for row in rows).most_common())
         require_some(self.n_kept, dropped, where)
         report = {"options": self.options, "n_rows": self.n_rows, "n_kept": self.n_kept, "dropped": dropped}
-        self._left_out.path.replace(self.dropped)
-        self._kept.path.replace(self.manifest)
+        for part in self._parts:
+            part.path.replace(part.final)
         write_json(self.report, report)
         self.state.unlink()  # last: with it gone the work is finished
         return report
