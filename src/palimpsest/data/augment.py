@@ -153,9 +153,6 @@ def _within(bounds: tuple[float, float] | None, share: float) -> float | None:
     return None if bounds is None else bounds[0] + share * (bounds[1] - bounds[0])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# One copy
-# ------------------------------------------------------------------------------------------------------------
 def _write_copy(source: Path, path: Path, draw: Draw) -> None:
     write_flac(path, change(read_audio(source), draw))
 

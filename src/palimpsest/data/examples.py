@@ -42,8 +42,9 @@ class Example:
     augmentation: str | None = None  # of a changed copy of another example's audio: what was changed
 
     @classmethod
-    def of(cls, row: Row, name: str, audio: Path | None) -> Example:
+    def of(cls, row: Row, name: str, audio: Path | bytes | None) -> Example:
         """The row under the id `name`, spoken in the file `audio`."""
+        assert not isinstance(audio, bytes)
         texts = (row.question, row.answers, row.answer)
         return cls(name, *texts, audio, row.voice, row.kind, row.augmentation)
 
@@ -81,7 +82,6 @@ def read_manifest(
     examples: list[tuple[str, Example]] = []  # with file and line
     for row in manifest_rows(path):
         assert row.id is not None
-        assert not isinstance(row.audio, bytes)
         if require_audio and row.audio is None:
             raise UserError(
                 f'{row.where}: example {row.id!r} has no "audio"; '
@@ -98,17 +98,13 @@ def require_limit(limit: int | None, source: str | Path) -> None:
         raise UserError(f"A limit of {limit} examples was asked of {source}; use a limit of 1 or more, or none.")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Audio, by its header
-# ------------------------------------------------------------------------------------------------------------
 def require_good_audio(example: Example, where: str) -> None:
     """Open the header of the example's audio file, if it has one.
 
     Raises:
         UserError: at `where`, for a file that is missing, unreadable, empty or longer than MAX_AUDIO_SECONDS.
     """
-    problem = None if example.audio is None else audio_problem(example.audio)
-    if problem is not None:
+    if example.audio is not None and (problem := audio_problem(example.audio)) is not None:
         raise UserError(f"{where}: {problem}")
 
 
@@ -130,9 +126,6 @@ def audio_problem(path: Path) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The lines of a manifest
-# ------------------------------------------------------------------------------------------------------------
 def manifest_rows(path: Path) -> Iterator[Row]:
     """A row for every line. Raises UserError for a line that is no example, an id used twice, and an empty file."""
     lines: dict[str, int] = {}  # id → number of its line

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,7 +144,7 @@ def compute_features(
 
     report = progress or (lambda done, total: None)
     report(len(order) - len(missing), len(order))
-    waiting = list(_plan(order, n_bytes))
+    waiting = _plan(order, n_bytes)
     for wait in (False, True):  # first what no other process is at, then what the others have not finished
         taken, waiting = waiting, []
         for part in taken:
@@ -190,18 +190,17 @@ def describe_encoding(encoder: WhisperEncoder, processor: SpeechLMProcessor) -> 
     return described
 
 
-def _plan(order: Sequence[str], n_bytes: Mapping[str, int]) -> Iterator[list[str]]:
+def _plan(order: Sequence[str], n_bytes: Mapping[str, int]) -> list[list[str]]:
     """The utterances of each shard, by the whole list alone: not by what is in the cache, nor by who asks."""
-    part: list[str] = []
+    parts: list[list[str]] = []
     size = 0
     for key in order:
-        if part and size + n_bytes[key] > SHARD_BYTES:
-            yield part
-            part, size = [], 0
-        part.append(key)
+        if not parts or size + n_bytes[key] > SHARD_BYTES:
+            parts.append([])
+            size = 0
+        parts[-1].append(key)
         size += n_bytes[key]
-    if part:
-        yield part
+    return parts
 
 
 def _encode(

@@ -78,9 +78,6 @@ def parse_filters(pairs: Sequence[str]) -> Filters:
     return checked(Filters, {key.strip(): value.strip() for key, _, value in values}, "--filter")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Text
-# ------------------------------------------------------------------------------------------------------------
 def without_speaker_tag(question: str) -> str:
     return SPEAKER_TAG.sub("", question)
 
@@ -108,9 +105,6 @@ def text_problem(row: Row, filters: Filters) -> Problem | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Audio
-# ------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Recording:
     """A decoded recording: 16 kHz mono samples, and its length as it was."""
@@ -226,9 +220,9 @@ def refuse_fault(dropped: Dropped, where: str) -> None:
         )
 
 
-def counts(dropped: Iterable[Dropped]) -> dict[str, int]:
+def counts(reasons: Iterable[str]) -> dict[str, int]:
     """How many were left out for each reason, the most frequent first."""
-    return dict(Counter(item.reason for item in dropped).most_common())
+    return dict(Counter(reasons).most_common())
 
 
 def require_some(n_kept: int, dropped: dict[str, int], where: str) -> None:

@@ -58,9 +58,6 @@ def _json(file: Path) -> Any:
             raise UserError(f"{file} is not valid JSON ({error}); correct it or download it again.") from error
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Manifests and CSV
-# ------------------------------------------------------------------------------------------------------------
 def manifest(path: Path, split: str) -> Table:
     file = _file_of_split(path, split, ".jsonl")
     return listed("", str(file), lambda: manifest_rows(file))
@@ -92,9 +89,6 @@ def _csv_rows(file: Path, schema: Schema) -> Iterator[Row]:
             ) from error
 
 
-# ------------------------------------------------------------------------------------------------------------
-# A folder of recordings
-# ------------------------------------------------------------------------------------------------------------
 def is_audio_folder(path: Path) -> bool:
     folders = [path, *(child for child in path.iterdir() if child.is_dir())] if path.is_dir() else []
     return any((folder / name).is_file() for folder in folders for name in METADATA) or any(
@@ -147,9 +141,6 @@ def _metadata_rows(file: Path) -> Iterator[Row]:
         yield RECORDINGS.row(position, where, RECORDINGS.cells(record, where), file.parent)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Instruction sets
-# ------------------------------------------------------------------------------------------------------------
 def alpaca(path: Path, split: str) -> Table:
     """A JSON list of {"instruction", "input" (may be absent or empty), "output"}: text, to be spoken.
 
@@ -170,9 +161,6 @@ def alpaca(path: Path, split: str) -> Table:
     return listed("alpaca", str(file), rows)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Llama Questions and WebQuestions, as published
-# ------------------------------------------------------------------------------------------------------------
 def llama_questions(folder: Path, split: str) -> Table:
     """The table and its recordings. Gold answers are kept as published, blanks around them dropped.
 
@@ -188,16 +176,15 @@ def llama_questions(folder: Path, split: str) -> Table:
     missing = [name for name in LLAMA_COLUMNS if name not in header]
     if missing:
         raise UserError(f"{table} has no column {missing[0]!r}; its first line must be {', '.join(LLAMA_COLUMNS)}.")
-    columns = [header.index(name) for name in LLAMA_COLUMNS]
     rows: dict[str, Row] = {}
     for number, line in enumerate(cells, start=2):
         if not any(line):
             continue
         where = f"{table}:{number}"
-        wanted = [line[column] if column < len(line) else "" for column in columns]
-        if not all(wanted):
+        record = dict(zip(header, line, strict=False))
+        question, answer, wav = found = [record.get(name, "") for name in LLAMA_COLUMNS]
+        if not all(found):
             raise UserError(f"{where}: a cell is empty; every line needs {', '.join(LLAMA_COLUMNS)}.")
-        question, answer, wav = wanted
         name = f"llama_questions-{Path(wav).stem}"
         if name in rows:
             raise UserError(f"{where}: the recording {wav} is used twice; give each line its own.")

@@ -31,9 +31,6 @@ BATCH_ROWS = 32  # rows in memory at a time, with their recordings
 BUFFER = 4 << 20  # bytes read ahead in each column: no whole row group is held, and a hub request is worth its delay
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Kinds of tables
-# ------------------------------------------------------------------------------------------------------------
 def _voice_assistant(cells: Mapping[str, Any]) -> dict[str, Any]:
     """One turn of a conversation; only the first stands by itself."""
     return {
@@ -92,9 +89,6 @@ def local_table(kind: str, path: Path, split: str) -> Table:
     return Table(kind, str(path), read, identity, lambda: sum(_open(file).metadata.num_rows for file in files))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Rows
-# ------------------------------------------------------------------------------------------------------------
 def _reader(schema: Schema, where: str, files: Callable[[], Sequence[str]]) -> Read:
     """`read` of a Table over parquet files; `files` gives their paths or URLs and is called at the first read."""
 
@@ -159,9 +153,6 @@ def no_datasets() -> UserError:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Which files
-# ------------------------------------------------------------------------------------------------------------
 def local_files(path: Path, split: str) -> list[str]:
     """A file is one split, whatever its name; in a folder the hub's rules say which files are which split.
 

@@ -12,7 +12,6 @@ its end is noted; started again with the same options, the work continues there.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from palimpsest.data.examples import Example, require_limit
-from palimpsest.data.filters import Dropped, Filters, Problem, refuse_fault, require_some, store, take
+from palimpsest.data.filters import Dropped, Filters, Problem, counts, refuse_fault, require_some, store, take
 from palimpsest.data.rows import Names, identity_of
 from palimpsest.data.sources import open_table
 from palimpsest.data.speech import speak
@@ -180,7 +179,7 @@ class _Work:
     def finish(self, where: str) -> dict[str, Any]:
         """Give the parts their names. Raises UserError when nothing was kept."""
         rows = self._left_out.rows() if self.state.exists() else ()
-        dropped = dict(Counter(row["reason"] for row in rows).most_common())
+        dropped = counts(row["reason"] for row in rows)
         require_some(self.n_kept, dropped, where)
         report = {"options": self.options, "n_rows": self.n_rows, "n_kept": self.n_kept, "dropped": dropped}
         for part in self._parts:

@@ -112,9 +112,6 @@ def identity_of(table: Table) -> Any:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Names of rows
-# ------------------------------------------------------------------------------------------------------------
 CONTENT_ID = re.compile(r"^(?P<base>.+-[0-9a-f]{16})(?:-(?P<count>\d+))?$")
 
 
@@ -208,9 +205,6 @@ def recording(cell: Any, folder: Path) -> Path | bytes | None:
     return folder / text(cell) if text(cell) else None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Kinds of tables
-# ------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Schema:
     """The columns of a kind of table: our names → accepted spellings in lower case, and how a row is read from them.

@@ -113,8 +113,7 @@ def _reader(source: str) -> tuple[Reader, Path]:
     if prefix in READERS and prefix != source:
         return READERS[prefix], Path(rest).expanduser()
     path = Path(source).expanduser()
-    kind = _kind(path)
-    if kind is not None:
+    if (kind := _kind(path)) is not None:
         return READERS[kind], path
     found = "holds no question set that is known" if path.is_dir() else "does not exist"
     raise UserError(

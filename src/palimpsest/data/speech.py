@@ -38,9 +38,6 @@ ENCODING = "flac-16bit-16kHz"  # part of the file names: change it when the samp
 Call: TypeAlias = Callable[[], str | None]  # writes one file, in whichever process; returns what went wrong, or None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files
-# ------------------------------------------------------------------------------------------------------------
 def read_audio(path: Path) -> Float32[ndarray, " samples"]:
     """Read any format libsndfile knows; channels are averaged, other rates resampled to 16 kHz.
 
