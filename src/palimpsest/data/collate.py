@@ -94,12 +94,9 @@ def batches(
     by_length: bool = True,
 ) -> Iterator[Batch]:
     """Batches on `device`, the same every time: similar lengths together, so that little is padding, or in order."""
-    order = list(range(len(examples)))
-    if by_length:
-        order.sort(key=lambda i: collator.length(examples[i]))
+    order = sorted(examples, key=collator.length) if by_length else examples
     for start in range(0, len(order), batch_size):
-        batch = collator([examples[i] for i in order[start : start + batch_size]])
-        yield to_device(batch, device)
+        yield to_device(collator(order[start : start + batch_size]), device)
 
 
 def to_device(batch: Batch, device: str | torch.device) -> Batch:

@@ -202,22 +202,15 @@ def web_questions(folder: Path, split: str) -> Table:
         raise UserError(f"{file} holds a {type(records).__name__} instead of a list of records; download it again.")
     rows: dict[str, Row] = {}
     for number, record in enumerate(records, start=1):
-        where, texts_of = f"{file}: record {number}", _web_texts(record)
-        if texts_of is None:
+        where = f"{file}: record {number}"
+        given = record if isinstance(record, dict) else {}
+        answers = given.get("answers")
+        found = [given.get("qId"), given.get("qText"), *(answers if isinstance(answers, list) else [])]
+        if len(found) < 3 or not all(isinstance(item, str) and item.strip() for item in found):
             raise UserError(f"{where} lacks qId, qText or answers; correct or remove it.")
-        key, question, *golds = texts_of
+        key, question, *golds = map(str.strip, found)
         name = f"web_questions-{key}"
         if name in rows:
             raise UserError(f"{where} has the qId of another, {name}; correct or remove it.")
         rows[name] = Row(len(rows), where, question, tuple(golds), golds[0], name)
     return listed("", str(file), rows.values)
-
-
-def _web_texts(record: Any) -> list[str] | None:
-    """qId, qText and the answers; None for a record that is not as published."""
-    if not isinstance(record, dict) or not isinstance(record.get("answers"), list):
-        return None
-    found = [record.get("qId"), record.get("qText"), *record["answers"]]
-    if len(found) < 3 or not all(isinstance(item, str) and item.strip() for item in found):
-        return None
-    return [item.strip() for item in found]

@@ -73,10 +73,10 @@ def hub_table(source: str, split: str) -> Table | None:
     name, _, revision = source.partition("@")
     if name not in HUB:
         return None
+    kind, where = HUB[name], f"{source}, split {split}"
     answer = cache(lambda: hub_files(name, revision or None, split))  # the hub is asked once
-    identity = ["hub", name, revision, split]
-    read = _reader(SCHEMAS[HUB[name]], f"{source}, split {split}", lambda: answer()[0])
-    return Table(HUB[name], f"{source}, split {split}", read, identity, lambda: answer()[1])
+    read = _reader(SCHEMAS[kind], where, lambda: answer()[0])
+    return Table(kind, where, read, ["hub", name, revision, split], lambda: answer()[1])
 
 
 def local_table(kind: str, path: Path, split: str) -> Table:
