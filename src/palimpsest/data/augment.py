@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import soundfile
@@ -24,7 +24,7 @@ import soxr
 from annotated_types import Ge, Le
 
 from palimpsest.data.examples import MAX_AUDIO_SECONDS, Example
-from palimpsest.data.speech import ENCODING, make_files, read_audio, write_flac
+from palimpsest.data.speech import ENCODING, Call, make_files, read_audio, write_flac
 from palimpsest.files import UserError, hash_file, hash_value
 from palimpsest.models import SAMPLE_RATE
 
@@ -59,10 +59,10 @@ class Augmentation:
     def __post_init__(self) -> None:
         if self.speed is None and self.noise_snr_db is None and self.reverberation is None:
             raise ValueError("augmentation changes nothing; give speed, noise_snr_db or reverberation")
-        if self.speed is not None and not 0.5 <= self.speed[0] <= self.speed[1] <= 2:
-            raise ValueError(f"speed {list(self.speed)} must be a range [low, high] within 0.5 and 2")
-        if self.noise_snr_db is not None and not -10 <= self.noise_snr_db[0] <= self.noise_snr_db[1] <= 60:
-            raise ValueError(f"noise_snr_db {list(self.noise_snr_db)} must be a range [low, high] within -10 and 60")
+        for name, least, most in (("speed", 0.5, 2), ("noise_snr_db", -10, 60)):
+            bounds = getattr(self, name)
+            if bounds is not None and not least <= bounds[0] <= bounds[1] <= most:
+                raise ValueError(f"{name} {list(bounds)} must be a range [low, high] within {least} and {most}")
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def augment(
     taken = {example.id for example in examples}
     sources: dict[Path, tuple[str, float]] = {}  # audio → hash, seconds
     copies: list[Example] = []
-    jobs: dict[Path, _Copy] = {}
+    jobs: dict[Path, Call] = {}
     for number in range(1, augmentation.copies + 1):
         for example in examples:
             if example.audio is None:
@@ -120,10 +120,10 @@ def augment(
                 draw = replace(draw, speed=max(draw.speed, seconds / MAX_AUDIO_SECONDS))
             key = [ENCODING, VERSION, version, digest, [*vars(draw).values()]]
             path = folder / f"{hash_value(key)[:32]}.flac"
-            jobs[path] = (example.audio, path, draw)
+            jobs[path] = partial(_write_copy, example.audio, path, draw)
             copies.append(replace(example, id=name, audio=path, augmentation=str(draw)))
 
-    make_files(_write_copy, folder, jobs, workers, progress)
+    make_files(folder, jobs, workers, progress)
     return [*examples, *copies]
 
 
@@ -145,27 +145,15 @@ def draw_changes(augmentation: Augmentation, copy_id: str, seed: int) -> Draw:
     rng = np.random.default_rng(int(hash_value([seed, copy_id])[:16], 16))
     speed, snr = rng.uniform(), rng.uniform()  # always drawn, so that one option does not change another's draws
     room, noise = int(rng.integers(N_ROOMS)), int(rng.integers(2**31))
-    return Draw(
-        speed=_within(augmentation.speed, speed),
-        snr_db=_within(augmentation.noise_snr_db, snr),
-        rt60=augmentation.reverberation,
-        room=room,
-        seed=noise,
-    )
+    speed_factor, snr_db = _within(augmentation.speed, speed), _within(augmentation.noise_snr_db, snr)
+    return Draw(speed_factor, snr_db, augmentation.reverberation, room, noise)
 
 
 def _within(bounds: tuple[float, float] | None, share: float) -> float | None:
     return None if bounds is None else bounds[0] + share * (bounds[1] - bounds[0])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# One copy
-# ------------------------------------------------------------------------------------------------------------
-_Copy: TypeAlias = tuple[Path, Path, Draw]  # audio, the copy's file, what happens
-
-
-def _write_copy(job: _Copy) -> None:
-    source, path, draw = job
+def _write_copy(source: Path, path: Path, draw: Draw) -> None:
     write_flac(path, change(read_audio(source), draw))
 
 

@@ -5,11 +5,13 @@ Only the answer and its end-of-turn token are ever supervised; prompt, speech po
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from palimpsest.data.examples import Example
 from palimpsest.models.loss import IGNORED
@@ -61,28 +63,24 @@ class Collator:
     def _batch(self, examples: Sequence[Example], *, answers: bool) -> Batch:
         prompts = [self.prompt(example) for example in examples]
         targets = [self.processor.answer(example.answer) if answers else [] for example in examples]
-        rows = [prompt + target for prompt, target in zip(prompts, targets, strict=True)]
-        longest = max(map(len, rows))
+        pairs = list(zip(prompts, targets, strict=True))
+
+        def padded(rows: Iterable[list[int]], value: int) -> Tensor:
+            tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+            return pad_sequence(tensors, True, value, padding_side="right" if answers else "left")
+
         pad_id = self.processor.tokenizer.pad_token_id
-        input_ids = torch.full((len(rows), longest), 0 if pad_id is None else pad_id)
-        attention_mask = torch.zeros_like(input_ids)
-        labels = torch.full_like(input_ids, IGNORED)
-        for i, (row, target) in enumerate(zip(rows, targets, strict=True)):
-            span = slice(0, len(row)) if answers else slice(longest - len(row), longest)
-            input_ids[i, span] = torch.tensor(row)
-            attention_mask[i, span] = 1
-            if target:
-                labels[i, len(row) - len(target) : len(row)] = torch.tensor(target)
         batch: Batch = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "ids": [e.id for e in examples],
+            "input_ids": padded((prompt + target for prompt, target in pairs), 0 if pad_id is None else pad_id),
+            "attention_mask": padded(([1] * len(prompt + target) for prompt, target in pairs), 0),
+            "ids": [example.id for example in examples],
         }
         if answers:
-            batch["labels"] = labels
+            labels = ([IGNORED] * len(prompt) + target for prompt, target in pairs)
+            batch["labels"] = padded(labels, IGNORED)
         if self.modality == "speech":
             frames = [self._features[example.id] for example in examples]
-            batch["encoder_frames"] = torch.nn.utils.rnn.pad_sequence(frames, batch_first=True)
+            batch["encoder_frames"] = pad_sequence(frames, batch_first=True)
             batch["frame_counts"] = torch.tensor([len(item) for item in frames])
         return batch
 
@@ -96,13 +94,10 @@ def batches(
     by_length: bool = True,
 ) -> Iterator[Batch]:
     """Batches on `device`, the same every time: similar lengths together, so that little is padding, or in order."""
-    order = list(range(len(examples)))
-    if by_length:
-        order.sort(key=lambda i: collator.length(examples[i]))
+    order = sorted(examples, key=collator.length) if by_length else examples
     for start in range(0, len(order), batch_size):
-        batch = collator([examples[i] for i in order[start : start + batch_size]])
-        yield to_device(batch, device)
+        yield to_device(collator(order[start : start + batch_size]), device)
 
 
 def to_device(batch: Batch, device: str | torch.device) -> Batch:
-    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}

@@ -42,8 +42,9 @@ class Example:
     augmentation: str | None = None  # of a changed copy of another example's audio: what was changed
 
     @classmethod
-    def of(cls, row: Row, name: str, audio: Path | None) -> Example:
+    def of(cls, row: Row, name: str, audio: Path | bytes | None) -> Example:
         """The row under the id `name`, spoken in the file `audio`."""
+        assert not isinstance(audio, bytes)
         texts = (row.question, row.answers, row.answer)
         return cls(name, *texts, audio, row.voice, row.kind, row.augmentation)
 
@@ -53,13 +54,11 @@ class Example:
         Audio below `folder` is written relative to it, so that the folder can be moved as a whole; audio
         elsewhere is written as an absolute path: a relative one would break when the folder is renamed.
         """
-        row: dict[str, Any] = {"id": self.id, "question": self.question, "answer": self.answer}
-        row["answers"] = list(self.answers)
+        row = {key: getattr(self, key) for key in KEYS if getattr(self, key) is not None}
         if self.audio is not None:
             audio, root = Path(os.path.abspath(self.audio)), Path(os.path.abspath(folder))  # noqa: PTH100 (no symlinks)
             row["audio"] = (audio.relative_to(root) if audio.is_relative_to(root) else audio).as_posix()
-        rest = {"voice": self.voice, "kind": self.kind, "augmentation": self.augmentation}
-        return row | {key: value for key, value in rest.items() if value is not None}
+        return {**row, "answers": list(self.answers)}
 
 
 def write_manifest(path: Path, examples: Iterable[Example]) -> None:
@@ -83,7 +82,6 @@ def read_manifest(
     examples: list[tuple[str, Example]] = []  # with file and line
     for row in manifest_rows(path):
         assert row.id is not None
-        assert not isinstance(row.audio, bytes)
         if require_audio and row.audio is None:
             raise UserError(
                 f'{row.where}: example {row.id!r} has no "audio"; '
@@ -100,17 +98,13 @@ def require_limit(limit: int | None, source: str | Path) -> None:
         raise UserError(f"A limit of {limit} examples was asked of {source}; use a limit of 1 or more, or none.")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Audio, by its header
-# ------------------------------------------------------------------------------------------------------------
 def require_good_audio(example: Example, where: str) -> None:
     """Open the header of the example's audio file, if it has one.
 
     Raises:
         UserError: at `where`, for a file that is missing, unreadable, empty or longer than MAX_AUDIO_SECONDS.
     """
-    problem = None if example.audio is None else audio_problem(example.audio)
-    if problem is not None:
+    if example.audio is not None and (problem := audio_problem(example.audio)) is not None:
         raise UserError(f"{where}: {problem}")
 
 
@@ -132,9 +126,6 @@ def audio_problem(path: Path) -> str | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The lines of a manifest
-# ------------------------------------------------------------------------------------------------------------
 def manifest_rows(path: Path) -> Iterator[Row]:
     """A row for every line. Raises UserError for a line that is no example, an id used twice, and an empty file."""
     lines: dict[str, int] = {}  # id → number of its line
@@ -158,23 +149,16 @@ def _manifest_row(record: dict[str, Any], position: int, folder: Path, where: st
             near = difflib.get_close_matches(key, KEYS, n=1)
             hint = f'did you mean "{near[0]}"?' if near else f"use {', '.join(KEYS)} or remove it."
             raise UserError(f'{where}: unknown key "{key}"; {hint}')
-    audio = _string(record, "audio", where)
-    golds = _golds(record, where)
-    answer = _string(record, "answer", where) or (golds[0] if golds else None)
-    if answer is None:
+    texts: dict[str, Any] = {key: _string(record, key, where) for key in KEYS if key != "answers"}
+    for key in ("id", "question"):
+        if texts[key] is None:
+            raise UserError(f'{where}: "{key}" is missing; every line needs one.')
+    audio, answer = texts.pop("audio"), texts.pop("answer")
+    golds = _golds(record, where) or ((answer,) if answer else ())
+    if not golds:
         raise UserError(f'{where}: neither "answer" nor "answers"; add at least one of them.')
-    return Row(
-        position,
-        where,
-        id=_required(record, "id", where),
-        question=_required(record, "question", where),
-        answers=golds or (answer,),
-        answer=answer,
-        audio=None if audio is None else folder / audio,
-        voice=_string(record, "voice", where),
-        kind=_string(record, "kind", where),
-        augmentation=_string(record, "augmentation", where),
-    )
+    texts |= {"answer": answer or golds[0], "audio": None if audio is None else folder / audio}
+    return Row(position, where, answers=golds, **texts)
 
 
 def _string(row: dict[str, Any], key: str, where: str) -> str | None:
@@ -187,13 +171,6 @@ def _string(row: dict[str, Any], key: str, where: str) -> str | None:
     if not value.strip():
         raise UserError(f'{where}: "{key}" is empty; fill it in or remove it.')
     return value.strip()
-
-
-def _required(row: dict[str, Any], key: str, where: str) -> str:
-    value = _string(row, key, where)
-    if value is None:
-        raise UserError(f'{where}: "{key}" is missing; every line needs one.')
-    return value
 
 
 def _golds(row: dict[str, Any], where: str) -> tuple[str, ...]:

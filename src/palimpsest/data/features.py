@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import soundfile
 import torch
 
 from palimpsest.data.examples import Example
@@ -121,7 +122,11 @@ def compute_features(
             raise UserError(f"The example {example.id!r} has no audio to encode; speak the data first.")
         keys.append(hash_file(example.audio))
         audio.setdefault(keys[-1], example.audio)
-    n_frames = {key: processor.n_frames(_n_samples(path)) for key, path in audio.items()}
+    headers = {key: soundfile.info(str(path)) for key, path in audio.items()}
+    n_frames = {
+        key: processor.n_frames(-(-header.frames * SAMPLE_RATE // header.samplerate))  # samples at 16 kHz
+        for key, header in headers.items()
+    }
     n_bytes = {key: n * encoder.config.d_model * DTYPE.itemsize for key, n in n_frames.items()}
     # Similar lengths together waste no padding; by hash among equals, so that the order of the examples plays no part.
     order = sorted(audio, key=lambda key: (n_frames[key], key))
@@ -131,23 +136,20 @@ def compute_features(
     shards.refresh()
     for shard in {shards[key].path: shards[key] for key in order if key in shards}.values():
         verify_shard(shard)
-    missing = {key for key in order if key not in shards}
+    missing = audio.keys() - shards.keys()
     room = sum(n_bytes[key] for key in missing)
     require_disk(shards.folder, room, f"Caching the speech features of {len(missing)} utterances")
     shards.folder.mkdir(parents=True, exist_ok=True)
     write_json(shards.folder / "encoding.json", encoding)
 
-    def report(n_more: int = 0) -> None:
-        if progress is not None:
-            progress(len(order) - len(missing) + n_more, len(order))
-
-    report()
-    waiting = list(_plan(order, n_bytes))
+    report = progress or (lambda done, total: None)
+    report(len(order) - len(missing), len(order))
+    waiting = _plan(order, n_bytes)
     for wait in (False, True):  # first what no other process is at, then what the others have not finished
         taken, waiting = waiting, []
         for part in taken:
             shards.refresh()
-            missing.difference_update(key for key in part if key in shards)
+            missing -= shards.keys()
             todo = [key for key in part if key in missing]
             if not todo:
                 continue
@@ -161,12 +163,10 @@ def compute_features(
                 for start in range(0, len(todo), batch_size):
                     batch = todo[start : start + batch_size]
                     frames |= _encode(encoder, processor, {key: audio[key] for key in batch})
-                    report(len(frames))
+                    report(len(order) - len(missing) + len(frames), len(order))
                 write_shard(file, path, frames)
-            missing.difference_update(todo)
     shards.refresh()
-    missing.clear()
-    report()
+    report(len(order), len(order))
     _write_index(folder, examples, keys, shards, encoder.config.d_model)
 
 
@@ -190,27 +190,17 @@ def describe_encoding(encoder: WhisperEncoder, processor: SpeechLMProcessor) -> 
     return described
 
 
-def _n_samples(path: Path) -> int:
-    """At 16 kHz, by the file's header."""
-    import soundfile
-
-    header = soundfile.info(str(path))
-    n_samples: int = -(-header.frames * SAMPLE_RATE // header.samplerate)
-    return n_samples
-
-
-def _plan(order: Sequence[str], n_bytes: Mapping[str, int]) -> Iterator[list[str]]:
+def _plan(order: Sequence[str], n_bytes: Mapping[str, int]) -> list[list[str]]:
     """The utterances of each shard, by the whole list alone: not by what is in the cache, nor by who asks."""
-    part: list[str] = []
+    parts: list[list[str]] = []
     size = 0
     for key in order:
-        if part and size + n_bytes[key] > SHARD_BYTES:
-            yield part
-            part, size = [], 0
-        part.append(key)
+        if not parts or size + n_bytes[key] > SHARD_BYTES:
+            parts.append([])
+            size = 0
+        parts[-1].append(key)
         size += n_bytes[key]
-    if part:
-        yield part
+    return parts
 
 
 def _encode(

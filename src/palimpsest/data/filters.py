@@ -20,14 +20,12 @@ from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import numpy as np
 import soundfile
-import soxr
 from annotated_types import Ge, Gt, Le, Lt
 
 from palimpsest.data.examples import Example
 from palimpsest.data.rows import Row
-from palimpsest.data.speech import ENCODING, write_flac
+from palimpsest.data.speech import ENCODING, to_16_khz, write_flac
 from palimpsest.files import UserError, hash_value
-from palimpsest.models import SAMPLE_RATE
 
 if TYPE_CHECKING:
     from jaxtyping import Float32
@@ -36,6 +34,7 @@ if TYPE_CHECKING:
 LATER_TURN, IN_HELDOUT = "later turn", "question in held-out"
 NOT_MEANT = (LATER_TURN, IN_HELDOUT)  # left out in strict reading too
 SPEAKER_TAG = re.compile(r"^(?:\s*<USER>:)+\s*")  # VoiceAssistant-400K writes it in front of some questions
+HEAD_BYTES = 65_536  # of a WAV file, in which its data chunk begins
 DURATION_TOLERANCE = 0.1  # seconds between what a header says and what can be decoded
 
 Problem: TypeAlias = tuple[str, str]  # reason, detail
@@ -79,9 +78,6 @@ def parse_filters(pairs: Sequence[str]) -> Filters:
     return checked(Filters, {key.strip(): value.strip() for key, _, value in values}, "--filter")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Text
-# ------------------------------------------------------------------------------------------------------------
 def without_speaker_tag(question: str) -> str:
     return SPEAKER_TAG.sub("", question)
 
@@ -109,9 +105,6 @@ def text_problem(row: Row, filters: Filters) -> Problem | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Audio
-# ------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Recording:
     """A decoded recording: 16 kHz mono samples, and its length as it was."""
@@ -146,7 +139,7 @@ def decode(audio: Path | bytes, filters: Filters) -> Recording | Problem:
     peak = float(np.abs(mono).max())
     if peak < filters.silence_peak:
         return "silent audio", f"its peak is {peak:.2g}, the threshold {filters.silence_peak:g}"
-    return Recording(mono if rate == SAMPLE_RATE else soxr.resample(mono, rate, SAMPLE_RATE), seconds)
+    return Recording(to_16_khz(mono, rate), seconds)
 
 
 def _missing_bytes(audio: Path | bytes) -> bool:
@@ -154,8 +147,11 @@ def _missing_bytes(audio: Path | bytes) -> bool:
 
     Sizes of 0 and 0xFFFFFFFF, which programs write that cannot seek, say nothing.
     """
-    data = audio if isinstance(audio, bytes) else _head(audio)
-    size = len(data) if isinstance(audio, bytes) else audio.stat().st_size
+    if isinstance(audio, bytes):
+        data, size = audio, len(audio)
+    else:
+        with audio.open("rb") as file:
+            data, size = file.read(HEAD_BYTES), audio.stat().st_size
     if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
         return False
     position = 12
@@ -167,23 +163,16 @@ def _missing_bytes(audio: Path | bytes) -> bool:
     return False
 
 
-def _head(path: Path, n_bytes: int = 65_536) -> bytes:
-    with path.open("rb") as file:
-        return file.read(n_bytes)
-
-
 def store(audio: Path | bytes, folder: Path, filters: Filters) -> Path | Problem:
     """Check a recording and write it to `folder` as 16 kHz mono FLAC, or say what is wrong with it.
 
     The file is named by content and limits: one that exists has passed and is not decoded again.
     """
-    if isinstance(audio, Path):
-        found = decode(audio, filters)  # first: a file of hours is not read whole to be hashed
-        if isinstance(found, tuple):
-            return found
-        content = audio.read_bytes()
-    else:
-        found, content = None, audio
+    # A file is decoded first: one of hours is not read whole to be hashed.
+    found = decode(audio, filters) if isinstance(audio, Path) else None
+    if isinstance(found, tuple):
+        return found
+    content = audio if isinstance(audio, bytes) else audio.read_bytes()
     path = folder / f"{hash_value([ENCODING, asdict(filters), hashlib.sha256(content).hexdigest()])[:32]}.flac"
     if path.exists():
         return path
@@ -200,11 +189,14 @@ def store(audio: Path | bytes, folder: Path, filters: Filters) -> Path | Problem
 NO_LIMITS = Filters(max_question_words=10**9, max_answer_words=10**9, max_answer_characters=10**9)
 
 
-def take(row: Row, name: str, filters: Filters, keep: Keep, strict: str | None = None) -> Example | Dropped:
+def take(
+    row: Row, name: str, filters: Filters, keep: Keep = lambda _: None, strict: str | None = None
+) -> Example | Dropped:
     """The row as an example under the id `name`, or why it is left out.
 
     Args:
-        keep: checks the recording of a row whose text is fine, and says which file it is from now on.
+        keep: checks the recording of a row whose text is fine, and says which file it is from now on; left out, only
+            the text is looked at.
         strict: what is read, for the error that a faulty row then is. A row that is not meant is left out all the same.
     """
     problem = text_problem(row, filters)
@@ -219,10 +211,6 @@ def take(row: Row, name: str, filters: Filters, keep: Keep, strict: str | None =
     return dropped
 
 
-def without_recording(_: Path | bytes) -> None:
-    """To keep nothing: where only texts are looked at."""
-
-
 def refuse_fault(dropped: Dropped, where: str) -> None:
     """Raises the UserError of strict reading for a faulty row."""
     if dropped.is_fault:
@@ -232,9 +220,9 @@ def refuse_fault(dropped: Dropped, where: str) -> None:
         )
 
 
-def counts(dropped: Iterable[Dropped]) -> dict[str, int]:
+def counts(reasons: Iterable[str]) -> dict[str, int]:
     """How many were left out for each reason, the most frequent first."""
-    return dict(Counter(item.reason for item in dropped).most_common())
+    return dict(Counter(reasons).most_common())
 
 
 def require_some(n_kept: int, dropped: dict[str, int], where: str) -> None:

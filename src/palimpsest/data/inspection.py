@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from palimpsest.data.filters import Dropped, Filters, Problem, decode, require_some, take
+from palimpsest.data.filters import Dropped, Filters, Problem, counts, decode, require_some, take
 from palimpsest.data.rows import Names, Row
 from palimpsest.data.sources import open_table
 from palimpsest.files import read_jsonl
@@ -22,18 +21,14 @@ MOST = 12  # voices and kinds shown
 SHOWN = 3  # dropped rows of each reason
 
 
-@dataclass
 class Findings:
     """Counts and lengths of the rows seen so far; a few bytes a row."""
 
-    n_rows: int = 0
-    question_words: array[int] = field(default_factory=lambda: array("L"))
-    answer_words: array[int] = field(default_factory=lambda: array("L"))
-    seconds: array[float] = field(default_factory=lambda: array("d"))
-    voices: Counter[str] = field(default_factory=Counter)
-    kinds: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[str] = field(default_factory=Counter)  # by reason
-    examples: dict[str, list[Dropped]] = field(default_factory=dict)  # the first few of each reason
+    def __init__(self) -> None:
+        self.n_rows = 0
+        self.question_words, self.answer_words, self.seconds = array("L"), array("L"), array("d")
+        self.voices, self.kinds, self.reasons = Counter[str](), Counter[str](), Counter[str]()
+        self.dropped: dict[str, list[Dropped]] = defaultdict(list)  # the first few of each reason
 
     @property
     def n_kept(self) -> int:
@@ -53,17 +48,39 @@ class Findings:
 
         found = take(row, name, filters, measure, strict)
         if isinstance(found, Dropped):
-            self.dropped[found.reason] += 1
-            if self.dropped[found.reason] <= SHOWN:
-                self.examples.setdefault(found.reason, []).append(found)
+            self.reasons[found.reason] += 1
+            if self.reasons[found.reason] <= SHOWN:
+                self.dropped[found.reason].append(found)
             return
         self.question_words.append(len(row.question.split()))
         self.answer_words.append(len(row.answer.split()))
         self.seconds.extend(seconds)
-        if seconds:
-            self.voices[row.voice or "not named"] += 1
-        if row.kind is not None:
-            self.kinds[row.kind] += 1
+        self.voices.update([row.voice or "not named"] if seconds else [])
+        self.kinds.update([] if row.kind is None else [row.kind])
+
+    def lines(self) -> Iterator[str]:
+        yield f"rows            {self.n_rows}: {self.n_kept} usable, {self.reasons.total()} to be dropped"
+        for reason, n in self.reasons.most_common():
+            yield f"  {reason:<22} {n}"
+            yield from (f"      {item.id}: {item.detail}" for item in self.dropped[reason])
+        n_silent = self.n_kept - len(self.seconds)
+        yield f"recordings      {len(self.seconds)}, {sum(self.seconds) / 3600:.2f} hours; {n_silent} rows without"
+        percents = "  ".join("min" if q == 0 else "max" if q == 100 else f"{q} %" for q in QUANTILES)
+        yield f"{'':<15} {percents}"
+        lengths: dict[str, array[int] | array[float]] = {
+            "question words": self.question_words,
+            "answer words": self.answer_words,
+            "seconds": self.seconds,
+        }
+        for title, values in lengths.items():
+            if values:
+                digits = 2 if title == "seconds" else 0
+                quantiles = "  ".join(f"{value:.{digits}f}" for value in np.percentile(values, QUANTILES))
+                yield f"{title:<15} {quantiles}"
+        for title, counter in (("voices", self.voices), ("kinds", self.kinds)):
+            if counter:
+                shown = ", ".join(f"{name} {n}" for name, n in counter.most_common(MOST))
+                yield f"{title:<15} {shown}{f' and {len(counter) - MOST} more' if len(counter) > MOST else ''}"
 
 
 def inspect_data(
@@ -79,46 +96,17 @@ def inspect_data(
         UserError: a source that cannot be read, or of which nothing would be left.
     """
     table = open_table(source, split)
-    names, found = Names(table), Findings()
-    limits = filters or Filters()
+    names, found, limits = Names(table), Findings(), filters or Filters()
     n_rows = table.count()
     total = limit if n_rows is None else min(n_rows, limit or n_rows)
     with Reporter(1).step(f"reading {source}, split {split}") as advance:
         for row in islice(table.read(0, None, True), limit):
             found.add(row, names(row), limits, table.where if strict else None)
             advance(found.n_rows, total or found.n_rows)
-    require_some(found.n_kept, dict(found.dropped), table.where)
-    yield from _lines(found)
-    yield from _dropped_before(Path(source), split)
-
-
-def _lines(found: Findings) -> Iterator[str]:
-    yield f"rows            {found.n_rows}: {found.n_kept} usable, {found.dropped.total()} to be dropped"
-    for reason, n in found.dropped.most_common():
-        yield f"  {reason:<22} {n}"
-        yield from (f"      {item.id}: {item.detail}" for item in found.examples[reason])
-    n_silent = found.n_kept - len(found.seconds)
-    yield f"recordings      {len(found.seconds)}, {sum(found.seconds) / 3600:.2f} hours; {n_silent} rows without"
-    percents = "  ".join("min" if q == 0 else "max" if q == 100 else f"{q} %" for q in QUANTILES)
-    yield f"{'':<15} {percents}"
-    yield f"question words  {_quantiles(found.question_words, 0)}"
-    yield f"answer words    {_quantiles(found.answer_words, 0)}"
-    if found.seconds:
-        yield f"seconds         {_quantiles(found.seconds, 2)}"
-    for title, counter in (("voices", found.voices), ("kinds", found.kinds)):
-        if counter:
-            shown = ", ".join(f"{name} {n}" for name, n in counter.most_common(MOST))
-            yield f"{title:<15} {shown}{f' and {len(counter) - MOST} more' if len(counter) > MOST else ''}"
-
-
-def _quantiles(values: array[int] | array[float], digits: int) -> str:
-    return "  ".join(f"{value:.{digits}f}" for value in np.percentile(values, QUANTILES))
-
-
-def _dropped_before(folder: Path, split: str) -> Iterator[str]:
-    """Of a folder made by `palimpsest data prepare`: what that left out."""
-    file = folder / "dropped" / f"{split}.jsonl"
-    if file.is_file():
-        reasons = Counter(row["reason"] for row in read_jsonl(file))
+    require_some(found.n_kept, found.reasons, table.where)
+    yield from found.lines()
+    before = Path(source) / "dropped" / f"{split}.jsonl"
+    if before.is_file():  # of a folder that `palimpsest data prepare` made: what that left out
+        reasons = counts(row["reason"] for row in read_jsonl(before))
         yield f"dropped before  {sum(reasons.values())}, when it was prepared"
-        yield from (f"  {reason:<22} {n}" for reason, n in reasons.most_common())
+        yield from (f"  {reason:<22} {n}" for reason, n in reasons.items())

@@ -1,58 +1,42 @@
 """Readers of files on this machine: manifests, CSV, folders of recordings, instruction sets, two published sets.
 
-Columns of a table of one's own: `question`, `answer` or `answers`, and optionally `id`, `audio`, `voice`, `kind`.
-`answers` holds several gold strings: in CSV separated by "|", in parquet a list. Audio paths are relative to the
-table's folder. (Parquet: parquet.py.)
-
-A folder of recordings has either a `metadata.csv` or `metadata.jsonl` with the column `file_name` beside those above
-(the hub's AudioFolder layout), or beside each `x.wav` (or .flac, .ogg, .mp3) a text of the same name: `x.json` with
-`question` and `answer` or `answers`; or `x.txt`, whose first line is the question and whose other lines are the answer.
-The split is a sub-folder of that name, or the folder itself.
+docs/data.md describes columns and layouts. Audio paths are relative to the table's folder. (Parquet: parquet.py.)
 """
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from palimpsest.data.examples import manifest_rows
 from palimpsest.data.rows import (
+    OPTIONAL,
+    REQUIRED,
+    TABLE,
     Row,
+    Schema,
     Table,
-    find_columns,
+    instruction_fields,
     json_objects,
     listed,
+    named,
     open_text,
+    own_fields,
     require_object,
-    text,
-    texts,
 )
 from palimpsest.files import UserError
 
 AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff")
 METADATA = ("metadata.csv", "metadata.jsonl")
-REQUIRED = {"question": ("question", "questions"), "answers": ("answers", "answer")}
-OPTIONAL = {key: (key,) for key in ("id", "answer", "voice", "kind")}
+RECORDINGS = Schema({**REQUIRED, "audio": ("file_name",)}, OPTIONAL, own_fields)  # the columns of METADATA
+INSTRUCTIONS = Schema(named("instruction", "output"), named("input"), instruction_fields)
 GOLD_SEPARATOR = "|"  # between the gold strings of one CSV cell
 LLAMA_TABLE = "llama_questions_300.tsv"
 LLAMA_COLUMNS = ("Questions", "Answer", "Wav Filename")
 WEB_FILES = {"train": "trainmodel.json", "val": "val.json", "test": "test.json"}
-
-
-def own_fields(cells: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a Row. `answers` is whichever of answers and answer is there; with both, answer is the target."""
-    golds = texts(cells["answers"])
-    return {
-        "question": text(cells["question"]),
-        "answers": golds,
-        "answer": text(cells.get("answer")) or (golds[0] if golds else ""),
-        "id": text(cells.get("id")) or None,
-        "voice": text(cells.get("voice")) or None,
-        "kind": text(cells.get("kind")) or None,
-    }
 
 
 def _file_of_split(path: Path, split: str, suffix: str) -> Path:
@@ -74,9 +58,6 @@ def _json(file: Path) -> Any:
             raise UserError(f"{file} is not valid JSON ({error}); correct it or download it again.") from error
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Manifests and CSV
-# ------------------------------------------------------------------------------------------------------------
 def manifest(path: Path, split: str) -> Table:
     file = _file_of_split(path, split, ".jsonl")
     return listed("", str(file), lambda: manifest_rows(file))
@@ -84,48 +65,30 @@ def manifest(path: Path, split: str) -> Table:
 
 def own_csv(path: Path, split: str) -> Table:
     file = _file_of_split(path, split, ".csv")
-    return _csv_table("table", file, file, "audio")
+    return _csv_table("table", file, file, TABLE)
 
 
-def _csv_table(name: str, where: Path, file: Path, audio_column: str) -> Table:
-    _csv_columns(file, audio_column)  # an error now, not in the middle of a study
-    return listed(name, str(where), lambda: _csv_rows(file, audio_column))
+def _csv_table(name: str, where: Path, file: Path, schema: Schema) -> Table:
+    next(_csv_rows(file, schema), None)  # a missing column is an error now, not in the middle of a study
+    return listed(name, str(where), lambda: _csv_rows(file, schema))
 
 
-def _csv_rows(file: Path, audio_column: str) -> Iterator[Row]:
-    columns = _csv_columns(file, audio_column)
+def _csv_rows(file: Path, schema: Schema) -> Iterator[Row]:
     with open_text(file) as lines:
         reader = csv.DictReader(lines)
         try:
+            columns = schema.columns(reader.fieldnames or [], str(file))
             for position, record in enumerate(reader):
-                cells: dict[str, Any] = {key: record[column] or "" for key, column in columns.items()}
+                cells: dict[str, Any] = {key: record[column] for key, column in columns.items()}
                 if columns["answers"].strip().lower() == "answers":  # one `answer` is a sentence and stays whole
-                    cells["answers"] = cells["answers"].split(GOLD_SEPARATOR)
-                audio = text(cells.get("audio"))
-                where = f"{file}:{reader.line_num}"
-                yield Row(position, where, audio=file.parent / audio if audio else None, **own_fields(cells))
+                    cells["answers"] = (cells["answers"] or "").split(GOLD_SEPARATOR)
+                yield schema.row(position, f"{file}:{reader.line_num}", cells, file.parent)
         except csv.Error as error:
             raise UserError(
                 f"{file}:{reader.line_num}: not valid CSV ({error}); correct the quotation marks."
             ) from error
 
 
-def _csv_columns(file: Path, audio_column: str) -> dict[str, str]:
-    with open_text(file) as lines:
-        return _own_columns(next(csv.reader(lines), []), str(file), audio_column)
-
-
-def _own_columns(present: list[str], where: str, audio_column: str) -> dict[str, str]:
-    """The recording may be absent under its usual name; a metadata file is there to name it."""
-    audio = {"audio": (audio_column,)}
-    if audio_column == "audio":
-        return find_columns(present, REQUIRED, {**OPTIONAL, **audio}, where)
-    return find_columns(present, {**REQUIRED, **audio}, OPTIONAL, where)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# A folder of recordings
-# ------------------------------------------------------------------------------------------------------------
 def is_audio_folder(path: Path) -> bool:
     folders = [path, *(child for child in path.iterdir() if child.is_dir())] if path.is_dir() else []
     return any((folder / name).is_file() for folder in folders for name in METADATA) or any(
@@ -139,7 +102,7 @@ def audio_folder(path: Path, split: str) -> Table:
         raise UserError(f"{folder} is no folder; check the path.")
     table, lines = (folder / name for name in METADATA)
     if table.is_file():
-        return _csv_table("audio", folder, table, "file_name")
+        return _csv_table("audio", folder, table, RECORDINGS)
     if lines.is_file():
         return listed("audio", str(folder), lambda: _metadata_rows(lines))
     if _recordings(folder):
@@ -164,31 +127,18 @@ def _pairs(folder: Path) -> Iterator[Row]:
         beside = _text_beside(audio)
         cells: dict[str, Any] = {"question": "", "answers": ()}
         if beside is not None and beside.suffix == ".json":
-            record = require_object(_json(beside), str(beside))
-            columns = find_columns(list(record), REQUIRED, OPTIONAL, str(beside))
-            cells = {key: record[column] for key, column in columns.items()}
+            cells = TABLE.cells(require_object(_json(beside), str(beside)), str(beside))
         elif beside is not None:
             with open_text(beside) as lines:
                 question, _, answer = lines.read().partition("\n")
             cells = {"question": question, "answers": " ".join(answer.split())}
-        cells["id"] = audio.stem
-        yield Row(position, str(audio), audio=audio, **own_fields(cells))
+        yield TABLE.row(position, str(audio), {**cells, "id": audio.stem, "audio": audio}, folder)
 
 
 def _metadata_rows(file: Path) -> Iterator[Row]:
     for position, (number, record) in enumerate(json_objects(file)):
         where = f"{file}:{number}"
-        cells = {key: record[column] for key, column in _own_columns(list(record), where, "file_name").items()}
-        audio = text(cells["audio"])
-        yield Row(position, where, audio=file.parent / audio if audio else None, **own_fields(cells))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Instruction sets
-# ------------------------------------------------------------------------------------------------------------
-def with_input(instruction: Any, context: Any) -> str:
-    """An instruction and the input it speaks about, on a line of its own."""
-    return "\n".join(part for part in (text(instruction), text(context)) if part)
+        yield RECORDINGS.row(position, where, RECORDINGS.cells(record, where), file.parent)
 
 
 def alpaca(path: Path, split: str) -> Table:
@@ -201,21 +151,16 @@ def alpaca(path: Path, split: str) -> Table:
     records = _json(file)
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise UserError(f"{file} must hold a list of objects with instruction, input and output.")
-    required = {"instruction": ("instruction",), "output": ("output",)}
-    find_columns(sorted({key for record in records for key in record}), required, {}, str(file))
+    columns = INSTRUCTIONS.columns(sorted({key for record in records for key in record}), str(file))
 
     def rows() -> Iterator[Row]:
         for position, record in enumerate(records):
-            question = with_input(record.get("instruction"), record.get("input"))
-            answer = text(record.get("output"))
-            yield Row(position, f"{file}, record {position + 1}", question, texts(answer), answer)
+            cells = {key: record.get(column) for key, column in columns.items()}
+            yield INSTRUCTIONS.row(position, f"{file}, record {position + 1}", cells, file.parent)
 
     return listed("alpaca", str(file), rows)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Llama Questions and WebQuestions, as published
-# ------------------------------------------------------------------------------------------------------------
 def llama_questions(folder: Path, split: str) -> Table:
     """The table and its recordings. Gold answers are kept as published, blanks around them dropped.
 
@@ -231,16 +176,15 @@ def llama_questions(folder: Path, split: str) -> Table:
     missing = [name for name in LLAMA_COLUMNS if name not in header]
     if missing:
         raise UserError(f"{table} has no column {missing[0]!r}; its first line must be {', '.join(LLAMA_COLUMNS)}.")
-    columns = [header.index(name) for name in LLAMA_COLUMNS]
     rows: dict[str, Row] = {}
     for number, line in enumerate(cells, start=2):
         if not any(line):
             continue
         where = f"{table}:{number}"
-        wanted = [line[column] if column < len(line) else "" for column in columns]
-        if not all(wanted):
+        record = dict(zip(header, line, strict=False))
+        question, answer, wav = found = [record.get(name, "") for name in LLAMA_COLUMNS]
+        if not all(found):
             raise UserError(f"{where}: a cell is empty; every line needs {', '.join(LLAMA_COLUMNS)}.")
-        question, answer, wav = wanted
         name = f"llama_questions-{Path(wav).stem}"
         if name in rows:
             raise UserError(f"{where}: the recording {wav} is used twice; give each line its own.")
@@ -258,22 +202,15 @@ def web_questions(folder: Path, split: str) -> Table:
         raise UserError(f"{file} holds a {type(records).__name__} instead of a list of records; download it again.")
     rows: dict[str, Row] = {}
     for number, record in enumerate(records, start=1):
-        where, texts_of = f"{file}: record {number}", _web_texts(record)
-        if texts_of is None:
+        where = f"{file}: record {number}"
+        given = record if isinstance(record, dict) else {}
+        answers = given.get("answers")
+        found = [given.get("qId"), given.get("qText"), *(answers if isinstance(answers, list) else [])]
+        if len(found) < 3 or not all(isinstance(item, str) and item.strip() for item in found):
             raise UserError(f"{where} lacks qId, qText or answers; correct or remove it.")
-        key, question, *golds = texts_of
+        key, question, *golds = map(str.strip, found)
         name = f"web_questions-{key}"
         if name in rows:
             raise UserError(f"{where} has the qId of another, {name}; correct or remove it.")
         rows[name] = Row(len(rows), where, question, tuple(golds), golds[0], name)
     return listed("", str(file), rows.values)
-
-
-def _web_texts(record: Any) -> list[str] | None:
-    """qId, qText and the answers; None for a record that is not as published."""
-    if not isinstance(record, dict) or not isinstance(record.get("answers"), list):
-        return None
-    found = [record.get("qId"), record.get("qText"), *record["answers"]]
-    if len(found) < 3 or not all(isinstance(item, str) and item.strip() for item in found):
-        return None
-    return [item.strip() for item in found]

@@ -1,55 +1,34 @@
 """Tables in parquet files, one's own and published sets, on this machine or on the hub: row group by row group.
 
-Audio is the hub's Audio feature: a struct of `bytes` and `path`, plain bytes, or a path relative to the file. The bytes
-are passed on as they are, and read only where wanted; nothing here decodes them.
-
-Published spoken sets in their own columns:
-
-| prefix | on the hub | columns that are read |
-|---|---|---|
-| `voice_assistant` | gpt-omni/VoiceAssistant-400K | round, question, answer, question_audio; split_name |
-| `spoken_alpaca` | GSQA/spoken-alpaca-gpt4 | instruction, output, input_audio; input, speech_input, input_speaker |
-| `llama_questions` | fixie-ai/llama-questions | question, answer, audio |
-| `spoken_web_questions` | chiyuanhsiao/ and fixie-ai/spoken-web-questions | question, answers, audio |
-
-Columns after the semicolon may be absent. A hub name may end in @REVISION.
+The bytes of a recording are passed on as they are, and read only where wanted; nothing here decodes them. SCHEMAS says
+which columns a published set has; a hub name may end in @REVISION.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from palimpsest.data.filters import without_speaker_tag
-from palimpsest.data.local import OPTIONAL, REQUIRED, own_fields, with_input
-from palimpsest.data.rows import Row, Table, find_columns, text, texts
+from palimpsest.data.rows import (
+    REQUIRED,
+    TABLE,
+    Read,
+    Row,
+    Schema,
+    Table,
+    instruction_fields,
+    named,
+    own_fields,
+    text,
+    texts,
+)
 from palimpsest.files import UserError
 
 BATCH_ROWS = 32  # rows in memory at a time, with their recordings
 BUFFER = 4 << 20  # bytes read ahead in each column: no whole row group is held, and a hub request is worth its delay
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Kinds of tables
-# ------------------------------------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class Schema:
-    """The columns of a kind of table: our names → accepted spellings in lower case, and how a row is read from them."""
-
-    required: Mapping[str, Sequence[str]]
-    read: Callable[[Mapping[str, Any]], dict[str, Any]]  # cells by our names → fields of Row
-    optional: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    audio: Sequence[str] = ("audio",)
-    audio_is_required: bool = True
-
-    def columns(self, present: Sequence[str], where: str) -> dict[str, str]:
-        audio = {"audio": self.audio}
-        if self.audio_is_required:
-            return find_columns(present, {**self.required, **audio}, self.optional, where)
-        return find_columns(present, self.required, {**self.optional, **audio}, where)
 
 
 def _voice_assistant(cells: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,33 +42,22 @@ def _voice_assistant(cells: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _spoken_alpaca(cells: Mapping[str, Any]) -> dict[str, Any]:
-    """The question is what was spoken: `speech_input` where it is filled, else instruction and input."""
-    return {
-        "question": text(cells.get("speech_input")) or with_input(cells["instruction"], cells.get("input")),
-        "answers": texts(cells["output"]),
-        "answer": text(cells["output"]),
-        "voice": text(cells.get("input_speaker")) or None,
-    }
-
-
-QUESTION_SET = Schema(REQUIRED, own_fields, audio=("audio", "question_audio"))  # the target is the first gold string
+# The target is the first gold string.
+QUESTION_SET = Schema({**REQUIRED, "audio": ("audio", "question_audio")}, {}, own_fields)
 SCHEMAS = {
     "voice_assistant": Schema(
-        required={"round": ("round",), "question": ("question",), "answer": ("answer",)},
-        read=_voice_assistant,
-        optional={"split_name": ("split_name",)},
-        audio=("question_audio", "audio"),
+        {**named("round", "question", "answer"), "audio": ("question_audio", "audio")},
+        named("split_name"),
+        _voice_assistant,
     ),
     "spoken_alpaca": Schema(
-        required={"instruction": ("instruction",), "output": ("output",)},
-        read=_spoken_alpaca,
-        optional={"input": ("input",), "speech_input": ("speech_input",), "input_speaker": ("input_speaker",)},
-        audio=("input_audio", "audio"),
+        {**named("instruction", "output"), "audio": ("input_audio", "audio")},
+        named("input", "speech_input", "input_speaker"),
+        instruction_fields,
     ),
     "llama_questions": QUESTION_SET,
     "spoken_web_questions": QUESTION_SET,
-    "table": Schema(REQUIRED, own_fields, OPTIONAL, audio_is_required=False),  # one's own
+    "table": TABLE,
 }
 HUB = {
     "gpt-omni/VoiceAssistant-400K": "voice_assistant",
@@ -105,10 +73,10 @@ def hub_table(source: str, split: str) -> Table | None:
     name, _, revision = source.partition("@")
     if name not in HUB:
         return None
+    kind, where = HUB[name], f"{source}, split {split}"
     answer = cache(lambda: hub_files(name, revision or None, split))  # the hub is asked once
-    identity = ["hub", name, revision, split]
-    read = _reader(SCHEMAS[HUB[name]], f"{source}, split {split}", lambda: answer()[0])
-    return Table(HUB[name], f"{source}, split {split}", read, identity, lambda: answer()[1])
+    read = _reader(SCHEMAS[kind], where, lambda: answer()[0])
+    return Table(kind, where, read, ["hub", name, revision, split], lambda: answer()[1])
 
 
 def local_table(kind: str, path: Path, split: str) -> Table:
@@ -121,44 +89,39 @@ def local_table(kind: str, path: Path, split: str) -> Table:
     return Table(kind, str(path), read, identity, lambda: sum(_open(file).metadata.num_rows for file in files))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Rows
-# ------------------------------------------------------------------------------------------------------------
-def _reader(
-    schema: Schema, where: str, files: Callable[[], Sequence[str]]
-) -> Callable[[int, Collection[int] | None, bool], Iterator[Row]]:
+def _reader(schema: Schema, where: str, files: Callable[[], Sequence[str]]) -> Read:
     """`read` of a Table over parquet files; `files` gives their paths or URLs and is called at the first read."""
 
     def read(start: int, only: Collection[int] | None, audio: bool) -> Iterator[Row]:
-        position = 0  # of the next row
+        def wanted(position: int) -> bool:
+            return position >= start and (only is None or position in only)
+
+        first = 0  # position of the row group's first row
         for url in files():
             file = _open(url)
             columns = schema.columns(file.schema_arrow.names, f"{where} ({url.rsplit('/', 1)[-1]})")
-            chosen = {key: column for key, column in columns.items() if audio or key != "audio"}
+            if not audio:
+                columns.pop("audio", None)
             for group in range(file.num_row_groups):
-                last = position + file.metadata.row_group(group).num_rows
-                wanted = {i for i in range(max(start, position), last) if only is None or i in only}
-                if wanted:
-                    batches = file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[*chosen.values()])
-                    for cells in _cells(batches, chosen, url):
-                        if position in wanted:
+                positions = range(first, first + file.metadata.row_group(group).num_rows)
+                first = positions.stop
+                if any(map(wanted, positions)):
+                    for position, cells in zip(positions, _cells(file, group, columns, url), strict=True):
+                        if wanted(position):
                             values = {key: cell.as_py() for key, cell in cells.items()}
-                            recording = _recording(values.pop("audio", None), url)
-                            yield Row(position, f"{where}, row {position + 1}", audio=recording, **schema.read(values))
-                        position += 1
-                position = last
+                            yield schema.row(position, f"{where}, row {position + 1}", values, Path(url).parent)
 
     return read
 
 
-def _cells(batches: Iterator[Any], columns: Mapping[str, str], url: str) -> Iterator[dict[str, Any]]:
-    """The cells of every row; a file that breaks off or a connection that is lost becomes a UserError."""
+def _cells(file: Any, group: int, columns: Mapping[str, str], url: str) -> Iterator[dict[str, Any]]:
+    """The cells of every row of a group; a file that breaks off or a connection that is lost becomes a UserError."""
     import pyarrow as pa
     from huggingface_hub.errors import HfHubHTTPError
 
     http_error: Any = HfHubHTTPError.__bases__[0]  # of the HTTP package in use, whose name changes between versions
     try:
-        for batch in batches:
+        for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[*columns.values()]):
             arrays = {key: batch.column(column) for key, column in columns.items()}
             yield from ({key: array[i] for key, array in arrays.items()} for i in range(batch.num_rows))
     except (OSError, pa.ArrowException, http_error) as error:
@@ -166,14 +129,6 @@ def _cells(batches: Iterator[Any], columns: Mapping[str, str], url: str) -> Iter
             f"{url} cannot be read to its end ({_first_line(error)}); check the connection and start again, "
             "or download it again."
         ) from error
-
-
-def _recording(cell: Any, url: str) -> bytes | Path | None:
-    if isinstance(cell, dict):
-        cell = cell.get("bytes") or cell.get("path")
-    if isinstance(cell, str):
-        return Path(url).parent / cell if cell else None
-    return bytes(cell) if cell else None
 
 
 def _open(url: str) -> Any:
@@ -198,9 +153,6 @@ def no_datasets() -> UserError:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Which files
-# ------------------------------------------------------------------------------------------------------------
 def local_files(path: Path, split: str) -> list[str]:
     """A file is one split, whatever its name; in a folder the hub's rules say which files are which split.
 

@@ -12,7 +12,6 @@ its end is noted; started again with the same options, the work continues there.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -20,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from palimpsest.data.examples import Example, require_limit
-from palimpsest.data.filters import Dropped, Filters, refuse_fault, require_some, store, take
-from palimpsest.data.rows import Names, Table, identity_of
+from palimpsest.data.filters import Dropped, Filters, Problem, counts, refuse_fault, require_some, store, take
+from palimpsest.data.rows import Names, identity_of
 from palimpsest.data.sources import open_table
 from palimpsest.data.speech import speak
 from palimpsest.data.splits import spoken_or_dropped
 from palimpsest.data.voices import find_voices
 from palimpsest.files import UserError, append_jsonl, read_json, write_json
-from palimpsest.progress import Advance, Reporter
+from palimpsest.progress import Reporter
 
 CHUNK = 128  # rows between two notes of how far the work is
 NO_VOICE = "none"  # questions without a recording stay text
@@ -67,54 +66,38 @@ def prepare_data(
         yield from _summary(read_json(work.report))
         return
     if voice != NO_VOICE:
-        for found in find_voices(voice):
-            found.version()  # a voice that is not installed is an error before the rows are read
-    with Reporter(1).step(f"{source}, split {split}") as advance:
-        _fill(work, table, limits, limit, table.where if strict else None, voice, workers, advance)
-    report = work.finish(table.where)
-    yield f"{out / f'{split}.jsonl'}"
-    yield from _summary(report)
+        for speaker in find_voices(voice):
+            speaker.version()  # a voice that is not installed is an error before the rows are read
 
-
-def _fill(
-    work: _Work,
-    table: Table,
-    filters: Filters,
-    limit: int | None,
-    strict: str | None,
-    voice: str,
-    workers: int,
-    advance: Advance,
-) -> None:
-    """From the row after the last note to the end of the table, or until `limit` examples are kept."""
-    names = Names(table, work.ids())
-    rows, n_rows = table.read(work.n_rows, None, True), table.count()
+    def keep(recording: Path | bytes) -> Path | Problem:
+        return store(recording, work.audio, limits)
 
     def say(examples: Sequence[Example]) -> list[Example]:
         return speak(examples, work.audio, voice, min(workers, max(1, len(examples))))
 
-    while limit is None or work.n_kept < limit:
-        size = CHUNK if limit is None else min(CHUNK, limit - work.n_kept)
-        kept: list[Example] = []
-        dropped: list[Dropped] = []
-        position = work.n_rows
-        n_read = 0
-        for row in islice(rows, size):
-            n_read, position = n_read + 1, row.position + 1
-            found = take(row, names(row), filters, lambda recording: store(recording, work.audio, filters), strict)
-            if isinstance(found, Example):
-                kept.append(found)
-            else:
-                dropped.append(found)
-        if n_read == 0:
-            return
-        if voice != NO_VOICE and any(example.audio is None for example in kept):
-            kept, silent = spoken_or_dropped(kept, say)
-            dropped += silent
-            if strict is not None and silent:
-                refuse_fault(silent[0], strict)
-        work.note(kept, dropped, position)
-        advance(*((work.n_kept, limit) if limit is not None else (position, n_rows or position)))
+    reading = table.where if strict else None
+    with Reporter(1).step(f"{source}, split {split}") as advance:
+        names = Names(table, work.ids())
+        rows, n_rows = table.read(work.n_rows, None, True), table.count()
+        while limit is None or work.n_kept < limit:
+            found, position = [], work.n_rows
+            for row in islice(rows, CHUNK if limit is None else min(CHUNK, limit - work.n_kept)):
+                found.append(take(row, names(row), limits, keep, reading))
+                position = row.position + 1
+            if not found:
+                break
+            kept = [item for item in found if isinstance(item, Example)]
+            dropped = [item for item in found if isinstance(item, Dropped)]
+            if voice != NO_VOICE and any(example.audio is None for example in kept):
+                kept, silent = spoken_or_dropped(kept, say)
+                dropped += silent
+                if reading is not None and silent:
+                    refuse_fault(silent[0], reading)
+            work.note(kept, dropped, position)
+            advance(*((work.n_kept, limit) if limit is not None else (position, n_rows or position)))
+    report = work.finish(table.where)
+    yield f"{out / f'{split}.jsonl'}"
+    yield from _summary(report)
 
 
 def _summary(report: dict[str, Any]) -> Iterator[str]:
@@ -129,9 +112,12 @@ def _summary(report: dict[str, Any]) -> Iterator[str]:
 class _Part:
     """A file of JSON lines that grows under another name than its last one."""
 
-    path: Path
     final: Path
-    size: int
+    size: int  # bytes at the last note
+
+    @property
+    def path(self) -> Path:
+        return self.final.with_name(f".{self.final.stem}.part")
 
     def open(self) -> None:
         """Back to the last note: what was written after it by a killed run is cut off."""
@@ -157,39 +143,33 @@ class _Work:
             raise UserError(f"The split {split!r} would name a file; give a name without slashes.")
         self.out, self.split, self.options = out, split, json.loads(json.dumps(options))
         self.audio, self.report = out / "audio", out / "prepared" / f"{split}.json"
-        self.manifest, self.dropped = out / f"{split}.jsonl", out / "dropped" / f"{split}.jsonl"
         self.state = out / "prepared" / f".{split}.state.json"
-        self.is_finished = self.report.exists() and not self.state.exists()
         state = read_json(self.state) if self.state.exists() else {}
+        self.is_finished = self.report.exists() and not state
         before = read_json(self.report) if self.is_finished else state
         for key, value in self.options.items() if before else ():
             if before["options"].get(key) != value:
                 was = f"{before['options'].get(key)!r}, now it is {value!r}"
                 what = "from a source that has changed since" if key == "identity" else f"with {key} {was}"
                 raise UserError(f"{out} was prepared {what}; give another --out, or delete that folder.")
-        if self.manifest.exists() and not before:
-            raise UserError(f"{self.manifest} exists and was not made by this command; give another --out.")
         self.n_rows, self.n_kept = state.get("n_rows", 0), state.get("n_kept", 0)
         # In the folder of the manifest, so that audio paths are relative to it from the start.
-        self._kept = _Part(out / f".{split}.part", self.manifest, state.get("kept_bytes", 0))
-        self._left_out = _Part(out / "dropped" / f".{split}.part", self.dropped, state.get("dropped_bytes", 0))
-        if state:
-            self._open()
-
-    def _open(self) -> None:
-        self._kept.open()
-        self._left_out.open()
+        self._kept = _Part(out / f"{split}.jsonl", state.get("kept_bytes", 0))
+        self._left_out = _Part(out / "dropped" / f"{split}.jsonl", state.get("dropped_bytes", 0))
+        self._parts = (self._left_out, self._kept)
+        if self._kept.final.exists() and not before:
+            raise UserError(f"{self._kept.final} exists and was not made by this command; give another --out.")
+        for part in self._parts if state else ():
+            part.open()
 
     def ids(self) -> Iterator[str]:
         """Of all rows read so far."""
-        if self.state.exists():
-            for part in (self._kept, self._left_out):
-                yield from (row["id"] for row in part.rows())
+        return (row["id"] for part in self._parts if self.state.exists() for row in part.rows())
 
     def note(self, kept: Sequence[Example], dropped: Sequence[Dropped], n_rows: int) -> None:
         """`kept` and `dropped` are done, up to the row `n_rows`."""
-        if not self.state.exists():
-            self._open()
+        for part in () if self.state.exists() else self._parts:
+            part.open()
         self._kept.append([example.to_row(self.out) for example in kept])
         self._left_out.append([item.to_row(self.split) for item in dropped])
         self.n_rows, self.n_kept = n_rows, self.n_kept + len(kept)
@@ -198,14 +178,12 @@ class _Work:
 
     def finish(self, where: str) -> dict[str, Any]:
         """Give the parts their names. Raises UserError when nothing was kept."""
-        reasons: Counter[str] = Counter()
-        if self.state.exists():
-            reasons.update(row["reason"] for row in self._left_out.rows())
-        dropped = dict(reasons.most_common())
+        rows = self._left_out.rows() if self.state.exists() else ()
+        dropped = counts(row["reason"] for row in rows)
         require_some(self.n_kept, dropped, where)
         report = {"options": self.options, "n_rows": self.n_rows, "n_kept": self.n_kept, "dropped": dropped}
-        self._left_out.path.replace(self.dropped)
-        self._kept.path.replace(self.manifest)
+        for part in self._parts:
+            part.path.replace(part.final)
         write_json(self.report, report)
         self.state.unlink()  # last: with it gone the work is finished
         return report

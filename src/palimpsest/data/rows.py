@@ -112,9 +112,6 @@ def identity_of(table: Table) -> Any:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Names of rows
-# ------------------------------------------------------------------------------------------------------------
 CONTENT_ID = re.compile(r"^(?P<base>.+-[0-9a-f]{16})(?:-(?P<count>\d+))?$")
 
 
@@ -188,31 +185,6 @@ def require_object(record: Any, where: str) -> dict[str, Any]:
     return record
 
 
-def find_columns(
-    present: Sequence[str], required: Mapping[str, Sequence[str]], optional: Mapping[str, Sequence[str]], where: str
-) -> dict[str, str]:
-    """Our names → the table's columns, by any of their spellings, in any case.
-
-    Raises UserError naming what is missing and what was found.
-    """
-    lower = {name.strip().lower(): name for name in present}
-    found: dict[str, str] = {}
-    missing = []
-    for key, spellings in {**required, **optional}.items():
-        spelling = next((s for s in spellings if s in lower), None)
-        if spelling is not None:
-            found[key] = lower[spelling]
-        elif key in required:
-            missing.append(" or ".join(map(repr, spellings)))
-    if missing:
-        noun = "column" if len(missing) == 1 else "columns"
-        raise UserError(
-            f"{where} has no {noun} {', '.join(missing)}; found: {', '.join(present) or 'none'}; "
-            "rename the columns or choose the reader that fits."
-        )
-    return found
-
-
 def text(value: Any) -> str:
     """A cell as text without blanks around it; nothing there is "". Numbers are written out."""
     return "" if value is None else str(value).strip()
@@ -222,3 +194,80 @@ def texts(value: Any) -> tuple[str, ...]:
     """A cell with one string or a list of them, without empty ones."""
     items = value if isinstance(value, (list, tuple)) else [value]
     return tuple(item for item in map(text, items) if item)
+
+
+def recording(cell: Any, folder: Path) -> Path | bytes | None:
+    """A cell with bytes, with a path from `folder`, or with both, as in the hub's Audio feature."""
+    if isinstance(cell, Mapping):
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, (bytes, Path)):
+        return cell or None
+    return folder / text(cell) if text(cell) else None
+
+
+@dataclass(frozen=True)
+class Schema:
+    """The columns of a kind of table: our names → accepted spellings in lower case, and how a row is read from them.
+
+    The column named `audio`, where there is one, holds the recording.
+    """
+
+    required: Mapping[str, Sequence[str]]
+    optional: Mapping[str, Sequence[str]]
+    fields: Callable[[Mapping[str, Any]], dict[str, Any]]  # cells by our names → fields of Row
+
+    def columns(self, present: Sequence[str], where: str) -> dict[str, str]:
+        """Our names → the table's columns, in any case. Raises UserError naming what is missing and what was found."""
+        lower = {name.strip().lower(): name for name in present}
+        found = {}
+        for key, spellings in {**self.required, **self.optional}.items():
+            if (spelling := next((s for s in spellings if s in lower), None)) is not None:
+                found[key] = lower[spelling]
+        missing = [" or ".join(map(repr, self.required[key])) for key in self.required if key not in found]
+        if missing:
+            noun = "column" if len(missing) == 1 else "columns"
+            raise UserError(
+                f"{where} has no {noun} {', '.join(missing)}; found: {', '.join(present) or 'none'}; "
+                "rename the columns or choose the reader that fits."
+            )
+        return found
+
+    def cells(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """The cells of a record with columns of its own."""
+        return {key: record[column] for key, column in self.columns(list(record), where).items()}
+
+    def row(self, position: int, where: str, cells: Mapping[str, Any], folder: Path) -> Row:
+        """The row of the cells; a recording's path is relative to `folder`."""
+        return Row(position, where, audio=recording(cells.get("audio"), folder), **self.fields(cells))
+
+
+def own_fields(cells: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a Row. `answers` is whichever of answers and answer is there; with both, answer is the target."""
+    golds = texts(cells["answers"])
+    return {
+        "question": text(cells["question"]),
+        "answers": golds,
+        "answer": text(cells.get("answer")) or (golds[0] if golds else ""),
+        **{key: text(cells.get(key)) or None for key in ("id", "voice", "kind")},
+    }
+
+
+def instruction_fields(cells: Mapping[str, Any]) -> dict[str, Any]:
+    """The question is what was spoken: `speech_input` where it is filled, else instruction and input, a line each."""
+    written = "\n".join(part for part in (text(cells["instruction"]), text(cells.get("input"))) if part)
+    return {
+        "question": text(cells.get("speech_input")) or written,
+        "answers": texts(cells["output"]),
+        "answer": text(cells["output"]),
+        "voice": text(cells.get("input_speaker")) or None,
+    }
+
+
+def named(*keys: str) -> dict[str, tuple[str]]:
+    """Columns that are called what we call them."""
+    return {key: (key,) for key in keys}
+
+
+REQUIRED = {"question": ("question", "questions"), "answers": ("answers", "answer")}
+OPTIONAL = named("id", "answer", "voice", "kind")
+TABLE = Schema(REQUIRED, {**OPTIONAL, **named("audio")}, own_fields)  # one's own

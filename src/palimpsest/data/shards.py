@@ -39,7 +39,7 @@ class Shard:
     path: Path
     n_bytes: int
     dim: int  # d_enc
-    sha256: str  # of every utterance's key, number of frames and frames
+    sha256: str  # see `_checksum`
     spans: dict[str, tuple[int, int]]  # hash of the audio → byte in the file where its frames begin, and their number
 
 
@@ -51,14 +51,20 @@ def write_shard(file: IO[bytes], path: Path, frames: Mapping[str, Float16[ndarra
     """Fill the claimed temporary `file` (see `claim`) and give it its name."""
     from safetensors.numpy import save
 
-    digest = hashlib.sha256()
-    for key in sorted(frames):
-        digest.update(f"{key} {len(frames[key])} ".encode() + frames[key].tobytes())
+    checksum = _checksum((key, len(frames[key]), frames[key].tobytes()) for key in sorted(frames))
     file.truncate(0)
-    file.write(save(dict(frames), metadata={"sha256": digest.hexdigest()}))
+    file.write(save(dict(frames), metadata={"sha256": checksum}))
     file.flush()
     os.fsync(file.fileno())
     _temporary(path).replace(path)
+
+
+def _checksum(frames: Iterable[tuple[str, int, bytes]]) -> str:
+    """Of key, number of frames and frames of every utterance, ordered by key."""
+    digest = hashlib.sha256()
+    for key, count, content in frames:
+        digest.update(f"{key} {count} ".encode() + content)
+    return digest.hexdigest()
 
 
 def read_shard(path: Path) -> Shard:
@@ -85,37 +91,34 @@ def read_shard(path: Path) -> Shard:
 
 def verify_shard(shard: Shard) -> None:
     """Raise UserError, naming the file, where the frames are not those that were written. Reads the whole file."""
-    digest = hashlib.sha256()
     with shard.path.open("rb") as file:
-        for key in sorted(shard.spans):
+
+        def content(key: str) -> tuple[str, int, bytes]:
             first, count = shard.spans[key]
             file.seek(first)
-            digest.update(f"{key} {count} ".encode() + file.read(count * shard.dim * DTYPE.itemsize))
-    if digest.hexdigest() != shard.sha256:
+            return key, count, file.read(count * shard.dim * DTYPE.itemsize)
+
+        checksum = _checksum(map(content, sorted(shard.spans)))
+    if checksum != shard.sha256:
         raise UserError(f"The shard {shard.path} is damaged: its checksum is wrong; {REMEDY}.")
 
 
-class Shards:
-    """All shards of one folder, as far as they were there at the last `refresh`."""
+class Shards(dict[str, Shard]):
+    """The shard of every utterance, by hash of its audio: those in one folder at the last `refresh`."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self.folder = folder
-        self._shards: dict[str, Shard] = {}  # by file name
-        self._where: dict[str, Shard] = {}  # by hash of the audio; of several, the first by name
+        self._read: set[str] = set()  # names of files
 
     def refresh(self) -> None:
-        """Read the headers of the shards that are new."""
+        """Read the headers of the shards that are new; of several with one utterance the first by name counts."""
         for path in sorted(self.folder.glob(f"[!.]*{SUFFIX}")):
-            if path.name not in self._shards:
-                shard = self._shards[path.name] = read_shard(path)
+            if path.name not in self._read:
+                self._read.add(path.name)
+                shard = read_shard(path)
                 for key in shard.spans:
-                    self._where.setdefault(key, shard)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._where
-
-    def __getitem__(self, key: str) -> Shard:
-        return self._where[key]
+                    self.setdefault(key, shard)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,22 +1,7 @@
 """Question sets by name or path: `open_table` opens any of them row by row, `load_examples` reads one as it is.
 
-| source | what | splits |
-|---|---|---|
-| `facts` | the built-in set: short questions of common knowledge, without audio | train, heldout |
-| `PATH.jsonl` | a manifest, see examples.py | one file is one split, whatever its name |
-| `PATH/` with `SPLIT.jsonl` files | a folder of manifests | the names of the files |
-| `PATH.csv`, `PATH.parquet`, `csv:PATH`, `parquet:PATH` | a table of one's own, see local.py | one file is one split |
-| `PATH/` with `SPLIT.csv` or parquet files | tables of one's own | the names of the files |
-| `PATH/` with recordings and texts | a folder of recordings, see local.py | its sub-folders, or the folder |
-| `alpaca:PATH.json` | an instruction set: instruction, input, output | one file is one split |
-| `PATH/` with `llama_questions_300.tsv` | Llama Questions, with audio | test |
-| `PATH/` with `test.json` … | WebQuestions, text only | train, val, test |
-| `gpt-omni/VoiceAssistant-400K` and others | published spoken sets on the hub, see parquet.py | as there |
-| `voice_assistant:PATH` and others | local parquet files of these sets | as there; one file is one split |
-| `SOURCE + SOURCE` | several of the above, one after the other, in the same split | those they share |
-
-Files and folders are recognized by what they hold; `manifest:PATH`, `audio_folder:PATH`, `llama_questions:PATH` and
-`web_questions:PATH` say it outright.
+docs/data.md lists the sources and their splits. Files and folders are recognized by what they hold; a prefix says it
+outright. `SOURCE + SOURCE` is several, one after the other, in the same split.
 """
 
 from __future__ import annotations
@@ -28,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from palimpsest.data.examples import Example, require_good_audio, require_limit
-from palimpsest.data.filters import NO_LIMITS, Problem, store, take, without_recording
+from palimpsest.data.filters import NO_LIMITS, Problem, store, take
 from palimpsest.data.local import (
     LLAMA_TABLE,
     METADATA,
@@ -59,7 +44,7 @@ def load_examples(
     Later turns of published conversations are passed over. For data that needs filtering use `palimpsest data prepare`.
 
     Args:
-        source: see the table above.
+        source: a name, path or prefix of docs/data.md.
         split: e.g. "train", "heldout" or "test"; a manifest file is one split and takes any name.
         limit: at most this many examples; with None all.
         seed: with None the first `limit` are kept, with a number a random choice, in which a smaller limit
@@ -75,7 +60,7 @@ def load_examples(
     chosen: dict[int, str] | None = None  # position → id, where not simply the first are taken
     if limit is not None and seed is not None:
         rows = table.read(0, None, False)
-        found = ((row.position, take(row, names(row), NO_LIMITS, without_recording, strict)) for row in rows)
+        found = ((row.position, take(row, names(row), NO_LIMITS, strict=strict)) for row in rows)
         usable = [(position, example.id) for position, example in found if isinstance(example, Example)]
         chosen = dict(usable[i] for i in choose(len(usable), limit, seed))
 
@@ -128,8 +113,7 @@ def _reader(source: str) -> tuple[Reader, Path]:
     if prefix in READERS and prefix != source:
         return READERS[prefix], Path(rest).expanduser()
     path = Path(source).expanduser()
-    kind = _kind(path)
-    if kind is not None:
+    if (kind := _kind(path)) is not None:
         return READERS[kind], path
     found = "holds no question set that is known" if path.is_dir() else "does not exist"
     raise UserError(

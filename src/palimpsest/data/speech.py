@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from functools import partial
+from operator import call
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import soundfile
@@ -33,12 +35,9 @@ if TYPE_CHECKING:
 
 ENCODING = "flac-16bit-16kHz"  # part of the file names: change it when the samples change for the same voice
 
-Job = TypeVar("Job")
+Call: TypeAlias = Callable[[], str | None]  # writes one file, in whichever process; returns what went wrong, or None
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Files
-# ------------------------------------------------------------------------------------------------------------
 def read_audio(path: Path) -> Float32[ndarray, " samples"]:
     """Read any format libsndfile knows; channels are averaged, other rates resampled to 16 kHz.
 
@@ -114,7 +113,8 @@ def speak_several(
 ) -> list[list[Example]]:
     """`speak` for several sets of examples at once, each with voices of its own; one pool of workers does it all."""
     spoken: list[list[Example]] = []
-    jobs: dict[Path, _Speech] = {}
+    jobs: dict[Path, Call] = {}
+    used: dict[str, None] = {}  # labels of the voices that are needed, in order
     for examples, names in groups:
         voices = find_voices(names)
         # Also for no example at all: who asks with none wants to know whether the voice is at fault.
@@ -128,28 +128,25 @@ def speak_several(
             voice = choose_voice(voices, example.id)
             key = [ENCODING, voice.name, versions[voice], voice.speed, seed, example.question]
             path = folder / f"{hash_value(key)[:32]}.flac"
-            jobs[path] = (path, example.question, seed, voice)
+            jobs[path] = partial(_speak, path, example.question, seed, voice)
+            used[voice.label] = None
             spoken[-1].append(replace(example, audio=path, voice=voice.label))
 
     _speakers.clear()
-    problems = make_files(_speak, folder, jobs, workers, progress)
+    problems = make_files(folder, jobs, workers, progress)
     if problems:
-        voice_names = ", ".join(dict.fromkeys(voice.label for *_, voice in jobs.values()))
         raise UserError(
-            f"{len(problems)} of {len(jobs)} questions cannot be spoken by the voice {voice_names}, "
+            f"{len(problems)} of {len(jobs)} questions cannot be spoken by the voice {', '.join(used)}, "
             f"the first because {problems[0]}; change or remove these, or give them audio."
         )
     return spoken
 
 
-_Speech: TypeAlias = tuple[Path, str, int, Voice]  # file, text, seed, voice
-
 _speakers: dict[str, Speaker] = {}  # of this process, by the voice's name; a speaker takes every speed
 
 
-def _speak(job: _Speech) -> str | None:
+def _speak(path: Path, text: str, seed: int, voice: Voice) -> str | None:
     """Speak one file; returns why it could not be spoken, None if all went well."""
-    path, text, seed, voice = job
     if voice.name not in _speakers:
         _speakers[voice.name] = voice.load()
     audio, rate = _speakers[voice.name](text, voice.speed, seed)
@@ -167,39 +164,31 @@ def _speak(job: _Speech) -> str | None:
 
 
 def make_files(
-    function: Callable[[Job], str | None],
-    folder: Path,
-    jobs: Mapping[Path, Job],
-    workers: int,
-    progress: Callable[[int, int], None] | None,
+    folder: Path, jobs: Mapping[Path, Call], workers: int, progress: Callable[[int, int], None] | None
 ) -> list[str]:
-    """Run the importable `function` on every job whose file in `folder` is not there yet.
-
-    Returns what it returned of those that failed: None is success.
-    """
+    """Make every call whose file in `folder` is not there yet; returns what went wrong in those that failed."""
     folder.mkdir(parents=True, exist_ok=True)
     waiting = [job for path, job in jobs.items() if not path.exists()]
+    report = progress or (lambda done, total: None)
     n_there, problems = len(jobs) - len(waiting), []
-    if progress is not None:
-        progress(n_there, len(jobs))
-    for done, problem in enumerate(_run(function, waiting, workers), start=n_there + 1):
+    report(n_there, len(jobs))
+    for done, problem in enumerate(_run(waiting, workers), start=n_there + 1):
         if problem is not None:
             problems.append(problem)
-        if progress is not None:
-            progress(done, len(jobs))
+        report(done, len(jobs))
     return problems
 
 
-def _run(function: Callable[[Job], str | None], jobs: Sequence[Job], workers: int) -> Iterator[str | None]:
+def _run(jobs: Sequence[Call], workers: int) -> Iterator[str | None]:
     """Results in the order of the jobs; in this process or in `workers` of them."""
     if workers <= 1 or not jobs:
-        yield from map(function, jobs)
+        yield from map(call, jobs)
         return
     # Spawned, not forked: a fork would copy the locks of torch's threads in an unknown state.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context)
     try:
-        yield from pool.map(function, jobs, chunksize=4)
+        yield from pool.map(call, jobs, chunksize=4)
     except BrokenProcessPool as error:
         raise UserError(
             "The speech workers stopped: memory may be short, or a script works on speech outside "

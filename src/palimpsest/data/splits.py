@@ -15,7 +15,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,9 +33,8 @@ from palimpsest.data.filters import (
     require_some,
     store,
     take,
-    without_recording,
 )
-from palimpsest.data.rows import Names, Row, Table
+from palimpsest.data.rows import Names, Table
 from palimpsest.data.sources import choose, load_examples, open_table
 from palimpsest.files import UserError, hash_file, hash_value
 from palimpsest.progress import Advance
@@ -94,26 +93,25 @@ class StudyData:
         identity = self._table(group).identity
         if identity is None:
             rows = self._table(group).read(0, set(self._chosen_of(group)), False)
-            identity = hash_value([_row_identity(row) for row in rows])
+            identity = hash_value([_identity(Example.of(row, row.id or "", row.audio)) for row in rows])
         return [identity, wanted.limit]
 
     def _task_inputs(self, task: Split) -> list[Any]:
         identity = open_table(task.source, task.split).identity
         if identity is None:
             examples = load_examples(task.source, task.split, task.limit, self.seed)
-            identity = hash_value([_example_identity(example) for example in examples])
+            identity = hash_value([_identity(example) for example in examples])
         return [identity, task.limit]
 
     # -- checks before the long work ----------------------------------------------------------------------------------
     def check(self) -> None:
         """Raises UserError for sources that do not exist, faulty tasks, and an empty split."""
-        if isinstance(self.heldout, Split):
-            same = (self.train.source, self.train.split) == (self.heldout.source, self.heldout.split)
-            if same:
-                raise UserError(
-                    f"data.train and data.heldout are both the split {self.train.split!r} of {self.train.source}; "
-                    "held-out examples must not be trained on: give data.heldout_examples instead of data.heldout."
-                )
+        train, heldout = self.train, self.heldout
+        if isinstance(heldout, Split) and (train.source, train.split) == (heldout.source, heldout.split):
+            raise UserError(
+                f"data.train and data.heldout are both the split {train.split!r} of {train.source}; "
+                "held-out examples must not be trained on: give data.heldout_examples instead of data.heldout."
+            )
         for task in self.tasks.values():
             load_examples(task.source, task.split, task.limit, self.seed)
         _ = self._selection
@@ -135,8 +133,7 @@ class StudyData:
             return found if isinstance(found, tuple) else recording
 
         groups: dict[str, list[Example]] = {TRAIN: [], HELDOUT: []}
-        total = sum(map(len, chosen.values()))
-        done = 0
+        total, done = sum(map(len, chosen.values())), 0
         for source, table in self._tables.items():
             names = self._chosen_of(source)
             for row in table.read(0, set(names), True):
@@ -171,11 +168,11 @@ class StudyData:
             heldout = self._texts(HELDOUT, dropped)
             heldout = [heldout[i] for i in choose(len(heldout), self.heldout.limit, self.seed)]
         asked = {item.question: item.id for item in heldout}
-        where = self._table(TRAIN).where
         for item in train:
             if item.question in asked:
+                where = f"{self._table(TRAIN).where}, row {item.position + 1}"
                 detail = f"the same question as {asked[item.question]}"
-                dropped.append((TRAIN, Dropped(item.id, f"{where}, row {item.position + 1}", IN_HELDOUT, detail)))
+                dropped.append((TRAIN, Dropped(item.id, where, IN_HELDOUT, detail)))
         train = [item for item in train if item.question not in asked]
         train = [train[i] for i in choose(len(train), self.train.limit, self.seed)]
         chosen = {TRAIN: train, HELDOUT: heldout}
@@ -184,7 +181,7 @@ class StudyData:
 
     def _require_some(self, groups: Mapping[str, Sequence[Any]], dropped: Sequence[tuple[str, Dropped]]) -> None:
         for group, items in groups.items():
-            left_out = counts(item for of, item in dropped if of == group)
+            left_out = counts(item.reason for of, item in dropped if of == group)
             require_some(len(items), left_out, f"{group} data of the study, from {self._table(group).where}")
 
     def _texts(self, group: str, dropped: list[tuple[str, Dropped]]) -> list[_Chosen]:
@@ -192,7 +189,7 @@ class StudyData:
         table, kept = self._table(group), []
         names = Names(table)
         for row in table.read(0, None, False):
-            found = take(row, names(row), self.filters, without_recording, self._strict)
+            found = take(row, names(row), self.filters, strict=self._strict)
             if isinstance(found, Example):
                 kept.append(_Chosen(row.position, found.id, hash_value(normalised_question(row.question))[:16]))
             else:
@@ -219,12 +216,7 @@ class StudyData:
         return tables
 
 
-def _row_identity(row: Row) -> list[Any]:
-    assert not isinstance(row.audio, bytes)
-    return _example_identity(Example.of(row, row.id or "", row.audio))
-
-
-def _example_identity(example: Example) -> list[Any]:
+def _identity(example: Example) -> list[Any]:
     recording = hash_file(example.audio) if example.audio is not None and example.audio.is_file() else None
     texts = [example.id, example.question, example.answer, list(example.answers)]
     return [*texts, example.voice, example.kind, str(example.audio), recording]
@@ -252,16 +244,17 @@ def speak_groups(
     result: dict[str, list[Example]] = {}
     dropped: list[tuple[str, Dropped]] = []
     for key, group in groups.items():
-
-        def say_one(examples: Sequence[Example], key: str = key) -> list[Example]:
-            return say({key: examples})[key]
-
+        say_one = partial(_say_one, say, key)
         if key in (TRAIN, HELDOUT):
             result[key], silent = spoken_or_dropped(group, say_one)
             dropped += [(key, item) for item in silent]
         else:
             result[key] = say_one(group)
     return result, dropped
+
+
+def _say_one(say: SayGroups, key: str, examples: Sequence[Example]) -> list[Example]:
+    return say({key: examples})[key]
 
 
 def spoken_or_dropped(examples: Sequence[Example], say: Say) -> tuple[list[Example], list[Dropped]]:

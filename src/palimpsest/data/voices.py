@@ -12,11 +12,11 @@ A voice of your own is a `Voice`; put into `VOICES`, it has a name that recipes 
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -89,31 +89,22 @@ def _find(name: str) -> Voice:
     if base in VOICES:
         voice = VOICES[base]
     elif base.startswith(f"{ESPEAK}:"):
-        chosen = base.removeprefix(f"{ESPEAK}:")
-        voice = Voice(base, partial(_espeak_version, chosen), partial(_load_espeak, chosen))
+        voice = _espeak_voice(base, base.removeprefix(f"{ESPEAK}:"))
     else:
         raise UserError(
             f"There is no voice {name!r}; use one of: {', '.join(VOICES)}, {ESPEAK}:LANGUAGE+VARIANT, "
             "with @SPEED behind it if you like."
         )
-    return replace(voice, speed=_speed(name, pace)) if at else voice
+    if not at:
+        return voice
+    with suppress(ValueError):
+        if SPEEDS[0] <= float(pace) <= SPEEDS[1]:
+            return replace(voice, speed=float(pace))
+    raise UserError(
+        f"The voice {name!r} has the speed {pace!r}; give a number from {SPEEDS[0]} to {SPEEDS[1]} behind the @."
+    )
 
 
-def _speed(name: str, pace: str) -> float:
-    try:
-        speed = float(pace)
-    except ValueError:
-        speed = math.nan
-    if not SPEEDS[0] <= speed <= SPEEDS[1]:
-        raise UserError(
-            f"The voice {name!r} has the speed {pace!r}; give a number from {SPEEDS[0]} to {SPEEDS[1]} behind the @."
-        )
-    return speed
-
-
-# ------------------------------------------------------------------------------------------------------------
-# hibari
-# ------------------------------------------------------------------------------------------------------------
 def _hibari_version() -> str:
     try:
         return metadata.version("hibari-tts")
@@ -136,9 +127,10 @@ def _load_hibari() -> Speaker:
     return lambda text, speed, seed: (synthesizer(text, speed=speed, seed=seed), RATE)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# espeak-ng
-# ------------------------------------------------------------------------------------------------------------
+def _espeak_voice(name: str, language: str) -> Voice:
+    return Voice(name, partial(_espeak_version, language), partial(_load_espeak, language))
+
+
 def _espeak_version(voice: str) -> str:
     """The program's version, after a check that it has the language and the variant: it takes any other silently."""
     found = re.search(r"text-to-speech: (\S+)", _espeak("--version").decode())
@@ -184,5 +176,5 @@ def _espeak(*arguments: str, text: str = "") -> bytes:
 
 VOICES = {
     "hibari": Voice("hibari", _hibari_version, _load_hibari),
-    ESPEAK: Voice(ESPEAK, partial(_espeak_version, ESPEAK_LANGUAGE), partial(_load_espeak, ESPEAK_LANGUAGE)),
+    ESPEAK: _espeak_voice(ESPEAK, ESPEAK_LANGUAGE),
 }
