@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from palimpsest.comparison.pairs import corrected, order, pair_record
+from palimpsest.comparison.pairs import corrected, exp, order, pair_record
+from palimpsest.comparison.systems import Matrix, matrix
 from palimpsest.evaluation.perplexity import read_losses
 from palimpsest.evaluation.scoring import METRIC_VERSION, PRIMARY
 from palimpsest.files import UserError
@@ -26,7 +26,6 @@ from palimpsest.records import BASE, PairRecord, SeedRecord, method_of, run_name
 from palimpsest.rundir import losses_of
 
 Verdicts = Mapping[str, Mapping[str, bool]]  # run -> {question id: right?}
-Matrix = NDArray[np.float64]
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -46,7 +45,7 @@ def seed_records(
         runs = runs_of(method, n_seeds)
         for (task, modality), by_run in verdicts.items():
             if all(name in by_run for name in runs):
-                records.append(_accuracy(method, task, modality, _matrix([by_run[name] for name in runs])))
+                records.append(_accuracy(method, task, modality, matrix([by_run[name] for name in runs])))
         records += _perplexities(run, method, runs, tables["perplexity"])
         records += _deactivations(method, runs, tables["deactivation"])
     return records + _shifts(methods, n_seeds, tables["shift"])
@@ -61,7 +60,7 @@ def seed_comparisons(
         runs_a, runs_b = runs_of(a, n_seeds), runs_of(b, n_seeds)
         for key in sorted(verdicts, key=order):
             if all(name in verdicts[key] for name in (*runs_a, *runs_b)):
-                right = _matrix([verdicts[key][name] for name in (*runs_a, *runs_b)])
+                right = matrix([verdicts[key][name] for name in (*runs_a, *runs_b)])
                 sides = (a, right[: len(runs_a)]), (b, right[len(runs_a) :])
                 rows.append(pair_record(*sides, key, PRIMARY, METRIC_VERSION, seed))
     return corrected(rows)
@@ -161,8 +160,8 @@ def _geometric(
     """Of perplexities or their ratios, from each run's logarithm; None: not finite in some run."""
     if logs is None:
         return _record(method, measure, modality, [None] * n_seeds, None, **about)
-    mean, low, high = (_exp(log) for log in over_runs(logs, *arms))
-    return _record(method, measure, modality, [_exp(log) for log in logs], (mean, low, high), **about)
+    mean, low, high = (exp(log) for log in over_runs(logs, *arms))
+    return _record(method, measure, modality, [exp(log) for log in logs], (mean, low, high), **about)
 
 
 def _record(
@@ -201,21 +200,9 @@ def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _exp(log: float) -> float:
-    return math.exp(log) if log < 700 else math.inf
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Runs side by side
 # ------------------------------------------------------------------------------------------------------------
-def _matrix(verdicts: Sequence[Mapping[str, bool]]) -> Matrix:
-    """(runs, questions), questions by sorted id."""
-    ids = sorted(verdicts[0])
-    if any(one.keys() != verdicts[0].keys() for one in verdicts):
-        raise UserError("The training runs of a method did not answer the same questions; run the study again.")
-    return np.array([[one[i] for i in ids] for one in verdicts], dtype=np.float64)
-
-
 def _losses(run: Path, runs: Sequence[str], modality: str) -> tuple[Matrix, Matrix]:
     """((runs, answers) summed losses in nats, (answers,) tokens), answers by sorted id."""
     every = [read_losses(losses_of(run, name, modality))[1].samples for name in runs]
