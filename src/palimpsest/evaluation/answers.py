@@ -203,7 +203,7 @@ def answer_questions(
         notice: gets a sentence when a line cut by a kill was found and is asked again.
 
     Raises:
-        UserError: `out` belongs to another evaluation or is damaged (see `samples.resume`), or every single
+        UserError: `out` belongs to another evaluation or is damaged (see `resume`), or every single
             question failed.
     """
     if batch_size < 1:
@@ -428,5 +428,5 @@ def qa_record(
 
 
 def verdicts_by_id(rows: Iterable[SampleRow], metric: str) -> dict[str, bool]:
-    """What `stats.compare` takes for one method: question id -> right? Failed samples are wrong."""
+    """What `comparison.pairs.compare` takes for one method: question id -> right? Failed samples are wrong."""
     return {row["id"]: row["verdicts"][metric] for row in rows}

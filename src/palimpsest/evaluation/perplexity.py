@@ -131,10 +131,6 @@ def measure_losses(
         folder / f"losses-{modality}.json",
         {"schema": 1, "task": task, "modality": modality, "data": data, "n": len(examples)},
     )
-    return record(result, method, task, modality)
-
-
-def record(result: Perplexity, method: str, task: str, modality: str) -> PerplexityRecord:
     return {
         "method": method,
         "task": task,
