@@ -341,6 +341,7 @@ def loss_records(pairs: Sequence[tuple[System, System]]) -> list[LossPairRecord]
 
 
 def exp(log: float) -> float:
+    """Infinite where a float cannot hold it."""
     return math.exp(log) if log < 700 else math.inf
 
 

@@ -21,7 +21,7 @@ from palimpsest.comparison.systems import Matrix, matrix
 from palimpsest.evaluation.perplexity import read_losses
 from palimpsest.evaluation.scoring import METRIC_VERSION, PRIMARY
 from palimpsest.files import UserError
-from palimpsest.intervals import clustered_difference, loss_difference, mean_arms, over_runs, standard_deviation
+from palimpsest.intervals import accuracy_interval, loss_difference, mean_arms, over_runs, standard_deviation
 from palimpsest.records import BASE, PairRecord, SeedRecord, method_of, run_name
 from palimpsest.rundir import losses_of
 
@@ -76,11 +76,9 @@ def runs_of(method: str, n_seeds: int) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------
 def _accuracy(method: str, task: str, modality: str, right: Matrix) -> SeedRecord:
     """right: (runs, questions)."""
-    effect = clustered_difference(np.zeros_like(right[0]), right)
-    values = [float(value) for value in right.mean(axis=1)]
-    interval = (effect.value, max(0.0, effect.low), min(1.0, effect.high))
+    interval = (float(right.mean()), *accuracy_interval(right))
     about = {"task": task, "n": right.shape[1], "basis": PRIMARY, "over": "seeds, questions"}
-    return _record(method, "accuracy", modality, values, interval, **about)
+    return _record(method, "accuracy", modality, right.mean(axis=1).tolist(), interval, **about)
 
 
 def _perplexities(run: Path, method: str, runs: Sequence[str], table: Rows) -> list[SeedRecord]:
@@ -96,7 +94,7 @@ def _perplexities(run: Path, method: str, runs: Sequence[str], table: Rows) -> l
             if finite:
                 losses, tokens = _losses(run, runs, modality)
                 before = _losses(run, [reference], modality)[0][0] if reference else np.zeros_like(tokens)
-                logs = [float(value) for value in (losses - before).sum(axis=1) / tokens.sum()]
+                logs = ((losses - before).sum(axis=1) / tokens.sum()).tolist()
                 effect = loss_difference(before, losses.mean(axis=0), tokens)
                 arms = (effect.value - effect.low, effect.high - effect.value)
             records.append(_geometric(method, measure, modality, logs, arms, len(runs), reference=reference, **about))
