@@ -69,12 +69,6 @@ def test_unknown_metric() -> None:
         Task("t", (PARIS,), metric="exact")
 
 
-def test_require_audio_names_the_first_silent_question() -> None:
-    Task("t", (ROME,)).require_audio()
-    with pytest.raises(UserError, match=r"1 of the 2 questions .* 'q1'"):
-        Task("t", (PARIS, ROME)).require_audio()
-
-
 @pytest.mark.parametrize(
     ("source", "name"),
     [

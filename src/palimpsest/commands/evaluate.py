@@ -6,14 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge
 from typing_extensions import Doc
 
 from palimpsest.files import UserError, hash_value, write_json
 from palimpsest.progress import Reporter
-from palimpsest.records import FloorRecord, Modality, PerplexityRecord, QARecord
+from palimpsest.records import Modality, PerplexityRecord
 
 if TYPE_CHECKING:
     from palimpsest.evaluation.answers import Answerer, SampleRow
@@ -111,7 +111,7 @@ def _check(options: Options) -> tuple[Judge | None, Task, str]:
     from palimpsest.evaluation.judge import Judge
     from palimpsest.models.loading import model_kind, resolve
 
-    model, modality, url, name = options.model, options.modality, options.judge_url, options.judge_model
+    modality, url, name = options.modality, options.judge_url, options.judge_model
     if (url is None) != (name is None):
         raise UserError("A judge needs both --judge-url and --judge-model; give the other one too.")
     if options.perplexity and modality not in ("text", "speech"):
@@ -119,11 +119,11 @@ def _check(options: Options) -> tuple[Judge | None, Task, str]:
     judge = Judge(url, name) if url is not None and name is not None else None
     recordings = options.out / "audio" if modality != "text" else None  # of a table that holds them
     task = load_task(options.task, split=options.split, limit=options.limit, audio=recordings)
-    where = resolve(model)
+    where = resolve(options.model)
     if modality == "speech" and model_kind(where) == "language_model":
-        raise UserError(f"{model} takes no audio; evaluate it with --modality text or cascade.")
+        raise UserError(f"{options.model} takes no audio; evaluate it with --modality text or cascade.")
     if options.perplexity and model_kind(where) == "audio_llm":
-        raise UserError(f"Perplexity of the audio LLM {model} cannot be measured yet; leave out --perplexity.")
+        raise UserError(f"Perplexity of the audio LLM {options.model} cannot be measured yet; leave out --perplexity.")
     return judge, task, where
 
 
@@ -133,23 +133,17 @@ def load_task(
     name: str | None = None,
     split: str = "test",
     limit: int | None = None,
-    seed: int | None = None,
-    instruction: str | None = None,
-    metric: str | None = None,
     audio: Path | None = None,
 ) -> Task:
     """The task of a question set, by name or path; see `data.sources.load_examples` for what can be read.
 
-    `name` is what the records call the task, by default `task_name(source)`.
-    With `limit`, the first examples are taken, or a random choice where a `seed` is given. `audio`: the folder that
-    recordings inside a table are written to.
+    `name` is what the records call the task, by default `task_name(source)`. With `limit`, the first examples are
+    taken. `audio`: the folder that recordings inside a table are written to.
     """
     from palimpsest.data.sources import load_examples
     from palimpsest.evaluation.tasks import Task
 
-    examples = load_examples(source, split, limit=limit, seed=seed, audio=audio)
-    task = Task(name or task_name(source), tuple(examples), instruction)
-    return task if metric is None else replace(task, metric=metric)
+    return Task(name or task_name(source), tuple(load_examples(source, split, limit=limit, audio=audio)))
 
 
 def task_name(source: str) -> str:
@@ -214,8 +208,12 @@ def _perplexity(options: Options, where: str, device: str, task: Task, advance: 
 def _lines(rows: Sequence[SampleRow], results: Mapping[str, Any], judged: Judged | None) -> Iterator[str]:
     by_chance = {(floor["metric"], floor["floor"]): floor for floor in results["qa_floors"]}
     for record in results["qa"]:
-        floors = [by_chance.get((record["metric"], kind)) for kind in FLOORS]
-        yield _accuracy(record) + "".join(f"  {_floor(floor)}" for floor in floors if floor is not None)
+        line = f"{record['metric']:<24} {record['correct']:>4}/{record['n']}  {100 * record['accuracy']:5.1f} %  "
+        line += _interval(record)
+        for kind, name in FLOORS.items():
+            if floor := by_chance.get((record["metric"], kind)):
+                line += f"  {name} {100 * floor['value']:.1f} % {_interval(floor)}"
+        yield line
     for measured in results.get("perplexity", ()):
         yield (
             f"perplexity               {measured['perplexity']:.4g} ({measured['loss']:.4f} nats per token, "
@@ -227,13 +225,8 @@ def _lines(rows: Sequence[SampleRow], results: Mapping[str, Any], judged: Judged
             f"not judged, counted as wrong: {len(judged.failed)} ({', '.join(list(judged.failed)[:5])}), the first "
             f"because {judged.failed[first]} Run again to ask about them again."
         )
-    flags = {
-        "empty": sum(row["empty"] for row in rows),
-        "refusal": sum(row["refusal"] for row in rows),
-        "loop": sum(row["loop"] for row in rows),
-        "failed": sum(row["failed"] for row in rows),
-    }
-    yield "answers that are          " + ", ".join(f"{flag}: {count}" for flag, count in flags.items())
+    flags: tuple[Literal["empty", "refusal", "loop", "failed"], ...] = ("empty", "refusal", "loop", "failed")
+    yield "answers that are          " + ", ".join(f"{flag}: {sum(row[flag] for row in rows)}" for flag in flags)
     yield from (f"failed: {row['id']}: {row['error']}" for row in rows if row["failed"])
     if "word_error_rate" in results:
         yield f"word error rate          {100 * results['word_error_rate']:.1f} %"
@@ -243,13 +236,5 @@ def _lines(rows: Sequence[SampleRow], results: Mapping[str, Any], judged: Judged
 FLOORS = {"unrelated": "unrelated", "echo_in_sentence": "echoed"}
 
 
-def _accuracy(record: QARecord) -> str:
-    return (
-        f"{record['metric']:<24} {record['correct']:>4}/{record['n']}  {100 * record['accuracy']:5.1f} %  "
-        f"[{100 * record['ci_low']:.1f}, {100 * record['ci_high']:.1f}]"
-    )
-
-
-def _floor(floor: FloorRecord) -> str:
-    value, low, high = (100 * share for share in (floor["value"], floor["ci_low"], floor["ci_high"]))
-    return f"{FLOORS[floor['floor']]} {value:.1f} % [{low:.1f}, {high:.1f}]"
+def _interval(record: Mapping[str, Any]) -> str:
+    return f"[{100 * record['ci_low']:.1f}, {100 * record['ci_high']:.1f}]"

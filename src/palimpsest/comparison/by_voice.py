@@ -7,6 +7,7 @@ beside its accuracy on the same questions as text, which says how hard they are.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import product
 
 import numpy as np
 
@@ -38,30 +39,31 @@ def voice_records(
     if len(by_voice) < 2:
         return []
     records: list[VoiceRecord] = []
-    for modality in ("speech", "cascade"):
-        for method in (BASE, *methods):
-            runs = runs_of(method, n_seeds)
-            answered = verdicts.get(modality, {})
-            if any(run not in answered for run in runs):
-                continue
-            as_text = verdicts["text"]
-            for voice, ids in by_voice.items():
-                right = np.array([[answered[run][i] for i in ids] for run in runs], dtype=np.float64)
-                low, high = accuracy_interval(right)
-                records.append(
-                    {
-                        "method": method,
-                        "task": task,
-                        "modality": modality,
-                        "voice": voice,
-                        "trained_on": voice in trained_on,
-                        "n": len(ids),
-                        "n_seeds": len(runs),
-                        "metric": PRIMARY,
-                        "accuracy": float(right.mean()),
-                        "ci_low": low,
-                        "ci_high": high,
-                        "accuracy_text": float(np.mean([[as_text[run][i] for i in ids] for run in runs])),
-                    }
-                )
+    for modality, method in product(("speech", "cascade"), (BASE, *methods)):
+        runs = runs_of(method, n_seeds)
+        answered = verdicts.get(modality, {})
+        if any(run not in answered for run in runs):
+            continue
+        for voice, ids in by_voice.items():
+            right, right_as_text = (
+                np.array([[of[run][i] for i in ids] for run in runs], dtype=np.float64)
+                for of in (answered, verdicts["text"])
+            )
+            low, high = accuracy_interval(right)
+            records.append(
+                {
+                    "method": method,
+                    "task": task,
+                    "modality": modality,
+                    "voice": voice,
+                    "trained_on": voice in trained_on,
+                    "n": len(ids),
+                    "n_seeds": len(runs),
+                    "metric": PRIMARY,
+                    "accuracy": float(right.mean()),
+                    "ci_low": low,
+                    "ci_high": high,
+                    "accuracy_text": float(right_as_text.mean()),
+                }
+            )
     return records

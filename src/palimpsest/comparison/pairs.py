@@ -8,20 +8,32 @@ both. `compare_runs` refuses runs that do not match; `pair_runs`, for a report, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
-from palimpsest.comparison.systems import Answers, Key, Losses, System, pool_seeds, read_systems, require_same
+from palimpsest.comparison.systems import (
+    Answers,
+    Key,
+    Losses,
+    Matrix,
+    System,
+    matrix,
+    pool_seeds,
+    read_systems,
+    require_methods,
+    require_same,
+)
 from palimpsest.evaluation.scoring import PRIMARY
 from palimpsest.evaluation.tasks import text_version
 from palimpsest.files import UserError
 from palimpsest.intervals import (
+    Compared,
+    Effect,
     accuracy_interval,
     clustered_difference,
     compare_accuracies,
@@ -41,12 +53,9 @@ from palimpsest.records import (
     RetentionRecord,
 )
 
-if TYPE_CHECKING:
-    pass
-
+T = TypeVar("T")
 LEVEL = 0.05
 BETTER, WORSE, ALIKE = "better", "worse", "no difference shown"
-Matrix = NDArray[np.float64]  # verdicts (training runs, questions)
 
 
 def compare_runs(
@@ -76,8 +85,15 @@ def compare_runs(
     systems = read_systems(runs, metric, None if seeds else methods)
     with_losses = any(system.losses for system in systems)
     if seeds:
-        systems = _named(pool_seeds(systems), methods)  # by the methods' own names, not those of their runs
-    pairs = _pairs(systems, every=seeds or methods is not None or len(runs) == 1)
+        pooled = pool_seeds(systems)  # by the methods' own names, not those of their runs
+        require_methods(pooled, methods)
+        systems = [system for system in pooled if methods is None or system.method in methods]
+    every = seeds or methods is not None or len(runs) == 1
+    pairs = [
+        (a, b)
+        for a, b in combinations(systems, 2)
+        if every or (a.run != b.run and (a.method == b.method or None in (a.method, b.method)))
+    ]
     tables: Comparison = {
         "schema": 1,
         "metric": metric,
@@ -98,20 +114,6 @@ def compare_runs(
     if seeds and with_losses:
         tables["not_compared"].append("Losses of several seeds; leave out --seeds to compare those of single runs.")
     return tables
-
-
-def _named(systems: Sequence[System], methods: Sequence[str] | None) -> list[System]:
-    absent = [method for method in methods or [] if method not in {system.method for system in systems}]
-    if absent:
-        raise UserError(f"No run has a method {absent[0]!r}; correct --methods.")
-    return [system for system in systems if methods is None or system.method in methods]
-
-
-def _pairs(systems: Sequence[System], every: bool) -> list[tuple[System, System]]:
-    def comparable(a: System, b: System) -> bool:
-        return every or (a.run != b.run and (a.method == b.method or None in (a.method, b.method)))
-
-    return [(a, b) for a, b in combinations(systems, 2) if comparable(a, b)]
 
 
 def not_compared(pairs: Sequence[tuple[System, System]]) -> list[str]:
@@ -135,7 +137,7 @@ def accuracy_records(pairs: Sequence[tuple[System, System]], metric: str, seed: 
         for key in sorted(a.answers.keys() & b.answers.keys(), key=order):
             first, second = a.answers[key], b.answers[key]
             require_same(first, second, key)
-            sides = (a.label, _matrix(first)), (b.label, _matrix(second))
+            sides = (a.label, matrix(first.verdicts)), (b.label, matrix(second.verdicts))
             rows.append(pair_record(*sides, key, metric, first.metric_version, seed))
     return corrected(rows)
 
@@ -208,7 +210,14 @@ def compare(
     """
     records: list[ComparisonRecord] = []
     for method_a, method_b in combinations(verdicts, 2):
-        found = compare_accuracies(*_paired(method_a, verdicts[method_a], method_b, verdicts[method_b]), seed)
+        a, b = verdicts[method_a], verdicts[method_b]
+        if a.keys() != b.keys() or not a:
+            only_a, only_b = len(a.keys() - b.keys()), len(b.keys() - a.keys())
+            raise UserError(
+                f"{method_a!r} ({len(a)} questions) and {method_b!r} ({len(b)}) cannot be paired: {only_a} are only "
+                f"in the first, {only_b} only in the second; evaluate both on the same task."
+            )
+        found = compare_accuracies(matrix([a]), matrix([b]), seed)
         assert found.only_a is not None
         assert found.only_b is not None
         records.append(
@@ -231,24 +240,6 @@ def compare(
     return corrected(records)
 
 
-def _paired(name_a: str, a: Mapping[str, bool], name_b: str, b: Mapping[str, bool]) -> tuple[Matrix, Matrix]:
-    """Both methods' verdicts by sorted id, so that the bootstrap does not depend on the rows' order."""
-    if a.keys() != b.keys() or not a:
-        only_a, only_b = len(a.keys() - b.keys()), len(b.keys() - a.keys())
-        raise UserError(
-            f"{name_a!r} ({len(a)} questions) and {name_b!r} ({len(b)}) cannot be paired: {only_a} are only "
-            f"in the first, {only_b} only in the second; evaluate both on the same task."
-        )
-    ids = sorted(a)
-    return np.array([a[i] for i in ids], dtype=np.float64), np.array([b[i] for i in ids], dtype=np.float64)
-
-
-def _matrix(answers: Answers) -> Matrix:
-    """(seeds, questions), questions by sorted id so that nothing depends on the rows' order."""
-    ids = sorted(answers.verdicts[0])
-    return np.array([[verdicts[i] for i in ids] for verdicts in answers.verdicts], dtype=np.float64)
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Retention and modality gap
 # ------------------------------------------------------------------------------------------------------------
@@ -263,11 +254,9 @@ def retention_records(systems: Sequence[System], metric: str, base: str | None) 
         reference = own if base is None else by_label[base]
         if reference is None or reference is system:
             continue
-        for key in sorted(system.answers.keys() & reference.answers.keys(), key=order):
-            if key[1] != "text":
-                continue
+        for key in sorted(key for key in system.answers.keys() & reference.answers.keys() if key[1] == "text"):
             require_same(reference.answers[key], system.answers[key], key)
-            below, above = _matrix(reference.answers[key]), _matrix(system.answers[key])
+            below, above = (matrix(side.answers[key].verdicts) for side in (reference, system))
             effect = retention(below, above) if below.any() else None
             records.append(
                 {
@@ -293,17 +282,13 @@ def gap_records(systems: Sequence[System], metric: str, seed: int) -> list[GapRe
             typed, asked = system.answers.get((task, "text")), system.answers[task, modality]
             if modality == "text" or typed is None:
                 continue
-            spoken = Answers(
-                text_version(asked.version), asked.metric_version, asked.max_new_tokens, asked.verdicts, asked.file
-            )
-            require_same(typed, spoken, (task, f"text and {modality}"))
-            one, two = _matrix(spoken), _matrix(typed)
+            require_same(typed, replace(asked, version=text_version(asked.version)), (task, f"text and {modality}"))
+            one, two = matrix(asked.verdicts), matrix(typed.verdicts)
+            found: Compared | Effect
             if len(one) == 1:
                 found = compare_accuracies(one, two, seed)
-                low, high, p_value = found.low, found.high, found.p_value
             else:  # the same training runs on both sides: one difference per run
-                effect = clustered_difference(np.zeros_like(one[0]), two - one)
-                low, high, p_value = effect.low, effect.high, effect.p_value
+                found = clustered_difference(np.zeros_like(one[0]), two - one)
             records.append(
                 {
                     "task": task,
@@ -312,10 +297,10 @@ def gap_records(systems: Sequence[System], metric: str, seed: int) -> list[GapRe
                     "method": system.label,
                     "n": one.shape[1],
                     "value": float(two.mean() - one.mean()),
-                    "ci_low": low,
-                    "ci_high": high,
-                    "p_value": p_value,
-                    "p_holm": p_value,
+                    "ci_low": found.low,
+                    "ci_high": found.high,
+                    "p_value": found.p_value,
+                    "p_holm": found.p_value,
                 }
             )
     return corrected(records)
@@ -328,32 +313,36 @@ def loss_records(pairs: Sequence[tuple[System, System]]) -> list[LossPairRecord]
     """One row per pair, task and modality for which both have per-example losses; Holm over all of them."""
     rows: list[LossPairRecord] = []
     for a, b in pairs:
-        rows += [_loss(a, b, key) for key in sorted(a.losses.keys() & b.losses.keys(), key=order)]
+        for key in sorted(a.losses.keys() & b.losses.keys(), key=order):
+            first, second = a.losses[key], b.losses[key]
+            losses_a, losses_b, tokens = aligned(first, second)
+            effect = loss_difference(losses_a, losses_b, tokens)
+            rows.append(
+                {
+                    "task": key[0],
+                    "modality": key[1],
+                    "method_a": a.label,
+                    "method_b": b.label,
+                    "n": len(tokens),
+                    "n_tokens": int(tokens.sum()),
+                    "loss_a": first.result.loss,
+                    "loss_b": second.result.loss,
+                    "difference": effect.value,
+                    "ci_low": effect.low,
+                    "ci_high": effect.high,
+                    "perplexity_ratio": exp(effect.value),
+                    "p_value": effect.p_value,
+                    "p_holm": effect.p_value,
+                    "detectable": effect.detectable,
+                    "verdict": ALIKE,
+                }
+            )
     return corrected(rows, better=-1)
 
 
-def _loss(a: System, b: System, key: Key) -> LossPairRecord:
-    first, second = a.losses[key], b.losses[key]
-    losses_a, losses_b, tokens = aligned(first, second)
-    effect = loss_difference(losses_a, losses_b, tokens)
-    return {
-        "task": key[0],
-        "modality": key[1],
-        "method_a": a.label,
-        "method_b": b.label,
-        "n": len(tokens),
-        "n_tokens": int(tokens.sum()),
-        "loss_a": first.result.loss,
-        "loss_b": second.result.loss,
-        "difference": effect.value,
-        "ci_low": effect.low,
-        "ci_high": effect.high,
-        "perplexity_ratio": math.exp(effect.value) if effect.value < 700 else math.inf,
-        "p_value": effect.p_value,
-        "p_holm": effect.p_value,
-        "detectable": effect.detectable,
-        "verdict": ALIKE,
-    }
+def exp(log: float) -> float:
+    """Infinite where a float cannot hold it."""
+    return math.exp(log) if log < 700 else math.inf
 
 
 def aligned(first: Losses, second: Losses) -> tuple[Any, Any, Any]:
@@ -362,18 +351,14 @@ def aligned(first: Losses, second: Losses) -> tuple[Any, Any, Any]:
     if first.data != second.data or a.keys() != b.keys():
         raise UserError(f"{first.file} and {second.file} are losses of different answers; measure both on the same.")
     ids = sorted(a)
-    counts: Mapping[str, tuple[int, int]] = {i: (a[i].n_tokens, b[i].n_tokens) for i in ids}
-    other = next((i for i in ids if counts[i][0] != counts[i][1]), None)
-    if other is not None:
+    tokens, others = (np.array([side[i].n_tokens for i in ids]) for side in (a, b))
+    if differing := np.flatnonzero(tokens != others).tolist():
+        i = differing[0]
         raise UserError(
-            f"{first.file} and {second.file} count {counts[other][0]} and {counts[other][1]} tokens in {other!r}: "
+            f"{first.file} and {second.file} count {tokens[i]} and {others[i]} tokens in {ids[i]!r}: "
             "losses per token of different tokenizers cannot be compared; compare accuracies."
         )
-    return (
-        np.array([a[i].loss for i in ids]),
-        np.array([b[i].loss for i in ids]),
-        np.array([a[i].n_tokens for i in ids]),
-    )
+    return np.array([a[i].loss for i in ids]), np.array([b[i].loss for i in ids]), tokens
 
 
 def pair_runs(runs: Sequence[Path], metric: str = PRIMARY, seed: int = 0) -> Paired:
@@ -398,8 +383,10 @@ def pair_runs(runs: Sequence[Path], metric: str = PRIMARY, seed: int = 0) -> Pai
             sentences.append(str(error))
     systems = read_systems(readable, metric) if len(readable) > 1 else []
     pairs = [(a, b) for a, b in combinations(systems, 2) if a.run != b.run and a.method == b.method]
-    sentences += _alone(systems, pairs) + not_compared(pairs)
-    same = [(a, _same_questions(a, b, sentences)) for a, b in pairs]
+    paired = {system.label for pair in pairs for system in pair}
+    sentences += [f"Only one run has {system.label}." for system in systems if system.label not in paired]
+    sentences += not_compared(pairs)
+    same = [(a, _same_answers(a, b, sentences)) for a, b in pairs]
     losses = [(a, _same_losses(a, b, sentences)) for a, b in pairs]
     return {
         "metric": metric,
@@ -409,45 +396,36 @@ def pair_runs(runs: Sequence[Path], metric: str = PRIMARY, seed: int = 0) -> Pai
     }
 
 
-def _alone(systems: Sequence[System], pairs: Sequence[tuple[System, System]]) -> list[str]:
-    paired = {system.label for pair in pairs for system in pair}
-    return [f"Only one run has {system.label}." for system in systems if system.label not in paired]
+def _same_answers(a: System, b: System, sentences: list[str]) -> System:
+    """`b` with those answers that can be compared with `a`'s; why the others cannot goes to `sentences`."""
+    run_a, run_b = (system.label.removesuffix(f"/{system.method}") for system in (a, b))
 
+    def require(one: Answers, other: Answers, key: Key) -> None:
+        versions = {  # alike for all methods of two runs, so that it is said once
+            "task version": (one.version, other.version),
+            "scoring rule's version": (one.metric_version, other.metric_version),
+            "longest answer": (f"{one.max_new_tokens} tokens", f"{other.max_new_tokens} tokens"),
+        }
+        differing = [f"{what} {x} in {run_a}, {y} in {run_b}" for what, (x, y) in versions.items() if x != y]
+        if differing:
+            raise UserError(f"{key[0]} from {key[1]} is not compared: {'; '.join(differing)}.")
+        require_same(one, other, key)
 
-def _same_questions(a: System, b: System, sentences: list[str]) -> System:
-    """`b` with those answers that can be compared with `a`'s; the others go to `sentences`."""
-    answers = dict(b.answers)
-    for key in sorted(a.answers.keys() & b.answers.keys()):
-        try:
-            require_same(a.answers[key], b.answers[key], key)
-        except UserError as error:
-            sentences.append(_versions(a, b, key) or str(error))
-            del answers[key]
-    return replace(b, answers=answers)
-
-
-def _versions(a: System, b: System, key: Key) -> str:
-    """In what versions the two answers differ; alike for all methods of two runs, so that it is said once."""
-    one, other = a.answers[key], b.answers[key]
-    pairs = {
-        "task version": (one.version, other.version),
-        "scoring rule's version": (one.metric_version, other.metric_version),
-        "longest answer": (f"{one.max_new_tokens} tokens", f"{other.max_new_tokens} tokens"),
-    }
-    differing = [f"{what} {x} in {_run(a)}, {y} in {_run(b)}" for what, (x, y) in pairs.items() if x != y]
-    return f"{key[0]} from {key[1]} is not compared: {'; '.join(differing)}." if differing else ""
-
-
-def _run(system: System) -> str:
-    return system.label.removesuffix(f"/{system.method}")
+    return replace(b, answers=_allowed(a.answers, b.answers, require, sentences))
 
 
 def _same_losses(a: System, b: System, sentences: list[str]) -> System:
-    losses = dict(b.losses)
-    for key in sorted(a.losses.keys() & b.losses.keys()):
+    return replace(b, losses=_allowed(a.losses, b.losses, lambda one, other, _: aligned(one, other), sentences))
+
+
+def _allowed(
+    a: Mapping[Key, T], b: Mapping[Key, T], require: Callable[[T, T, Key], Any], sentences: list[str]
+) -> dict[Key, T]:
+    kept = dict(b)
+    for key in sorted(a.keys() & b.keys()):
         try:
-            aligned(a.losses[key], b.losses[key])
+            require(a[key], b[key], key)
         except UserError as error:
             sentences.append(str(error))
-            del losses[key]
-    return replace(b, losses=losses)
+            del kept[key]
+    return kept

@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from palimpsest.evaluation import judge
 from palimpsest.evaluation.answers import SampleRow, read_finished, verdicts_by_id
 from palimpsest.evaluation.perplexity import Perplexity, read_losses
@@ -16,6 +19,7 @@ from palimpsest.files import UserError, read_json
 from palimpsest.rundir import models_in
 
 Key = tuple[str, str]  # (task, modality)
+Matrix = NDArray[np.float64]  # (training runs, questions)
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,22 @@ def read_systems(runs: Sequence[Path], metric: str, methods: Sequence[str] | Non
             label = prefix if method is None else method if len(runs) == 1 else f"{prefix}/{method}"
             if method is None or methods is None or method in methods:
                 systems.append(_read(label, run, method, folder, metric))
-    have = {system.method for system in systems}
-    absent = [method for method in methods or [] if method not in have]
+    require_methods(systems, methods)
+    return systems
+
+
+def require_methods(systems: Sequence[System], methods: Sequence[str] | None) -> None:
+    absent = [method for method in methods or [] if method not in {system.method for system in systems}]
     if absent:
         raise UserError(f"No run has a method {absent[0]!r}; correct --methods.")
-    return systems
+
+
+def matrix(verdicts: Sequence[Mapping[str, bool]]) -> Matrix:
+    """(training runs, questions), questions by sorted id so that nothing depends on the rows' order."""
+    ids = sorted(verdicts[0])
+    if any(one.keys() != verdicts[0].keys() for one in verdicts):
+        raise UserError("The training runs of a method did not answer the same questions; run the study again.")
+    return np.array([[one[i] for i in ids] for one in verdicts], dtype=np.float64)
 
 
 def pool_seeds(systems: Sequence[System]) -> list[System]:
@@ -94,8 +109,7 @@ def pool_seeds(systems: Sequence[System]) -> list[System]:
         first = members[0]
         answers: dict[Key, Answers] = {}
         for key, mine in first.answers.items():
-            theirs = [member.answers.get(key) for member in members]
-            parts = [part for part in theirs if part is not None]
+            parts = [member.answers[key] for member in members if key in member.answers]
             if len(parts) < len(members):
                 raise UserError(f"Not every seed of {name} has answers to {key[0]} from {key[1]}; finish the studies.")
             for part in parts:

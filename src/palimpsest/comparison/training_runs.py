@@ -15,18 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from palimpsest.comparison.pairs import corrected, order, pair_record
+from palimpsest.comparison.pairs import corrected, exp, order, pair_record
+from palimpsest.comparison.systems import Matrix, matrix
 from palimpsest.evaluation.perplexity import read_losses
 from palimpsest.evaluation.scoring import METRIC_VERSION, PRIMARY
 from palimpsest.files import UserError
-from palimpsest.intervals import clustered_difference, loss_difference, mean_arms, over_runs, standard_deviation
+from palimpsest.intervals import accuracy_interval, loss_difference, mean_arms, over_runs, standard_deviation
 from palimpsest.records import BASE, PairRecord, SeedRecord, method_of, run_name
 from palimpsest.rundir import losses_of
 
 Verdicts = Mapping[str, Mapping[str, bool]]  # run -> {question id: right?}
-Matrix = NDArray[np.float64]
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -46,7 +45,7 @@ def seed_records(
         runs = runs_of(method, n_seeds)
         for (task, modality), by_run in verdicts.items():
             if all(name in by_run for name in runs):
-                records.append(_accuracy(method, task, modality, _matrix([by_run[name] for name in runs])))
+                records.append(_accuracy(method, task, modality, matrix([by_run[name] for name in runs])))
         records += _perplexities(run, method, runs, tables["perplexity"])
         records += _deactivations(method, runs, tables["deactivation"])
     return records + _shifts(methods, n_seeds, tables["shift"])
@@ -61,7 +60,7 @@ def seed_comparisons(
         runs_a, runs_b = runs_of(a, n_seeds), runs_of(b, n_seeds)
         for key in sorted(verdicts, key=order):
             if all(name in verdicts[key] for name in (*runs_a, *runs_b)):
-                right = _matrix([verdicts[key][name] for name in (*runs_a, *runs_b)])
+                right = matrix([verdicts[key][name] for name in (*runs_a, *runs_b)])
                 sides = (a, right[: len(runs_a)]), (b, right[len(runs_a) :])
                 rows.append(pair_record(*sides, key, PRIMARY, METRIC_VERSION, seed))
     return corrected(rows)
@@ -77,11 +76,9 @@ def runs_of(method: str, n_seeds: int) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------
 def _accuracy(method: str, task: str, modality: str, right: Matrix) -> SeedRecord:
     """right: (runs, questions)."""
-    effect = clustered_difference(np.zeros_like(right[0]), right)
-    values = [float(value) for value in right.mean(axis=1)]
-    interval = (effect.value, max(0.0, effect.low), min(1.0, effect.high))
+    interval = (float(right.mean()), *accuracy_interval(right))
     about = {"task": task, "n": right.shape[1], "basis": PRIMARY, "over": "seeds, questions"}
-    return _record(method, "accuracy", modality, values, interval, **about)
+    return _record(method, "accuracy", modality, right.mean(axis=1).tolist(), interval, **about)
 
 
 def _perplexities(run: Path, method: str, runs: Sequence[str], table: Rows) -> list[SeedRecord]:
@@ -97,7 +94,7 @@ def _perplexities(run: Path, method: str, runs: Sequence[str], table: Rows) -> l
             if finite:
                 losses, tokens = _losses(run, runs, modality)
                 before = _losses(run, [reference], modality)[0][0] if reference else np.zeros_like(tokens)
-                logs = [float(value) for value in (losses - before).sum(axis=1) / tokens.sum()]
+                logs = ((losses - before).sum(axis=1) / tokens.sum()).tolist()
                 effect = loss_difference(before, losses.mean(axis=0), tokens)
                 arms = (effect.value - effect.low, effect.high - effect.value)
             records.append(_geometric(method, measure, modality, logs, arms, len(runs), reference=reference, **about))
@@ -161,8 +158,8 @@ def _geometric(
     """Of perplexities or their ratios, from each run's logarithm; None: not finite in some run."""
     if logs is None:
         return _record(method, measure, modality, [None] * n_seeds, None, **about)
-    mean, low, high = (_exp(log) for log in over_runs(logs, *arms))
-    return _record(method, measure, modality, [_exp(log) for log in logs], (mean, low, high), **about)
+    mean, low, high = (exp(log) for log in over_runs(logs, *arms))
+    return _record(method, measure, modality, [exp(log) for log in logs], (mean, low, high), **about)
 
 
 def _record(
@@ -201,21 +198,9 @@ def _is_finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _exp(log: float) -> float:
-    return math.exp(log) if log < 700 else math.inf
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Runs side by side
 # ------------------------------------------------------------------------------------------------------------
-def _matrix(verdicts: Sequence[Mapping[str, bool]]) -> Matrix:
-    """(runs, questions), questions by sorted id."""
-    ids = sorted(verdicts[0])
-    if any(one.keys() != verdicts[0].keys() for one in verdicts):
-        raise UserError("The training runs of a method did not answer the same questions; run the study again.")
-    return np.array([[one[i] for i in ids] for one in verdicts], dtype=np.float64)
-
-
 def _losses(run: Path, runs: Sequence[str], modality: str) -> tuple[Matrix, Matrix]:
     """((runs, answers) summed losses in nats, (answers,) tokens), answers by sorted id."""
     every = [read_losses(losses_of(run, name, modality))[1].samples for name in runs]

@@ -81,8 +81,7 @@ def resume(
     ]
     if differing:
         raise UserError(f"{out} holds another evaluation ({', '.join(differing)}); delete it or write elsewhere.")
-    rows = _rows(out)
-    _require_known_once(rows, ids, out)
+    rows = _rows(out, ids)
     if drop_cut_line(out) and notice is not None:  # killed in the middle of a line: that question is asked again
         notice(f"{out}:{len(rows) + 1} was cut in the middle; {len(rows)} answers are kept, this one is asked again.")
     return rows
@@ -97,8 +96,7 @@ def read_finished(out: Path) -> tuple[dict[str, Any], list[SampleRow]]:
     if not out.is_file():
         raise UserError(f"{out} does not exist; run the evaluation first.")
     binding = read_json(out.with_suffix(".json"))
-    rows = _rows(out, finished=True)
-    _require_known_once(rows, {row["id"] for row in rows}, out)
+    rows = _rows(out)
     if len(rows) != binding.get("n"):
         raise UserError(
             f"{out} holds {len(rows)} of {binding.get('n')} answers; run the evaluation again, it continues there."
@@ -106,21 +104,18 @@ def read_finished(out: Path) -> tuple[dict[str, Any], list[SampleRow]]:
     return binding, rows
 
 
-def _rows(out: Path, finished: bool = False) -> list[SampleRow]:
-    lines = read_lines(out, REMEDY, finished=finished)
-    for where, row in lines:
+def _rows(out: Path, ids: Set[str] | None = None) -> list[SampleRow]:
+    """Every complete line, of a question in `ids`; without `ids` every line, of any question."""
+    rows: dict[str, SampleRow] = {}
+    for where, row in read_lines(out, REMEDY, finished=ids is None):
         if not isinstance(row, dict) or row.keys() != SampleRow.__annotations__.keys():
             raise UserError(f"{where} is not a row of answers; {REMEDY}.")
-    return [row for _, row in lines]
-
-
-def _require_known_once(rows: list[SampleRow], ids: Set[str], out: Path) -> None:
-    seen: set[str] = set()
-    for number, row in enumerate(rows, 1):
-        if row["id"] in seen or row["id"] not in ids:
-            what = "is there a second time" if row["id"] in seen else "is not in the task"
-            raise UserError(f"{out}:{number}: the id {row['id']!r} {what}; {REMEDY}.")
-        seen.add(row["id"])
+        id = row["id"]
+        if id in rows or (ids is not None and id not in ids):
+            what = "is there a second time" if id in rows else "is not in the task"
+            raise UserError(f"{where}: the id {id!r} {what}; {REMEDY}.")
+        rows[id] = row  # type: ignore[assignment]
+    return list(rows.values())
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -141,12 +136,12 @@ def is_refusal(response: str) -> bool:
 def is_loop(response: str) -> bool:
     """Whether some run of words stands at least three times in a row, over at least six words in all."""
     spoken = words(response)
-    for width in range(1, len(spoken) // 3 + 1):
-        repeats = max(3, -(-6 // width))  # one word six times, two or more words three times
-        for start in range(len(spoken) - width * repeats + 1):
-            if spoken[start : start + width * repeats] == spoken[start : start + width] * repeats:
-                return True
-    return False
+    return any(
+        spoken[start : start + width * repeats] == spoken[start : start + width] * repeats
+        for width in range(1, len(spoken) // 3 + 1)
+        for repeats in [max(3, -(-6 // width))]  # one word six times, two or more words three times
+        for start in range(len(spoken) - width * repeats + 1)
+    )
 
 
 # Greedy and nothing else. A checkpoint's own generation settings may hold a repetition penalty or a sampling
@@ -208,7 +203,7 @@ def answer_questions(
         notice: gets a sentence when a line cut by a kill was found and is asked again.
 
     Raises:
-        UserError: `out` belongs to another evaluation or is damaged (see `samples.resume`), or every single
+        UserError: `out` belongs to another evaluation or is damaged (see `resume`), or every single
             question failed.
     """
     if batch_size < 1:
@@ -305,8 +300,7 @@ def text_answerer(
 
     In float32 the answers do not depend on the batch. The model is put into eval mode.
     """
-    end = end_ids(language_model, tokenizer)
-    pad = next((id for id in (tokenizer.pad_token_id, *end) if id is not None), 0)
+    settings = generation_settings(language_model, tokenizer, max_new_tokens)
     longest = getattr(language_model.config, "max_position_embeddings", None)
 
     def answer(examples: Sequence[Example], modality: Modality) -> list[Answer]:
@@ -324,24 +318,24 @@ def text_answerer(
                     f"Question {example.id!r} takes {len(ids[-1])} tokens and with {max_new_tokens} new ones "
                     f"does not fit into the model's {longest} positions; shorten it."
                 )
-        input_ids, attention_mask = pad_left(ids, pad)
+        input_ids, attention_mask = pad_left(ids, settings["pad_token_id"])
         language_model.eval()
         with torch.inference_mode():
             output = language_model.generate(
                 input_ids=input_ids.to(language_model.device),
                 attention_mask=attention_mask.to(language_model.device),
-                max_new_tokens=max_new_tokens,
-                eos_token_id=end or None,
-                pad_token_id=pad,
-                **GREEDY,
+                **settings,
             )
-        answers = decode_new(tokenizer, output[:, input_ids.shape[1] :], end)
-        return [
-            Answer(text, n_new, prompt, len(prompt_ids))
-            for (text, n_new), prompt, prompt_ids in zip(answers, prompts, ids, strict=True)
-        ]
+        return decoded(tokenizer, output[:, input_ids.shape[1] :], settings, prompts, map(len, ids))
 
     return answer
+
+
+def generation_settings(language_model: Any, tokenizer: Any, max_new_tokens: int) -> dict[str, Any]:
+    """What `generate` is given besides the prompts: greedy, to the first of `end_ids`."""
+    end = end_ids(language_model, tokenizer)
+    pad = next((id for id in (tokenizer.pad_token_id, *end) if id is not None), 0)
+    return {**GREEDY, "max_new_tokens": max_new_tokens, "eos_token_id": end or None, "pad_token_id": pad}
 
 
 def end_ids(language_model: Any, tokenizer: Any) -> list[int]:
@@ -368,6 +362,18 @@ def decode_new(tokenizer: Any, new: Int[Tensor, "batch new"], end: Sequence[int]
         n_new = len(row) if stop is None else stop + 1
         decoded.append((tokenizer.decode(kept, skip_special_tokens=True).strip(), n_new))
     return decoded
+
+
+def decoded(
+    tokenizer: Any,
+    new: Int[Tensor, "batch new"],
+    settings: Mapping[str, Any],
+    prompts: Iterable[str | None],
+    lengths: Iterable[int],
+) -> list[Answer]:
+    """The answers in what `generate` made with `settings`, with the prompts and their lengths in tokens."""
+    texts = decode_new(tokenizer, new, settings["eos_token_id"] or ())
+    return [Answer(*text, prompt, n) for text, prompt, n in zip(texts, prompts, lengths, strict=True)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -422,5 +428,5 @@ def qa_record(
 
 
 def verdicts_by_id(rows: Iterable[SampleRow], metric: str) -> dict[str, bool]:
-    """What `stats.compare` takes for one method: question id -> right? Failed samples are wrong."""
+    """What `comparison.pairs.compare` takes for one method: question id -> right? Failed samples are wrong."""
     return {row["id"]: row["verdicts"][metric] for row in rows}

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jinja2
 import torch
 
 from palimpsest.data.examples import Example
-from palimpsest.data.speech import read_audio
-from palimpsest.evaluation.answers import GREEDY, Answer, Answerer, decode_new, end_ids
+from palimpsest.evaluation.answers import Answer, Answerer, decoded, generation_settings
+from palimpsest.evaluation.spoken import recordings
 from palimpsest.files import UserError
 from palimpsest.models import SAMPLE_RATE
 from palimpsest.models.prompts import PromptStyle
@@ -49,9 +50,11 @@ def audio_llm_answerer(
     """
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"
-    end = end_ids(model, tokenizer)
-    pad = next((id for id in (tokenizer.pad_token_id, *end) if id is not None), 0)
-    prepare = _inside_the_template if _takes_no_audio(processor) else _beside_the_template(processor)
+    settings = generation_settings(model, tokenizer, max_new_tokens)
+    if "audio" in inspect.signature(processor.__call__).parameters:
+        prepare = partial(_beside_the_template, processor, _content_form(processor))
+    else:
+        prepare = partial(_inside_the_template, processor)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     def answer(examples: Sequence[Example], modality: Modality) -> list[Answer]:
@@ -60,11 +63,7 @@ def audio_llm_answerer(
         spoken = modality == "speech"
         if spoken and len(examples) > 1 and model.config.model_type in ALONE:
             return [answer([example], modality)[0] for example in examples]
-        if spoken:
-            for example in examples:
-                if example.audio is None:
-                    raise UserError(f"Question {example.id!r} has no audio; have it spoken first.")
-        prompts, inputs = prepare(processor, examples, instruction if spoken else None, system)
+        prompts, inputs = prepare(examples, instruction if spoken else None, system)
         lengths = inputs["attention_mask"].sum(1).tolist()
         if longest is not None and max(lengths) + max_new_tokens > longest:
             raise UserError(
@@ -73,18 +72,8 @@ def audio_llm_answerer(
             )
         model.eval()
         with torch.inference_mode():
-            output = model.generate(
-                **_on_device(inputs, model),
-                max_new_tokens=max_new_tokens,
-                eos_token_id=end or None,
-                pad_token_id=pad,
-                **GREEDY,
-            )
-        decoded = decode_new(tokenizer, output[:, inputs["input_ids"].shape[1] :], end)
-        return [
-            Answer(text, n_new, prompt, int(length))
-            for (text, n_new), prompt, length in zip(decoded, prompts, lengths, strict=True)
-        ]
+            output = model.generate(**_on_device(inputs, model), **settings)
+        return decoded(tokenizer, output[:, inputs["input_ids"].shape[1] :], settings, prompts, lengths)
 
     return answer
 
@@ -92,51 +81,41 @@ def audio_llm_answerer(
 # ---------------------------------------------------------------------------------------------------------------------
 # From examples to what `generate` takes: (prompts for the record, tensors), left-padded
 # ---------------------------------------------------------------------------------------------------------------------
-Prepare = Callable[[Any, Sequence[Example], str | None, str | None], tuple[list[str | None], Mapping[str, Any]]]
+Prepared = tuple[list[str | None], Mapping[str, Any]]
 
 
-def _beside_the_template(processor: Any) -> Prepare:
+def _beside_the_template(
+    processor: Any,
+    content: Callable[[str, bool], Any],
+    examples: Sequence[Example],
+    instruction: str | None,
+    system: str | None,
+) -> Prepared:
     """The template writes a mark where the audio goes; the processor takes text and audio and expands the mark."""
-    content = _content_form(processor)
-
-    def prepare(
-        processor: Any, examples: Sequence[Example], instruction: str | None, system: str | None
-    ) -> tuple[list[str | None], Mapping[str, Any]]:
-        prompts: list[str | None]
-        if instruction is None:
-            prompts = [_render(processor, content(e.question.strip(), False), system) for e in examples]
-            return prompts, processor(text=prompts, text_kwargs=TEXT, return_tensors="pt")
-        prompts = [_render(processor, content(instruction, True), system) for _ in examples]
-        inputs = processor(
-            text=prompts,
-            audio=[read_audio(example.audio) for example in examples],  # type: ignore[arg-type]
-            text_kwargs=TEXT,
-            audio_kwargs={"sampling_rate": SAMPLE_RATE},  # and the processor's own padding: encoders count on it
-            return_tensors="pt",
-        )
-        return prompts, inputs
-
-    return prepare
+    audio: dict[str, Any] = {}
+    if instruction is None:
+        contents = [content(example.question.strip(), False) for example in examples]
+    else:
+        contents = [content(instruction, True)] * len(examples)
+        # The padding is the processor's own: encoders count on it.
+        audio = {"audio": recordings(examples), "audio_kwargs": {"sampling_rate": SAMPLE_RATE}}
+    prompts: list[str | None] = [_render(processor, one, system) for one in contents]
+    return prompts, processor(text=prompts, text_kwargs=TEXT, return_tensors="pt", **audio)
 
 
 def _inside_the_template(
     processor: Any, examples: Sequence[Example], instruction: str | None, system: str | None
-) -> tuple[list[str | None], Mapping[str, Any]]:
+) -> Prepared:
     """Voxtral: `apply_chat_template` reads the recordings and makes tokens and features; there is no prompt text."""
-    conversations: list[Turns] = []
-    for example in examples:
-        if instruction is None:
-            parts: Any = example.question.strip()
-        else:
-            read_audio(example.audio)  # type: ignore[arg-type]  # its errors name the file; the processor's do not
-            parts = [{"type": "audio", "path": str(example.audio)}, {"type": "text", "text": instruction}]
-        conversations.append(_turns(parts, system))
-    inputs = processor.apply_chat_template(conversations, return_tensors="pt")
+    contents: list[Any]
+    if instruction is None:
+        contents = [example.question.strip() for example in examples]
+    else:
+        recordings(examples)  # its errors name the file; the processor's do not
+        text = {"type": "text", "text": instruction}
+        contents = [[{"type": "audio", "path": str(example.audio)}, text] for example in examples]
+    inputs = processor.apply_chat_template([_turns(one, system) for one in contents], return_tensors="pt")
     return [None] * len(examples), inputs
-
-
-def _takes_no_audio(processor: Any) -> bool:
-    return "audio" not in inspect.signature(processor.__call__).parameters
 
 
 # ---------------------------------------------------------------------------------------------------------------------

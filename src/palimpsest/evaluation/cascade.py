@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from palimpsest.data.examples import Example
-from palimpsest.data.speech import read_audio
 from palimpsest.evaluation.answers import Answer, Answerer
 from palimpsest.evaluation.scoring import number_words
+from palimpsest.evaluation.spoken import recordings
 from palimpsest.files import UserError
 from palimpsest.models import SAMPLE_RATE
 from palimpsest.records import Modality
@@ -37,12 +37,9 @@ def transcribe(asr_model: Any, asr_processor: Any, examples: Sequence[Example], 
     written: dict[str, str] = {}
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
-        waves = []
-        for example in batch:
-            if example.audio is None:
-                raise UserError(f"Question {example.id!r} has no audio; have it spoken first.")
-            waves.append(read_audio(example.audio))
-        features = asr_processor(waves, sampling_rate=SAMPLE_RATE, return_attention_mask=True, return_tensors="pt")
+        features = asr_processor(
+            recordings(batch), sampling_rate=SAMPLE_RATE, return_attention_mask=True, return_tensors="pt"
+        )
         with torch.inference_mode():
             ids = asr_model.generate(
                 features["input_features"].to(asr_model.device, asr_model.dtype),
@@ -76,11 +73,13 @@ def transcribed_before(transcripts: Mapping[str, str | None]) -> Callable[[Seque
     """`write_down` of `cascade_answerer` from transcripts by id; None stands for a recording that could not be read."""
 
     def write_down(examples: Sequence[Example]) -> dict[str, str]:
-        known = {example.id: transcripts.get(example.id) for example in examples}
-        for id, text in known.items():
+        known = {}
+        for example in examples:
+            text = transcripts.get(example.id)
             if text is None:
-                raise UserError(f"Question {id!r} has no transcript: its recording could not be read.")
-        return {id: text for id, text in known.items() if text is not None}
+                raise UserError(f"Question {example.id!r} has no transcript: its recording could not be read.")
+            known[example.id] = text
+        return known
 
     return write_down
 

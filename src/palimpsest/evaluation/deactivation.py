@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from palimpsest.evaluation.perplexity import perplexity
@@ -35,53 +34,10 @@ def deactivation_records(
     *,
     ratio: float,
     scope: Scope,
-    random_seeds: Sequence[int],
-    reduction: str,
-    conditions: Sequence[Condition] = ("base", "top", "bottom", "random"),
-    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> list[DeactivationRecord]:
-    """One record per condition (random: per seed) and modality.
-
-    Args:
-        name: what the records call the model.
-        model: in eval mode; its weights are afterwards what they were, bit for bit.
-        tensors: importance by canonical name, of the `reduction` the records name.
-        data: modality → function that yields the same batches at every call.
-        ratio: share of the scored weights to zero, within each `scope`.
-    """
-    masks: list[tuple[Condition, int | None]] = []
-    for condition in conditions:
-        masks += [("random", seed) for seed in random_seeds] if condition == "random" else [(condition, None)]
-    records: list[DeactivationRecord] = []
-    for condition, seed in masks:
-        removed = 0.0 if condition == "base" else ratio
-        mask = select(tensors, removed, "bottom" if condition == "base" else condition, scope, seed or 0)
-        with deactivate(model, mask):
-            for modality, batches in data.items():
-                result = perplexity(model, batches())
-                records.append(
-                    {
-                        "model": name,
-                        "modality": modality,
-                        "condition": condition,
-                        "ratio": removed,
-                        "scope": scope,
-                        "seed": seed,
-                        "reduction": reduction,
-                        "n_removed": mask.count,
-                        "n_examples": len(result.samples),
-                        "n_tokens": result.n_tokens,
-                        "loss": result.loss,
-                        "perplexity": result.perplexity,
-                    }
-                )
-                if progress is not None:
-                    progress(len(records), len(masks) * len(data))
-    return records
-
-
-Removed = Literal["top", "bottom", "random"]
-RATIOS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)
+    """`deletion_curve` of one ratio in one scope: one record per condition (random: per seed) and modality."""
+    return deletion_curve(name, model, tensors, data, ratios=(ratio,), scopes=(scope,), **options)
 
 
 def deletion_curve(
@@ -90,17 +46,22 @@ def deletion_curve(
     tensors: Mapping[str, Tensor],
     data: Mapping[str, Batches],
     *,
-    ratios: Sequence[float] = RATIOS,
+    ratios: Sequence[float],
     scopes: Sequence[Scope] = ("global",),
-    conditions: Sequence[Removed] = ("top", "bottom", "random"),
     random_seeds: Sequence[int] = (0,),
     reduction: str,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[DeactivationRecord]:
     """One record per scope, ratio, condition (random: and seed) and modality, after the base's.
 
-    name, model, tensors, data and reduction are those of `deactivation_records`. The unchanged model is
-    measured once; its records stand in every scope, so that each scope's rows are complete.
+    The unchanged model is measured once; its records stand in every scope, so that each scope's rows are complete.
+
+    Args:
+        name: what the records call the model.
+        model: in eval mode; its weights are afterwards what they were, bit for bit.
+        tensors: importance by canonical name, of the `reduction` the records name.
+        data: modality → function that yields the same batches at every call.
+        ratios: shares of the scored weights to zero, within each scope.
 
     Raises UserError for ratios that are not between 0 and 1 or not ascending.
     """
@@ -109,34 +70,41 @@ def deletion_curve(
             f"The ratios {', '.join(map(str, ratios))} are no ascending shares above 0 and up to 1; "
             "give for example 0.0001,0.001,0.01,0.1."
         )
-    points = list(itertools.product(scopes, ratios))
-    masks_each = sum(len(random_seeds) if condition == "random" else 1 for condition in conditions)
-    total = (1 + masks_each * len(points)) * len(data)
+    conditions: list[tuple[Condition, int | None]] = [("top", None), ("bottom", None)]
+    conditions += [("random", seed) for seed in random_seeds]
+    total = (1 + len(scopes) * len(ratios) * len(conditions)) * len(data)
     done = 0
 
-    def advance(step: int, _: int) -> None:
-        if progress is not None:
-            progress(done + step, total)
+    def measure(scope: Scope, ratio: float, condition: Condition, seed: int | None) -> Iterator[DeactivationRecord]:
+        nonlocal done
+        mask = select(tensors, ratio, "bottom" if condition == "base" else condition, scope, seed or 0)
+        with deactivate(model, mask):
+            for modality, batches in data.items():
+                result = perplexity(model, batches())
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+                yield {
+                    "model": name,
+                    "modality": modality,
+                    "condition": condition,
+                    "ratio": ratio,
+                    "scope": scope,
+                    "seed": seed,
+                    "reduction": reduction,
+                    "n_removed": mask.count,
+                    "n_examples": len(result.samples),
+                    "n_tokens": result.n_tokens,
+                    "loss": result.loss,
+                    "perplexity": result.perplexity,
+                }
 
-    measure = partial(
-        deactivation_records,
-        name,
-        model,
-        tensors,
-        data,
-        random_seeds=random_seeds,
-        reduction=reduction,
-        progress=advance,
-    )
-    base = measure(ratio=0.0, scope=scopes[0], conditions=("base",))
-    done = len(base)
+    base = list(measure(scopes[0], 0.0, "base", None))
     records: list[DeactivationRecord] = []
     for scope in scopes:
         records += [{**record, "scope": scope} for record in base]
-        for ratio in ratios:
-            new = measure(ratio=ratio, scope=scope, conditions=conditions)
-            records += new
-            done += len(new)
+        for ratio, (condition, seed) in itertools.product(ratios, conditions):
+            records += measure(scope, ratio, condition, seed)
     return records
 
 
@@ -168,16 +136,17 @@ def areas(records: Sequence[DeactivationRecord]) -> list[Area]:
     Curves of a single ratio have none and are left out. Raises UserError for a curve without a base record.
     """
     base: dict[tuple[str, str, str, str], float] = {}
-    curves: dict[tuple[str, str, str, str, str], dict[int | None, dict[float, float]]] = {}
+    curves: dict[tuple[tuple[str, str, str, str], str], dict[int | None, dict[float, float]]] = {}
     for r in records:
         where = (r["model"], r["modality"], r["scope"], r["reduction"])
         if r["condition"] == "base":
             base[where] = r["loss"]
         else:
-            curves.setdefault((*where, r["condition"]), {}).setdefault(r["seed"], {})[r["ratio"]] = r["loss"]
+            curves.setdefault((where, r["condition"]), {}).setdefault(r["seed"], {})[r["ratio"]] = r["loss"]
     result = []
-    for (model, modality, scope, reduction, condition), seeds in curves.items():
-        if (model, modality, scope, reduction) not in base:
+    for (where, condition), seeds in curves.items():
+        model, modality, scope, reduction = where
+        if where not in base:
             raise UserError(
                 f"The records have no base condition for {model}, {modality}, scope {scope}; "
                 "measure the unchanged model too."
@@ -185,22 +154,10 @@ def areas(records: Sequence[DeactivationRecord]) -> list[Area]:
         ratios = tuple(sorted(next(iter(seeds.values()))))
         if len(ratios) < 2:
             continue
-        start = base[model, modality, scope, reduction]
-        each = [_area({ratio: loss - start for ratio, loss in curve.items()}) for curve in seeds.values()]
-        result.append(
-            Area(
-                model=model,
-                modality=modality,
-                condition=condition,
-                scope=scope,
-                reduction=reduction,
-                area=math.fsum(each) / len(each),
-                area_low=min(each),
-                area_high=max(each),
-                n_seeds=len(each) if condition == "random" else 0,
-                ratios=ratios,
-            )
-        )
+        each = [_area({ratio: loss - base[where] for ratio, loss in curve.items()}) for curve in seeds.values()]
+        area, n_seeds = math.fsum(each) / len(each), len(each) if condition == "random" else 0
+        about = (model, modality, condition, scope, reduction)
+        result.append(Area(*about, area, min(each), max(each), n_seeds, ratios))
     return result
 
 

@@ -84,12 +84,11 @@ def floor_records(
     one whose questions share a gold, has no unrelated floor.
     """
     questions, answers = [row["question"] for row in rows], [row["answers"] for row in rows]
-    floors: dict[str, tuple[int, dict[str, float]]] = {
-        "echo": (1, echo_floor(questions, answers)),
-        "echo_in_sentence": (1, echo_floor(questions, answers, OPENING)),
-    }
+    floors: dict[str, tuple[int, dict[str, float]]] = {}
     if _unrelated_pairs(answers, seed, DRAWS):
-        floors = {"unrelated": (DRAWS, unrelated_floor([r["response"] for r in rows], answers, seed)), **floors}
+        floors["unrelated"] = DRAWS, unrelated_floor([row["response"] for row in rows], answers, seed)
+    floors["echo"] = 1, echo_floor(questions, answers)
+    floors["echo_in_sentence"] = 1, echo_floor(questions, answers, OPENING)
     records: list[FloorRecord] = []
     for floor, (draws, values) in floors.items():
         for metric, value in values.items():

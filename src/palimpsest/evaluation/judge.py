@@ -107,29 +107,24 @@ def judge_rows(
     failed: dict[str, str] = {}
     if progress is not None:
         progress(len(done), len(ask))
-    if open_rows:
-        drop_cut_line(cache)
-        stopped = threading.Event()  # set where asking on is no use, so that requests not yet sent never are
-        with ThreadPoolExecutor(WORKERS) as pool:
-            for row, outcome in zip(open_rows, pool.map(partial(_attempt, judge, stopped), open_rows), strict=True):
-                if isinstance(outcome, UserError):
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise outcome
-                if isinstance(outcome, str):
-                    failed[row["id"]] = outcome
-                    if len(failed) >= min(HOPELESS, len(ask)) and not done:
-                        stopped.set()
-                        pool.shutdown(wait=False, cancel_futures=True)
-                        raise UserError(
-                            f"The judge {judge.model} at {judge.url} gave no verdict on any of the first "
-                            f"{len(failed)} answers, the last because {outcome} Correct that and run again."
-                        )
-                else:
-                    done[row["id"]] = outcome
-                    line = {"id": row["id"], "judge": judge.version, "shown": contents[row["id"]], "correct": outcome}
-                    append_jsonl(cache, [line])
-                if progress is not None:
-                    progress(len(done) + len(failed), len(ask))
+    drop_cut_line(cache)
+    stopped = threading.Event()  # set where asking on is no use, so that requests not yet sent never are
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for row, outcome in zip(open_rows, pool.map(partial(_attempt, judge, stopped), open_rows), strict=True):
+            if isinstance(outcome, str):
+                failed[row["id"]] = outcome
+                if len(failed) >= min(HOPELESS, len(ask)) and not done:
+                    stopped.set()
+                    raise UserError(
+                        f"The judge {judge.model} at {judge.url} gave no verdict on any of the first "
+                        f"{len(failed)} answers, the last because {outcome} Correct that and run again."
+                    )
+            else:
+                done[row["id"]] = outcome
+                line = {"id": row["id"], "judge": judge.version, "shown": contents[row["id"]], "correct": outcome}
+                append_jsonl(cache, [line])
+            if progress is not None:
+                progress(len(done) + len(failed), len(ask))
     return Judged({row["id"]: done.get(row["id"], False) for row in rows}, failed)
 
 
@@ -184,8 +179,8 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 _OPENER = urllib.request.build_opener(_NoRedirect)
 
 
-def _attempt(judge: Judge, stopped: threading.Event, row: SampleRow) -> bool | str | UserError:
-    """The verdict, or why there is none; a UserError (not raised: this runs in a thread) where asking on is no use."""
+def _attempt(judge: Judge, stopped: threading.Event, row: SampleRow) -> bool | str:
+    """The verdict, or why there is none. Raises UserError where asking on is no use."""
     reason = ""
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -200,10 +195,10 @@ def _attempt(judge: Judge, stopped: threading.Event, row: SampleRow) -> bool | s
             reason = f"the endpoint answered {error.code} {error.reason}."
             if error.code not in RETRY_STATUS:
                 stopped.set()
-                return UserError(
+                raise UserError(
                     f"The judge {judge.model} at {judge.url} answered {error.code} {error.reason}; check --judge-url, "
                     f"--judge-model and the key in {KEY_VARIABLE}."
-                )
+                ) from error
         except (OSError, http.client.HTTPException) as error:
             reason = f"the endpoint could not be reached ({error})."
     return reason

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,20 +121,13 @@ def measure_losses(
             yield batch
 
     result = perplexity(model, counted())
-    losses = [result.samples[example.id] for example in examples]
-    write_jsonl(
-        folder / f"losses-{modality}.jsonl",
-        [{"id": e.id, "loss": s.loss, "n_tokens": s.n_tokens} for e, s in zip(examples, losses, strict=True)],
-    )
+    rows = [{"id": example.id, **asdict(result.samples[example.id])} for example in examples]
+    write_jsonl(folder / f"losses-{modality}.jsonl", rows)
     data = hash_value([[e.id, e.question, e.answer] for e in examples])[:12]
     write_json(
         folder / f"losses-{modality}.json",
         {"schema": 1, "task": task, "modality": modality, "data": data, "n": len(examples)},
     )
-    return record(result, method, task, modality)
-
-
-def record(result: Perplexity, method: str, task: str, modality: str) -> PerplexityRecord:
     return {
         "method": method,
         "task": task,

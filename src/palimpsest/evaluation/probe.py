@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from statistics import fmean
@@ -64,7 +64,7 @@ class PairLoss:
 
     def to_row(self) -> dict[str, Any]:
         """For a file by which two models can be compared pair by pair."""
-        return {"id": self.id, "kind": self.kind, "right": self.right, "wrong": self.wrong, "correct": self.correct}
+        return {**asdict(self), "correct": self.correct}
 
 
 @cache
@@ -79,9 +79,9 @@ def load_pairs(path: Path = PAIRS) -> tuple[Pair, ...]:
     return pairs
 
 
-def pairs_version(path: Path = PAIRS) -> str:
+def pairs_version() -> str:
     """Identifies the pairs; accuracies on other pairs are not comparable."""
-    return hash_file(path)[:12]
+    return hash_file(PAIRS)[:12]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,13 +195,11 @@ def _losses(
     input_ids = torch.tensor([[*tokens, *[0] * (width - len(tokens))] for tokens in batch], device=device)
     mask = torch.tensor([[1] * len(tokens) + [0] * (width - len(tokens)) for tokens in batch], device=device)
     columns = sorted({first + i for _, _, first, targets in wanted for i in range(len(targets))})
-    accepted = inspect.signature(unwrap(model).forward).parameters
-    options: dict[str, Any] = {}
-    if "logits_to_keep" in accepted:
-        options["logits_to_keep"] = torch.tensor(columns, device=device)
+    keeps = "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters
+    options = {"logits_to_keep": torch.tensor(columns, device=device)} if keeps else {}
     with torch.inference_mode():
         logits = model(input_ids=input_ids, attention_mask=mask, **options).logits
-        kept = logits if options else logits[:, columns]  # (batch, kept, vocabulary)
+        kept = logits if keeps else logits[:, columns]  # (batch, kept, vocabulary)
         place = {column: i for i, column in enumerate(columns)}
         for row, index, first, targets in wanted:
             at = kept[row, [place[first + i] for i in range(len(targets))]].float()

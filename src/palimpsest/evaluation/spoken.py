@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 from palimpsest.data.collate import Batch, Collator, to_device
 from palimpsest.data.examples import Example
 from palimpsest.data.speech import read_audio
-from palimpsest.evaluation.answers import GREEDY, Answer, Answerer, decode_new, end_ids, pad_left
+from palimpsest.evaluation.answers import Answer, Answerer, decoded, generation_settings, pad_left
 from palimpsest.files import UserError
 
 if TYPE_CHECKING:
+    from jaxtyping import Float32
+    from numpy import ndarray
+
     from palimpsest.models.processor import SpeechLMProcessor
     from palimpsest.models.speech_lm import SpeechLM
 
@@ -36,12 +39,7 @@ def recording_answerer(model: SpeechLM, processor: SpeechLMProcessor, max_new_to
     pad = processor.tokenizer.pad_token_id
 
     def prompts(examples: Sequence[Example]) -> Batch:
-        waves = []
-        for example in examples:
-            if example.audio is None:
-                raise UserError(f"Question {example.id!r} has no audio; have it spoken first.")
-            waves.append(read_audio(example.audio))
-        mels, counts = processor.features(waves)
+        mels, counts = processor.features(recordings(examples))
         frames = encode_speech(model.encoder, mels.to(model.encoder.device), counts, processor.speech_length)
         ids = [processor.speech_prompt(int(count) // processor.stack_factor) for count in counts]
         input_ids, attention_mask = pad_left(ids, 0 if pad is None else pad)
@@ -55,27 +53,27 @@ def recording_answerer(model: SpeechLM, processor: SpeechLMProcessor, max_new_to
     return _answerer(model, processor.tokenizer, prompts, max_new_tokens)
 
 
+def recordings(examples: Sequence[Example]) -> list[Float32[ndarray, " samples"]]:
+    """The spoken questions at 16 kHz. Raises UserError for one that is not there or cannot be read."""
+    waves = []
+    for example in examples:
+        if example.audio is None:
+            raise UserError(f"Question {example.id!r} has no audio; have it spoken first.")
+        waves.append(read_audio(example.audio))
+    return waves
+
+
 def _answerer(
     model: SpeechLM, tokenizer: Any, prompts: Callable[[Sequence[Example]], Batch], max_new_tokens: int
 ) -> Answerer:
-    end = end_ids(model.language_model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end[0]
-    device = model.language_model.device
+    settings = generation_settings(model.language_model, tokenizer, max_new_tokens)
 
     def answer(examples: Sequence[Example], modality: Any) -> list[Answer]:
         if modality != "speech":
             raise UserError(f"A speech answerer was asked to answer from {modality}.")
         batch = prompts(examples)
-        lengths = batch["attention_mask"].sum(1).tolist()
         batch.pop("ids", None)
-        new = model.generate(
-            **to_device(batch, device),
-            **GREEDY,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=end,
-            pad_token_id=pad,
-        )
-        decoded = decode_new(tokenizer, new.cpu(), end)
-        return [Answer(text, n_new, None, int(length)) for (text, n_new), length in zip(decoded, lengths, strict=True)]
+        new = model.generate(**to_device(batch, model.language_model.device), **settings).cpu()
+        return decoded(tokenizer, new, settings, [None] * len(new), batch["attention_mask"].sum(1).tolist())
 
     return answer

@@ -26,7 +26,24 @@ class Task:
     metric: str = PRIMARY  # the one that is reported first; all metrics are recorded
 
     def __post_init__(self) -> None:
-        _check(self)
+        if self.metric not in METRICS:
+            known = ", ".join(METRICS)
+            raise UserError(f"{self.name} asks for the unknown metric {self.metric!r}; use one of {known}.")
+        if not self.examples:
+            raise UserError(f"{self.name} has no questions; check the file and the limit it was read with.")
+        repeated = [id for id, count in Counter(e.id for e in self.examples).items() if count > 1]
+        if repeated:
+            raise UserError(
+                f"{self.name} has two questions with the id {repeated[0]!r}; give every question its own id."
+            )
+        for example in self.examples:
+            if not example.question.strip():
+                raise UserError(f"Question {example.id!r} of {self.name} is empty; write it out or leave it out.")
+            if not any(words(gold) for gold in example.answers):
+                raise UserError(
+                    f"Question {example.id!r} of {self.name} has no gold answer with a letter or digit; "
+                    "give it one or leave it out."
+                )
 
     @property
     def version(self) -> str:
@@ -39,34 +56,7 @@ class Task:
         recordings = [None if e.audio is None else e.audio.name for e in self.examples]
         return version if not any(recordings) else f"{version}+{hash_value(recordings)[:8]}"
 
-    def require_audio(self) -> None:
-        """Raise UserError unless every question has a recording."""
-        silent = [e.id for e in self.examples if e.audio is None]
-        if silent:
-            raise UserError(
-                f"{len(silent)} of the {len(self.examples)} questions of {self.name} have no audio, the "
-                f"first of them {silent[0]!r}; have them spoken first, or evaluate from text."
-            )
-
 
 def text_version(version: str) -> str:
     """The part of a task's version that answers to written questions depend on."""
     return version.partition("+")[0]
-
-
-def _check(task: Task) -> None:
-    if task.metric not in METRICS:
-        raise UserError(f"{task.name} asks for the unknown metric {task.metric!r}; use one of {', '.join(METRICS)}.")
-    if not task.examples:
-        raise UserError(f"{task.name} has no questions; check the file and the limit it was read with.")
-    repeated = [id for id, count in Counter(e.id for e in task.examples).items() if count > 1]
-    if repeated:
-        raise UserError(f"{task.name} has two questions with the id {repeated[0]!r}; give every question its own id.")
-    for example in task.examples:
-        if not example.question.strip():
-            raise UserError(f"Question {example.id!r} of {task.name} is empty; write it out or leave it out.")
-        if not any(words(gold) for gold in example.answers):
-            raise UserError(
-                f"Question {example.id!r} of {task.name} has no gold answer with a letter or digit; "
-                "give it one or leave it out."
-            )
