@@ -45,7 +45,7 @@ class Sample:
     weights: Float64[np.ndarray, " positions"]
 
 
-def sample_weights(scores: Scores, n: int, seed: int = 0, edges: Sequence[float] = EDGES) -> Sample:
+def sample_weights(scores: Scores, n: int, seed: int = 0) -> Sample:
     """Draw about `n` weights: as many from every stratum, or all of a stratum that has fewer.
 
     Importance is, for this purpose, the largest of a weight's scores over the reductions, each in units of its own
@@ -54,7 +54,7 @@ def sample_weights(scores: Scores, n: int, seed: int = 0, edges: Sequence[float]
     names: dict[str, list[str]] = {}
     for name in scores.names:
         names.setdefault(module_kind(name) or "other", []).append(name)
-    n_strata = len(names) * (len(edges) + 1)
+    n_strata = len(names) * (len(EDGES) + 1)
     if n < n_strata:
         raise UserError(f"A sample of {n} weights cannot cover {n_strata} strata; ask for at least {n_strata} weights.")
     generator = np.random.default_rng(seed)
@@ -67,14 +67,14 @@ def sample_weights(scores: Scores, n: int, seed: int = 0, edges: Sequence[float]
     for number, (kind, members) in enumerate(names.items()):
         values = np.concatenate([_largest(scores, name, means) for name in members])
         ends = np.cumsum([scores.tensors(scores.reductions[0])[name].numel() for name in members])
-        ranks = [max(0, round(edge * len(values)) - 1) for edge in edges]
+        ranks = [max(0, round(edge * len(values)) - 1) for edge in EDGES]
         thresholds = -np.partition(-values, ranks)[ranks]  # score of the last weight inside each upper stratum
         level = np.zeros(len(values), dtype=np.int8)
         for threshold in thresholds:
             level += values < threshold
-        for h in range(len(edges) + 1):
+        for h in range(len(EDGES) + 1):
             inside = np.flatnonzero(level == h)
-            stratum = number * (len(edges) + 1) + h
+            stratum = number * (len(EDGES) + 1) + h
             quota = n // n_strata + (stratum < n % n_strata)
             chosen = generator.choice(inside, min(quota, len(inside)), replace=False)
             for flat in chosen.tolist():

@@ -65,14 +65,12 @@ def exact_changes(
     batches: Sequence[Mapping[str, Any]],
     positions: Iterable[Position],
     *,
-    parameters: Mapping[str, nn.Parameter] | None = None,
     tokens_at_once: int = TOKENS_AT_ONCE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Float64[np.ndarray, " positions"]:
     """L(θ with θ_j = 0) − L(θ) for each position, in nats per supervised token; positive where the weight helped.
 
     positions: (canonical parameter name, row-major index in the stored tensor).
-    parameters: the names' parameters; default all of the language model's.
     tokens_at_once: rows × length of a stacked batch, a bound on memory; at least one ablation runs at a time.
     progress: called with (ablations done, ablations in all), one ablation being one weight on one batch.
 
@@ -86,7 +84,7 @@ def exact_changes(
     """
     positions = list(positions)
     language_model = find_language_model(model)
-    parameters = named_parameters(language_model) if parameters is None else parameters
+    parameters = named_parameters(language_model)
     for name, index in positions:
         if name not in parameters or not 0 <= index < parameters[name].numel():
             raise UserError(f"The model has no weight {index} of {name}; choose positions inside it.")
@@ -117,11 +115,7 @@ def exact_changes(
 
 
 def signed_products(
-    model: nn.Module,
-    batches: Sequence[Mapping[str, Any]],
-    positions: Iterable[Position],
-    *,
-    parameters: Mapping[str, nn.Parameter] | None = None,
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], positions: Iterable[Position]
 ) -> Float64[np.ndarray, "batches positions"]:
     """θ_j · g_bj of every batch b, not divided by tokens; g_b is the gradient of the sum of its token losses.
 
@@ -129,7 +123,7 @@ def signed_products(
     touched parameters are held all at once. The model is as before afterwards.
     """
     positions = list(positions)
-    parameters = named_parameters(find_language_model(model)) if parameters is None else parameters
+    parameters = named_parameters(find_language_model(model))
     rows: dict[str, list[int]] = defaultdict(list)
     for row, (name, _) in enumerate(positions):
         rows[name].append(row)

@@ -28,7 +28,6 @@ def overlap_records(
     *,
     other: Scores | None = None,
     ratio: float = 0.03,
-    n_draws: int = 2000,
     seed: int = 0,
 ) -> list[MaskOverlapRecord]:
     """One row per parameter of the layers and one over all of them, matrices weighing the same.
@@ -61,15 +60,15 @@ def overlap_records(
                 "noise_floor": None if other is None else share_in(largest(other[name].numpy(), ratio), mask),
             }
         )
-    return [*records, _over_all(records, n_draws, seed)] if records else []
+    return [*records, _over_all(records, seed)] if records else []
 
 
-def _over_all(records: list[MaskOverlapRecord], n_draws: int, seed: int) -> MaskOverlapRecord:
+def _over_all(records: list[MaskOverlapRecord], seed: int) -> MaskOverlapRecord:
     def column(field: str) -> np.ndarray:
         values = np.array([row[field] for row in records], dtype=np.float64)  # type: ignore[literal-required]
         return values[np.isfinite(values)]
 
-    mean, low, high = bootstrap_mean(column("overlap"), n_draws=n_draws, seed=seed)
+    mean, low, high = bootstrap_mean(column("overlap"), seed=seed)
     floors = column("noise_floor")
     return {
         **records[0],
