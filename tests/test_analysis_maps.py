@@ -10,8 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palimpsest.analysis.maps import block_map, read_maps, write_maps
-from palimpsest.files import UserError
+from palimpsest.analysis.maps import block_map, write_maps
 
 FOUR = np.arange(16, dtype=np.float32).reshape(4, 4)
 
@@ -57,14 +56,8 @@ def test_file_round_trip(tmp_path: Path) -> None:
         "model.layers.1.mlp.up_proj.weight": FOUR,
     }
     write_maps(tmp_path / "maps" / "base.npz", maps)
-    back = read_maps(tmp_path / "maps" / "base.npz")
+    with np.load(tmp_path / "maps" / "base.npz") as plain:  # the documented way, without this package
+        back = dict(plain)
     assert list(back) == list(maps)
     assert all(np.array_equal(back[name], maps[name]) and back[name].dtype == np.float32 for name in maps)
-    with np.load(tmp_path / "maps" / "base.npz") as plain:  # the documented way, without this package
-        assert np.array_equal(plain["model.layers.0.mlp.up_proj.weight"], maps["model.layers.0.mlp.up_proj.weight"])
     assert [path.name for path in (tmp_path / "maps").iterdir()] == ["base.npz"]
-
-
-def test_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"base\.npz does not exist"):
-        read_maps(tmp_path / "base.npz")

@@ -147,7 +147,7 @@ def test_a_stratified_sample_estimates_the_population() -> None:
 def test_resampling_keeps_what_each_stratum_stands_for() -> None:
     strata = np.array([0] * 5 + [1] * 7)
     weights = np.where(strata == 0, 2.0, 30.0)
-    replicates = resampled_weights(weights, strata, 12, seed=1, resamples=20)
+    replicates = resampled_weights(12, weights=weights, strata=strata, seed=1, resamples=20)
     assert replicates[0] == pytest.approx(weights / weights.sum())
     assert replicates[:, :5].sum(axis=1) == pytest.approx(np.full(21, 10 / 220))
     assert len({tuple(row) for row in replicates.round(9).tolist()}) > 15

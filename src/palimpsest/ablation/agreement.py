@@ -8,9 +8,10 @@ value for *all* scored weights, not for the sample; intervals come from resampli
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
 
@@ -44,7 +45,7 @@ class Sample:
     weights: Float64[np.ndarray, " positions"]
 
 
-def sample_weights(scores: Scores, n: int, seed: int = 0, edges: Sequence[float] = EDGES) -> Sample:
+def sample_weights(scores: Scores, n: int, seed: int = 0) -> Sample:
     """Draw about `n` weights: as many from every stratum, or all of a stratum that has fewer.
 
     Importance is, for this purpose, the largest of a weight's scores over the reductions, each in units of its own
@@ -53,7 +54,7 @@ def sample_weights(scores: Scores, n: int, seed: int = 0, edges: Sequence[float]
     names: dict[str, list[str]] = {}
     for name in scores.names:
         names.setdefault(module_kind(name) or "other", []).append(name)
-    n_strata = len(names) * (len(edges) + 1)
+    n_strata = len(names) * (len(EDGES) + 1)
     if n < n_strata:
         raise UserError(f"A sample of {n} weights cannot cover {n_strata} strata; ask for at least {n_strata} weights.")
     generator = np.random.default_rng(seed)
@@ -66,14 +67,14 @@ def sample_weights(scores: Scores, n: int, seed: int = 0, edges: Sequence[float]
     for number, (kind, members) in enumerate(names.items()):
         values = np.concatenate([_largest(scores, name, means) for name in members])
         ends = np.cumsum([scores.tensors(scores.reductions[0])[name].numel() for name in members])
-        ranks = [max(0, round(edge * len(values)) - 1) for edge in edges]
+        ranks = [max(0, round(edge * len(values)) - 1) for edge in EDGES]
         thresholds = -np.partition(-values, ranks)[ranks]  # score of the last weight inside each upper stratum
         level = np.zeros(len(values), dtype=np.int8)
         for threshold in thresholds:
             level += values < threshold
-        for h in range(len(edges) + 1):
+        for h in range(len(EDGES) + 1):
             inside = np.flatnonzero(level == h)
-            stratum = number * (len(edges) + 1) + h
+            stratum = number * (len(EDGES) + 1) + h
             quota = n // n_strata + (stratum < n % n_strata)
             chosen = generator.choice(inside, min(quota, len(inside)), replace=False)
             for flat in chosen.tolist():
@@ -100,11 +101,9 @@ def scores_at(scores: Scores, reduction: str, positions: Sequence[Position]) -> 
 
 def _largest(scores: Scores, name: str, means: Mapping[str, float]) -> Any:
     """Largest of the scores in units of their means, (weights of the tensor,) float32."""
-    largest: Any = None
-    for reduction, mean in means.items():
-        values = scores.tensors(reduction)[name].detach().cpu().reshape(-1).numpy() / np.float32(mean or 1)
-        largest = values if largest is None else np.maximum(largest, values)
-    return largest
+    tensors = ((scores.tensors(reduction)[name], mean) for reduction, mean in means.items())
+    in_means = (tensor.detach().cpu().reshape(-1).numpy() / np.float32(mean or 1) for tensor, mean in tensors)
+    return functools.reduce(np.maximum, in_means)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -117,6 +116,15 @@ class Estimate:
     value: float
     low: float
     high: float
+
+
+class Design(TypedDict, total=False):
+    """weights, strata: as in `Sample`; by default a plain random sample."""
+
+    weights: Float64[np.ndarray, " positions"] | None
+    strata: Int64[np.ndarray, " positions"] | None
+    seed: int
+    resamples: int
 
 
 @dataclass(frozen=True)
@@ -139,23 +147,17 @@ def agreement(
     exact: Float64[np.ndarray, " positions"],
     approximate: Float64[np.ndarray, " positions"],
     *,
-    weights: Float64[np.ndarray, " positions"] | None = None,
-    strata: Int64[np.ndarray, " positions"] | None = None,
     share: float = 0.03,
-    seed: int = 0,
-    resamples: int = 500,
+    **design: Unpack[Design],
 ) -> Agreement:
-    """Rank agreement of two importances of the same sampled weights; higher means more important in both.
-
-    weights, strata: as in `Sample`; by default a plain random sample.
-    """
+    """Rank agreement of two importances of the same sampled weights; higher means more important in both."""
     exact, approximate = np.asarray(exact, dtype=np.float64), np.asarray(approximate, dtype=np.float64)
     if exact.shape != approximate.shape or len(exact) < 2:
         raise UserError(
             f"Agreement needs two importances of the same two or more weights, not {exact.shape} and "
             f"{approximate.shape}."
         )
-    replicates = resampled_weights(weights, strata, len(exact), seed, resamples)
+    replicates = resampled_weights(len(exact), **design)
     return Agreement(
         n=len(exact),
         share=share,
@@ -170,17 +172,14 @@ def advantage(
     approximate: Float64[np.ndarray, " positions"],
     reference: Float64[np.ndarray, " positions"],
     *,
-    weights: Float64[np.ndarray, " positions"] | None = None,
-    strata: Int64[np.ndarray, " positions"] | None = None,
     share: float = 0.03,
-    seed: int = 0,
-    resamples: int = 500,
+    **design: Unpack[Design],
 ) -> tuple[Estimate, Estimate]:
     """How much better than `reference` an approximation agrees: differences of Spearman and of top precision.
 
     Paired: both are judged on the same resampled weights, so the interval is narrower than two separate ones suggest.
     """
-    replicates = resampled_weights(weights, strata, len(exact), seed, resamples)
+    replicates = resampled_weights(len(exact), **design)
     spearman = _spearman(exact, approximate, replicates) - _spearman(exact, reference, replicates)
     precision = _top_precision(exact, approximate, replicates, share)
     precision = precision - _top_precision(exact, reference, replicates, share)
@@ -191,28 +190,26 @@ def sign_agreement(
     changes: Float64[np.ndarray, " positions"],
     predicted: Float64[np.ndarray, " positions"],
     *,
-    weights: Float64[np.ndarray, " positions"] | None = None,
-    strata: Int64[np.ndarray, " positions"] | None = None,
     share: float = 1.0,
-    seed: int = 0,
-    resamples: int = 500,
+    **design: Unpack[Design],
 ) -> Estimate:
     """Share of the weights for which ablation raises the loss exactly when `predicted` says so; chance gives ½.
 
     share: only among this share of the weights, those whose exact change is largest.
     """
-    replicates = resampled_weights(weights, strata, len(changes), seed, resamples)
+    replicates = resampled_weights(len(changes), **design)
     inside = replicates * _membership(np.abs(changes), replicates, share)
     same = np.sign(changes) == np.sign(predicted)
     return _estimate((inside * same).sum(axis=1) / inside.sum(axis=1))
 
 
 def resampled_weights(
-    weights: Float64[np.ndarray, " positions"] | None,
-    strata: Int64[np.ndarray, " positions"] | None,
     n: int,
-    seed: int,
-    resamples: int,
+    *,
+    weights: Float64[np.ndarray, " positions"] | None = None,
+    strata: Int64[np.ndarray, " positions"] | None = None,
+    seed: int = 0,
+    resamples: int = 500,
 ) -> Float64[np.ndarray, "replicates positions"]:
     """Row 0: the weights themselves. Other rows: times how often each was drawn, n_h out of its stratum's n_h."""
     weights = np.ones(n) if weights is None else np.asarray(weights, dtype=np.float64)
@@ -228,9 +225,7 @@ def resampled_weights(
 
 def _estimate(values: Float64[np.ndarray, " replicates"]) -> Estimate:
     resampled = values[1:][np.isfinite(values[1:])]  # a replicate of all-equal values has no correlation
-    if len(resampled) == 0:
-        return Estimate(float(values[0]), float("nan"), float("nan"))
-    low, high = np.quantile(resampled, [0.025, 0.975])
+    low, high = np.quantile(resampled, [0.025, 0.975]) if len(resampled) else (np.nan, np.nan)
     return Estimate(float(values[0]), float(low), float(high))
 
 

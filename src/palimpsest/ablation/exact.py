@@ -15,9 +15,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,9 +24,10 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from palimpsest.ablation.restart import base_pass, layers_of, repeated, starting_at
+from palimpsest.ablation.restart import base_pass, repeated, starting_at
 from palimpsest.files import UserError
-from palimpsest.models.anatomy import find_language_model, named_parameters
+from palimpsest.importance.estimate import evaluating
+from palimpsest.models.anatomy import decoder_layers, find_language_model, named_parameters
 from palimpsest.models.loss import supervised_losses
 
 if TYPE_CHECKING:
@@ -60,35 +60,17 @@ Position = tuple[str, int]  # canonical parameter name, row-major index
 TOKENS_AT_ONCE = 1024  # default size of a stacked batch; larger ones leave the cache and are slower on a CPU
 
 
-def exact_importance(
-    model: nn.Module,
-    batches: Sequence[Mapping[str, Any]],
-    positions: Iterable[Position],
-    parameters: Mapping[str, nn.Parameter] | None = None,
-) -> Float64[np.ndarray, " positions"]:
-    """|L(θ) − L(θ with θ_j = 0)| for each position, in nats per supervised token: Eq. 1, the unit of the estimates.
-
-    The absolute value of `exact_changes`; see there.
-    """
-    magnitudes: Float64[np.ndarray, " positions"] = np.abs(
-        exact_changes(model, batches, positions, parameters=parameters)
-    )
-    return magnitudes
-
-
 def exact_changes(
     model: nn.Module,
     batches: Sequence[Mapping[str, Any]],
     positions: Iterable[Position],
     *,
-    parameters: Mapping[str, nn.Parameter] | None = None,
     tokens_at_once: int = TOKENS_AT_ONCE,
     progress: Callable[[int, int], None] | None = None,
 ) -> Float64[np.ndarray, " positions"]:
     """L(θ with θ_j = 0) − L(θ) for each position, in nats per supervised token; positive where the weight helped.
 
     positions: (canonical parameter name, row-major index in the stored tensor).
-    parameters: the names' parameters; default all of the language model's.
     tokens_at_once: rows × length of a stacked batch, a bound on memory; at least one ablation runs at a time.
     progress: called with (ablations done, ablations in all), one ablation being one weight on one batch.
 
@@ -102,34 +84,30 @@ def exact_changes(
     """
     positions = list(positions)
     language_model = find_language_model(model)
-    parameters = named_parameters(language_model) if parameters is None else parameters
+    parameters = named_parameters(language_model)
     for name, index in positions:
         if name not in parameters or not 0 <= index < parameters[name].numel():
             raise UserError(f"The model has no weight {index} of {name}; choose positions inside it.")
     if not batches:
         raise UserError("There are no batches to measure ablations on; check the data and its filters.")
-    layers = layers_of(language_model)
-    groups = _groups(positions, parameters, _owners(model, parameters.values()), layers)
+    layers = decoder_layers(language_model)
+    groups = _groups(model, positions, parameters, layers)
 
     changes = np.zeros(len(positions))
     n_tokens, n_done, n_all = 0, 0, len(positions) * len(batches)
-    with _eval_mode(model), torch.no_grad(), Float64Throughout():
+    with evaluating(model, {}), torch.no_grad(), Float64Throughout():
         for batch in batches:
-            starts = {group.layer for group in groups if group.layer is not None}
-            base, records = base_pass(model, batch, layers, starts)
+            base, records = base_pass(model, batch, layers, {layer for layer, _ in groups if layer is not None})
             n_tokens += len(base)
-            for group in groups:
-                copies = max(1, tokens_at_once // batch["labels"].numel()) if group.stackable else 1
-                for first in range(0, len(group.members), copies):
-                    chunk = group.members[first : first + copies]
-                    if group.stackable:
-                        ablation = _stacked_ablation(chunk, positions, parameters)
-                    else:
-                        ablation = _zeroed(parameters[positions[chunk[0].row][0]], positions[chunk[0].row][1])
-                    with starting_at(group.layer, layers, records, len(chunk)), ablation:
+            for (layer, stackable), weights in groups.items():
+                copies = max(1, tokens_at_once // batch["labels"].numel()) if stackable else 1
+                for first in range(0, len(weights), copies):
+                    chunk = weights[first : first + copies]
+                    ablation = _stacked_ablation(chunk) if stackable else _zeroed(chunk[0])
+                    with starting_at(layer, layers, records, len(chunk)), ablation:
                         losses, _ = supervised_losses(model, repeated(batch, len(chunk)))
                     differences = losses.view(len(chunk), -1).double() - base.double()
-                    changes[[member.row for member in chunk]] += differences.sum(dim=1).cpu().numpy()
+                    changes[[weight.row for weight in chunk]] += differences.sum(dim=1).cpu().numpy()
                     n_done += len(chunk)
                     if progress is not None:
                         progress(n_done, n_all)
@@ -137,11 +115,7 @@ def exact_changes(
 
 
 def signed_products(
-    model: nn.Module,
-    batches: Sequence[Mapping[str, Any]],
-    positions: Iterable[Position],
-    *,
-    parameters: Mapping[str, nn.Parameter] | None = None,
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], positions: Iterable[Position]
 ) -> Float64[np.ndarray, "batches positions"]:
     """θ_j · g_bj of every batch b, not divided by tokens; g_b is the gradient of the sum of its token losses.
 
@@ -149,28 +123,20 @@ def signed_products(
     touched parameters are held all at once. The model is as before afterwards.
     """
     positions = list(positions)
-    parameters = named_parameters(find_language_model(model)) if parameters is None else parameters
+    parameters = named_parameters(find_language_model(model))
     rows: dict[str, list[int]] = defaultdict(list)
     for row, (name, _) in enumerate(positions):
         rows[name].append(row)
-    touched = [parameters[name] for name in rows]
-    flags = [(p, p.requires_grad) for p in {id(p): p for p in [*model.parameters(), *touched]}.values()]
-    wanted = {id(p) for p in touched}
+    touched = {name: parameters[name] for name in rows}
     products = np.zeros((len(batches), len(positions)))
-    try:
-        for p, _ in flags:
-            p.requires_grad_(id(p) in wanted)
-        with _eval_mode(model), torch.enable_grad(), Float64Throughout():
-            for number, batch in enumerate(batches):
-                losses, _ = supervised_losses(model, batch)
-                gradients = torch.autograd.grad(losses.sum(), touched)
-                for (name, members), gradient in zip(rows.items(), gradients, strict=True):
-                    at = torch.tensor([positions[row][1] for row in members], device=gradient.device)
-                    theta = parameters[name].detach().reshape(-1)[at].double()
-                    products[number, members] = (theta * gradient.reshape(-1)[at].double()).cpu().numpy()
-    finally:
-        for p, requires_grad in flags:
-            p.requires_grad_(requires_grad)
+    with evaluating(model, touched), Float64Throughout():
+        for number, batch in enumerate(batches):
+            losses, _ = supervised_losses(model, batch)
+            gradients = torch.autograd.grad(losses.sum(), list(touched.values()))
+            for (name, members), gradient in zip(rows.items(), gradients, strict=True):
+                at = torch.tensor([positions[row][1] for row in members], device=gradient.device)
+                theta = touched[name].detach().reshape(-1)[at].double()
+                products[number, members] = (theta * gradient.reshape(-1)[at].double()).cpu().numpy()
     return products
 
 
@@ -178,52 +144,38 @@ def signed_products(
 # Which weights run together
 # ---------------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class _Member:
+class _Weight:
     row: int  # in `positions`
-    modules: tuple[nn.Module, ...]  # that compute with the weight
-
-
-@dataclass
-class _Group:
-    """Weights that start at the same layer. layer: None for weights outside the layers, which need a whole pass."""
-
-    layer: int | None
-    stackable: bool
-    members: list[_Member] = field(default_factory=list)
+    parameter: nn.Parameter
+    index: int
+    modules: list[nn.Module]  # that compute with it
 
 
 def _groups(
+    model: nn.Module,
     positions: Sequence[Position],
     parameters: Mapping[str, nn.Parameter],
-    owners: Mapping[int, list[nn.Module]],
     layers: Mapping[int, nn.Module],
-) -> list[_Group]:
+) -> dict[tuple[int | None, bool], list[_Weight]]:
+    """The weights by (the layer they start at, whether they can be stacked); layer None: they need a whole pass."""
+    owners: dict[int, list[nn.Module]] = defaultdict(list)
+    for module in model.modules():
+        for p in module.parameters(recurse=False):
+            owners[id(p)].append(module)
     layer_of: dict[int, int] = {}
     for number, block in layers.items():
         for module in block.modules():
             layer_of.setdefault(id(module), number)  # the first of the layers that share a module
-    groups: dict[tuple[int | None, bool], _Group] = {}
-    for row, (name, _) in enumerate(positions):
-        modules = owners.get(id(parameters[name]), [])
-        places = [layer_of.get(id(module)) for module in modules]
+    groups: dict[tuple[int | None, bool], list[_Weight]] = defaultdict(list)
+    for row, (name, index) in enumerate(positions):
+        modules = owners[id(parameters[name])]
         # A parameter shared by several layers starts at the first of them.
-        inside = [place for place in places if place is not None]
-        layer = min(inside) if inside and len(inside) == len(places) else None
+        inside = [layer_of[id(module)] for module in modules if id(module) in layer_of]
+        layer = min(inside) if inside and len(inside) == len(modules) else None
         stackable = bool(modules) and all(_is_linear(module, parameters[name]) for module in modules)
         stackable &= ".experts." not in name  # a router mixes the copies' tokens before an expert sees them
-        group = groups.setdefault((layer, stackable), _Group(layer, stackable))
-        group.members.append(_Member(row, tuple(modules)))
-    return sorted(groups.values(), key=lambda group: (-1 if group.layer is None else group.layer, group.stackable))
-
-
-def _owners(model: nn.Module, parameters: Iterable[nn.Parameter]) -> dict[int, list[nn.Module]]:
-    wanted = {id(p) for p in parameters}
-    owners: dict[int, list[nn.Module]] = defaultdict(list)
-    for module in model.modules():
-        for p in module.parameters(recurse=False):
-            if id(p) in wanted:
-                owners[id(p)].append(module)
-    return owners
+        groups[layer, stackable].append(_Weight(row, parameters[name], index, modules))
+    return dict(sorted(groups.items(), key=lambda group: (-1 if group[0][0] is None else group[0][0], group[0][1])))
 
 
 def _is_linear(module: nn.Module, weight: nn.Parameter) -> bool:
@@ -234,71 +186,42 @@ def _is_linear(module: nn.Module, weight: nn.Parameter) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 # The model with ablations
 # ---------------------------------------------------------------------------------------------------------------------
-def _stacked_ablation(
-    chunk: Sequence[_Member], positions: Sequence[Position], parameters: Mapping[str, nn.Parameter]
-) -> Any:
+@contextmanager
+def _stacked_ablation(chunk: Sequence[_Weight]) -> Iterator[None]:
     """Hooks that subtract copy k's own w_ij · x_j from unit i of the linear map it ablates, in copy k only."""
     touched: dict[nn.Module, list[tuple[int, int, int, Tensor]]] = defaultdict(list)
-    for copy, member in enumerate(chunk):
-        name, index = positions[member.row]
-        weight = parameters[name].detach()
-        row, column = divmod(index, weight.shape[1])
-        for module in member.modules:
+    for copy, weight in enumerate(chunk):
+        row, column = divmod(weight.index, weight.parameter.shape[1])
+        for module in weight.modules:
             # nn.Linear stores (output, input), Conv1D (input, output)
             unit, source = (row, column) if isinstance(module, nn.Linear) else (column, row)
-            touched[module].append((copy, unit, source, weight[row, column]))
-    return _hooks(touched, len(chunk))
-
-
-@contextmanager
-def _hooks(touched: Mapping[nn.Module, list[tuple[int, int, int, Tensor]]], n_copies: int) -> Iterator[None]:
+            touched[module].append((copy, unit, source, weight.parameter.detach()[row, column]))
     fired: set[nn.Module] = set()
 
     def subtract(
-        copies: list[int],
-        units: list[int],
-        sources: list[int],
-        values: Float[Tensor, " ablations"],
-        module: nn.Module,
-        args: tuple[Any, ...],
-        output: Float[Tensor, "*rows unit"],
+        module: nn.Module, args: tuple[Any, ...], output: Float[Tensor, "*rows unit"]
     ) -> Float[Tensor, "*rows unit"]:
         fired.add(module)
-        x = args[0].reshape(n_copies, -1, args[0].shape[-1])
-        y = output.reshape(n_copies, -1, output.shape[-1])
-        y[copies, :, units] -= values[:, None] * x[copies, :, sources]  # (ablations, tokens of a copy)
+        copies, units, sources, values = (list(column) for column in zip(*touched[module], strict=True))
+        x, y = (tensor.reshape(len(chunk), -1, tensor.shape[-1]) for tensor in (args[0], output))
+        # (ablations, tokens of a copy)
+        y[copies, :, units] -= torch.stack(values)[:, None] * x[copies, :, sources]
         return y.view(output.shape)
 
-    handles = []
-    try:
-        for module, ablations in touched.items():
-            copies, units, sources, values = (list(column) for column in zip(*ablations, strict=True))
-            handles.append(module.register_forward_hook(partial(subtract, copies, units, sources, torch.stack(values))))
+    with ExitStack() as stack:
+        for module in touched:
+            stack.callback(module.register_forward_hook(subtract).remove)
         yield
         # An unnoticed bypass of the module would read as "this weight does nothing".
         assert fired == set(touched), "a linear map was not called by the model's forward"
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
-def _zeroed(weight: nn.Parameter, index: int) -> Iterator[None]:
-    flat = weight.detach().view(-1)
-    value = flat[index].clone()
+def _zeroed(weight: _Weight) -> Iterator[None]:
+    flat = weight.parameter.detach().view(-1)
+    value = flat[weight.index].clone()
     try:
-        flat[index] = 0
+        flat[weight.index] = 0
         yield
     finally:
-        flat[index] = value
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+        flat[weight.index] = value

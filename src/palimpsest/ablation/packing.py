@@ -59,10 +59,11 @@ def pack(batches: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     The prefix is the longest common one that leaves each question at least the token in front of its first target.
     The supervised tokens stay in the order of the rows.
     """
-    rows = []
-    for batch in batches:
-        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
-            rows.append((ids[mask != 0], labels[mask != 0]))
+    rows = [
+        (ids[mask != 0], labels[mask != 0])
+        for batch in batches
+        for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True)
+    ]
     longest = min(int((labels != IGNORED).nonzero()[0]) - 1 for _, labels in rows)
     first = rows[0][0]
     n_shared = 0

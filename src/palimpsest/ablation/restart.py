@@ -15,23 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from palimpsest.models.anatomy import layer_index
 from palimpsest.models.loss import supervised_losses
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor, nn
-
-
-def layers_of(language_model: nn.Module) -> dict[int, nn.Module]:
-    """Layer number → module, e.g. "model.layers.3"; in order."""
-    layers = {}
-    for name, module in language_model.named_modules():
-        parent, _, last = name.rpartition(".")
-        number = layer_index(name)
-        if number is not None and last == str(number) and layer_index(parent) is None:
-            layers[number] = module
-    return dict(sorted(layers.items()))
 
 
 @dataclass

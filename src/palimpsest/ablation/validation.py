@@ -11,24 +11,41 @@ scores are put to asks for, on those of other splits. Everything is kept in a fo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
+from palimpsest.ablation.agreement import (
+    Design,
+    Estimate,
+    Sample,
+    advantage,
+    agreement,
+    sample_weights,
+    scores_at,
+    sign_agreement,
+)
+from palimpsest.ablation.exact import exact_changes, signed_products
+from palimpsest.ablation.packing import SharedPrefix, pack
 from palimpsest.data.collate import Batch, Collator, batches
 from palimpsest.data.sources import load_examples
 from palimpsest.files import UserError, append_jsonl, drop_cut_line, hash_value, read_json, read_lines, write_json
-from palimpsest.progress import Reporter
+from palimpsest.importance.estimate import estimate_importance
+from palimpsest.models.anatomy import named_parameters
+from palimpsest.models.loading import fingerprint, load_text_model
+from palimpsest.models.loss import IGNORED, supervised_losses
+from palimpsest.progress import Advance, Reporter
 from palimpsest.rundir import provenance
 
 if TYPE_CHECKING:
     from jaxtyping import Float64
     from torch import nn
 
-    from palimpsest.ablation.agreement import Estimate, Sample
+    Values = Float64[np.ndarray, " positions"]
 
 ROWS_AT_ONCE = 100  # weights between two writes of changes-SPLIT.jsonl
 N_CHECKED = 32  # weights measured in float64 too, for the noise floor
@@ -63,8 +80,6 @@ def validate_importance(
     reduction, paired; and the share of the weights below the noise floor.
     Raises UserError for bad input and for an `out` that holds another validation.
     """
-    from palimpsest.models.loading import fingerprint
-
     examples = {split: load_examples(source, split, limit) for split in splits}
     scored = {len(examples[splits[0]]): examples[splits[0]]}
     if score_limit is not None:
@@ -86,7 +101,8 @@ def validate_importance(
         raise UserError(f"{out} holds a validation with other settings; choose another --out or delete it.")
 
     started = time.monotonic()
-    language_model, collator = _load(model)
+    language_model, processor = load_text_model(model)
+    collator = Collator(processor, "text")
     data = {split: list(batches(collator, items, batch_size, by_length=False)) for split, items in examples.items()}
     reporter = Reporter(3)
     if not (out / "sample.json").exists():
@@ -148,29 +164,17 @@ def table(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores and sample
 # ---------------------------------------------------------------------------------------------------------------------
-def _load(model: str) -> tuple[nn.Module, Collator]:
-    from palimpsest.models.loading import load_text_model
-
-    language_model, processor = load_text_model(model)
-    return language_model, Collator(processor, "text")
-
-
 def _write_sample(
     out: Path,
     language_model: nn.Module,
     to_score: Mapping[str, Sequence[Batch]],
     settings: Mapping[str, Any],
-    advance: Callable[[int, int], None],
+    advance: Advance,
 ) -> None:
     """The drawn weights, with their scores and first-order changes on each of the sets `to_score`.
 
     The strata are those of the scores of the largest set: what is drawn should be spread over importance in general.
     """
-    from palimpsest.ablation.agreement import sample_weights, scores_at
-    from palimpsest.ablation.exact import signed_products
-    from palimpsest.importance.estimate import estimate_importance
-    from palimpsest.models.anatomy import named_parameters
-
     done, total = 0, sum(map(len, to_score.values()))
     sample, values, predicted = None, {}, {}
     weights = named_parameters(language_model)
@@ -185,7 +189,7 @@ def _write_sample(
         if "fisher" in values[label]:  # Fisher information is curvature; times θ²/2 it is a change of the loss
             theta = [float(weights[name].detach().view(-1)[index]) for name, index in sample.positions]
             values[label]["theta2_fisher"] = [t * t * f for t, f in zip(theta, values[label]["fisher"], strict=True)]
-        n_tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in items)
+        n_tokens = sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in items)
         predicted[label] = (-signed_products(language_model, items, sample.positions).sum(axis=0) / n_tokens).tolist()
     assert sample is not None
     write_json(
@@ -202,14 +206,8 @@ def _write_sample(
     )
 
 
-def _read_sample(
-    out: Path,
-) -> tuple[
-    Sample, dict[str, dict[str, Float64[np.ndarray, " positions"]]], dict[str, Float64[np.ndarray, " positions"]]
-]:
+def _read_sample(out: Path) -> tuple[Sample, dict[str, dict[str, Values]], dict[str, Values]]:
     """(sample, {set: {reduction: scores}}, {set: predicted signed changes})."""
-    from palimpsest.ablation.agreement import Sample
-
     stored = read_json(out / "sample.json")
     positions = [(str(name), int(index)) for name, index in stored["positions"]]
     sample = Sample(positions, stored["kinds"], np.array(stored["strata"]), np.array(stored["weights"]))
@@ -233,11 +231,6 @@ class _Data:
 
 def _data(language_model: nn.Module, items: Sequence[Batch]) -> _Data:
     """Packed rows where the model gives the same token losses on them, else the plain batches."""
-    import torch
-
-    from palimpsest.ablation.packing import SharedPrefix, pack
-    from palimpsest.models.loss import supervised_losses
-
     model, row = SharedPrefix(language_model), pack(items)
     with torch.no_grad():
         plain = torch.cat([supervised_losses(language_model, batch)[0] for batch in items])
@@ -248,12 +241,8 @@ def _data(language_model: nn.Module, items: Sequence[Batch]) -> _Data:
     return _Data(language_model, items, False, n_tokens, loss)
 
 
-def _measure(
-    out: Path, measured: Mapping[str, _Data], sample: Sample, advance: Callable[[int, int], None]
-) -> dict[str, Float64[np.ndarray, " positions"]]:
+def _measure(out: Path, measured: Mapping[str, _Data], sample: Sample, advance: Advance) -> dict[str, Values]:
     """Signed exact changes of all sampled weights on each split; those in the files already are not measured again."""
-    from palimpsest.ablation.exact import exact_changes
-
     n = len(sample.positions)
     changes = {split: np.full(n, np.nan) for split in measured}
     files = {split: out / f"changes-{split}.jsonl" for split in measured}
@@ -280,12 +269,10 @@ def _noise_floor(
     dtype: str,
     items: Sequence[Batch],
     sample: Sample,
-    changes: Float64[np.ndarray, " positions"],
-    advance: Callable[[int, int], None],
+    changes: Values,
+    advance: Advance,
 ) -> float:
     """Rounding noise of a change: the 95th percentile of |measured − float64| over some weights; 0 in float64."""
-    from palimpsest.ablation.exact import exact_changes
-
     if dtype == "float64":
         return 0.0
     rows = list(range(min(N_CHECKED, len(sample.positions))))  # the sample is in random order
@@ -300,20 +287,16 @@ def _noise_floor(
 def _records(
     about: Mapping[str, Any],
     sample: Sample,
-    values: Mapping[str, Float64[np.ndarray, " positions"]],
-    predicted: Float64[np.ndarray, " positions"],
-    changes: Float64[np.ndarray, " positions"],
+    values: Mapping[str, Values],
+    predicted: Values,
+    changes: Values,
     floor: float,
     seed: int,
     resamples: int,
 ) -> Iterator[dict[str, Any]]:
-    from palimpsest.ablation.agreement import advantage, agreement, sign_agreement
-
     for kind in ("all", *dict.fromkeys(sorted(sample.kinds))):
         rows = np.array([kind in ("all", k) for k in sample.kinds])
-        design: dict[str, Any] = {
-            "weights": sample.weights[rows], "strata": sample.strata[rows], "seed": seed, "resamples": resamples,
-        }  # fmt: skip
+        design = Design(weights=sample.weights[rows], strata=sample.strata[rows], seed=seed, resamples=resamples)
         below = np.abs(changes[rows]) < floor
         first = next(iter(values.values()))[rows]
         for reduction, scores in values.items():
@@ -341,6 +324,5 @@ def _records(
 
 
 def _cells(name: str, estimate: Estimate | None) -> dict[str, float | None]:
-    if estimate is None:
-        return {name: None, f"{name}_low": None, f"{name}_high": None}
-    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+    value = (None, None, None) if estimate is None else (estimate.value, estimate.low, estimate.high)
+    return dict(zip((name, f"{name}_low", f"{name}_high"), value, strict=True))

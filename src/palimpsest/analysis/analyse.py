@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,16 +18,7 @@ from palimpsest.files import write_json
 from palimpsest.importance.mask import Mask
 from palimpsest.importance.select import select
 from palimpsest.models.anatomy import layer_index, module_kind
-from palimpsest.records import (
-    BASE,
-    ClusteringRecord,
-    DeltaRecord,
-    LayerRecord,
-    MaskOverlapRecord,
-    ShiftRecord,
-    method_of,
-    run_name,
-)
+from palimpsest.records import BASE, method_of, run_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,33 +57,30 @@ def write_tables(
     one that clustering and overlaps are taken of; layers and shift are given for every reduction. rank: to which
     changes are cut for the clustering that low rank does not explain.
     """
-    tuned = [name for name in models if name != BASE]
     clustered = models if clustered is None else clustered
-    total, done = 1 + len(clustered) + 3 * sum(name != BASE for name in clustered), 0
+    changed = [name for name in clustered if name != BASE]
+    done, total = itertools.count(1), 1 + len(clustered) + 3 * len(changed)
 
     def advance() -> None:
-        nonlocal done
-        done += 1
-        progress(done, total)
+        progress(next(done), total)
 
-    layers: list[LayerRecord] = []
-    shift: list[ShiftRecord] = []
+    tables: dict[str, list[Any]] = {name: [] for name in TABLES}
     for kind in scores(BASE).reductions:
         by_model = {name: _model_layers(name, scores(name), kind) for name in models}
         elsewhere = _model_layers(BASE, other(), kind) if other else None
         options: dict[str, Any] = {"modality": "text", "reduction": kind}
         draws: dict[str, Any] = {"n_draws": n_draws, "seed": seed}
         for model in by_model.values():
-            layers += layer_records(model, **options)
-        for name in tuned:
-            shift += shift_records(by_model[BASE], by_model[name], **options, **draws, other=elsewhere)
+            tables["layers"] += layer_records(model, **options)
+        for name in [name for name in models if name != BASE]:
+            tables["shift"] += shift_records(by_model[BASE], by_model[name], **options, **draws, other=elsewhere)
             full = _full_of(name, models)
             if full is not None:
-                shift += contrast_records(by_model[BASE], by_model[name], by_model[full], **options, **draws)
+                tables["shift"] += contrast_records(by_model[BASE], by_model[name], by_model[full], **options, **draws)
     advance()
 
     cluster: dict[str, Any] = {"n_shuffles": n_shuffles, "rank_draws": rank_draws, "seed": seed}
-    clustering: list[ClusteringRecord] = []
+    clustering = tables["clustering"]
     for name in clustered:
         tensors = scores(name).tensors(reduction)
         clustering += cluster_records(name, "importance", tensors, **cluster)
@@ -99,16 +88,14 @@ def write_tables(
             clustering += cluster_records(name, "mask", _Unpacked(select(tensors, ratio)), **cluster)
         del tensors
         advance()
-    delta: list[DeltaRecord] = []
-    overlap: list[MaskOverlapRecord] = []
-    for name in [name for name in clustered if name != BASE]:
+    for name in changed:
         clustering += cluster_records(name, "delta", AbsoluteChange(weights(BASE), weights(name)), **cluster)
         advance()
         clustering += low_rank_records(name, Change(weights(BASE), weights(name)), rank, seed=seed)
         advance()
         base_scores = scores(BASE).tensors(reduction)
-        delta += delta_records(weights(BASE), weights(name), base_scores, method=name, ratio=ratio)
-        overlap += overlap_records(
+        tables["delta"] += delta_records(weights(BASE), weights(name), base_scores, method=name, ratio=ratio)
+        tables["mask_overlap"] += overlap_records(
             name,
             scores(name).tensors(reduction),
             BASE,
@@ -120,16 +107,9 @@ def write_tables(
         del base_scores
         advance()
 
-    tables: dict[str, Any] = {
-        "layers": layers,
-        "shift": shift,
-        "clustering": clustering,
-        "clustering_summary": summary_records(clustering, seed=seed),
-        "delta": delta,
-        "mask_overlap": overlap,
-    }
-    for table in TABLES:
-        write_json(folder / f"{table}.json", tables[table])
+    tables["clustering_summary"] = summary_records(clustering, seed=seed)
+    for table, records in tables.items():
+        write_json(folder / f"{table}.json", records)
 
 
 def _full_of(name: str, models: Sequence[str]) -> str | None:

@@ -30,9 +30,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
+from palimpsest.analysis.layers import in_layers
 from palimpsest.analysis.nulls import SHUFFLES, Matrix, Values, row_sums_of_deals
 from palimpsest.files import UserError
-from palimpsest.models.anatomy import layer_index, module_kind
 from palimpsest.records import ClusteringRecord, ClusteringSummaryRecord
 
 if TYPE_CHECKING:
@@ -121,12 +121,17 @@ def rank_z(rank: float, draws: Values, kept: float) -> float:
 
 def measure_matrix(matrix: Matrix) -> dict[str, float]:
     """All measures of one non-negative matrix (rows, columns)."""
-    values = {
-        f"{measure}_{axis}": float(value)
-        for axis, dimension in zip(AXES, (1, 0), strict=True)
-        for measure, value in concentration(matrix.sum(axis=dimension, dtype=np.float64)).items()
-    }
+    values = axis_measures(*(matrix.sum(axis=dimension, dtype=np.float64) for dimension in (1, 0)))
     return {**values, EFFECTIVE_RANK: effective_rank(matrix)}
+
+
+def axis_measures(rows: Values, columns: Values) -> dict[str, float]:
+    """The measures of a matrix with these row sums and column sums."""
+    return {
+        f"{measure}_{axis}": float(value)
+        for axis, sums in zip(AXES, (rows, columns), strict=True)
+        for measure, value in concentration(sums).items()
+    }
 
 
 def null_draws(
@@ -182,9 +187,9 @@ def cluster_records(
     if n_shuffles < 1:
         raise UserError(f"Clustering needs at least 1 shuffle to compare with, not {n_shuffles}; raise n_shuffles.")
     records: list[ClusteringRecord] = []
-    for name in tensors:
-        layer = layer_index(name)
-        if layer is None or (layers is not None and layer not in layers):
+    for place in in_layers(tensors):
+        name = place["name"]
+        if layers is not None and place["layer"] not in layers:
             continue
         matrix = np.ascontiguousarray(tensors[name].numpy(), dtype=np.float32)
         if matrix.ndim != 2:
@@ -199,15 +204,7 @@ def cluster_records(
             for null in SHUFFLES
         }
         for measure, value in measure_matrix(matrix).items():
-            record: Any = {
-                "model": model,
-                "of": of,
-                "name": name,
-                "layer": layer,
-                "kind": module_kind(name) or "other",
-                "measure": measure,
-                "value": value,
-            }
+            record: Any = {"model": model, "of": of, **place, "measure": measure, "value": value}
             for null, fields in FIELDS.items():
                 moves_nothing = measure.endswith(null.removeprefix("within"))  # top1_rows within_rows
                 found_draws = draws[null].get(measure, NO_DRAWS)

@@ -36,15 +36,11 @@ def correlation_records(
     records: list[CorrelationRecord] = []
     for (measure, reduction), values in by_measure.items():
         models = sorted(values)
-        tau: float | None = None
-        p: float | None = None
-        note = ""
-        if len(models) < MIN_MODELS:
+        enough = len(models) >= MIN_MODELS
+        tau, p = _kendall([values[m] for m in models], [loss[m] for m in models]) if enough else (None, None)
+        note = "" if tau is not None else "all models lost the same, or shifted the same"
+        if not enough:
             note = f"needs at least {MIN_MODELS} tuned models with shift and text accuracy, there are {len(models)}"
-        else:
-            tau, p = _kendall([values[m] for m in models], [loss[m] for m in models])
-            if tau is None:
-                note = "all models lost the same, or shifted the same"
         records.append(
             {
                 "measure": measure,

@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 from scipy.linalg import eigh
 
 from palimpsest.analysis.clustering import gram, rank_of_gram
+from palimpsest.analysis.layers import in_layers
 from palimpsest.files import UserError
-from palimpsest.models.anatomy import layer_index, module_kind
 from palimpsest.records import DeltaRecord
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
+    Tensors = Mapping[str, Float[Tensor, "*shape"]]  # by canonical name
 
 ENERGY_RANKS = (1, 8, 24)
 
@@ -33,11 +34,8 @@ class Change(Mapping[str, "Float[Tensor, '*shape']"]):
     Raises UserError on access if a parameter is missing from one model or differs in shape.
     """
 
-    def __init__(
-        self, base: Mapping[str, Float[Tensor, "*shape"]], tuned: Mapping[str, Float[Tensor, "*shape"]]
-    ) -> None:
-        self._base = base
-        self._tuned = tuned
+    def __init__(self, base: Tensors, tuned: Tensors) -> None:
+        self._base, self._tuned = base, tuned
 
     def __getitem__(self, name: str) -> Float[Tensor, "*shape"]:
         before, after = _pair(name, self._base, self._tuned)
@@ -74,13 +72,14 @@ def largest(values: NDArray[np.float32], ratio: float) -> NDArray[np.bool_]:
     return shaped
 
 
+def share_in(mask: NDArray[np.bool_], reference: NDArray[np.bool_]) -> float:
+    """Share of `mask` that is in `reference`; nan if it is empty."""
+    count = int(mask.sum())
+    return float((mask & reference).sum()) / count if count else float("nan")
+
+
 def delta_records(
-    base: Mapping[str, Float[Tensor, "*shape"]],
-    tuned: Mapping[str, Float[Tensor, "*shape"]],
-    importance: Mapping[str, Float[Tensor, "*shape"]],
-    *,
-    method: str,
-    ratio: float = 0.03,
+    base: Tensors, tuned: Tensors, importance: Tensors, *, method: str, ratio: float = 0.03
 ) -> list[DeltaRecord]:
     """One row per scored parameter of the layers: size of its change, and where its largest changes lie.
 
@@ -95,10 +94,8 @@ def delta_records(
     if not 0 < ratio < 1:
         raise UserError(f"The ratio of largest changes is {ratio}; give a number between 0 and 1, such as 0.03.")
     records: list[Any] = []
-    for name in importance:
-        layer = layer_index(name)
-        if layer is None:
-            continue
+    for place in in_layers(importance):
+        name = place["name"]
         before, after = _pair(name, base, tuned)
         scores = importance[name]
         if scores.shape != before.shape:
@@ -107,16 +104,14 @@ def delta_records(
                 "score the base model that was tuned."
             )
         change = after - before
-        overlap, chance = _overlap(change.abs().numpy(), scores.numpy(), ratio)
+        important = largest(scores.numpy(), ratio)
         records.append(
             {
                 "method": method,
-                "name": name,
-                "layer": layer,
-                "kind": module_kind(name) or "other",
+                **place,
                 "relative_norm": _relative_norm(change, before),
-                "overlap_with_importance": overlap,
-                "overlap_by_chance": chance,
+                "overlap_with_importance": share_in(largest(change.abs().numpy(), ratio), important),
+                "overlap_by_chance": float(important.mean()),
                 **_spectrum(change),
             }
         )
@@ -135,9 +130,7 @@ def _spectrum(change: Float[Tensor, "*shape"]) -> dict[str, float]:
     return found | {f"energy_top{rank}": min(1.0, float(largest[:rank].sum()) / total) for rank in ENERGY_RANKS}
 
 
-def _pair(
-    name: str, base: Mapping[str, Float[Tensor, "*shape"]], tuned: Mapping[str, Float[Tensor, "*shape"]]
-) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
+def _pair(name: str, base: Tensors, tuned: Tensors) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
     for which, weights in (("base", base), ("tuned", tuned)):
         if name not in weights:
             raise UserError(f"{name} is missing from the {which} model; compare a model with its own base.")
@@ -156,11 +149,3 @@ def _relative_norm(change: Float[Tensor, "*shape"], before: Float[Tensor, "*shap
     if change_norm == 0:
         return 0.0
     return change_norm / norm if norm > 0 else float("nan")
-
-
-def _overlap(change: NDArray[np.float32], scores: NDArray[np.float32], ratio: float) -> tuple[float, float]:
-    important = largest(scores, ratio)
-    changed = largest(change, ratio)
-    n_changed = int(changed.sum())
-    overlap = float((important & changed).sum() / n_changed) if n_changed else float("nan")
-    return overlap, float(important.mean())

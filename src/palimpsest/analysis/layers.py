@@ -5,9 +5,10 @@ Sums are in float64. What compares two distributions is in shift.py. Shapes: n_l
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,6 +24,22 @@ if TYPE_CHECKING:
 Vector = NDArray[np.float64]
 
 OTHER_KIND = "other"  # parameters of a layer that are not one of its projections, such as norms
+
+
+class Place(TypedDict):
+    """The fields of a record that say which parameter it is about."""
+
+    name: str
+    layer: int
+    kind: str
+
+
+def in_layers(names: Iterable[str]) -> Iterator[Place]:
+    """Of each parameter of the layers; the others have no depth."""
+    for name in names:
+        layer = layer_index(name)
+        if layer is not None:
+            yield {"name": name, "layer": layer, "kind": module_kind(name) or OTHER_KIND}
 
 
 @dataclass(frozen=True)
@@ -56,35 +73,29 @@ def layer_distribution(scores: Mapping[str, Float[Tensor, "*shape"]]) -> LayerDi
 
     Raises UserError if a score is negative or not finite, if all are zero, or if a layer is missing.
     """
-    cells: dict[tuple[int, str], tuple[float, int]] = {}
-    for name in scores:
-        layer = layer_index(name)
-        if layer is None:
-            continue
-        total, count = _sum_of_scores(name, scores[name])
-        key = (layer, module_kind(name) or OTHER_KIND)
-        before = cells.get(key, (0.0, 0))
-        cells[key] = (before[0] + total, before[1] + count)
-    layers = sorted({layer for layer, _ in cells})
+    totals: dict[tuple[int, str], float] = defaultdict(float)
+    counts: dict[tuple[int, str], int] = defaultdict(int)
+    for place in in_layers(scores):
+        values = scores[place["name"]].numpy()
+        total = float(values.sum(dtype=np.float64))
+        if not np.isfinite(total) or values.min(initial=0.0) < 0:
+            raise UserError(
+                f"The importance scores of {place['name']} hold negative or non-finite values; score the model again."
+            )
+        totals[place["layer"], place["kind"]] += total
+        counts[place["layer"], place["kind"]] += values.size
+    layers = sorted({layer for layer, _ in totals})
     if not layers or layers != list(range(len(layers))):
         raise UserError(f"The importance scores hold layers {layers}, not every layer from 0 up; score all layers.")
-    kinds = tuple(dict.fromkeys(kind for _, kind in cells))
-    totals = np.zeros((len(layers), len(kinds)))
-    n_parameters = np.zeros((len(layers), len(kinds)), dtype=np.int64)
-    for (layer, kind), (total, count) in cells.items():
-        totals[layer, kinds.index(kind)] = total
-        n_parameters[layer, kinds.index(kind)] = count
-    if not totals.sum() > 0:
+    kinds = tuple(dict.fromkeys(kind for _, kind in totals))
+    distribution = LayerDistribution(
+        kinds,
+        np.array([[totals[layer, kind] for kind in kinds] for layer in layers]),
+        np.array([[counts[layer, kind] for kind in kinds] for layer in layers]),
+    )
+    if not distribution.totals.sum() > 0:
         raise UserError("All importance scores are zero; score the model again on data with supervised tokens.")
-    return LayerDistribution(kinds, totals, n_parameters)
-
-
-def _sum_of_scores(name: str, scores: Float[Tensor, "*shape"]) -> tuple[float, int]:
-    values = scores.numpy()
-    total = float(values.sum(dtype=np.float64))
-    if not np.isfinite(total) or values.min(initial=0.0) < 0:
-        raise UserError(f"The importance scores of {name} hold negative or non-finite values; score the model again.")
-    return total, values.size
+    return distribution
 
 
 def layer_batches(batch_totals: ArrayLike, names: Sequence[str]) -> Vector:

@@ -17,15 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from palimpsest.analysis.clustering import AXES, FIELDS, against, concentration
-from palimpsest.models.anatomy import layer_index, module_kind
+from palimpsest.analysis.clustering import FIELDS, against, axis_measures
+from palimpsest.analysis.layers import in_layers
 from palimpsest.records import ClusteringRecord
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
-
-    from palimpsest.analysis.nulls import Values
 
 OVERSAMPLING = 16  # more directions than asked for, and POWERS iterations: errors far below 1e-3 of the energy
 POWERS = 4
@@ -60,34 +58,28 @@ def low_rank_records(
     matrices hold nan.
     """
     records: list[ClusteringRecord] = []
-    for name in change:
-        layer = layer_index(name)
-        if layer is None:
-            continue
-        matrix = change[name]
+    for place in in_layers(change):
+        matrix = change[place["name"]]
         if matrix.ndim != 2:
             continue
         changed = bool(matrix.any())
         u, values, v = leading(matrix, rank, seed)
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed)
+        generator = torch.Generator().manual_seed(zlib.crc32(place["name"].encode()) ^ seed)
         draws: dict[str, list[float]] = defaultdict(list)
         for _ in range(n_draws if changed else 0):
             random_u, random_v = (_orthonormal(len(side), len(values), generator) for side in (u, v))
             for measure, value in _measures((random_u * values) @ random_v.T).items():
                 draws[measure].append(value)
         for measure, value in _measures((u * values) @ v.T).items():
-            found: Values = np.array(draws[measure])
             record: Any = {
                 "model": model,
                 "of": f"delta_rank{rank}",
-                "name": name,
-                "layer": layer,
-                "kind": module_kind(name) or "other",
+                **place,
                 "measure": measure,
                 "value": value if changed else float("nan"),
                 **dict.fromkeys(field for fields in FIELDS.values() for field in fields),
             }
-            record |= dict(zip(FIELDS["everywhere"], against(value, found), strict=True))
+            record |= dict(zip(FIELDS["everywhere"], against(value, np.array(draws[measure])), strict=True))
             records.append(record)
     return records
 
@@ -99,8 +91,4 @@ def _orthonormal(size: int, rank: int, generator: torch.Generator) -> Float[Tens
 
 def _measures(matrix: Float[Tensor, "rows columns"]) -> dict[str, float]:
     absolute = matrix.abs()
-    return {
-        f"{measure}_{axis}": float(value)
-        for axis, dimension in zip(AXES, (1, 0), strict=True)
-        for measure, value in concentration(absolute.sum(dim=dimension, dtype=torch.float64).numpy()).items()
-    }
+    return axis_measures(*(absolute.sum(dim=dimension, dtype=torch.float64).numpy() for dimension in (1, 0)))

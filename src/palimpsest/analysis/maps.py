@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from palimpsest.files import UserError, replacing
+from palimpsest.files import replacing
 
 Map = NDArray[np.float32]
 
@@ -57,11 +57,3 @@ def write_maps(path: Path, maps: Mapping[str, Map]) -> None:
     arrays: dict[str, Any] = {name: np.asarray(values, dtype=np.float32) for name, values in maps.items()}
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, **arrays)
-
-
-def read_maps(path: Path) -> dict[str, Map]:
-    """All maps by name. Raises UserError if the file does not exist."""
-    if not path.exists():
-        raise UserError(f"{path} does not exist; run the step of the study that writes the maps first.")
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from palimpsest.analysis.clustering import bootstrap_mean
-from palimpsest.analysis.delta import largest
+from palimpsest.analysis.delta import largest, share_in
+from palimpsest.analysis.layers import in_layers
 from palimpsest.files import UserError
-from palimpsest.models.anatomy import layer_index, module_kind
 from palimpsest.records import MaskOverlapRecord
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ def overlap_records(
     *,
     other: Scores | None = None,
     ratio: float = 0.03,
-    n_draws: int = 2000,
     seed: int = 0,
 ) -> list[MaskOverlapRecord]:
     """One row per parameter of the layers and one over all of them, matrices weighing the same.
@@ -42,10 +41,8 @@ def overlap_records(
     Raises UserError if a parameter is missing from one of them.
     """
     records: list[MaskOverlapRecord] = []
-    for name in reference_scores:
-        layer = layer_index(name)
-        if layer is None:
-            continue
+    for place in in_layers(reference_scores):
+        name = place["name"]
         for which, tensors in ((model, scores), (reference, other)):
             if tensors is not None and name not in tensors:
                 raise UserError(f"{name} is missing from the scores of {which}; score the same parameters of both.")
@@ -54,32 +51,24 @@ def overlap_records(
             {
                 "model": model,
                 "reference": reference,
-                "name": name,
-                "layer": layer,
-                "kind": module_kind(name) or "other",
+                **place,
                 "ratio": ratio,
-                "overlap": _share(largest(scores[name].numpy(), ratio), mask),
+                "overlap": share_in(largest(scores[name].numpy(), ratio), mask),
                 "overlap_by_chance": float(mask.mean()),
                 "ci_low": None,
                 "ci_high": None,
-                "noise_floor": None if other is None else _share(largest(other[name].numpy(), ratio), mask),
+                "noise_floor": None if other is None else share_in(largest(other[name].numpy(), ratio), mask),
             }
         )
-    return [*records, _over_all(records, n_draws, seed)] if records else []
+    return [*records, _over_all(records, seed)] if records else []
 
 
-def _share(mask: np.ndarray, reference: np.ndarray) -> float:
-    """Share of `mask` that is in `reference`; nan if it is empty (all scores zero)."""
-    count = int(mask.sum())
-    return float((mask & reference).sum()) / count if count else float("nan")
-
-
-def _over_all(records: list[MaskOverlapRecord], n_draws: int, seed: int) -> MaskOverlapRecord:
+def _over_all(records: list[MaskOverlapRecord], seed: int) -> MaskOverlapRecord:
     def column(field: str) -> np.ndarray:
         values = np.array([row[field] for row in records], dtype=np.float64)  # type: ignore[literal-required]
         return values[np.isfinite(values)]
 
-    mean, low, high = bootstrap_mean(column("overlap"), n_draws=n_draws, seed=seed)
+    mean, low, high = bootstrap_mean(column("overlap"), seed=seed)
     floors = column("noise_floor")
     return {
         **records[0],

@@ -110,7 +110,7 @@ def _scores(
 
     mine: list[layouts.BatchRecord] = []
     installed = sequences.installed() if sequences else nullcontext()
-    with _prepared(model, weights), _hooks(weights, accumulators.fold), installed:
+    with evaluating(model, weights), _checkpointing_in_eval_mode(model), _hooks(weights, accumulators.fold), installed:
         for number, batch in enumerate(layouts.in_step(batches, layout, device)):
             where = f"batch {number}{describe_ids(batch)}"
             if sequences:
@@ -228,7 +228,7 @@ def _batch_bytes(batch: Mapping[str, Any]) -> bytes:
 # The model during the estimation
 # ------------------------------------------------------------------------------------------------------------
 @contextmanager
-def _prepared(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
+def evaluating(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """Eval mode and gradients for `weights` only; afterwards modes, flags and gradients are as before."""
     parameters = list({id(p): p for p in [*model.parameters(), *weights.values()]}.values())
     flags = [(p, p.requires_grad, p.grad) for p in parameters]
@@ -239,7 +239,7 @@ def _prepared(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> Iterator
         for p in parameters:
             p.grad = None
             p.requires_grad_(id(p) in scored)
-        with torch.enable_grad(), _checkpointing_in_eval_mode(model):
+        with torch.enable_grad():
             yield
     finally:
         for p, requires_grad, gradient in flags:

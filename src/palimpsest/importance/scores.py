@@ -133,25 +133,22 @@ class Scores:
         here = dict(scored_parameters(model) if parameters is None else parameters)
         there = {parameter["name"]: parameter for parameter in self.metadata["parameters"]}
 
-        def different(what: str) -> UserError:
-            return UserError(
+        def differences() -> Iterator[str]:
+            yield from (f"{name} was scored, this model does not have it" for name in there if name not in here)
+            yield from (f"{name} of this model was not scored" for name in here if name not in there)
+            for name, record in there.items():
+                shapes = tuple(record["shape"]), tuple(here[name].shape)
+                if shapes[0] != shapes[1]:
+                    yield f"{name} has shape {shapes[0]} when scored, {shapes[1]} now"
+            for name, record in there.items():
+                if record["dtype"] != _dtype_name(here[name]) or record["sha256"] != _digest(here[name]):
+                    yield f"the weights of {name} differ"
+
+        for what in differences():
+            raise UserError(
                 f"{self._origin[0].upper()}{self._origin[1:]} belong to another model: {what}; "
                 "estimate the importance of this model, or load the model that was scored."
             )
-
-        for name in there:
-            if name not in here:
-                raise different(f"{name} was scored, this model does not have it")
-        for name in here:
-            if name not in there:
-                raise different(f"{name} of this model was not scored")
-        for name, record in there.items():
-            if tuple(record["shape"]) != tuple(here[name].shape):
-                shapes = f"{tuple(record['shape'])} when scored, {tuple(here[name].shape)} now"
-                raise different(f"{name} has shape {shapes}")
-        for name, record in there.items():
-            if record["dtype"] != _dtype_name(here[name]) or record["sha256"] != _digest(here[name]):
-                raise different(f"the weights of {name} differ")
 
 
 def describe_parameters(parameters: Mapping[str, Tensor]) -> list[dict[str, Any]]:

@@ -137,3 +137,13 @@ def module_kind(name: str) -> str | None:
     if layer_index(name) is None:
         return None
     return next((kind for kind, pattern in _KINDS if pattern.search(name)), None)
+
+
+def decoder_layers(language_model: nn.Module) -> dict[int, nn.Module]:
+    """Layer number → module, e.g. "model.layers.3", in order."""
+    layers = {}
+    for name, module in language_model.named_modules():
+        number = layer_index(name)
+        if number is not None and layer_index(name.rpartition(".")[0]) is None:
+            layers[number] = module
+    return dict(sorted(layers.items()))

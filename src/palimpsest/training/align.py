@@ -126,7 +126,10 @@ def align_adaptor(
     known = sorted({token for e in usable for token in tokens[e.id]})
     word_of = {token: i + 1 for i, token in enumerate(known)}
     reader = TokenReader(embedding[torch.tensor(known, device=device)], settings.sharpness).to(device)
-    _calibrate(adaptor, [frames[e.id] for e in _sample(usable, seed)], float(embedding.float().std()))
+    sample = random.Random(seed).sample(usable, min(CALIBRATION, len(usable)))
+    factor, weight = adaptor.stack_factor, adaptor.linear1.weight
+    whole = [frames[e.id][: frames.count(e.id) // factor * factor] for e in sample]  # no position spans two utterances
+    adaptor.calibrate(torch.cat(whole)[None].to(weight.device, weight.dtype), float(embedding.float().std()))
 
     total = settings.epochs * len(plan)
     trained = [*adaptor.parameters(), *reader.parameters()]
@@ -136,15 +139,23 @@ def align_adaptor(
         lambda step: min(1.0, (step + 1) / settings.warmup_steps) * 0.5 * (1 + math.cos(math.pi * step / total)),
     )
     run = hash_value([asdict(settings), seed, [(e.id, list(tokens[e.id])) for e in usable]])
-    parts = {"adaptor": adaptor, "reader": reader, "optimizer": optimizer, "schedule": schedule}
-    losses = _resume(state, run, parts)
+    parts: dict[str, Any] = {"adaptor": adaptor, "reader": reader, "optimizer": optimizer, "schedule": schedule}
+    losses: list[float] = []
+    if state is not None and state.exists():
+        saved = torch.load(state, weights_only=True)
+        if saved["run"] != run:
+            raise UserError(f"{state} belongs to an alignment with other settings or texts; delete it to begin anew.")
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        losses = list(saved["losses"])
 
     adaptor.train()
     for epoch in range(len(losses), settings.epochs):
         loss_sum = 0.0
         for step, rows in enumerate(plan.batches(epoch)):
             batch = [usable[i] for i in rows]
-            loss = ctc_loss(adaptor, reader, [frames[e.id].to(device) for e in batch], _words(batch, tokens, word_of))
+            words = [[word_of[token] for token in tokens[e.id]] for e in batch]
+            loss = ctc_loss(adaptor, reader, [frames[e.id].to(device) for e in batch], words)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
@@ -154,7 +165,10 @@ def align_adaptor(
             if progress is not None:
                 progress(epoch * len(plan) + step + 1, total, loss.item())
         losses.append(loss_sum / len(usable))
-        _save(state, run, parts, losses)
+        if state is not None:
+            with replacing(state) as temporary:
+                states = {name: part.state_dict() for name, part in parts.items()}
+                torch.save({"run": run, "losses": losses, **states}, temporary)
     adaptor.eval()
     return Alignment(losses, reader, known, len(examples) - len(usable))
 
@@ -183,8 +197,9 @@ def align_steps(examples: Sequence[Example], collator: Collator, settings: Setti
     """Optimizer steps of the alignment that the settings ask for."""
     if settings.align is None:
         return 0
+    assert collator.features is not None
     tokens, factor = _spoken(examples, collator), collator.processor.stack_factor
-    plan = plan_of(examples, _features(collator), tokens, factor, settings.align, settings.seed)[1]
+    plan = plan_of(examples, collator.features, tokens, factor, settings.align, settings.seed)[1]
     return settings.align.epochs * len(plan)
 
 
@@ -199,11 +214,12 @@ def align_phase(
     """The alignment of a training run, by rank 0 for all; its loss is of another kind, so there are no records."""
     if is_main():
         assert settings.align is not None
+        assert collator.features is not None  # the speech modality has them
         align_adaptor(
             model.adaptor,
             model.get_input_embeddings().get_parameter("weight").detach(),
             examples,
-            _features(collator),
+            collator.features,
             _spoken(examples, collator),
             settings.align,
             seed=settings.seed,
@@ -218,11 +234,6 @@ def align_phase(
 def _spoken(examples: Sequence[Example], collator: Collator) -> dict[str, list[int]]:
     tokenizer = collator.processor.tokenizer
     return {e.id: tokenizer(e.question, add_special_tokens=False)["input_ids"] for e in examples}
-
-
-def _features(collator: Collator) -> Frames:
-    assert collator.features is not None  # the speech modality has them
-    return collator.features
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,40 +257,3 @@ def positions_needed(tokens: Sequence[int]) -> int:
     if not tokens:
         return 1 << 30
     return len(tokens) + sum(a == b for a, b in itertools.pairwise(tokens))
-
-
-def _words(
-    batch: Sequence[Example], tokens: Mapping[str, Sequence[int]], word_of: Mapping[int, int]
-) -> list[list[int]]:
-    return [[word_of[token] for token in tokens[example.id]] for example in batch]
-
-
-def _sample(examples: Sequence[Example], seed: int) -> list[Example]:
-    return random.Random(seed).sample(list(examples), min(CALIBRATION, len(examples)))
-
-
-def _calibrate(adaptor: SpeechAdaptor, frames: Sequence[Float[Tensor, "time d_enc"]], target_std: float) -> None:
-    """From whole positions of each utterance only: a position never spans two of them."""
-    factor = adaptor.stack_factor
-    whole = torch.cat([item[: len(item) // factor * factor] for item in frames])
-    weight = adaptor.linear1.weight
-    adaptor.calibrate(whole[None].to(weight.device, weight.dtype), target_std)
-
-
-def _resume(state: Path | None, run: str, parts: Mapping[str, Any]) -> list[float]:
-    """The losses of the epochs done; `parts` get their state of then."""
-    if state is None or not state.exists():
-        return []
-    saved = torch.load(state, weights_only=True)
-    if saved["run"] != run:
-        raise UserError(f"{state} belongs to an alignment with other settings or texts; delete it to begin anew.")
-    for name, part in parts.items():
-        part.load_state_dict(saved[name])
-    return list(saved["losses"])
-
-
-def _save(state: Path | None, run: str, parts: Mapping[str, Any], losses: list[float]) -> None:
-    if state is None:
-        return
-    with replacing(state) as temporary:
-        torch.save({"run": run, "losses": losses, **{n: part.state_dict() for n, part in parts.items()}}, temporary)

@@ -14,25 +14,21 @@ from palimpsest.parallel import is_main, wait_for_all
 COMPLETE = "complete"  # empty file the Trainer's checkpoint gets when all of it is written
 
 
-class MarkComplete(TrainerCallback):  # type: ignore[misc]
-    """Marks a checkpoint when all of it is written; the finished model is written by the caller, not here."""
+class LastStepAndCheckpoints(TrainerCallback):  # type: ignore[misc]
+    """Marks a checkpoint when all of it is written. The finished model is written by the caller, not here.
+
+    The Trainer evaluates every `eval_steps`; the last step is always worth a measurement.
+    """
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_save = False
+            control.should_evaluate = args.eval_strategy != "no"
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         wait_for_all()  # each rank has written its random state
         if is_main():
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
-
-
-class EvaluateAtTheEnd(TrainerCallback):  # type: ignore[misc]
-    """The Trainer evaluates every `eval_steps`; the last step is always worth a measurement."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = True
 
 
 class ReportProgress(TrainerCallback):  # type: ignore[misc]

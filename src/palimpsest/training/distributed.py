@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 from palimpsest.files import UserError
-from palimpsest.models.anatomy import find_language_model, layer_index
+from palimpsest.models.anatomy import decoder_layers, find_language_model
 from palimpsest.models.loss import IGNORED
 from palimpsest.parallel import is_main, rank, reshard, whole, world_size
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from palimpsest.training.settings import Settings
 
 Batch = dict[str, Any]
-Row = TypeVar("Row")
 FILLER = "filler"  # key of a batch that stands in for an empty share: it is computed and weighs nothing
 M = TypeVar("M", bound=nn.Module)
 
@@ -151,7 +150,7 @@ def shard(twin: nn.Module, *, bf16: bool = False) -> None:
     if bf16:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         twin.forward = torch.autocast(device, dtype=torch.bfloat16)(twin.forward)
-    for layer in decoder_layers(twin):
+    for layer in decoder_layers(find_language_model(twin)).values():
         fully_shard(layer, **options)
     encoder = getattr(twin, "encoder", None)
     if isinstance(encoder, nn.Module):
@@ -159,15 +158,6 @@ def shard(twin: nn.Module, *, bf16: bool = False) -> None:
     fully_shard(twin, **options)
     for parameter in parameters:
         parameter.data = parameter.new_empty(0)
-
-
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of the language model, in order."""
-    return [
-        module
-        for name, module in find_language_model(model).named_modules()
-        if layer_index(name) is not None and layer_index(name.rpartition(".")[0]) is None
-    ]
 
 
 def gather(twin: nn.Module, model: nn.Module) -> None:

@@ -52,38 +52,27 @@ def phases_of(
     Raises UserError for an adaptor phase on questions given as text, which pass by the adaptor, and for an example
     above the token budget.
     """
-    phases: list[Phase] = []
-    if settings.align is not None and collator.modality != "speech":
-        raise UserError("training.align needs spoken questions; remove it for a method trained on text.")
     first = settings.adaptor_first
+    for option, asked in (("align", settings.align), ("adaptor_first", first)):
+        if asked is not None and collator.modality != "speech":
+            raise UserError(f"training.{option} needs spoken questions; remove it for a method trained on text.")
+    planned: list[tuple[PhaseName, float, Sequence[Rule], float, Sequence[Example], Collator]] = []
     if first is not None:
-        if collator.modality != "speech":
-            raise UserError("training.adaptor_first needs spoken questions; remove it for a method trained on text.")
         seen = repeating(examples, collator, first.instruction) if first.target == "repeat" else (examples, collator)
-        phases.append(_phase("adaptor", first.learning_rate, ADAPTOR_ONLY, *seen, settings, first.epochs, 0))
-    before = sum(phase.steps for phase in phases)
-    rules = rules_for(method, scales)
-    phases.append(_phase("method", method.learning_rate, rules, examples, collator, settings, settings.epochs, before))
+        planned.append(("adaptor", first.learning_rate, ADAPTOR_ONLY, first.epochs, *seen))
+    of_method = rules_for(method, scales)
+    planned.append(("method", method.learning_rate, of_method, settings.epochs, examples, collator))
+    phases: list[Phase] = []
+    for name, learning_rate, rules, epochs, examples, collator in planned:
+        lengths = None
+        if settings.max_tokens is not None:
+            lengths = sequence_lengths(collator, examples)
+            require_budget(examples, lengths, settings.max_tokens)
+        batches = EpochBatches(len(examples), settings.batch_size, settings.seed, lengths, settings.max_tokens)
+        steps = n_steps(len(examples), settings, n_batches=len(batches), epochs=epochs)
+        before = sum(phase.steps for phase in phases)
+        phases.append(Phase(name, learning_rate, rules, examples, collator, batches, steps, before))
     return phases
-
-
-def _phase(
-    name: PhaseName,
-    learning_rate: float,
-    rules: Sequence[Rule],
-    examples: Sequence[Example],
-    collator: Collator,
-    settings: Settings,
-    epochs: float,
-    before: int,
-) -> Phase:
-    lengths = None
-    if settings.max_tokens is not None:
-        lengths = sequence_lengths(collator, examples)
-        require_budget(examples, lengths, settings.max_tokens)
-    batches = EpochBatches(len(examples), settings.batch_size, settings.seed, lengths, settings.max_tokens)
-    steps = n_steps(len(examples), settings, n_batches=len(batches), epochs=epochs)
-    return Phase(name, learning_rate, rules, examples, collator, batches, steps, before)
 
 
 def repeating(examples: Sequence[Example], collator: Collator, instruction: str) -> tuple[list[Example], Collator]:

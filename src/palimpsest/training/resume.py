@@ -29,13 +29,20 @@ if TYPE_CHECKING:
     from palimpsest.models.speech_lm import SpeechLM
 
 RUN, DONE, RECORDS = "run.json", "done.safetensors", "done.json"
+# Any of these in the state folder is something to resume.
+MARKS = (
+    f"checkpoint-*/{COMPLETE}",
+    f"adaptor/checkpoint-*/{COMPLETE}",
+    f"adaptor/{DONE}",
+    f"align/{DONE}",
+    "align/state",
+)
 
 
 def describe_run(
     method: Any, settings: Any, scales: Mapping[int, float] | None, examples: Sequence[Example], collator: Collator
 ) -> dict[str, Any]:
     """Everything the weights depend on besides the model they start from, as JSON."""
-    style = collator.processor.style
     described = {
         "method": asdict(method),
         "settings": asdict(settings),
@@ -43,7 +50,7 @@ def describe_run(
         "n_examples": len(examples),
         "examples": hash_value([[example.id, example.question, example.answer] for example in examples])[:16],
         "modality": collator.modality,
-        "prompt": asdict(style),
+        "prompt": asdict(collator.processor.style),
     }
     normalised: dict[str, Any] = json.loads(json.dumps(described))  # tuples become lists, as they are in the file
     return normalised
@@ -54,7 +61,7 @@ def require_same_run(state: Path, wanted: Mapping[str, Any]) -> None:
     if not is_main():
         return
     file = state / RUN
-    if _has_something_to_resume(state):
+    if any(next(state.glob(mark), None) is not None for mark in MARKS):
         if not file.exists():
             raise UserError(f"{state} has checkpoints but no {RUN}; delete the folder to train from the start.")
         found = differences(read_json(file), wanted)
@@ -68,17 +75,15 @@ def require_same_run(state: Path, wanted: Mapping[str, Any]) -> None:
 
 def last_complete_checkpoint(folder: Path) -> str | None:
     """Removes what a kill left half written; the Trainer would take it for a checkpoint. The same on every rank."""
-    return share(_last_complete_checkpoint(folder) if is_main() else None)
-
-
-def _last_complete_checkpoint(folder: Path) -> str | None:
+    if not is_main():
+        return share()
     complete: dict[int, Path] = {}
     for checkpoint in folder.glob("checkpoint-*"):
         if (checkpoint / COMPLETE).exists():
             complete[int(checkpoint.name.rpartition("-")[2])] = checkpoint
         else:
             shutil.rmtree(checkpoint)
-    return str(complete[max(complete)]) if complete else None
+    return share(str(complete[max(complete)]) if complete else None)
 
 
 def adaptor_phase(model: SpeechLM, folder: Path, run: Callable[[Path], list[TrainingRecord]]) -> list[TrainingRecord]:
@@ -90,11 +95,10 @@ def adaptor_phase(model: SpeechLM, folder: Path, run: Callable[[Path], list[Trai
         records: list[TrainingRecord] = read_json(folder / RECORDS)
         return records
     records = run(folder)
-    if not is_main():
-        return records
-    write_json(folder / RECORDS, records)
-    with replacing(folder / DONE) as temporary:
-        save_file({name: value.contiguous() for name, value in model.adaptor.state_dict().items()}, temporary)
+    if is_main():
+        write_json(folder / RECORDS, records)
+        with replacing(folder / DONE) as temporary:
+            save_file({name: value.contiguous() for name, value in model.adaptor.state_dict().items()}, temporary)
     return records
 
 
@@ -104,14 +108,3 @@ def keep_logs(state: Path, folder: Path) -> None:
         if logs.exists():
             folder.mkdir(parents=True, exist_ok=True)
             shutil.move(logs, folder / phase)
-
-
-def _has_something_to_resume(state: Path) -> bool:
-    marks = (
-        f"checkpoint-*/{COMPLETE}",
-        f"adaptor/checkpoint-*/{COMPLETE}",
-        f"adaptor/{DONE}",
-        f"align/{DONE}",
-        "align/state",
-    )
-    return any(next(state.glob(mark), None) is not None for mark in marks)

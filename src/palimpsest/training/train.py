@@ -17,6 +17,7 @@ import torch
 from palimpsest.files import UserError
 from palimpsest.models.fused_loss import Kernel, choose_kernel
 from palimpsest.parallel import is_main
+from palimpsest.progress import Advance
 from palimpsest.records import TrainingRecord
 from palimpsest.training import distributed
 from palimpsest.training.align import align_phase, align_steps
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from palimpsest.models.speech_lm import SpeechLM
 
 __all__ = ["AdaptorFirst", "Align", "Settings", "n_steps", "require_options", "train"]
-Progress = Callable[[int, int], None]
 
 
 def train(
@@ -49,7 +49,7 @@ def train(
     scales: Mapping[int, float] | None = None,
     held_out: HeldOut | None = None,
     sharded: bool = False,
-    progress: Progress | None = None,
+    progress: Advance | None = None,
 ) -> list[TrainingRecord]:
     """Train `model` in place and return its loss curve; LoRA ends merged, its adapter saved in `folder`/adapter.
 
@@ -75,12 +75,13 @@ def train(
     state = folder / "trainer"
     require_same_run(state, describe_run(method, settings, scales, examples, collator))
 
+    def advance(before: int) -> Callable[[int], None] | None:
+        return None if progress is None else lambda done: progress(before + done, total)
+
     records: list[TrainingRecord] = []
     if n_align:
-        advance = None if progress is None else partial(_advance, progress, 0, total)
-        records += adaptor_phase(
-            model, state / "align", partial(align_phase, model, examples, collator, settings, advance)
-        )
+        align = partial(align_phase, model, examples, collator, settings, advance(0))
+        records += adaptor_phase(model, state / "align", align)
     for phase in phases:
         # Everything random from here on (LoRA's initial matrices, dropout) comes from the method's own seed.
         torch.manual_seed(settings.seed)
@@ -93,7 +94,7 @@ def train(
             kernel=kernel,
             held_out=held_out,
             sharded=sharded,
-            advance=None if progress is None else partial(_advance, progress, n_align + phase.before, total),
+            advance=advance(n_align + phase.before),
         )
         if phase.name == "adaptor":
             records += adaptor_phase(model, state / "adaptor", run)
@@ -116,7 +117,3 @@ def require_options(settings: Settings, device: str | torch.device, *, sharded: 
     """The loss kernel of the settings. Raises UserError for a logger or a kernel that is not to be had."""
     require_loggers(settings.report_to)
     return choose_kernel(distributed.allowed_options(settings).liger if sharded else settings.liger, device)
-
-
-def _advance(progress: Progress, before: int, total: int, done: int) -> None:
-    progress(before + done, total)

@@ -23,7 +23,7 @@ from palimpsest.models.loss import describe_ids, supervised_losses
 from palimpsest.parallel import is_main, whole, world_size
 from palimpsest.records import TrainingRecord
 from palimpsest.training import distributed
-from palimpsest.training.callbacks import EvaluateAtTheEnd, MarkComplete, ReportProgress
+from palimpsest.training.callbacks import LastStepAndCheckpoints, ReportProgress
 from palimpsest.training.held_out import HeldOut, measure, modalities_of
 from palimpsest.training.phases import Phase
 from palimpsest.training.resume import last_complete_checkpoint
@@ -67,8 +67,6 @@ def run_phase(
         max_tokens=settings.max_tokens,
         sharded=sharded,
     )
-    if settings.eval_every is not None:
-        trainer.add_callback(EvaluateAtTheEnd())
     if advance is not None:
         trainer.add_callback(ReportProgress(advance))
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(folder))
@@ -138,7 +136,7 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
             train_dataset=list(phase.examples),
             eval_dataset=[] if args.eval_strategy != "no" else None,  # asked for; what is measured is `held_out`
             data_collator=phase.collator,
-            callbacks=[MarkComplete()],
+            callbacks=[LastStepAndCheckpoints()],
         )
         self.remove_callback(PrinterCallback)
         # Makes Trainer count the supervised tokens of all accumulated batches: `num_items_in_batch` below.
