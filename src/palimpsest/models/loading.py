@@ -153,18 +153,8 @@ def load_language_model(
     For a SpeechLM's folder: the language model inside it. For an audio LLM of transformers: that model, which answers
     text as it is.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    where = resolve(name)
-    kind = model_kind(where)
-    if kind == "speech_lm":
-        speech_lm, processor = load_speech_lm(where, dtype=dtype, device=device)
-        return speech_lm.language_model, processor.tokenizer
-    if kind == "audio_llm":
-        audio_llm, audio_processor = load_audio_llm(where, dtype=dtype, device=device)
-        return audio_llm, audio_processor.tokenizer
-    tokenizer = _from_pretrained(AutoTokenizer, where)
-    return _from_pretrained(AutoModelForCausalLM, where, dtype=dtype).to(device).eval(), tokenizer
+    language_model, processor = load_text_model(name, dtype=dtype, device=device)
+    return language_model, processor.tokenizer
 
 
 def load_text_model(
@@ -174,13 +164,21 @@ def load_text_model(
 
     Another model has none, and a processor without features of speech.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     from palimpsest.models.processor import SpeechLMProcessor
 
-    if is_speech_lm(resolve(name)):
-        speech_lm, processor = load_speech_lm(name, dtype=dtype, device=device)
+    where = resolve(name)
+    kind = model_kind(where)
+    if kind == "speech_lm":
+        speech_lm, processor = load_speech_lm(where, dtype=dtype, device=device)
         return speech_lm.language_model, processor
-    language_model, tokenizer = load_language_model(name, dtype=dtype, device=device)
-    return language_model, SpeechLMProcessor(tokenizer, None)
+    if kind == "audio_llm":
+        audio_llm, audio_processor = load_audio_llm(where, dtype=dtype, device=device)
+        return audio_llm, SpeechLMProcessor(audio_processor.tokenizer, None)
+    tokenizer = _from_pretrained(AutoTokenizer, where)
+    model = _from_pretrained(AutoModelForCausalLM, where, dtype=dtype)
+    return model.to(device).eval(), SpeechLMProcessor(tokenizer, None)
 
 
 def load_audio_llm(

@@ -88,14 +88,14 @@ def ask_everyone(
     Raises:
         UserError: neither text nor a recording, or a recording that cannot be read; before any model is loaded.
     """
-    typed = text is not None and bool(text.strip())
-    if not typed and audio is None:
+    text = text if text is not None and text.strip() else ""
+    if not text and audio is None:
         raise UserError("Type a question, record one, or choose a file.")
     if audio is not None:
         read_audio(audio)
-    by_text: tuple[Input, ...] = ("text",) if typed else ()
+    by_text: tuple[Input, ...] = ("text",) if text else ()
     by_speech: tuple[Input, ...] = ("speech", "cascade") if audio is not None else ()
-    example = Example(id="question", question=text if typed and text else "", answers=("",), answer="", audio=audio)
+    example = Example(id="question", question=text, answers=("",), answer="", audio=audio)
     limit = max_new_tokens or panel.config.evaluation.max_new_tokens
     keys = panel.keys(by_text + by_speech)
     state = State("", {}, {key: panel.refusals[key] for key in keys if key in panel.refusals})
@@ -112,13 +112,8 @@ def ask_everyone(
         if not wanted:
             continue
         yield (state := replace(state, status=f"Loading {method_name(model)} …"))
-        answers, refusals = dict(state.answers), dict(state.refusals)
-        for key, given in _answers(panel, wanted, example, transcript, limit).items():
-            if isinstance(given, Exception):
-                refusals[key] = _sentence(given)
-            else:
-                answers[key] = given
-        state = State(state.status, answers, refusals)
+        answers, refusals = _answers(panel, wanted, example, transcript, limit)
+        state = State(state.status, {**state.answers, **answers}, {**state.refusals, **refusals})
         gc.collect()  # the room is needed by the next model
         yield state
     yield replace(state, status="Done.")
@@ -129,21 +124,24 @@ def ask_everyone(
 # ----------------------------------------------------------------------------------------------------------
 def _answers(
     panel: Panel, wanted: list[Key], example: Example, transcript: str | None, limit: int
-) -> dict[Key, str | Exception]:
+) -> tuple[dict[Key, str], dict[Key, str]]:
+    """What one model answers, and why it does not."""
     try:
         answerers = _load(panel, wanted[0][0], transcript, limit)
     except _failures() as error:
-        return dict.fromkeys(wanted, error)
-    given: dict[Key, str | Exception] = {}
-    for model, how in wanted:
+        return {}, dict.fromkeys(wanted, _sentence(error))
+    answers: dict[Key, str] = {}
+    refusals: dict[Key, str] = {}
+    for key in wanted:
+        how = key[1]
         try:
             (answer,) = answerers[how]([example], how)
         except _failures() as error:
-            given[model, how] = error
+            refusals[key] = _sentence(error)
             continue
-        response = answer.response or EMPTY
-        given[model, how] = f"Heard: {answer.transcript or '(nothing)'}\n\n{response}" if how == "cascade" else response
-    return given
+        heard = f"Heard: {answer.transcript or '(nothing)'}\n\n" if how == "cascade" else ""
+        answers[key] = heard + (answer.response or EMPTY)
+    return answers, refusals
 
 
 def _load(panel: Panel, model: str, transcript: str | None, limit: int) -> dict[Input, Answerer]:
