@@ -48,16 +48,4 @@ class Options:
 def run(options: Options) -> Iterator[str]:
     from palimpsest.export.folders import export
 
-    yield from export(
-        options.source,
-        method=options.method,
-        text_llm=options.text_llm,
-        speech_lm=options.speech_lm,
-        adapter=options.adapter,
-        light=options.light,
-        language_model=options.language_model,
-        encoder=options.encoder,
-        sources=options.sources,
-        evaluations=options.evaluations,
-        notes=options.notes,
-    )
+    yield from export(**vars(options))

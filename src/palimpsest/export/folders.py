@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,19 +107,17 @@ def export(
 
     lines = []
     for kind, folder in wanted.items():
-        write: Callable[[Path], Facts]
-        if kind == "text_llm":
-            write = partial(_write_text_llm, model.language_model, processor)
-        elif kind == "speech_lm":
-            write = partial(_write_speech_lm, model, processor)
-        elif kind == "light":
-            write = partial(_write_light, checkpoint, model, processor, trained_on)
-        else:
-            write = partial(_write_adapter, checkpoint, study.get("models", {}).get("language_model"))
         working = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         try:
             working.mkdir(parents=True)
-            facts = write(working)
+            if kind == "adapter":
+                facts = _write_adapter(checkpoint, study.get("models", {}).get("language_model"), working)
+            elif kind == "light":
+                facts = _write_light(checkpoint, model, processor, trained_on, working)
+            elif kind == "text_llm":
+                facts = _write_text_llm(model.language_model, processor, working)
+            else:
+                facts = _write_speech_lm(model, processor, working)
             write_text(working / "README.md", model_card(kind, facts, study, more))
             if folder.exists():
                 folder.rmdir()  # empty, or the check would have refused it
@@ -246,7 +243,7 @@ def _write_speech_lm(model: SpeechLM, processor: SpeechLMProcessor, folder: Path
 
 
 def _write_adapter(checkpoint: Checkpoint, base: str | None, folder: Path) -> Facts:
-    from safetensors import safe_open
+    from safetensors.torch import load_file
 
     source = checkpoint.path / ADAPTER.parent
     for file in source.iterdir():
@@ -256,13 +253,10 @@ def _write_adapter(checkpoint: Checkpoint, base: str | None, folder: Path) -> Fa
     if base is not None:  # as the study names it, not the cache folder it was loaded from
         config["base_model_name_or_path"] = base
     write_json(folder / ADAPTER.name, config)
-    n_parameters, dtypes = 0, set()
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (no mapping)
-            tensor = file.get_tensor(name)
-            n_parameters += tensor.numel()
-            dtypes.add(str(tensor.dtype).removeprefix("torch."))
-    return Facts(n_parameters, " and ".join(sorted(dtypes)), config["peft_type"], chat=True, system=None)
+    tensors = load_file(folder / "adapter_model.safetensors").values()
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors})
+    n_parameters = sum(tensor.numel() for tensor in tensors)
+    return Facts(n_parameters, " and ".join(dtypes), config["peft_type"], chat=True, system=None)
 
 
 def _write_light(
@@ -282,15 +276,12 @@ def _write_light(
         adapter=adapter.parent if adapter.exists() else None,
         trained=trained,
     )
-    parts, matrices = "adaptor", [*load_file(folder / light_folder.ADAPTOR).values()]
-    if adapter.exists():
-        parts += f" and LoRA of rank {read_json(adapter)['r']}"
-        matrices += load_file(folder / light_folder.ADAPTER).values()
-    n_parameters = sum(matrix.numel() for matrix in matrices)
+    updates = f" and LoRA of rank {read_json(adapter)['r']}" if adapter.exists() else ""
+    tensors = [tensor for file in folder.rglob("*.safetensors") for tensor in load_file(file).values()]
     return Facts(
-        n_parameters,
+        sum(tensor.numel() for tensor in tensors),
         "float16",
-        f"{parts} of a SpeechLM",
+        f"adaptor{updates} of a SpeechLM",
         chat=True,
         system=processor.style.system,
         language_model=names["language_model"],
@@ -299,10 +290,9 @@ def _write_light(
 
 
 def _facts(model: PreTrainedModel, processor: SpeechLMProcessor) -> Facts:
-    dtype: Any = model.dtype
     return Facts(
         model.num_parameters(),
-        str(dtype).removeprefix("torch."),
+        str(model.dtype).removeprefix("torch."),
         type(model).__name__,
         chat=processor.tokenizer.chat_template is not None,
         system=processor.style.system,

@@ -37,12 +37,6 @@ METHODS = {
     "lora": "low-rank updates of the language model (LoRA, merged into its weights) and the adaptor trained",
     "adaptor": "the adaptor trained, the language model frozen",
 }
-PIPELINE = {
-    "text_llm": "text-generation",
-    "speech_lm": "audio-text-to-text",
-    "adapter": "text-generation",
-    "light": "audio-text-to-text",
-}
 LIBRARY = {"text_llm": "transformers", "speech_lm": "palimpsest", "adapter": "peft", "light": "palimpsest"}
 
 
@@ -159,7 +153,8 @@ def _without_path(source: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 def _front_matter(kind: Kind, facts: Facts) -> str:
     base = part(facts.language_model) if facts.language_model is not None else Part("", None, None)
-    fields: dict[str, Any] = {"library_name": LIBRARY[kind], "pipeline_tag": PIPELINE[kind], "tags": ["palimpsest"]}
+    pipeline = "audio-text-to-text" if kind in WITH_SPEECH else "text-generation"
+    fields: dict[str, Any] = {"library_name": LIBRARY[kind], "pipeline_tag": pipeline, "tags": ["palimpsest"]}
     if base.hub is not None:
         fields["base_model"] = base.hub
     if base.licence is not None:
@@ -238,18 +233,15 @@ def _measured(kind: Kind, study: Study, more: Sequence[Mapping[str, Any]]) -> st
 
 
 def _loading(kind: Kind, facts: Facts) -> str:
-    if kind == "speech_lm":
-        code = SPEECH_CODE
-    elif kind == "light":
-        code = LIGHT_CODE
-    elif kind == "text_llm":
-        code = CHAT_CODE if facts.chat else PLAIN_CODE
-    else:
+    if kind == "adapter":
         name = facts.language_model or "BASE MODEL"
         code = ADAPTER_CODE.replace("BASE", Path(name).name if _is_path(name) else name)
-    if kind == "text_llm" and facts.system is not None and facts.chat:
-        turn = f'{{"role": "system", "content": {json.dumps(facts.system, ensure_ascii=False)}}}, '
-        code = code.replace("messages = [", f"messages = [{turn}")
+    elif kind == "text_llm":
+        system = {"role": "system", "content": facts.system}
+        turn = "" if facts.system is None else f"{json.dumps(system, ensure_ascii=False)}, "
+        code = LOAD_TEXT + (CHAT.replace("[", f"[{turn}", 1) if facts.chat else PLAIN) + ANSWER_TEXT
+    else:
+        code = (LOAD_SPEECH if kind == "speech_lm" else LOAD_LIGHT) + ANSWER_SPEECH
     return f"## How to load it\n\n```python\n{code}```"
 
 
@@ -279,44 +271,35 @@ def _licences(kind: Kind, facts: Facts, study: Study, sources: Sequence[Mapping[
 # ---------------------------------------------------------------------------------------------------------------------
 # Code of the cards; the tests run it
 # ---------------------------------------------------------------------------------------------------------------------
-CHAT_CODE = """from transformers import AutoModelForCausalLM, AutoTokenizer
+LOAD_TEXT = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 path = "."  # this folder, or its name on the hub
 tokenizer = AutoTokenizer.from_pretrained(path)
 model = AutoModelForCausalLM.from_pretrained(path)
-messages = [{"role": "user", "content": "What is the capital of France?"}]
+"""
+CHAT = """messages = [{"role": "user", "content": "What is the capital of France?"}]
 prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-output = model.generate(**prompt, max_new_tokens=64, do_sample=False)
+"""
+PLAIN = """prompt = tokenizer("Question: What is the capital of France?\\nAnswer:", return_tensors="pt")
+"""
+ANSWER_TEXT = """output = model.generate(**prompt, max_new_tokens=64, do_sample=False)
 print(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
 """
 
-PLAIN_CODE = """from transformers import AutoModelForCausalLM, AutoTokenizer
-
-path = "."  # this folder, or its name on the hub
-tokenizer = AutoTokenizer.from_pretrained(path)
-model = AutoModelForCausalLM.from_pretrained(path)
-prompt = tokenizer("Question: What is the capital of France?\\nAnswer:", return_tensors="pt")
-output = model.generate(**prompt, max_new_tokens=64, do_sample=False)
-print(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
-"""
-
-SPEECH_CODE = """import palimpsest  # the Auto classes know the model type from here on
+LOAD_SPEECH = """import palimpsest  # the Auto classes know the model type from here on
 import soundfile
 from transformers import AutoModelForCausalLM, AutoProcessor
 
 path = "."  # this folder, or its name on the hub
 processor = AutoProcessor.from_pretrained(path)
 model = AutoModelForCausalLM.from_pretrained(path)
-wave, rate = soundfile.read("question.wav", dtype="float32")  # mono, 16 kHz, up to 30 s
-output = model.generate(**processor(audio=wave), max_new_tokens=64, do_sample=False)
-print(processor.tokenizer.decode(output[0], skip_special_tokens=True))
 """
-
-LIGHT_CODE = """import soundfile
+LOAD_LIGHT = """import soundfile
 from palimpsest import load_speech_lm
 
 model, processor = load_speech_lm(".")  # this folder
-wave, rate = soundfile.read("question.wav", dtype="float32")  # mono, 16 kHz, up to 30 s
+"""
+ANSWER_SPEECH = """wave, rate = soundfile.read("question.wav", dtype="float32")  # mono, 16 kHz, up to 30 s
 output = model.generate(**processor(audio=wave), max_new_tokens=64, do_sample=False)
 print(processor.tokenizer.decode(output[0], skip_special_tokens=True))
 """

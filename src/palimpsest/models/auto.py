@@ -35,10 +35,8 @@ class StandIn:
 
 
 def _real() -> Any:
-    importlib.import_module("palimpsest.models.processor")  # registers the processor and, by importing it, the model
-    from palimpsest.models.speech_lm import SpeechLMConfig
-
-    return SpeechLMConfig
+    # Importing it registers the processor and, with it, the model.
+    return importlib.import_module("palimpsest.models.processor").SpeechLMConfig
 
 
 class _WhenTableIsImported(MetaPathFinder):

@@ -11,6 +11,8 @@ Source: CTranslate2's documented model specification; checked against CTranslate
 
 from __future__ import annotations
 
+import io
+import re
 import struct
 from typing import Any
 
@@ -30,20 +32,15 @@ def read_model(data: bytes, origin: str) -> tuple[str, Variables]:
 
     Raises UserError when `data` (the file called `origin`) is of another version or cut short.
     """
-    offset = 0
+    file = io.BytesIO(data)
 
     def take(fmt: str) -> Any:
-        nonlocal offset
-        (value,) = struct.unpack_from("<" + fmt, data, offset)
-        offset += struct.calcsize("<" + fmt)
-        return value
+        return struct.unpack("<" + fmt, file.read(struct.calcsize("<" + fmt)))[0]
 
     def take_string() -> str:
-        nonlocal offset
         length = take("H")
-        raw = data[offset : offset + length]
-        offset += length
-        if offset > len(data):
+        raw = file.read(length)
+        if len(raw) < length:
             raise ValueError("it ends inside a name")
         return raw.rstrip(b"\0").decode()
 
@@ -59,10 +56,8 @@ def read_model(data: bytes, origin: str) -> tuple[str, Variables]:
         for _ in range(take("I")):
             name = take_string()
             shape = [take("I") for _ in range(take("B"))]
-            dtype = np.dtype(DTYPES[take("B")])
-            n_bytes = take("I")
-            variables[name] = np.frombuffer(data, dtype, n_bytes // dtype.itemsize, offset).reshape(shape)
-            offset += n_bytes
+            dtype = DTYPES[take("B")]
+            variables[name] = np.frombuffer(file.read(take("I")), dtype).reshape(shape)
         for _ in range(take("I")):
             alias = take_string()
             variables[alias] = variables[take_string()]
@@ -71,7 +66,25 @@ def read_model(data: bytes, origin: str) -> tuple[str, Variables]:
     return spec, variables
 
 
-# Hugging Face name → CTranslate2 name inside one attention block; CTranslate2 fuses q, k, v (self) and k, v (cross).
+# Inside one layer: Hugging Face name → CTranslate2 name, and which of the parts that CTranslate2 has fused: q, k, v of
+# self-attention, k and v of cross-attention, which only the decoder has.
+LAYER: dict[str, tuple[str, int | None]] = {
+    "self_attn_layer_norm": ("self_attention/layer_norm", None),
+    "self_attn.q_proj": ("self_attention/linear_0", 0),
+    "self_attn.k_proj": ("self_attention/linear_0", 1),
+    "self_attn.v_proj": ("self_attention/linear_0", 2),
+    "self_attn.out_proj": ("self_attention/linear_1", None),
+    "encoder_attn_layer_norm": ("attention/layer_norm", None),
+    "encoder_attn.q_proj": ("attention/linear_0", None),
+    "encoder_attn.k_proj": ("attention/linear_1", 0),
+    "encoder_attn.v_proj": ("attention/linear_1", 1),
+    "encoder_attn.out_proj": ("attention/linear_2", None),
+    "final_layer_norm": ("ffn/layer_norm", None),
+    "fc1": ("ffn/linear_0", None),
+    "fc2": ("ffn/linear_1", None),
+}
+
+
 def whisper_state_dict(variables: Variables) -> Variables:
     """float32 state dict of `WhisperForConditionalGeneration` from the variables of a WhisperSpec file."""
     state: Variables = {}
@@ -80,58 +93,27 @@ def whisper_state_dict(variables: Variables) -> Variables:
     def put(name: str, value: npt.NDArray[Any]) -> None:
         state["model." + name] = value.astype(np.float32)
 
-    def linear(target: str, source: str, rows: slice = slice(None)) -> None:
-        put(f"{target}.weight", variables[f"{source}/weight"][rows])
+    def put_both(target: str, source: str, part: int | None = None) -> None:
+        rows = slice(None) if part is None else slice(part * d_model, (part + 1) * d_model)
+        weight, bias = ("gamma", "beta") if source.endswith("layer_norm") else ("weight", "bias")
+        put(f"{target}.weight", variables[f"{source}/{weight}"][rows])
         # Whisper's key projections have no bias: CTranslate2 stores zeros for them, Hugging Face nothing.
         if not target.endswith("k_proj"):
-            put(f"{target}.bias", variables[f"{source}/bias"][rows])
-
-    def norm(target: str, source: str) -> None:
-        put(f"{target}.weight", variables[f"{source}/gamma"])
-        put(f"{target}.bias", variables[f"{source}/beta"])
-
-    def thirds(i: int) -> slice:
-        return slice(i * d_model, (i + 1) * d_model)
-
-    def self_attention(target: str, source: str) -> None:
-        norm(f"{target}.self_attn_layer_norm", f"{source}/layer_norm")
-        for i, part in enumerate(("q_proj", "k_proj", "v_proj")):
-            linear(f"{target}.self_attn.{part}", f"{source}/linear_0", thirds(i))
-        linear(f"{target}.self_attn.out_proj", f"{source}/linear_1")
-
-    def cross_attention(target: str, source: str) -> None:
-        norm(f"{target}.encoder_attn_layer_norm", f"{source}/layer_norm")
-        linear(f"{target}.encoder_attn.q_proj", f"{source}/linear_0")
-        for i, part in enumerate(("k_proj", "v_proj")):
-            linear(f"{target}.encoder_attn.{part}", f"{source}/linear_1", thirds(i))
-        linear(f"{target}.encoder_attn.out_proj", f"{source}/linear_2")
-
-    def feed_forward(target: str, source: str) -> None:
-        norm(f"{target}.final_layer_norm", f"{source}/layer_norm")
-        linear(f"{target}.fc1", f"{source}/linear_0")
-        linear(f"{target}.fc2", f"{source}/linear_1")
+            put(f"{target}.bias", variables[f"{source}/{bias}"][rows])
 
     for stack in ("encoder", "decoder"):
         for layer in range(n_layers(variables, stack)):
-            target, source = f"{stack}.layers.{layer}", f"{stack}/layer_{layer}"
-            self_attention(target, f"{source}/self_attention")
-            if stack == "decoder":
-                cross_attention(target, f"{source}/attention")
-            feed_forward(target, f"{source}/ffn")
-        norm(f"{stack}.layer_norm", f"{stack}/layer_norm")
+            for target, (source, part) in LAYER.items():
+                if stack == "decoder" or not target.startswith("encoder_attn"):
+                    put_both(f"{stack}.layers.{layer}.{target}", f"{stack}/layer_{layer}/{source}", part)
+        put_both(f"{stack}.layer_norm", f"{stack}/layer_norm")
         put(f"{stack}.embed_positions.weight", variables[f"{stack}/position_encodings/encodings"])
     for conv in ("conv1", "conv2"):
-        put(f"encoder.{conv}.weight", variables[f"encoder/{conv}/weight"])
-        put(f"encoder.{conv}.bias", variables[f"encoder/{conv}/bias"])
+        put_both(f"encoder.{conv}", f"encoder/{conv}")
     put("decoder.embed_tokens.weight", variables["decoder/embeddings/weight"])
     state["proj_out.weight"] = state["model.decoder.embed_tokens.weight"]  # tied
     return state
 
 
 def n_layers(variables: Variables, stack: str) -> int:
-    prefix = f"{stack}/layer_"
-    return 1 + max(
-        int(name[len(prefix) :].split("/")[0])
-        for name in variables
-        if name.startswith(prefix) and name[len(prefix)].isdigit()
-    )
+    return len({name.split("/")[1] for name in variables if re.match(rf"{stack}/layer_\d", name)})

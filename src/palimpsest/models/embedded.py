@@ -116,10 +116,10 @@ def _wheel_file(name: str, package: str, file: str, sha256: str, install: str) -
 # ---------------------------------------------------------------------------------------------------------------------
 def _convert_smollm2(sources: list[Path], target: Path) -> None:
     """GGUF Q4_1 → float32 `LlamaForCausalLM` and its tokenizer."""
-    (source,) = sources
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    (source,) = sources
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
     # transformers marks a model read from GGUF as quantized although its weights are plain floats now; a model built
@@ -161,13 +161,8 @@ def _convert_whisper(sources: list[Path], target: Path) -> None:
     if spec != "WhisperSpec":
         raise UserError(f"{sources[0].name} holds a {spec}, not a Whisper model.")
     n_mels = variables["encoder/conv1/weight"].shape[1]
-    tokenizer = WhisperTokenizer.from_pretrained(
-        folder,
-        bos_token="<|endoftext|>",
-        eos_token="<|endoftext|>",
-        unk_token="<|endoftext|>",
-        pad_token="<|endoftext|>",
-    )
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), "<|endoftext|>")
+    tokenizer = WhisperTokenizer.from_pretrained(folder, **special)
     model = _whisper_from(variables, read_json(folder / "config.json"), tokenizer)
     model.save_pretrained(target)
     WhisperProcessor(WhisperFeatureExtractor(feature_size=n_mels), tokenizer).save_pretrained(target)
@@ -192,7 +187,14 @@ def _whisper_from(
                 task: tokenizer.convert_tokens_to_ids(f"<|{task}|>") for task in ("transcribe", "translate")
             },
         }
+    ids = {
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "pad_token_id": end_of_text,
+        "decoder_start_token_id": start_of_transcript,
+    }
     config = WhisperConfig(
+        **ids,
         vocab_size=variables["decoder/embeddings/weight"].shape[0],
         num_mel_bins=variables["encoder/conv1/weight"].shape[1],
         d_model=variables["encoder/layer_norm/gamma"].shape[0],
@@ -204,19 +206,11 @@ def _whisper_from(
         decoder_ffn_dim=variables["decoder/layer_0/ffn/linear_0/weight"].shape[0],
         max_source_positions=variables["encoder/position_encodings/encodings"].shape[0],
         max_target_positions=variables["decoder/position_encodings/encodings"].shape[0],
-        bos_token_id=end_of_text,
-        eos_token_id=end_of_text,
-        pad_token_id=end_of_text,
-        decoder_start_token_id=start_of_transcript,
     )
     model = WhisperForConditionalGeneration(config)
-    state = {name: torch.from_numpy(value) for name, value in ct2.whisper_state_dict(variables).items()}
-    model.load_state_dict(state)
+    model.load_state_dict({name: torch.from_numpy(v) for name, v in ct2.whisper_state_dict(variables).items()})
     model.generation_config = GenerationConfig(
-        bos_token_id=end_of_text,
-        eos_token_id=end_of_text,
-        pad_token_id=end_of_text,
-        decoder_start_token_id=start_of_transcript,
+        **ids,
         no_timestamps_token_id=no_timestamps,
         **languages,
         suppress_tokens=settings["suppress_ids"],

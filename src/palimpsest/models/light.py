@@ -20,8 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from palimpsest.files import UserError, hash_file, read_json, write_json
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from palimpsest.models.processor import SpeechLMProcessor
     from palimpsest.models.speech_lm import SpeechLM
@@ -105,8 +104,12 @@ def compose(
     from palimpsest.models.speech_lm import SpeechLM
 
     light = read_light(folder)
-    _require_same(folder, "language model", light.language_model, language_model)
-    _require_same(folder, "encoder", light.encoder, encoder)
+    for what, part, here in (
+        ("language model", light.language_model, language_model),
+        ("encoder", light.encoder, encoder),
+    ):
+        if content_hash(here.named_parameters()) != part.content:
+            raise UserError(f"{folder} was trained with another {what} than {part.name} is here: the weights differ.")
     if (folder / ADAPTER).exists():
         language_model = merged(language_model, folder / ADAPTER.parent)
     adaptor = load_file(folder / ADAPTOR)
@@ -120,11 +123,6 @@ def compose(
     model.adaptor.load_state_dict(adaptor)
     style = PromptStyle(light.system, light.speech_instruction)
     return model, SpeechLMProcessor(tokenizer, feature_extractor, light.stack_factor, light.speech_length, style)
-
-
-def _require_same(folder: Path, what: str, part: Part, model: nn.Module) -> None:
-    if content_hash(model.named_parameters()) != part.content:
-        raise UserError(f"{folder} was trained with another {what} than {part.name} is here: the weights differ.")
 
 
 def merged(language_model: Any, adapter: Path) -> Any:
@@ -155,7 +153,6 @@ def write_light(
     """
     from safetensors.torch import load_file, save_file
 
-    dtype: torch.dtype = model.dtype
     name, base = language_model
     parts = {
         "language_model": Part(name, content_hash(base.named_parameters())),
@@ -176,7 +173,7 @@ def write_light(
         files.append(ADAPTER.as_posix())
     light = Light(
         **parts,
-        dtype=str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        dtype=str(model.dtype).removeprefix("torch."),  # type: ignore[arg-type]
         stack_factor=model.config.stack_factor,
         speech_length=model.config.speech_length,
         system=processor.style.system,

@@ -67,15 +67,13 @@ def fingerprint(name: str) -> str:
             return hash_file(folder / light.FILE)
         files = sorted(f for pattern in ("config.json", *WEIGHT_FILES) for f in folder.glob(pattern))
         return hash_value([[file.name, hash_file(file)] for file in files])
-    from transformers import AutoConfig
-
-    return hash_value([where, _from_pretrained(AutoConfig, where)._commit_hash])
+    return hash_value([where, _config(where)._commit_hash])
 
 
 def text_source(name: str) -> str:
     """Where the config, the tokenizer and most weights of a language model are: of a light SpeechLM, its base model."""
-    where = resolve(name)
-    return text_source(light.read_light(Path(where)).language_model.name) if light.is_light(Path(where)) else where
+    where = Path(resolve(name))
+    return text_source(light.read_light(where).language_model.name) if light.is_light(where) else str(where)
 
 
 def load_tokenizer(name: str) -> Any:
@@ -87,9 +85,7 @@ def load_tokenizer(name: str) -> Any:
 
 def embedding_width(name: str) -> int:
     """Numbers per token in a language model's embedding, from its config."""
-    from transformers import AutoConfig
-
-    config = _from_pretrained(AutoConfig, text_source(name)).get_text_config()
+    config = _config(text_source(name)).get_text_config()
     return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
 
 
@@ -99,10 +95,10 @@ def weight_bytes(name: str) -> int:
     if Path(where).is_dir():
         return sum(file.stat().st_size for pattern in WEIGHT_FILES for file in Path(where).glob(pattern))
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return 4 * int(AutoModelForCausalLM.from_config(_from_pretrained(AutoConfig, where)).num_parameters())
+        return 4 * int(AutoModelForCausalLM.from_config(_config(where)).num_parameters())
 
 
 class StoredLanguageModel(Mapping[str, "Tensor"]):
@@ -139,9 +135,7 @@ def model_kind(where: str) -> Literal["speech_lm", "audio_llm", "language_model"
     """What a resolved name is, by its config alone: ours, an audio LLM of transformers, or neither."""
     if is_speech_lm(where):
         return "speech_lm"
-    from transformers import AutoConfig
-
-    return "audio_llm" if _takes_audio(_from_pretrained(AutoConfig, where).to_dict()) else "language_model"
+    return "audio_llm" if _takes_audio(_config(where).to_dict()) else "language_model"
 
 
 def _takes_audio(config: Mapping[str, Any]) -> bool:
@@ -159,18 +153,8 @@ def load_language_model(
     For a SpeechLM's folder: the language model inside it. For an audio LLM of transformers: that model, which answers
     text as it is.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    where = resolve(name)
-    if is_speech_lm(where):
-        speech_lm, processor = load_speech_lm(where, dtype=dtype, device=device)
-        return speech_lm.language_model, processor.tokenizer
-    if model_kind(where) == "audio_llm":
-        audio_llm, audio_processor = load_audio_llm(where, dtype=dtype, device=device)
-        return audio_llm, audio_processor.tokenizer
-    tokenizer = _from_pretrained(AutoTokenizer, where)
-    model = _from_pretrained(AutoModelForCausalLM, where, dtype=dtype)
-    return model.to(device).eval(), tokenizer
+    language_model, processor = load_text_model(name, dtype=dtype, device=device)
+    return language_model, processor.tokenizer
 
 
 def load_text_model(
@@ -180,13 +164,21 @@ def load_text_model(
 
     Another model has none, and a processor without features of speech.
     """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     from palimpsest.models.processor import SpeechLMProcessor
 
-    if is_speech_lm(resolve(name)):
-        speech_lm, processor = load_speech_lm(name, dtype=dtype, device=device)
+    where = resolve(name)
+    kind = model_kind(where)
+    if kind == "speech_lm":
+        speech_lm, processor = load_speech_lm(where, dtype=dtype, device=device)
         return speech_lm.language_model, processor
-    language_model, tokenizer = load_language_model(name, dtype=dtype, device=device)
-    return language_model, SpeechLMProcessor(tokenizer, None)
+    if kind == "audio_llm":
+        audio_llm, audio_processor = load_audio_llm(where, dtype=dtype, device=device)
+        return audio_llm, SpeechLMProcessor(audio_processor.tokenizer, None)
+    tokenizer = _from_pretrained(AutoTokenizer, where)
+    model = _from_pretrained(AutoModelForCausalLM, where, dtype=dtype)
+    return model.to(device).eval(), SpeechLMProcessor(tokenizer, None)
 
 
 def load_audio_llm(
@@ -200,7 +192,7 @@ def load_audio_llm(
     import transformers
 
     where = resolve(name)
-    config = _from_pretrained(transformers.AutoConfig, where)
+    config = _config(where)
     if not _takes_audio(config.to_dict()):
         raise UserError(f"{name} is a {config.model_type} model and takes no audio; ask it in text, or use a cascade.")
     architecture = (config.architectures or ["none"])[0]
@@ -223,8 +215,8 @@ def load_asr(name: str, *, device: str = "cpu") -> tuple[WhisperForConditionalGe
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
     where = resolve(name)
-    model = _from_pretrained(WhisperForConditionalGeneration, where, dtype="float32")
-    return model.to(device).eval(), _from_pretrained(WhisperProcessor, where)
+    model = _from_pretrained(WhisperForConditionalGeneration, where, dtype="float32").to(device).eval()
+    return model, _from_pretrained(WhisperProcessor, where)
 
 
 def load_encoder(name: str, *, dtype: torch.dtype | str = "float32", device: str = "cpu") -> tuple[WhisperEncoder, Any]:
@@ -244,23 +236,29 @@ def load_speech_lm(
     from palimpsest.models.processor import SpeechLMProcessor
     from palimpsest.models.speech_lm import SpeechLM
 
-    where = resolve(str(folder))
-    if not is_speech_lm(where):
+    where = Path(resolve(str(folder)))
+    if not is_speech_lm(str(where)):
         raise UserError(
             f"{folder} is not a speech LLM written by palimpsest; give a methods/NAME/checkpoint folder of a run."
         )
-    if light.is_light(Path(where)):
-        parts = light.read_light(Path(where))
+    if light.is_light(where):
+        parts = light.read_light(where)
         dtype = parts.dtype if dtype == "auto" else dtype  # the one it was trained in
         model, processor = light.compose(
-            Path(where),
+            where,
             *load_language_model(parts.language_model.name, dtype=dtype),
             *load_encoder(parts.encoder.name, dtype=dtype),
         )
     else:
-        model = _from_pretrained(SpeechLM, where, dtype=dtype)
-        processor = _from_pretrained(SpeechLMProcessor, where)
+        model = _from_pretrained(SpeechLM, str(where), dtype=dtype)
+        processor = _from_pretrained(SpeechLMProcessor, str(where))
     return model.to(device).eval(), processor
+
+
+def _config(where: str) -> Any:
+    from transformers import AutoConfig
+
+    return _from_pretrained(AutoConfig, where)
 
 
 def _from_pretrained(kind: Any, where: str, **options: Any) -> Any:

@@ -42,6 +42,7 @@ class TrainedAdaptor:
 
 def read_adaptor(source: str) -> TrainedAdaptor:
     """From a SpeechLM's folder, full or light, or an `embedded:` name. Raises UserError for anything else."""
+    from safetensors import safe_open
     from safetensors.torch import load_file
 
     where = resolve(source)
@@ -55,29 +56,23 @@ def read_adaptor(source: str) -> TrainedAdaptor:
         settings = light.read_light(folder)
         tensors = {name: tensor.float() for name, tensor in load_file(folder / light.ADAPTOR).items()}
         return TrainedAdaptor(source, tensors, settings.stack_factor, settings.speech_length, settings.encoder.content)
-    config = read_json(folder / "config.json")
-    stored = _read_parts(folder, ("adaptor.", "encoder."))
-    return TrainedAdaptor(
-        source,
-        {name: tensor.float() for name, tensor in stored["adaptor."].items()},
-        config["stack_factor"],
-        config["speech_length"],
-        light.content_hash(stored["encoder."].items()),
-    )
-
-
-def _read_parts(folder: Path, prefixes: tuple[str, ...]) -> dict[str, dict[str, Tensor]]:
-    from safetensors import safe_open
-
-    parts: dict[str, dict[str, Tensor]] = {prefix: {} for prefix in prefixes}
+    stored: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         file: Any
         with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (no mapping)
-                for prefix in prefixes:
-                    if key.startswith(prefix):
-                        parts[prefix][key.removeprefix(prefix)] = file.get_tensor(key)
-    return parts
+            stored |= {key: file.get_tensor(key) for key in file.keys() if key.startswith(("adaptor.", "encoder."))}  # noqa: SIM118
+    adaptor, behind = (
+        {key.removeprefix(part): tensor for key, tensor in stored.items() if key.startswith(part)}
+        for part in ("adaptor.", "encoder.")
+    )
+    config = read_json(folder / "config.json")
+    return TrainedAdaptor(
+        source,
+        {name: tensor.float() for name, tensor in adaptor.items()},
+        config["stack_factor"],
+        config["speech_length"],
+        light.content_hash(behind.items()),
+    )
 
 
 def require_fit(

@@ -18,6 +18,7 @@ of three moments (`Memory.moments`), each on top of weights and optimizer state.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -255,15 +256,7 @@ def _gathered(setup: Setup) -> int:
 
 def largest_rows(setup: Setup, batch: Batch, capacity: int) -> int:
     """The most rows of such a batch whose peak stays within `capacity` bytes; 0: not even one."""
-    if memory(setup, replace(batch, rows=1)).peak > capacity:
-        return 0
-    low, high = 1, 2
-    while memory(setup, replace(batch, rows=high)).peak <= capacity:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if memory(setup, replace(batch, rows=middle)).peak <= capacity else (low, middle)
-    return low
+    return bisect_right(range(1, capacity + 1), capacity, key=lambda n: memory(setup, replace(batch, rows=n)).peak)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

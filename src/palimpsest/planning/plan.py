@@ -7,22 +7,26 @@ data. The formulas are in memory.py and, with what was measured against them, in
 from __future__ import annotations
 
 import math
+import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from annotated_types import Ge, Le
 from typing_extensions import Doc
 
 from palimpsest.config import StudyConfig
+from palimpsest.data.examples import Example
 from palimpsest.files import UserError
+from palimpsest.planning.memory import Batch, Memory, Setup, encoder_flops, memory, recomputed_flops, step_flops
 
 if TYPE_CHECKING:
-    from palimpsest.planning.memory import Batch, Memory, Setup
     from palimpsest.planning.sizes import Gpu
+    from palimpsest.training.settings import Settings
 
 GB = 1e9
 UTILISATION = 0.4  # of the GPU's published FLOP/s that training reaches; an assumption, --utilisation changes it
@@ -66,13 +70,23 @@ class Lengths:
     rows: tuple[tuple[int, int, float, int], ...]
     origin: str
 
-    def row(self, i: int, modality: str, positions: int | None, stack: int) -> tuple[int, int, int]:
-        """(sequence, speech positions, answer) of example i, tokens; `positions` if every utterance has as many."""
-        frame, question, seconds, answer = self.rows[i]
-        if modality == "text":
-            return frame + question + answer, 0, answer
-        spoken = positions if positions is not None else math.ceil(min(seconds, 30.0) * 50 / stack)
-        return frame + spoken + answer, spoken, answer
+    def sequences(self, config: StudyConfig, modality: str) -> list[tuple[int, int, int]]:
+        """(sequence, speech positions, answer) of each row, in tokens."""
+        stack = config.speech.stack_factor
+        whole = math.floor if config.speech.length == "pad_to_30s" else math.ceil
+        found = []
+        for frame, question, seconds, answer in self.rows:
+            if modality == "text":
+                found.append((frame + question + answer, 0, answer))
+            else:
+                positions = whole(_frames(config, seconds) / stack)
+                found.append((frame + positions + answer, positions, answer))
+        return found
+
+
+def _frames(config: StudyConfig, seconds: float) -> float:
+    """Encoder frames of an utterance."""
+    return 1500.0 if config.speech.length == "pad_to_30s" else min(seconds, 30.0) * 50
 
 
 @dataclass(frozen=True)
@@ -106,7 +120,6 @@ class Plan:
 
 def make_plan(config: StudyConfig, options: Assumptions) -> Plan:
     """Raises UserError for a model, GPU or data set that cannot be had."""
-    from palimpsest.planning.memory import encoder_flops, memory
     from palimpsest.planning.sizes import decoder_sizes, encoder_sizes, find_gpu
 
     gpu = find_gpu(options.gpu) if options.gpu else None
@@ -114,39 +127,37 @@ def make_plan(config: StudyConfig, options: Assumptions) -> Plan:
     decoder, decoder_origin = decoder_sizes(config.models.language_model, options.shape, options.config)
     encoder, encoder_origin = encoder_sizes(config.models.encoder)
     lengths = read_lengths(config, options)
-    positions = 1500 // config.speech.stack_factor if config.speech.length == "pad_to_30s" else None
-
-    methods = []
-    for name in config.methods:
-        setup = _setup(config, name, decoder, encoder, kind, options.n_gpus)
-        batch = largest_batch(config, lengths, setup, positions)
-        weights = setup.weight_bytes * (decoder.parameters + encoder.parameters + setup.adaptor_parameters)
-        tokens, flops = _arithmetic(config, lengths, setup, positions)
-        steps = _steps(config, lengths.n, tokens)
-        saves = config.training.checkpoint_every < steps
-        methods.append(
-            MethodPlan(
-                name=name,
-                setup=setup,
-                batch=batch,
-                memory=memory(setup, batch),
-                tokens=tokens,
-                steps=steps,
-                flops=flops * config.training.epochs,
-                checkpoint=weights,
-                # Two checkpoints of the Trainer are kept and a third is being written.
-                while_training=3 * (weights + 2 * setup.weight_bytes * setup.trainable) if saves else 0,
-            )
+    training = config.training
+    setups = {
+        name: Setup(
+            decoder=decoder,
+            encoder=encoder,
+            method=method.kind,
+            rank=method.rank,
+            modality=method.modality,
+            stack_factor=config.speech.stack_factor,
+            adaptor_hidden=config.speech.adaptor_hidden_size,
+            weight_bytes=4 if config.models.dtype == "float32" else 2,
+            autocast=training.bf16,
+            checkpointing=training.gradient_checkpointing,
+            accumulation=training.accumulation,
+            # A sharded head is not there as a whole for the fused kernel.
+            fused_loss=options.n_gpus == 1
+            and kind == "cuda"
+            and (training.liger is True or (training.liger == "auto" and find_spec("liger_kernel") is not None)),
+            device=kind,
+            n_gpus=options.n_gpus,
         )
-    frames = [1500.0 if positions is not None else min(row[2], 30.0) * 50 for row in lengths.rows]
-    n_frames = lengths.n * fmean(frames)
+        for name, method in config.methods.items()
+    }
+    frames = fmean(_frames(config, row[2]) for row in lengths.rows)
     return Plan(
         config=config,
-        methods=tuple(methods),
+        methods=tuple(_plan_method(config, lengths, name, setup) for name, setup in setups.items()),
         lengths=lengths,
         origins={"language model": decoder_origin, "encoder": encoder_origin},
-        features=round(n_frames * encoder.dim * 2),
-        encoding_flops=encoder_flops(encoder, n_frames, fmean(frames)),
+        features=round(lengths.n * frames * encoder.dim * 2),
+        encoding_flops=encoder_flops(encoder, lengths.n * frames, frames),
         scores=2 * 4 * decoder.matrices,
         capacity=capacity,
         device=device,
@@ -157,10 +168,8 @@ def make_plan(config: StudyConfig, options: Assumptions) -> Plan:
 # ---------------------------------------------------------------------------------------------------------------------
 # Device, method, batch
 # ---------------------------------------------------------------------------------------------------------------------
-def _device(config: StudyConfig, options: Assumptions, gpu: Gpu | None) -> tuple[int, str, Any]:
-    """(bytes of one device, its name, "cpu" or "cuda"): what was asked for, or what this machine has."""
-    import os
-
+def _device(config: StudyConfig, options: Assumptions, gpu: Gpu | None) -> tuple[int, str, Literal["cpu", "cuda"]]:
+    """(bytes of one device, its name, its kind): what was asked for, or what this machine has."""
     import torch
 
     if options.memory is not None:
@@ -173,86 +182,63 @@ def _device(config: StudyConfig, options: Assumptions, gpu: Gpu | None) -> tuple
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory", "cpu"
 
 
-def _setup(config: StudyConfig, name: str, decoder: Any, encoder: Any, device: Any, n_gpus: int) -> Setup:
-    from palimpsest.planning.memory import Setup
-
-    method, training = config.methods[name], config.training
-    return Setup(
-        decoder=decoder,
-        encoder=encoder,
-        method=method.kind,
-        rank=method.rank,
-        modality=method.modality,
-        stack_factor=config.speech.stack_factor,
-        adaptor_hidden=config.speech.adaptor_hidden_size,
-        weight_bytes=4 if config.models.dtype == "float32" else 2,
-        autocast=training.bf16,
-        checkpointing=training.gradient_checkpointing,
-        accumulation=training.accumulation,
-        # A sharded head is not there as a whole for the fused kernel.
-        fused_loss=n_gpus == 1 and device == "cuda" and _fused(training.liger),
-        device=device,
-        n_gpus=n_gpus,
-    )
-
-
-def _fused(liger: bool | str) -> bool:
-    return liger is True or (liger == "auto" and find_spec("liger_kernel") is not None)
-
-
-def largest_batch(config: StudyConfig, lengths: Lengths, setup: Setup, positions: int | None) -> Batch:
-    """The batch that needs most memory on one device: as many rows as it takes, all as long as the longest example."""
-    from palimpsest.planning.memory import Batch
-
+def _plan_method(config: StudyConfig, lengths: Lengths, name: str, setup: Setup) -> MethodPlan:
     training = config.training
-    rows = [lengths.row(i, setup.modality, positions, setup.stack_factor) for i in range(len(lengths.rows))]
-    longest = max(length for length, _, _ in rows)
-    n_rows = training.batch_size
-    budget: int | None = training.max_tokens
-    if budget is not None:
-        if longest > budget:
-            raise UserError(f"training.max_tokens is {budget}, the longest example has {longest} tokens; raise it.")
-        n_rows = min(n_rows, budget // longest)
-    n_rows = -(-n_rows // setup.n_gpus)  # every device takes its share of each batch
-    shortest_prompt = min(length - answer for length, _, answer in rows)
-    return Batch(
-        rows=n_rows,
-        length=longest,
-        positions=max(spoken for _, spoken, _ in rows),
-        # Under a token budget similar lengths come together, so all answers of a batch may be long.
-        supervised=max(a for _, _, a in rows) if budget is not None else round(fmean(a for _, _, a in rows)),
-        columns=longest - shortest_prompt,
-    )
-
-
-def _arithmetic(config: StudyConfig, lengths: Lengths, setup: Setup, positions: int | None) -> tuple[float, float]:
-    """(tokens with padding, FLOPs) of one epoch."""
-    from palimpsest.planning.memory import recomputed_flops, step_flops
-
-    rows = [lengths.row(i, setup.modality, positions, setup.stack_factor) for i in range(len(lengths.rows))]
-    order = list(range(len(rows)))
-    random.Random(0).shuffle(order)
-    if config.training.max_tokens is not None:
-        order.sort(key=lambda i: rows[i][0])
-    size = config.training.batch_size
-    padded = 0.0
-    for start in range(0, len(order), size):
-        group = order[start : start + size]
-        padded += len(group) * max(rows[i][0] for i in group)
-    tokens = padded / len(rows) * lengths.n
-    length = padded / len(rows)
+    rows = lengths.sequences(config, setup.modality)
+    batch = _largest_batch(training, rows, setup.n_gpus)
+    length = _padded_length(training, rows)
+    tokens = length * lengths.n
     spoken, answers = (lengths.n * fmean(row[k] for row in rows) for k in (1, 2))
     flops = step_flops(setup, tokens, length, spoken, answers) + recomputed_flops(setup, tokens, length)
-    return tokens, flops
+    batches = math.ceil(lengths.n / training.batch_size)
+    if training.max_tokens is not None:
+        batches = max(batches, math.ceil(tokens / training.max_tokens))
+    steps = max(1, math.ceil(math.ceil(batches / training.accumulation) * training.epochs))
+    weights = setup.weight_bytes * (setup.decoder.parameters + setup.encoder.parameters + setup.adaptor_parameters)
+    saves = training.checkpoint_every < steps
+    return MethodPlan(
+        name=name,
+        setup=setup,
+        batch=batch,
+        memory=memory(setup, batch),
+        tokens=tokens,
+        steps=steps,
+        flops=flops * training.epochs,
+        checkpoint=weights,
+        # Two checkpoints of the Trainer are kept and a third is being written.
+        while_training=3 * (weights + 2 * setup.weight_bytes * setup.trainable) if saves else 0,
+    )
 
 
-def _steps(config: StudyConfig, n: int, tokens: float) -> int:
-    training = config.training
-    budget: int | None = training.max_tokens
-    batches = math.ceil(n / training.batch_size)
-    if budget is not None:
-        batches = max(batches, math.ceil(tokens / budget))
-    return max(1, math.ceil(math.ceil(batches / training.accumulation) * training.epochs))
+def _largest_batch(training: Settings, rows: list[tuple[int, int, int]], n_gpus: int) -> Batch:
+    """The batch that needs most memory on one device: as many rows as it takes, all as long as the longest example."""
+    longest = max(length for length, _, _ in rows)
+    answers = [answer for _, _, answer in rows]
+    n_rows, supervised = training.batch_size, round(fmean(answers))
+    if training.max_tokens is not None:
+        if longest > training.max_tokens:
+            raise UserError(
+                f"training.max_tokens is {training.max_tokens}, the longest example has {longest} tokens; raise it."
+            )
+        n_rows = min(n_rows, training.max_tokens // longest)
+        supervised = max(answers)  # similar lengths come together, so all answers of a batch may be long
+    return Batch(
+        rows=-(-n_rows // n_gpus),  # every device takes its share of each batch
+        length=longest,
+        positions=max(spoken for _, spoken, _ in rows),
+        supervised=supervised,
+        columns=longest - min(length - answer for length, _, answer in rows),
+    )
+
+
+def _padded_length(training: Settings, rows: list[tuple[int, int, int]]) -> float:
+    """Mean length of a sequence with its padding, in tokens."""
+    lengths = [length for length, _, _ in rows]
+    random.Random(0).shuffle(lengths)
+    if training.max_tokens is not None:
+        lengths.sort()
+    batches = [lengths[i : i + training.batch_size] for i in range(0, len(lengths), training.batch_size)]
+    return sum(len(batch) * max(batch) for batch in batches) / len(lengths)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,7 +246,6 @@ def _steps(config: StudyConfig, n: int, tokens: float) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 def read_lengths(config: StudyConfig, options: Assumptions) -> Lengths:
     """Lengths of the training examples: read where the data lies on this machine, else assumed from `options`."""
-    from palimpsest.data.examples import Example
     from palimpsest.data.sources import JOIN, load_examples
 
     train = config.data.train
@@ -282,7 +267,7 @@ def read_lengths(config: StudyConfig, options: Assumptions) -> Lengths:
         # One long example in a hundred.
         return Lengths(n, tuple([row] * 99 + [longest]), origin)
 
-    examples: list[Example] = load_examples(train.source, train.split, train.limit, seed=config.seed)
+    examples = load_examples(train.source, train.split, train.limit, seed=config.seed)
     sample = random.Random(0).sample(examples, SAMPLE) if len(examples) > SAMPLE else examples
     count, by = _counter(config)
     rows = tuple(count(example) for example in sample)
@@ -298,44 +283,30 @@ def is_hub_name(source: str) -> bool:
     return source.count("/") == 1 and not source.endswith(SUFFIXES)
 
 
-def _counter(config: StudyConfig) -> tuple[Any, str]:
-    """A function from an example to its row of `Lengths`, and in words what it counts with."""
+def _counter(config: StudyConfig) -> tuple[Callable[[Example], tuple[int, int, float, int]], str]:
+    """A function from an example to its row of `Lengths`, and in words what it counts with.
+
+    The model's tokenizer, if that is on this machine.
+    """
     import soundfile
-
-    def seconds(example: Any) -> float:
-        if example.audio is not None:
-            return float(soundfile.info(str(example.audio)).duration)
-        return SECONDS_PER_CHARACTER * len(example.question)
-
-    processor = _processor(config)
-    if processor is None:
-        per = CHARACTERS_PER_TOKEN
-        return lambda e: (
-            PROMPT_TOKENS, -(-len(e.question) // per), seconds(e), -(-len(e.answer) // per) + 1
-        ), f"as {per} characters a token, without the tokenizer"  # fmt: skip
-    frame = len(processor.speech_prompt(0))
-
-    def row(example: Any) -> tuple[int, int, float, int]:
-        text = len(processor.text_prompt(example.question))
-        return frame, text - frame, seconds(example), len(processor.answer(example.answer))
-
-    return row, "with the model's tokenizer"
-
-
-def _processor(config: StudyConfig) -> Any:
-    """The prompts' processor, if the language model's tokenizer is on this machine or can be had."""
-    from transformers import AutoTokenizer, WhisperFeatureExtractor
+    from transformers import AutoTokenizer
 
     from palimpsest.models.loading import text_source
     from palimpsest.models.processor import SpeechLMProcessor
 
+    def seconds(example: Example) -> float:
+        if example.audio is not None:
+            return float(soundfile.info(str(example.audio)).duration)
+        return SECONDS_PER_CHARACTER * len(example.question)
+
     where = text_source(config.models.language_model)
     if not Path(where).is_dir():
-        return None
-    return SpeechLMProcessor(
-        AutoTokenizer.from_pretrained(where),
-        WhisperFeatureExtractor(),
-        stack_factor=config.speech.stack_factor,
-        speech_length=config.speech.length,
-        style=config.prompt,
-    )
+        per = CHARACTERS_PER_TOKEN
+        return lambda e: (
+            PROMPT_TOKENS, -(-len(e.question) // per), seconds(e), -(-len(e.answer) // per) + 1
+        ), f"as {per} characters a token, without the tokenizer"  # fmt: skip
+    processor = SpeechLMProcessor(AutoTokenizer.from_pretrained(where), None, style=config.prompt)
+    frame = len(processor.speech_prompt(0))
+    return lambda e: (
+        frame, len(processor.text_prompt(e.question)) - frame, seconds(e), len(processor.answer(e.answer))
+    ), "with the model's tokenizer"  # fmt: skip

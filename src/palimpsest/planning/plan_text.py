@@ -9,7 +9,7 @@ from pathlib import Path
 from palimpsest.config import load_config
 from palimpsest.files import UserError
 from palimpsest.planning.memory import largest_rows, memory, optimizer_traffic
-from palimpsest.planning.plan import BANDWIDTH_SHARE, GB, Assumptions, MethodPlan, Plan, make_plan
+from palimpsest.planning.plan import BANDWIDTH_SHARE, GB, Assumptions, Plan, make_plan
 from palimpsest.report.table import Cell, Column, Table, to_plain
 
 FORMULAS = (
@@ -32,22 +32,13 @@ FORMULAS = (
 def plan_recipe(recipe: Path, options: Assumptions) -> Iterator[str]:
     """The plan as lines of text. Raises UserError after the last of them if a method does not fit."""
     plan = make_plan(load_config(recipe), options)
-    yield from lines(plan, options)
+    for section in (_what(plan), _memory(plan, options), _time(plan, options), _disk(plan)):
+        yield from section
+        yield ""
+    yield from FORMULAS
     message = refusal(plan, recipe)
     if message is not None:
         raise UserError(message)
-
-
-def lines(plan: Plan, options: Assumptions) -> Iterator[str]:
-    yield from _what(plan)
-    yield ""
-    yield from _memory(plan, options)
-    yield ""
-    yield from _time(plan, options)
-    yield ""
-    yield from _disk(plan)
-    yield ""
-    yield from FORMULAS
 
 
 def refusal(plan: Plan, recipe: Path) -> str | None:
@@ -69,17 +60,11 @@ def refusal(plan: Plan, recipe: Path) -> str | None:
             f"the largest batch that fits is {rows} {'row' if rows == 1 else 'rows'}: set training.batch_size to "
             f"{rows * worst.setup.n_gpus} and training.accumulation to {-(-total // rows)}, or gradient_checkpointing."
         )
-    n = _gpus_that_fit(worst, plan.capacity)
+    setup, batch = worst.setup, replace(worst.batch, rows=1)
+    counts = range(setup.n_gpus + 1, 129)
+    n = next((n for n in counts if memory(replace(setup, n_gpus=n), batch).peak <= plan.capacity), None)
     more = f"at least {n} such devices are needed (--n-gpus {n})" if n else "no number of such devices is enough"
     return sentence + f"not even a batch of one row fits, and {more}."
-
-
-def _gpus_that_fit(method: MethodPlan, capacity: int) -> int | None:
-    batch = replace(method.batch, rows=1)
-    for n in range(method.setup.n_gpus + 1, 129):
-        if memory(replace(method.setup, n_gpus=n), batch).peak <= capacity:
-            return n
-    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -111,7 +96,7 @@ def _what(plan: Plan) -> Iterator[str]:
 def _memory(plan: Plan, options: Assumptions) -> Iterator[str]:
     where = "on each device, weights, gradients and optimizer sharded" if options.n_gpus > 1 else "on the device"
     yield f"Memory {where}, GB (10⁹ bytes), of {plan.capacity / GB:.1f}"
-    heads = ["trained", "largest batch", "weights", "gradients", "optimizer", "activations", "loss"]
+    heads = ["", "trained", "largest batch", "weights", "gradients", "optimizer", "activations", "loss"]
     heads += (["gathered"] if options.n_gpus > 1 else []) + ["runtime", "allocator", "peak", "at its peak when", ""]
     rows = []
     for method in plan.methods:
@@ -119,18 +104,9 @@ def _memory(plan: Plan, options: Assumptions) -> Iterator[str]:
         parts = [m.weights, m.gradients, m.optimizer, m.activations, m.logits]
         parts += ([m.gathered] if options.n_gpus > 1 else []) + [m.runtime, m.allocator, m.peak]
         moment = max(m.moments, key=lambda name: m.moments[name])
-        fits = "fits" if m.peak <= plan.capacity else "does not fit"
-        rows.append(
-            [
-                method.name,
-                f"{method.setup.trainable:,}",
-                f"{batch.rows} × {batch.length}",
-                *(f"{part / GB:.2f}" for part in parts),
-                moment,
-                fits,
-            ]
-        )
-    yield from _table(["", *heads], rows, words=(0, len(heads) - 1, len(heads)))
+        sizes = [f"{method.setup.trainable:,}", f"{batch.rows} × {batch.length}", *(f"{n / GB:.2f}" for n in parts)]
+        rows.append([method.name, *sizes, moment, "fits" if m.peak <= plan.capacity else "does not fit"])
+    yield from _table(heads, rows, words=(0, len(heads) - 2, len(heads) - 1))
 
 
 def _time(plan: Plan, options: Assumptions) -> Iterator[str]:
@@ -167,18 +143,14 @@ def _disk(plan: Plan) -> Iterator[str]:
     kept = checkpoints + models * plan.scores + plan.features
     passing = max(method.while_training for method in plan.methods)
     yield f"Disk, GB: {(kept + passing) / GB:.1f} at most, {kept / GB:.1f} in the end"
+    n = len(plan.methods) * config.seeds
     rows = [
         ["encoder frames of the training data (16-bit)", f"{plan.features / GB:.2f}"],
         [f"importance, two reductions of {models} models", f"{models * plan.scores / GB:.2f}"],
-        [f"checkpoints of {_runs(plan)}", f"{checkpoints / GB:.2f}"],
+        [f"checkpoints of {n} {'methods' if config.seeds == 1 else 'training runs'}", f"{checkpoints / GB:.2f}"],
         ["while one trains: three checkpoints with optimizer state", f"{passing / GB:.2f}"],
     ]
     yield from _table(["", ""], rows)
-
-
-def _runs(plan: Plan) -> str:
-    n = len(plan.methods)
-    return f"{n} methods" if plan.config.seeds == 1 else f"{n * plan.config.seeds} training runs"
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[int] = (0,)) -> list[str]:

@@ -28,24 +28,19 @@ class Gpu:
     bandwidth: float  # bytes/s
 
 
-def _gpu(name: str, gigabytes: int, bf16: float, float32: float, bandwidth: float) -> Gpu:
-    """TFLOP/s and TB/s to FLOP/s and bytes/s."""
-    return Gpu(name, gigabytes * 10**9, bf16 * 1e12, float32 * 1e12, bandwidth * 1e12)
-
-
 GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        _gpu("H200", 141, 989, 67, 4.8),
-        _gpu("H100", 80, 989, 67, 3.35),
-        _gpu("H100-PCIe", 80, 756, 51, 2.0),
-        _gpu("A100-80GB", 80, 312, 19.5, 2.039),
-        _gpu("A100-40GB", 40, 312, 19.5, 1.555),
-        _gpu("L40S", 48, 362, 91.6, 0.864),
-        _gpu("L4", 24, 121, 30.3, 0.3),
-        _gpu("A10", 24, 125, 31.2, 0.6),
-        _gpu("RTX-4090", 24, 165, 82.6, 1.008),
-        _gpu("RTX-3090", 24, 71, 35.6, 0.936),
+    name: Gpu(name, gigabytes * 10**9, bf16 * 1e12, float32 * 1e12, bandwidth * 1e12)
+    for name, gigabytes, bf16, float32, bandwidth in (  # GB, TFLOP/s, TFLOP/s, TB/s
+        ("H200", 141, 989, 67, 4.8),
+        ("H100", 80, 989, 67, 3.35),
+        ("H100-PCIe", 80, 756, 51, 2.0),
+        ("A100-80GB", 80, 312, 19.5, 2.039),
+        ("A100-40GB", 40, 312, 19.5, 1.555),
+        ("L40S", 48, 362, 91.6, 0.864),
+        ("L4", 24, 121, 30.3, 0.3),
+        ("A10", 24, 125, 31.2, 0.6),
+        ("RTX-4090", 24, 165, 82.6, 1.008),
+        ("RTX-3090", 24, 71, 35.6, 0.936),
     )
 }
 
@@ -60,57 +55,22 @@ def find_gpu(name: str) -> Gpu:
     return found
 
 
-_LLAMA_3 = {
-    "model_type": "llama",
-    "vocab_size": 128_256,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131_072,
-}
+_DECODER_KEYS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "tie_word_embeddings", "max_position_embeddings",
+)  # fmt: skip
 DECODERS: dict[str, dict[str, Any]] = {
-    "llama-3.2-1b": {
-        **_LLAMA_3,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-    },
-    "llama-3.1-8b": {
-        **_LLAMA_3,
-        "hidden_size": 4096,
-        "intermediate_size": 14_336,
-        "num_hidden_layers": 32,
-        "head_dim": 128,
-        "tie_word_embeddings": False,
-    },
-    "smollm2-135m": {
-        "model_type": "llama",
-        "vocab_size": 49_152,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "head_dim": 64,
-        "tie_word_embeddings": True,
-    },
+    name: {"model_type": "llama", **dict(zip(_DECODER_KEYS, sizes, strict=True))}
+    for name, sizes in {
+        "llama-3.2-1b": (128_256, 2048, 8192, 16, 32, 8, 64, True, 131_072),
+        "llama-3.1-8b": (128_256, 4096, 14_336, 32, 32, 8, 128, False, 131_072),
+        "smollm2-135m": (49_152, 576, 1536, 30, 9, 3, 64, True, 2048),
+    }.items()
 }
+_ENCODER_KEYS = ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins")
 ENCODERS: dict[str, dict[str, Any]] = {
-    "whisper-large-v3": {
-        "d_model": 1280,
-        "encoder_layers": 32,
-        "encoder_attention_heads": 20,
-        "encoder_ffn_dim": 5120,
-        "num_mel_bins": 128,
-    },
-    "whisper-tiny.en": {
-        "d_model": 384,
-        "encoder_layers": 4,
-        "encoder_attention_heads": 6,
-        "encoder_ffn_dim": 1536,
-        "num_mel_bins": 80,
-    },
+    "whisper-large-v3": dict(zip(_ENCODER_KEYS, (1280, 32, 20, 5120, 128), strict=True)),
+    "whisper-tiny.en": dict(zip(_ENCODER_KEYS, (384, 4, 6, 1536, 80), strict=True)),
 }
 
 
@@ -146,17 +106,15 @@ def decoder_sizes(name: str, shape: str | None = None, config_file: Path | None 
 
 def encoder_sizes(name: str) -> tuple[Encoder, str]:
     """Sizes of the Whisper encoder `name`, and where they are from. Raises UserError where there is no config."""
-    from transformers import AutoConfig, WhisperConfig
+    from transformers import WhisperConfig
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
     key = _last_part(name)
-    if key in ENCODERS:
-        config, origin = WhisperConfig(**ENCODERS[key]), "built-in config"
-    else:
-        config, origin = _load(AutoConfig, name), "its config"
+    config = WhisperConfig(**ENCODERS[key]) if key in ENCODERS else _load(name)
     with torch.device("meta"):
         encoder = WhisperEncoder(config)
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
+    origin = "built-in config" if key in ENCODERS else "its config"
     return Encoder(parameters, config.d_model, config.encoder_layers), origin
 
 
@@ -175,7 +133,7 @@ def _decoder_config(name: str, shape: str | None, config_file: Path | None) -> t
     known = shape or next((key for key in DECODERS if _last_part(name) in (key, f"{key}-instruct")), None)
     if known is not None:
         return AutoConfig.for_model(**DECODERS[known]), f"built-in shape {known}"
-    return _load(AutoConfig, name), "its config"
+    return _load(name), "its config"
 
 
 def _last_part(name: str) -> str:
@@ -183,10 +141,11 @@ def _last_part(name: str) -> str:
     return "" if Path(name).is_dir() else name.replace(":", "/").rpartition("/")[2].lower()
 
 
-def _load(kind: Any, name: str) -> Any:
-    where = text_source(name)
+def _load(name: str) -> Any:
+    from transformers import AutoConfig
+
     try:
-        return kind.from_pretrained(where)
+        return AutoConfig.from_pretrained(text_source(name))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(

@@ -54,10 +54,6 @@ class State:
     refusals: dict[Key, str]
 
 
-def title(model: str) -> str:
-    return method_name(model)
-
-
 def open_panel(run: Path) -> Panel:
     """Read study.yaml and see which checkpoints are there; nothing is loaded.
 
@@ -74,9 +70,9 @@ def open_panel(run: Path) -> Panel:
         refusals[BASE, "cascade"] = "The study names no recogniser (models.asr), so there is no cascade."
     for name, method in config.runs.items():
         if method.modality == "text":
-            refusals[name, "speech"] = f"{title(name)} was tuned on text alone and takes no speech."
+            refusals[name, "speech"] = f"{method_name(name)} was tuned on text alone and takes no speech."
         if not (checkpoint_of(run, name) / "config.json").is_file():
-            absent = f"methods/{name}/checkpoint is not there: the study has not trained {title(name)} yet."
+            absent = f"methods/{name}/checkpoint is not there: the study has not trained {method_name(name)} yet."
             refusals |= {(name, "text"): absent, (name, "speech"): absent}
     return Panel(run, config, refusals)
 
@@ -92,14 +88,14 @@ def ask_everyone(
     Raises:
         UserError: neither text nor a recording, or a recording that cannot be read; before any model is loaded.
     """
-    typed = text is not None and bool(text.strip())
-    if not typed and audio is None:
+    text = text if text is not None and text.strip() else ""
+    if not text and audio is None:
         raise UserError("Type a question, record one, or choose a file.")
     if audio is not None:
         read_audio(audio)
-    by_text: tuple[Input, ...] = ("text",) if typed else ()
+    by_text: tuple[Input, ...] = ("text",) if text else ()
     by_speech: tuple[Input, ...] = ("speech", "cascade") if audio is not None else ()
-    example = Example(id="question", question=text if typed and text else "", answers=("",), answer="", audio=audio)
+    example = Example(id="question", question=text, answers=("",), answer="", audio=audio)
     limit = max_new_tokens or panel.config.evaluation.max_new_tokens
     keys = panel.keys(by_text + by_speech)
     state = State("", {}, {key: panel.refusals[key] for key in keys if key in panel.refusals})
@@ -115,14 +111,9 @@ def ask_everyone(
         wanted = [key for key in keys if key[0] == model and key not in state.refusals]
         if not wanted:
             continue
-        yield (state := replace(state, status=f"Loading {title(model)} …"))
-        answers, refusals = dict(state.answers), dict(state.refusals)
-        for key, given in _answers(panel, wanted, example, transcript, limit).items():
-            if isinstance(given, Exception):
-                refusals[key] = _sentence(given)
-            else:
-                answers[key] = given
-        state = State(state.status, answers, refusals)
+        yield (state := replace(state, status=f"Loading {method_name(model)} …"))
+        answers, refusals = _answers(panel, wanted, example, transcript, limit)
+        state = State(state.status, {**state.answers, **answers}, {**state.refusals, **refusals})
         gc.collect()  # the room is needed by the next model
         yield state
     yield replace(state, status="Done.")
@@ -133,64 +124,57 @@ def ask_everyone(
 # ----------------------------------------------------------------------------------------------------------
 def _answers(
     panel: Panel, wanted: list[Key], example: Example, transcript: str | None, limit: int
-) -> dict[Key, str | Exception]:
+) -> tuple[dict[Key, str], dict[Key, str]]:
+    """What one model answers, and why it does not."""
     try:
         answerers = _load(panel, wanted[0][0], transcript, limit)
     except _failures() as error:
-        return dict.fromkeys(wanted, error)
-    given: dict[Key, str | Exception] = {}
-    for model, how in wanted:
+        return {}, dict.fromkeys(wanted, _sentence(error))
+    answers: dict[Key, str] = {}
+    refusals: dict[Key, str] = {}
+    for key in wanted:
+        how = key[1]
         try:
             (answer,) = answerers[how]([example], how)
         except _failures() as error:
-            given[model, how] = error
+            refusals[key] = _sentence(error)
             continue
-        response = answer.response or EMPTY
-        given[model, how] = f"Heard: {answer.transcript or '(nothing)'}\n\n{response}" if how == "cascade" else response
-    return given
+        heard = f"Heard: {answer.transcript or '(nothing)'}\n\n" if how == "cascade" else ""
+        answers[key] = heard + (answer.response or EMPTY)
+    return answers, refusals
 
 
 def _load(panel: Panel, model: str, transcript: str | None, limit: int) -> dict[Input, Answerer]:
     from palimpsest.evaluation.answers import text_answerer
     from palimpsest.evaluation.cascade import cascade_answerer, transcribed_before
     from palimpsest.evaluation.spoken import recording_answerer
-    from palimpsest.models.loading import load_language_model, load_speech_lm
+    from palimpsest.models.loading import load_speech_lm, load_tokenizer
     from palimpsest.progress import Reporter
     from palimpsest.study.workspace import Workspace
 
     models, system = panel.config.models, panel.config.prompt.system
+    ws = Workspace(panel.config, panel.run, Reporter(0, quiet=True))
+    answerers: dict[Input, Answerer] = {}
     if model == BASE:
-        transcribe = transcribed_before({"question": transcript})
-        if models.adaptor is not None:  # the recipe gives the base ears, and a run's workspace puts them on
-            ws = Workspace(panel.config, panel.run, Reporter(0, quiet=True))
-            by_text = text_answerer(ws.base, ws.processor.tokenizer, limit, system)
-            by_speech = recording_answerer(ws.speech_lm(BASE), ws.processor, limit)
-            return {"text": by_text, "speech": by_speech, "cascade": cascade_answerer(transcribe, by_text)}
-        language_model, tokenizer = load_language_model(
-            models.language_model, dtype=models.dtype, device=_device(panel)
-        )
-        by_text = text_answerer(language_model, tokenizer, limit, system)
-        return {"text": by_text, "cascade": cascade_answerer(transcribe, by_text)}
-    checkpoint = checkpoint_of(panel.run, model)
-    speech_lm, processor = load_speech_lm(checkpoint, dtype=models.dtype, device=_device(panel))
-    return {
-        "text": text_answerer(speech_lm.language_model, processor.tokenizer, limit, system),
-        "speech": recording_answerer(speech_lm, processor, limit),
-    }
+        by_text = text_answerer(ws.base, load_tokenizer(models.language_model), limit, system)
+        answerers["cascade"] = cascade_answerer(transcribed_before({"question": transcript}), by_text)
+        if models.adaptor is not None:  # the recipe puts the base behind this adaptor
+            answerers["speech"] = recording_answerer(ws.speech_lm(BASE), ws.processor, limit)
+    else:
+        checkpoint = checkpoint_of(panel.run, model)
+        speech_lm, processor = load_speech_lm(checkpoint, dtype=models.dtype, device=ws.device)
+        by_text = text_answerer(speech_lm.language_model, processor.tokenizer, limit, system)
+        answerers["speech"] = recording_answerer(speech_lm, processor, limit)
+    return {"text": by_text, **answerers}
 
 
 def _transcript(panel: Panel, example: Example) -> str:
     from palimpsest.evaluation.cascade import transcribe
-    from palimpsest.models.loading import load_asr
+    from palimpsest.models.loading import choose_device, load_asr
 
-    model, processor = load_asr(str(panel.config.models.asr), device=_device(panel))
+    models = panel.config.models
+    model, processor = load_asr(str(models.asr), device=choose_device(models.device))
     return transcribe(model, processor, [example])[example.id]
-
-
-def _device(panel: Panel) -> str:
-    from palimpsest.models.loading import choose_device
-
-    return choose_device(panel.config.models.device)
 
 
 def _failures() -> tuple[type[Exception], ...]:

@@ -68,8 +68,8 @@ def models_of(inputs: Inputs) -> list[str]:
 
 def reductions_of(inputs: Inputs) -> list[str]:
     """Reductions of the layer table, the one the claims are decided on first."""
-    found = sorted({row["reduction"] for row in inputs.results["layers"]})
-    return sorted(found, key=lambda name: name != main_reduction(inputs.results))
+    main = main_reduction(inputs.results)
+    return sorted({row["reduction"] for row in inputs.results["layers"]}, key=lambda name: (name != main, name))
 
 
 def matrices_of(inputs: Inputs) -> list[str]:
@@ -141,8 +141,7 @@ def draw_grids(base: Grid | None, tuned: Grid | None, measure: str) -> Figure:
     grids = [g for g in (base, tuned) if g is not None]
     if not grids:
         raise UserError("There is no importance by layer to draw.")
-    comparable = base is not None and tuned is not None and base.kinds == tuned.kinds
-    comparable = comparable and base.values.shape == tuned.values.shape  # type: ignore[union-attr]
+    comparable = len(grids) == 2 and len({(g.kinds, g.values.shape) for g in grids}) == 1
     n_layers = max(len(g.values) for g in grids)
     known = np.concatenate([g.values[np.isfinite(g.values) & (g.values > 0)] for g in grids])
     scale = LogNorm(float(known.min()), float(known.max())) if known.size else LogNorm(0.1, 1)
@@ -158,9 +157,7 @@ def draw_grids(base: Grid | None, tuned: Grid | None, measure: str) -> Figure:
         bar.ax.minorticks_off()
         bar.set_label(f"importance, {MEASURES[measure]}")
         if comparable:
-            assert base is not None
-            assert tuned is not None
-            _draw_shift(figure, axes[-1], base, tuned)
+            _draw_shift(figure, axes[-1], *grids)
     return figure
 
 

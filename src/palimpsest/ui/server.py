@@ -24,7 +24,6 @@ footer { display: none !important; }
 .gradio-container { max-width: 76rem !important; width: 100% !important; margin: auto !important; }
 .gradio-container main { width: 100%; max-width: 100%; }
 """
-NOTHING = ""
 
 
 def serve(run: Path, port: int | None = None) -> Iterator[str]:
@@ -46,11 +45,14 @@ def served(run: Path, port: int | None = None) -> Iterator[Any]:
     with tempfile.TemporaryDirectory(prefix="palimpsest-ui-") as scratch:  # for recordings: gone with the page
         os.environ["GRADIO_TEMP_DIR"] = scratch
         page = build(gradio, panel, inputs)
+        # Fonts of the system: the themes' own are loaded from a font service.
+        fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
+        theme = gradio.themes.Base(**fonts, primary_hue="blue")
         try:
             page.launch(
                 **{"server_name": HOST, "server_port": port, "share": False, "inbrowser": False, "quiet": True},
                 **{"prevent_thread_lock": True, "show_error": True, "ssr_mode": False, "max_file_size": "50mb"},
-                **{"theme": _theme(gradio), "css": STYLE, "footer_links": [], "enable_monitoring": False},
+                **{"theme": theme, "css": STYLE, "footer_links": [], "enable_monitoring": False},
             )
         except OSError as error:
             where = "No port" if port is None else f"Port {port}"
@@ -71,12 +73,6 @@ def _gradio() -> Any:
             "The page needs Gradio, which is not installed; install it with pip install 'palimpsest-llm[ui]'."
         ) from error
     return gradio
-
-
-def _theme(gradio: Any) -> Any:
-    """Fonts of the system: the themes' own are loaded from a font service."""
-    fonts = ["system-ui", "sans-serif"]
-    return gradio.themes.Base(font=fonts, font_mono=["ui-monospace", "monospace"], primary_hue="blue")
 
 
 def build(gradio: Any, panel: asking.Panel, inputs: Inputs) -> Any:
@@ -117,8 +113,8 @@ def _ask_tab(gradio: Any, panel: asking.Panel) -> None:
         with gradio.Row():
             for key in panel.keys(inputs):
                 boxes[key] = gradio.Textbox(
-                    label="Cascade" if key[1] == "cascade" else asking.title(key[0]),
-                    value=panel.refusals.get(key, NOTHING),
+                    label="Cascade" if key[1] == "cascade" else method_name(key[0]),
+                    value=panel.refusals.get(key, ""),
                     interactive=False,
                     lines=4,
                     max_lines=12,
@@ -134,7 +130,7 @@ def _ask_tab(gradio: Any, panel: asking.Panel) -> None:
             for state in states:
                 yield {status: state.status, **{box: shown(panel, state, key) for key, box in boxes.items()}}
         except UserError as error:
-            yield {status: str(error), **{box: panel.refusals.get(key, NOTHING) for key, box in boxes.items()}}
+            yield {status: str(error), **{box: panel.refusals.get(key, "") for key, box in boxes.items()}}
 
     arguments = {
         **{"fn": ask, "inputs": [text, audio, limit], "outputs": [status, *boxes.values()]},
@@ -146,7 +142,7 @@ def _ask_tab(gradio: Any, panel: asking.Panel) -> None:
 
 def shown(panel: asking.Panel, state: asking.State, key: asking.Key) -> str:
     """What stands in a box: the answer, or why there is none, or nothing yet."""
-    return state.answers.get(key) or state.refusals.get(key) or panel.refusals.get(key, NOTHING)
+    return state.answers.get(key) or state.refusals.get(key) or panel.refusals.get(key, "")
 
 
 # ----------------------------------------------------------------------------------------------------------
