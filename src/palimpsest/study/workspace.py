@@ -82,8 +82,15 @@ class Workspace:
         self.done.append(step)
 
     def _say_why(self, name: str, inputs: Mapping[str, Any]) -> None:
-        """Once: the first finished step that is made again, and what differs; the steps after it follow from that."""
-        found = self.dir.outdated(name, inputs) if is_main() and not self._said_why else []
+        """A finished step is made again: its files were damaged, or what went in differs.
+
+        The latter is said once, of the first such step; the steps after it follow from that.
+        """
+        if not is_main():
+            return
+        if (damage := self.dir.damage(name)) is not None:
+            self.reporter.note(f"{self.path / name} was finished before and is made again: its {damage}.")
+        found = [] if self._said_why else self.dir.outdated(name, inputs)
         if found:
             self._said_why = True
             what = "code" if found == ["code"] else ", ".join(found)
