@@ -23,6 +23,7 @@ from palimpsest.files import (
     read_jsonl,
     read_lines,
     replacing,
+    without_folders,
     write_failure,
     write_tables,
 )
@@ -140,3 +141,21 @@ def test_a_folder_is_locked_once_within_a_process_and_goes_where_nothing_came_of
 def test_a_full_disk_is_a_sentence_and_another_error_is_not(error: Exception, sentence: str | None) -> None:
     found = write_failure(error)
     assert found is None if sentence is None else str(found).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("/home/ada/models/mine", "…/mine"),
+        ("/home/ada/models/mine/", "…/mine"),
+        ("~/mine", "…/mine"),
+        ("llama_questions:/data/ada/llama", "llama_questions:…/llama"),
+        ("web_questions:~/web", "web_questions:…/web"),
+        ("org/name", "org/name"),
+        ("models/mine", "models/mine"),
+        ("embedded:whisper-tiny.en", "embedded:whisper-tiny.en"),
+        ("facts", "facts"),
+    ],
+)
+def test_a_name_that_others_read_has_no_folders_of_this_machine(name: str, shown: str) -> None:
+    assert without_folders(name) == shown

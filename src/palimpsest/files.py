@@ -121,6 +121,15 @@ def existing(path: Path) -> Path:
     return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
 
 
+def without_folders(name: str) -> str:
+    """The name of a model or of data for a page that others read: of an absolute path the last part alone.
+
+    >>> without_folders("llama_questions:/home/ada/data/llama"), without_folders("meta-llama/Llama-3.2-1B")
+    ('llama_questions:…/llama', 'meta-llama/Llama-3.2-1B')
+    """
+    return re.sub(r"^([a-z_]+:)?[/~].*?([^/]+)/*$", r"\1…/\2", name)
+
+
 def require_disk(folder: Path, n_bytes: int, what: str) -> None:
     """Raise UserError now rather than in the middle of a write."""
     free = shutil.disk_usage(existing(folder)).free

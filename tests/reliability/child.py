@@ -1,7 +1,7 @@
 """The command line, with a log of how much of which file is known to be on the disk: `child.py LOG ARGUMENT…`.
 
-A line of the log is "DEVICE INODE BYTES", written when os.fsync of a file has returned. What the log does not vouch for, a
-power cut may take (power.py).
+A line of the log is "DEVICE INODE BYTES", written when os.fsync of a file has returned. What the log does not have, a
+power cut may take (interrupt.py).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Kills, power cuts and full disks: a command that was interrupted anywhere, and given again, ends as if nothing happened.
+"""Kills, power cuts, full disks: a command that was interrupted anywhere and given again ends as if nothing happened.
 
     python tests/reliability/interrupt.py --job study --kills 100 --cuts 100 --full-disks 20
 

@@ -35,7 +35,7 @@ def write_inputs(folder: Path) -> None:
         rows = []
         for i in range(n):
             name = f"{split}{i}.wav"
-            soundfile.write(folder / name, rng.normal(0, 0.1, 6_400 + 800 * (i % 5)), 16_000)
+            soundfile.write(folder / name, rng.normal(0, 0.1, 64_000 + 1_600 * (i % 5)), 16_000)
             row = {"id": f"{split}{i}", "question": f"What is {split} {i}?", "answer": f"It is {i}.", "audio": name}
             rows.append(row)
         _write_lines(folder / f"{split}.jsonl", rows)
@@ -54,7 +54,7 @@ def write_inputs(folder: Path) -> None:
             "epochs": 2,
             "batch_size": 4,
             "checkpoint_every": 2,
-            "align": {"steps": 20, "save_every": 5},
+            "align": {"epochs": 2, "warmup_steps": 2, "batch_size": 8},
             "adaptor_first": {"epochs": 1, "learning_rate": 1e-3},
         },
         "importance": {"n_examples": 20, "batch_size": 2},

@@ -17,7 +17,7 @@ from palimpsest.data.examples import Example, read_manifest
 from palimpsest.data.features import Features
 from palimpsest.data.splits import Split, StudyData
 from palimpsest.data.voices import Voices
-from palimpsest.files import hash_file, hash_value, read_jsonl, require_disk
+from palimpsest.files import hash_file, hash_value, read_jsonl, require_disk, without_folders
 from palimpsest.parallel import is_main, share
 from palimpsest.progress import Advance, Reporter
 from palimpsest.records import BASE
@@ -353,13 +353,13 @@ class Workspace:
             "seed": self.config.seed,
             "models": {
                 "language_model": {
-                    "name": models.language_model,
+                    "name": without_folders(models.language_model),
                     "hash": self.base_hash,
                     "n_parameters": self.base.num_parameters(),
                 },
-                "encoder": {"name": models.encoder, "hash": self.encoder_hash},
-                "asr": {"name": models.asr},
-                "adaptor": {"name": models.adaptor, "hash": self.adaptor and self.adaptor.fingerprint},
+                "encoder": {"name": without_folders(models.encoder), "hash": self.encoder_hash},
+                "asr": {"name": models.asr and without_folders(models.asr)},
+                "adaptor": {"name": models.adaptor and without_folders(models.adaptor), "hash": self.adaptor and self.adaptor.fingerprint},
             },
             "data": {
                 name: {
