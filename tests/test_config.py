@@ -58,7 +58,14 @@ def test_an_unknown_key_names_the_nearest_one(path: str, near: str) -> None:
 
 @pytest.mark.parametrize(
     ("path", "value"),
-    [("deactivation.ratio", 1.5), ("methods.full.lambda_", 2), ("training.batch_size", 0), ("methods", {})],
+    [
+        ("deactivation.ratio", 1.5),
+        ("methods.full.lambda_", 2),
+        ("training.batch_size", 0),
+        ("methods", {}),
+        ("training.epochs", float("inf")),
+        ("methods.full.learning_rate", float("nan")),
+    ],
 )
 def test_values_out_of_range_name_the_key(path: str, value: Any) -> None:
     with pytest.raises(UserError, match=path.replace(".", r"\.")):
@@ -83,6 +90,31 @@ def test_no_method_is_called_base_and_no_task_comes_twice() -> None:
     task = MINIMAL["evaluation"]["tasks"][0]
     with pytest.raises(UserError, match="twice"):
         parse_config(changed("evaluation.tasks", [task, task]), "r")
+
+
+@pytest.mark.parametrize("device", ["cdua", "cuda:x", "", "CPU"])
+def test_a_device_that_is_none_is_refused(device: str) -> None:
+    with pytest.raises(UserError, match=f"models: there is no device '{device}'; give auto, cpu, cuda"):
+        parse_config(changed("models.device", device), "r")
+
+
+@pytest.mark.parametrize("name", ["web/questions", "../../x", "a b", "", ".", "x.y"])
+def test_names_of_methods_and_tasks_are_names_of_folders(name: str) -> None:
+    with pytest.raises(UserError, match="must be letters, digits, - and _"):
+        parse_config(changed("methods", {name: {"kind": "full"}}), "r")
+    task = {**MINIMAL["evaluation"]["tasks"][0], "name": name}
+    with pytest.raises(UserError, match=r"evaluation\.tasks\.0: the task name .* must be letters, digits, - and _"):
+        parse_config(changed("evaluation.tasks", [task]), "r")
+
+
+def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump(MINIMAL) + "seed: 1\nmodels:\n  language_model: c\n")
+    with pytest.raises(UserError, match=r"the key 'models' stands twice.*line \d+"):
+        load_config(recipe)
+    recipe.write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")  # what a merge brings may be given again
+    with pytest.raises(UserError, match="name: Field required"):
+        load_config(recipe)
 
 
 def test_held_out_data_is_a_split_or_a_number_and_not_both() -> None:

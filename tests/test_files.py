@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,13 @@ from palimpsest.files import (
     UserError,
     append_jsonl,
     drop_cut_line,
+    locked,
     read_json,
     read_jsonl,
     read_lines,
     replacing,
+    without_folders,
+    write_failure,
     write_tables,
 )
 
@@ -89,3 +95,67 @@ def test_tables_read_back_with_a_record_a_line(tmp_path: Path, tables: dict[str,
     assert len(lines) == n_records + max(1, n_of_tables) + 3  # the brackets, and nothing after the last line feed
     path.write_text(json.dumps(tables), encoding="utf-8")  # the form of earlier versions is the same value
     assert read_json(path) == tables
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from palimpsest.files import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_with_who_holds_the_folder_and_a_kill_gives_it_back(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match=rf"is in use by another palimpsest \(process {holder.pid} on .*, since"):
+            locked(folder).__enter__()
+        holder.kill()
+    assert (folder / ".lock").exists()  # what a kill leaves keeps nobody out
+    with locked(folder):
+        (folder / "result").write_text("")
+    assert [path.name for path in folder.iterdir()] == ["result"]
+
+
+def test_a_folder_is_locked_once_within_a_process_and_goes_where_nothing_came_of_it(tmp_path: Path) -> None:
+    with locked(tmp_path / "run"), pytest.raises(UserError, match="by this process already"):
+        locked(tmp_path / "run").__enter__()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.ENOSPC, "", "runs/a.json"), "runs/a.json cannot be written (No space left on device); make"),
+        (OSError(errno.EFBIG, ""), "A file cannot be written (File too large); make room"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "A file cannot be written (No space left"),
+        (OSError(errno.ENOENT, "", "x"), None),
+        (ValueError("no"), None),
+    ],
+)
+def test_a_full_disk_is_a_sentence_and_another_error_is_not(error: Exception, sentence: str | None) -> None:
+    found = write_failure(error)
+    assert found is None if sentence is None else str(found).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("/home/ada/models/mine", "…/mine"),
+        ("/home/ada/models/mine/", "…/mine"),
+        ("~/mine", "…/mine"),
+        ("llama_questions:/data/ada/llama", "llama_questions:…/llama"),
+        ("web_questions:~/web", "web_questions:…/web"),
+        ("org/name", "org/name"),
+        ("models/mine", "models/mine"),
+        ("embedded:whisper-tiny.en", "embedded:whisper-tiny.en"),
+        ("facts", "facts"),
+    ],
+)
+def test_a_name_that_others_read_has_no_folders_of_this_machine(name: str, shown: str) -> None:
+    assert without_folders(name) == shown

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from palimpsest import rundir
 from palimpsest.files import (
     UserError,
     hash_value,
@@ -116,3 +120,75 @@ def test_what_a_finished_step_differs_in_is_named(tmp_path: Path) -> None:
     assert run.outdated("s", {"x": 1, "y": [1, 2], "code": "a"}) == []
     assert run.outdated("s", {"x": 1, "y": [1, 2], "code": "b"}) == ["code"]
     assert run.outdated("s", {"x": 2, "z": 0, "y": [1, 2], "code": "a"}) == ["x", "z"]
+
+
+def _same_time(file: Path, content: str) -> None:
+    """Written over without another time of change, as a fault of the disk would."""
+    stat = file.stat()
+    file.write_text(content)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut": (lambda folder: (folder / "in/a.txt").write_text("fir"), "in/a.txt has 3 bytes where 5 were written"),
+    "emptied": (lambda folder: (folder / "in/a.txt").write_text(""), "in/a.txt has 0 bytes where 5 were written"),
+    "changed": (lambda folder: _same_time(folder / "in/a.txt", "other"), "in/a.txt was changed"),
+    "removed": (lambda folder: (folder / "in/a.txt").unlink(), "in/a.txt is missing"),
+    "list cut": (lambda folder: (folder / "files.json").write_text("{"), "files.json is damaged"),
+    "list removed": (lambda folder: (folder / "files.json").unlink(), "files.json is damaged"),
+    "record emptied": (lambda folder: (folder / "step.json").write_text(""), "step.json is damaged"),
+    "record no text": (lambda folder: (folder / "step.json").write_bytes(b"\xff\xfe{"), "step.json is damaged"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_step_whose_files_are_not_what_it_wrote_is_named_and_made_again(tmp_path: Path, damage: str) -> None:
+    def write(folder: Path) -> None:
+        write_text(folder / "in" / "a.txt", "first")
+
+    RunDir(tmp_path).step("a/b", {"x": 1}, write)
+    assert RunDir(tmp_path).damage("a/b") is None
+    assert RunDir(tmp_path).step("a/b", {"x": 1}, write).skipped
+    change, sentence = DAMAGES[damage]
+    change(tmp_path / "a/b")
+    run = RunDir(tmp_path)  # a new start looks again
+    assert run.damage("a/b") == sentence
+    assert run.finished("a/b", {"x": 1}) is None
+    assert not run.step("a/b", {"x": 1}, write).skipped
+    assert (tmp_path / "a/b/in/a.txt").read_text() == "first"
+    assert RunDir(tmp_path).damage("a/b") is None
+
+
+def test_a_large_file_is_read_again_only_if_its_time_of_change_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rundir, "TRUSTED_BYTES", 4)
+    RunDir(tmp_path).step("s", {}, lambda folder: write_text(folder / "a.txt", "first"))
+    _same_time(tmp_path / "s/a.txt", "other")
+    assert RunDir(tmp_path).damage("s") is None  # what this rule costs; docs/run-directory.md says it
+    (tmp_path / "s/a.txt").write_text("third")
+    assert RunDir(tmp_path).damage("s") == "a.txt was changed"
+
+
+def test_a_copy_is_whole_and_a_step_of_an_earlier_version_is_taken_as_it_is(tmp_path: Path) -> None:
+    RunDir(tmp_path / "a").step("s", {}, lambda folder: write_text(folder / "a.txt", "first"))
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)  # other times of change
+    assert RunDir(tmp_path / "b").damage("s") is None
+    record = read_json(tmp_path / "b/s/step.json")
+    del record["files"]
+    write_json(tmp_path / "b/s/step.json", record)
+    (tmp_path / "b/s/files.json").unlink()
+    assert RunDir(tmp_path / "b").finished("s", {}) is not None
+
+
+def test_steps_of_an_earlier_recipe_are_set_aside_and_nothing_else(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for name in ("base/importance", "methods/lora/probe", "methods/lora/samples/x-text"):
+        run.step(name, {}, lambda folder: write_text(folder / "a.txt", "first"))
+    shutil.copytree(tmp_path / "base/importance", tmp_path / "mine")  # someone's copy is no step of that name
+    assert run.set_aside(["base/importance"]) == ["methods/lora/probe", "methods/lora/samples/x-text"]
+    assert (tmp_path / ".set-aside/methods/lora/probe/a.txt").read_text() == "first"
+    assert not (tmp_path / "methods").exists()
+    assert (tmp_path / "mine").exists()
+    assert run.finished("base/importance", {}) is not None
+    assert run.set_aside(["base/importance"]) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import yaml
 from audio_files import BROKEN, voice_assistant, wav
 from palimpsest.commands import compare
 from palimpsest.config import parse_config
-from palimpsest.files import UserError
+from palimpsest.files import UserError, locked
 from palimpsest.records import RESULT_TABLES
 from palimpsest.report import figures, page
 from palimpsest.study import steps
@@ -160,8 +161,6 @@ def test_a_second_run_skips_every_step_and_gives_the_same(finished: Path, inputs
 
 @pytest.mark.usefixtures("no_figures")
 def test_a_changed_method_runs_only_what_depends_on_it(finished: Path, inputs: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
     steps = {path.relative_to(copy): path.read_text() for path in copy.rglob("step.json")}
@@ -184,6 +183,46 @@ def test_a_changed_method_runs_only_what_depends_on_it(finished: Path, inputs: P
         "analysis",
         "maps",
     }
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_damaged_files_are_named_and_made_again_and_what_the_recipe_drops_is_set_aside(
+    finished: Path, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    samples = copy / "methods/full/samples/numbers-text/samples.jsonl"
+    scores = next((copy / "base/importance").glob("*.safetensors"))
+    samples.write_text(samples.read_text().replace("response", "answered", 1))
+    os.truncate(scores, 100)
+    less = recipe(inputs)
+    del less["methods"]["lora"]
+    with locked(copy), pytest.raises(UserError, match="by this process"):
+        run_study(parse_config(less, "test"), copy, changed=True)
+    capsys.readouterr()
+    run_study(parse_config(less, "test"), copy, changed=True)
+    said = capsys.readouterr().err
+    assert f"{copy}/base/importance was finished before and is made again: its {scores.name} has 100 bytes" in said
+    assert "methods/full/samples/numbers-text was finished before and is made again: its samples.jsonl was" in said
+    assert "this recipe makes no methods/lora/checkpoint" in said
+    assert not (copy / "methods/lora").exists()
+    assert (copy / ".set-aside/methods/lora/checkpoint/config.json").exists()
+    kept = [row for row in results(finished)["qa"] if row["method"] != "lora"]
+    assert results(copy)["qa"] == kept
+    assert (copy / "base/importance" / scores.name).read_bytes() == (
+        finished / "base/importance" / scores.name
+    ).read_bytes()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_order_of_methods_is_part_of_the_analysis(finished: Path, inputs: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    other = recipe(inputs)
+    other["methods"] = dict(reversed(other["methods"].items()))
+    before = (copy / "analysis/step.json").read_text()
+    run_study(parse_config(other, "test"), copy, changed=True)
+    assert (copy / "analysis/step.json").read_text() != before
 
 
 def test_controls_are_trained_and_a_model_tuned_on_text_is_not_asked_in_speech(inputs: Path, tmp_path: Path) -> None:
@@ -271,8 +310,6 @@ def test_data_from_a_table_held_out_by_hash_and_what_was_dropped(inputs: Path, t
 def test_transcripts_are_asked_of_every_model_and_the_base_s_answers_to_them_are_its_cascade(
     finished: Path, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     import palimpsest.evaluation.cascade as cascade
     import palimpsest.models.loading as loading
 

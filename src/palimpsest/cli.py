@@ -39,7 +39,7 @@ from palimpsest.commands import (
     ui,
     validate_importance,
 )
-from palimpsest.files import UserError
+from palimpsest.files import UserError, write_failure
 
 COMMANDS: dict[str, ModuleType] = {
     "study": study,
@@ -72,8 +72,11 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         app()
-    except UserError as error:
-        Console(stderr=True).print(f"palimpsest: {error}", markup=False, highlight=False, soft_wrap=True)
+    except Exception as error:
+        sentence = str(error) if isinstance(error, UserError) else write_failure(error)
+        if sentence is None:
+            raise
+        Console(stderr=True).print(f"palimpsest: {sentence}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 

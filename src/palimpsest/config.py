@@ -6,6 +6,7 @@ are checked in options.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from palimpsest.data.splits import Split
 from palimpsest.files import UserError, differences, in_words
 from palimpsest.models.prompts import PromptStyle
 from palimpsest.options import checked
-from palimpsest.records import BASE, method_of, run_name
+from palimpsest.records import BASE, Modality, method_of, run_name
 from palimpsest.training.methods import Method
 from palimpsest.training.settings import Settings
 
@@ -36,6 +37,10 @@ class Models:
     adaptor: str | None = None  # a speech LLM whose adaptor every method starts from; none: a fresh one
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "auto"  # "auto": CUDA if there is one, else CPU
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"(auto|cpu|mps|(cuda|xpu)(:\d+)?)", self.device):
+            raise ValueError(f"there is no device {self.device!r}; give auto, cpu, cuda, cuda:0, mps or xpu")
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,9 @@ class Analysis:
 class EvaluationTask(Split):
     name: str
 
+    def __post_init__(self) -> None:
+        _require_name("task", self.name)
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -103,10 +111,16 @@ class Evaluation:
 SeedMeasure = Literal["importance", "clustering", "deactivation", "probe"]
 
 
+def _require_name(what: str, name: str) -> None:
+    """A name is that of a folder too."""
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+        raise ValueError(f"the {what} name {name!r} must be letters, digits, - and _")
+
+
 class StudyConfig(BaseModel):
     """One study: what is trained, on what, how it is measured."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
     seed: Annotated[int, Ge(0)] = 0
@@ -137,8 +151,9 @@ class StudyConfig(BaseModel):
     @model_validator(mode="after")
     def _names(self) -> StudyConfig:
         for name in self.methods:
-            if name == BASE or not name.replace("_", "").replace("-", "").isalnum():
+            if name == BASE:
                 raise ValueError(f"the method name {name!r} must be letters, digits, - and _, and not {BASE!r}")
+            _require_name("method", name)
             if self.seeds > 1 and method_of(name) != (name, 0):
                 raise ValueError(f"the method name {name!r} is that of a run of {method_of(name)[0]!r}; choose another")
         if "importance" not in self.seeds_measure and {"clustering", "deactivation"} & set(self.seeds_measure):
@@ -167,11 +182,40 @@ class StudyConfig(BaseModel):
         """Whether a run is measured in a way that may be left out after a method's first."""
         return self.number_of(run) == 0 or what in self.seeds_measure
 
+    def asked_as(self, run: str) -> list[Modality]:
+        """In what modalities a model is asked the questions of every task, in the order of a study's steps.
+
+        The base answers what the recogniser understood (cascade), the tuned models that too if the recipe says so.
+        """
+        asked: list[Modality] = ["text"]
+        if self.takes_speech(run):
+            asked.append("speech")
+        if run == BASE and self.models.asr is not None:
+            asked.append("cascade")
+        if run != BASE and self.evaluation.text_asr:
+            asked.append("text_asr")
+        return asked
+
     def takes_speech(self, run: str) -> bool:
         """Whether a model can be asked in speech: the base if the recipe names an adaptor, not one tuned on text."""
         if run == BASE:
             return self.models.adaptor is not None
         return self.runs[run].modality == "speech"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key stands once: the library would take the last of two."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":  # what it brings may be given again
+                continue
+            name = self.construct_object(key, deep=True)
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name!r} stands twice", key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def load_config(path: Path) -> StudyConfig:
@@ -183,7 +227,7 @@ def load_config(path: Path) -> StudyConfig:
             f"The recipe {path} cannot be read ({error.strerror}); `ls recipes` shows those that ship."
         ) from error
     try:
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"The recipe {path} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(values, dict):

@@ -1,18 +1,24 @@
-"""What every module reads and writes: the one error for users, atomic files, JSON, resumable JSON lines, hashes.
+"""What every module reads and writes: the one error for users, atomic files, locks, JSON, resumable JSON lines, hashes.
 
 A file appears under its name only when all of it is on disk. Non-finite numbers become null: the files are strict JSON.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
+import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 class UserError(Exception):
@@ -32,11 +38,20 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         temporary.replace(path)
+        sync(path.parent)  # the name too
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Return when a file, or what names a folder has, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -44,9 +59,75 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+LOCK = ".lock"  # a file in a folder while a process writes there: who, where, since when
+_held: set[Path] = set()  # a process's own locks, which the system does not hold against itself
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within the block this process alone writes into `folder`, which is made if need be; a kill ends that too.
+
+    Raises UserError, which says who writes there, if another process does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.resolve() / LOCK
+    if path in _held:
+        raise UserError(f"{folder} is written to by this process already; give another folder with --out.")
+    file = _lock(path, folder)
+    _held.add(path)
+    try:
+        with suppress(OSError):  # a full disk is reported by what the block writes
+            file.truncate(0)
+            file.write(json.dumps([os.getpid(), socket.gethostname(), time.strftime("%Y-%m-%d %H:%M:%S")]).encode())
+            file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is locked: see _lock
+        file.close()
+        _held.discard(path)
+        with suppress(OSError):
+            folder.rmdir()  # only when nothing came of it
+
+
+def _lock(path: Path, folder: Path) -> IO[bytes]:
+    """The locked file. A record lock: it ends with the process, and its children do not inherit it."""
+    while True:
+        file = path.open("a+b")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            try:
+                process, host, since = json.loads(file.read())
+                holder = f"process {process} on {host}, since {since}"
+            except ValueError:
+                holder = "just started"
+            file.close()
+            raise UserError(
+                f"{folder} is in use by another palimpsest ({holder}); wait until it is done, stop it, "
+                "or give another folder with --out."
+            ) from error
+        except OSError as error:
+            warnings.warn(f"{folder} cannot be locked ({error.strerror}): start nothing else there.", stacklevel=3)
+            return file
+        # The last holder may have removed the file between our opening and locking it.
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            return file
+        file.close()
+
+
 def existing(path: Path) -> Path:
     """The path itself, or the nearest folder above it that exists."""
     return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+
+
+def without_folders(name: str) -> str:
+    """The name of a model or of data for a page that others read: of an absolute path the last part alone.
+
+    >>> without_folders("llama_questions:/home/ada/data/llama"), without_folders("meta-llama/Llama-3.2-1B")
+    ('llama_questions:…/llama', 'meta-llama/Llama-3.2-1B')
+    """
+    return re.sub(r"^([a-z_]+:)?[/~].*?([^/]+)/*$", r"\1…/\2", name)
 
 
 def require_disk(folder: Path, n_bytes: int, what: str) -> None:
@@ -57,6 +138,21 @@ def require_disk(folder: Path, n_bytes: int, what: str) -> None:
             f"{what} needs {n_bytes / 1e9:.2f} GB but {folder} has {free / 1e9:.2f} GB free; "
             "free some space or choose another folder with --out."
         )
+
+
+def write_failure(error: BaseException) -> str | None:
+    """A sentence for an error that means the disk or the file system took no more; None for any other.
+
+    Libraries in other languages give the system's number in words only: "No space left on device (os error 28)".
+    """
+    number = error.errno if isinstance(error, OSError) else None
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        number = int(found[1])
+    if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+        return None
+    file = getattr(error, "filename", None)
+    where = f"{file} cannot be written" if file else "A file cannot be written"
+    return f"{where} ({os.strerror(number)}); make room there and give the same command again, it continues."
 
 
 # ---------------------------------------------------------------------------------------------------------------------

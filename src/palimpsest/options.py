@@ -24,7 +24,7 @@ UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 @cache
 def _checker(kind: Any) -> TypeAdapter[Any]:
     """Around the kind there is a mapping whose refusal of unknown keys holds for the dataclasses inside."""
-    around: Any = with_config(ConfigDict(extra="forbid"))(TypedDict("around", {"made": kind}))  # type: ignore[operator]
+    around: Any = with_config(ConfigDict(extra="forbid", allow_inf_nan=False))(TypedDict("around", {"made": kind}))  # type: ignore[operator]
     return TypeAdapter(around)
 
 

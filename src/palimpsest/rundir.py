@@ -1,8 +1,9 @@
 """A run directory: the only interface between the steps of a study.
 
 Every step owns one sub-directory and writes it under a temporary name, then renames it, together with a fingerprint
-of everything that went in. A step whose fingerprint matches is skipped; one whose inputs changed runs again.
-Killing the process at any moment therefore loses at most the step in progress.
+of everything that went in and the size and hash of every file that came out. A step whose fingerprint matches and whose
+files are what it wrote is skipped; one whose inputs changed runs again, and so does one with a file that was cut short,
+changed or removed. Killing the process at any moment, or the machine, therefore loses at most the step in progress.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from palimpsest.files import UserError, existing, hash_file, hash_value, read_json, write_json
+from palimpsest.files import UserError, existing, hash_file, hash_value, read_json, sync, write_json, write_tables
 from palimpsest.records import BASE, TimingRecord
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -29,6 +30,8 @@ from palimpsest.records import BASE, TimingRecord
 ROOT = Path(__file__).parent  # of this package
 STUDY, RESULTS, PROVENANCE = "study.yaml", "results.json", "provenance.json"
 STEP_FILE = "step.json"  # inside every step's directory: fingerprint, inputs, seconds
+FILES_FILE = "files.json"  # beside it: every file of the step: bytes, sha256, time of change
+SET_ASIDE = ".set-aside"  # steps of an earlier recipe
 DROPPED = "dropped"  # data/dropped.jsonl: what was left out of training and held-out data, and why
 
 
@@ -88,6 +91,7 @@ class RunDir:
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise UserError(f"{path} cannot be used as a run directory: {parent} is no writable folder.")
         self.path = path
+        self._damage: dict[tuple[str, str], str | None] = {}  # (step, fingerprint) looked at before -> its damage
 
     def step(self, name: str, inputs: Mapping[str, Any], write: Callable[[Path], None]) -> Step:
         """Run `write(folder)` unless `name` is there already with the same `inputs`.
@@ -107,6 +111,7 @@ class RunDir:
         started = time.perf_counter()
         write(working)
         seconds = time.perf_counter() - started
+        write_tables(working / FILES_FILE, {file: _about(working / file) for file in _files_in(working)})
         write_json(
             working / STEP_FILE,
             {
@@ -115,36 +120,77 @@ class RunDir:
                 "inputs": inputs,
                 "seconds": seconds,
                 "peak_rss_bytes": peak_rss_bytes(),
+                "files": hash_file(working / FILES_FILE),
             },
         )
+        for path in [*working.rglob("*"), working]:
+            sync(path)
         if target.exists():
             shutil.rmtree(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         working.rename(target)
+        sync(target.parent)
+        self._damage[name, fingerprint] = None
         with suppress(OSError):
             working.parent.rmdir()  # only when empty
         return Step(name, target, fingerprint, skipped=False)
 
     def finished(self, name: str, inputs: Mapping[str, Any]) -> Step | None:
-        """The step if it is there with the same `inputs`, else None."""
-        target, fingerprint = self.path / name, hash_value(inputs)
-        return Step(name, target, fingerprint, skipped=True) if self._fingerprint(target) == fingerprint else None
+        """The step if it is there with the same `inputs` and with its files as it wrote them, else None."""
+        fingerprint = hash_value(inputs)
+        if self._record(name).get("fingerprint") != fingerprint or self.damage(name) is not None:
+            return None
+        return Step(name, self.path / name, fingerprint, skipped=True)
 
     def outdated(self, name: str, inputs: Mapping[str, Any]) -> list[str]:
         """The inputs in which a finished step differs from `inputs`; [] where it is not there, or up to date."""
-        file = self.path / name / STEP_FILE
-        if not file.exists() or self.finished(name, inputs) is not None:
+        record = self._record(name)
+        if record.get("fingerprint", hash_value(inputs)) == hash_value(inputs):
             return []
-        before = read_json(file).get("inputs", {})
+        before = record.get("inputs", {})
         # As JSON, in which the file has them.
         return sorted(key for key in {*before, *inputs} if hash_value(before.get(key)) != hash_value(inputs.get(key)))
 
-    @staticmethod
-    def _fingerprint(target: Path) -> str | None:
-        file = target / STEP_FILE
-        if not file.exists():
+    def damage(self, name: str) -> str | None:
+        """What is wrong with the files of a finished step: one was cut short, changed or removed; None: nothing.
+
+        Of a step that an earlier version finished, without a list of its files, nothing is known to be wrong.
+        """
+        folder = self.path / name
+        if not (folder / STEP_FILE).exists():
             return None
-        return str(read_json(file).get("fingerprint"))
+        record = self._record(name)
+        if not record:
+            return f"{STEP_FILE} is damaged"
+        if "files" not in record:
+            return None
+        key = name, str(record["fingerprint"])
+        if key not in self._damage:
+            self._damage[key] = _damage(folder, record["files"])
+        return self._damage[key]
+
+    def _record(self, name: str) -> dict[str, Any]:
+        """The content of a step's file; {} where there is none, or none that can be read."""
+        file = self.path / name / STEP_FILE
+        with suppress(UserError, UnicodeDecodeError):
+            record = read_json(file) if file.exists() else {}
+            return record if isinstance(record, dict) and "fingerprint" in record else {}
+        return {}
+
+    def set_aside(self, made: Collection[str]) -> list[str]:
+        """Move finished steps that are not among `made` to SET_ASIDE; their names. An earlier recipe made them."""
+        steps = [file.parent.relative_to(self.path).as_posix() for file in sorted(self.path.rglob(STEP_FILE))]
+        steps = [name for name in steps if not name.startswith(".")]
+        old = [name for name in steps if name not in made and self._record(name).get("step") == name]
+        for name in old:
+            target = self.path / SET_ASIDE / name
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            (self.path / name).rename(target)
+            with suppress(OSError):  # the folders above that are empty now
+                for above in (self.path / name).relative_to(self.path).parents[:-1]:
+                    (self.path / above).rmdir()
+        return old
 
     def timings(self, names: Iterable[str]) -> list[TimingRecord]:
         records: list[TimingRecord] = []
@@ -154,6 +200,36 @@ class RunDir:
                 step = read_json(file)
                 records.append({"step": name, "seconds": step["seconds"], "peak_rss_bytes": step["peak_rss_bytes"]})
         return records
+
+
+TRUSTED_BYTES = 16 * 2**20  # a larger file is read again only if its time of change is another
+
+
+def _files_in(folder: Path) -> list[str]:
+    paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in paths if path not in (STEP_FILE, FILES_FILE))
+
+
+def _about(file: Path) -> dict[str, Any]:
+    stat = file.stat()
+    return {"bytes": stat.st_size, "sha256": hash_file(file), "modified_ns": stat.st_mtime_ns}
+
+
+def _damage(folder: Path, listed: str) -> str | None:
+    """The first file in `folder` that is not as FILES_FILE, whose hash is `listed`, has it."""
+    if not (folder / FILES_FILE).exists() or hash_file(folder / FILES_FILE) != listed:
+        return f"{FILES_FILE} is damaged"
+    for name, about in read_json(folder / FILES_FILE).items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        stat = file.stat()
+        if stat.st_size != about["bytes"]:
+            return f"{name} has {stat.st_size:,} bytes where {about['bytes']:,} were written"
+        trusted = stat.st_size > TRUSTED_BYTES and stat.st_mtime_ns == about["modified_ns"]
+        if not trusted and hash_file(file) != about["sha256"]:
+            return f"{name} was changed"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -53,8 +53,8 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
                 # The base model's answers to transcripts are its cascade.
                 asked = "cascade" if (name, modality) == (BASE, "text_asr") else modality
                 file = samples_of(run.path, name, task.name, asked)
-                # In what modalities a model is asked is the recipe's to say; a file may be left from an earlier one.
-                if (modality == "speech" and not config.takes_speech(name)) or not file.exists():
+                # The recipe says in what modalities a model is asked; a file may be left from an earlier one.
+                if asked not in config.asked_as(name):
                     continue
                 _, rows = read_finished(file)
                 tables["qa"] += summarise(rows, name, task, modality)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 from palimpsest.config import StudyConfig, require_same_recipe
+from palimpsest.files import locked
 from palimpsest.parallel import is_main, joined, share, wait_for_all
 from palimpsest.progress import Reporter
 from palimpsest.records import BASE
+from palimpsest.rundir import STUDY
 from palimpsest.study import steps
 from palimpsest.study.workspace import Workspace
 
@@ -24,13 +27,14 @@ Step = Callable[[Workspace], None]  # writes one folder of the run directory
 def run_study(config: StudyConfig, folder: Path, reporter: Reporter | None = None, *, changed: bool = False) -> Path:
     """Run or resume a study in `folder`; returns the path of its report.
 
-    A folder that holds a study of another configuration is refused, unless `changed`: then the steps that the change
-    touches run again. Raises UserError for bad input, before the long work where it can be known. Several processes
-    (torchrun, accelerate launch) train and score together; all else is done by rank 0.
+    One process, or one group of processes, works in a folder at a time. A folder that holds a study of another
+    configuration is refused, unless `changed`: then the steps that the change touches run again. Raises UserError for
+    bad input, before the long work where it can be known. Several processes (torchrun, accelerate launch) train and
+    score together; all else is done by rank 0.
     """
-    with joined():
+    with joined(), locked(folder) if is_main() else nullcontext():
         if is_main() and not changed:
-            require_same_recipe(config, folder / "study.yaml")
+            require_same_recipe(config, folder / STUDY)
         return Study(config, folder, reporter).run()
 
 
@@ -56,7 +60,6 @@ class Study:
 
 def steps_of(config: StudyConfig) -> Iterator[Step]:
     """Every step that is skipped when it was done before, in order."""
-    tasks = config.evaluation.tasks
     yield steps.data
     yield steps.features
     yield partial(steps.importance, model=BASE)
@@ -71,13 +74,8 @@ def steps_of(config: StudyConfig) -> Iterator[Step]:
         yield partial(steps.perplexity, model=model)
         if config.evaluation.probe and config.measures(model, "probe"):
             yield partial(steps.probe, model=model)
-        for task in tasks:
-            yield partial(steps.answers, model=model, task=task.name, modality="text")
-            if config.takes_speech(model):
-                yield partial(steps.answers, model=model, task=task.name, modality="speech")
-            if model == BASE and config.models.asr is not None:
-                yield partial(steps.answers, model=model, task=task.name, modality="cascade")
-            if model != BASE and config.evaluation.text_asr:
-                yield partial(steps.answers, model=model, task=task.name, modality="text_asr")
+        for task in config.evaluation.tasks:
+            for modality in config.asked_as(model):
+                yield partial(steps.answers, model=model, task=task.name, modality=modality)
     yield steps.analysis
     yield steps.maps

@@ -24,7 +24,7 @@ from palimpsest.files import hash_value, read_jsonl, write_json, write_jsonl, wr
 from palimpsest.parallel import is_main, sharded, world_size
 from palimpsest.progress import Advance
 from palimpsest.records import BASE, Modality
-from palimpsest.rundir import DROPPED, PROVENANCE, RESULTS, STUDY, folder_of, samples_of
+from palimpsest.rundir import DROPPED, PROVENANCE, RESULTS, SET_ASIDE, STUDY, folder_of, samples_of
 from palimpsest.study.workspace import Workspace
 
 
@@ -395,7 +395,8 @@ def maps(ws: Workspace) -> None:
 
 def _analysis_inputs(ws: Workspace, names: Sequence[str]) -> dict[str, Any]:
     return {
-        "importance": {name: ws.fingerprint(f"{folder_of(name)}/importance") for name in names},
+        # In order: noise is drawn for one model after the other.
+        "importance": [[name, ws.fingerprint(f"{folder_of(name)}/importance")] for name in names],
         "other": ws.fingerprint(f"{BASE}/importance_other"),
         "checkpoints": {name: ws.fingerprint(f"{folder_of(name)}/checkpoint") for name in names if name != BASE},
         "rank": next((m.rank for m in ws.config.methods.values() if m.kind == "lora"), 8),
@@ -411,6 +412,8 @@ def report(ws: Workspace, started: float) -> Path:
     from palimpsest.report.page import write_report
     from palimpsest.study.results import collect
 
+    if old := ws.dir.set_aside([step.name for step in ws.done]):
+        ws.reporter.note(f"this recipe makes no {', '.join(old)}: moved to {ws.path / SET_ASIDE}.")
     with ws.reporter.step("report") as advance:
         results = collect(ws.dir, ws.config, [step.name for step in ws.done], ws.seed("results"))
         write_tables(ws.path / RESULTS, results)

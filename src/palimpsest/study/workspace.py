@@ -17,7 +17,7 @@ from palimpsest.data.examples import Example, read_manifest
 from palimpsest.data.features import Features
 from palimpsest.data.splits import Split, StudyData
 from palimpsest.data.voices import Voices
-from palimpsest.files import hash_file, hash_value, read_jsonl, require_disk
+from palimpsest.files import hash_file, hash_value, read_jsonl, require_disk, without_folders
 from palimpsest.parallel import is_main, share
 from palimpsest.progress import Advance, Reporter
 from palimpsest.records import BASE
@@ -82,8 +82,15 @@ class Workspace:
         self.done.append(step)
 
     def _say_why(self, name: str, inputs: Mapping[str, Any]) -> None:
-        """Once: the first finished step that is made again, and what differs; the steps after it follow from that."""
-        found = self.dir.outdated(name, inputs) if is_main() and not self._said_why else []
+        """A finished step is made again: its files were damaged, or what went in differs.
+
+        The latter is said once, of the first such step; the steps after it follow from that.
+        """
+        if not is_main():
+            return
+        if (damage := self.dir.damage(name)) is not None:
+            self.reporter.note(f"{self.path / name} was finished before and is made again: its {damage}.")
+        found = [] if self._said_why else self.dir.outdated(name, inputs)
         if found:
             self._said_why = True
             what = "code" if found == ["code"] else ", ".join(found)
@@ -346,13 +353,13 @@ class Workspace:
             "seed": self.config.seed,
             "models": {
                 "language_model": {
-                    "name": models.language_model,
+                    "name": without_folders(models.language_model),
                     "hash": self.base_hash,
                     "n_parameters": self.base.num_parameters(),
                 },
-                "encoder": {"name": models.encoder, "hash": self.encoder_hash},
-                "asr": {"name": models.asr},
-                "adaptor": {"name": models.adaptor, "hash": self.adaptor and self.adaptor.fingerprint},
+                "encoder": {"name": without_folders(models.encoder), "hash": self.encoder_hash},
+                "asr": {"name": models.asr and without_folders(models.asr)},
+                "adaptor": {"name": models.adaptor and without_folders(models.adaptor), "hash": self.adaptor and self.adaptor.fingerprint},
             },
             "data": {
                 name: {
