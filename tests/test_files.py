@@ -128,6 +128,13 @@ def test_a_folder_is_locked_once_within_a_process_and_goes_where_nothing_came_of
     assert not (tmp_path / "run").exists()
 
 
+def test_what_is_no_folder_cannot_be_locked(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=r"cannot be written to \(.*\); give another folder with --out"):
+            locked(path).__enter__()
+
+
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [

@@ -69,11 +69,14 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises UserError, which says who writes there, if another process does.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder.resolve() / LOCK
+    path = folder.absolute() / LOCK
     if path in _held:
         raise UserError(f"{folder} is written to by this process already; give another folder with --out.")
-    file = _lock(path, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = _lock(path, folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written to ({error.strerror}); give another folder with --out.") from error
     _held.add(path)
     try:
         with suppress(OSError):  # a full disk is reported by what the block writes
@@ -86,7 +89,7 @@ def locked(folder: Path) -> Iterator[None]:
         file.close()
         _held.discard(path)
         with suppress(OSError):
-            folder.rmdir()  # only when nothing came of it
+            folder.rmdir()  # only when nothing came of it, which leaves it empty
 
 
 def _lock(path: Path, folder: Path) -> IO[bytes]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge
 from typing_extensions import Doc
 
-from palimpsest.files import UserError, hash_value, write_json
+from palimpsest.files import UserError, hash_value, locked, write_json
 from palimpsest.progress import Reporter
 from palimpsest.records import Modality, PerplexityRecord
 
@@ -54,6 +54,11 @@ class Options:
 
 
 def run(options: Options) -> Iterator[str]:
+    with locked(options.out):
+        yield from _run(options)
+
+
+def _run(options: Options) -> Iterator[str]:
     """Answer, score, write samples and results to `out`; yields the lines of a small table.
 
     The model is any causal LM (text, and transcripts), a SpeechLM or an audio LLM of transformers (speech too).

@@ -11,6 +11,7 @@ from annotated_types import Ge
 from typing_extensions import Doc
 
 from palimpsest.commands.inspect import Filters, Source, Split, Strict, arguments
+from palimpsest.files import locked
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class Options:
 
 
 def run(options: Options) -> Iterator[str]:
+    with locked(options.out):
+        yield from _run(options)
+
+
+def _run(options: Options) -> Iterator[str]:
     from palimpsest.data.prepare import prepare_data
 
     yield from prepare_data(**arguments(options))

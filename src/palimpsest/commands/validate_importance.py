@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 from annotated_types import Ge
 from typing_extensions import Doc
 
+from palimpsest.files import locked
+
 
 @dataclass(frozen=True)
 class Options:
@@ -32,6 +34,11 @@ class Options:
 
 
 def run(options: Options) -> Iterator[str]:
+    with locked(options.out):
+        yield from _run(options)
+
+
+def _run(options: Options) -> Iterator[str]:
     from palimpsest.ablation.validation import table, validate_importance
 
     yield from table(
