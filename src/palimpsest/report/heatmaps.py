@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,6 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from palimpsest.report.inputs import Inputs, at, method_key, method_name
 from palimpsest.report.style import COLOR_MAP, WIDTH, Drawing, no_labels, power_of_ten
 
-Maps = Mapping[tuple[str, str], npt.NDArray[np.float32]]
 SHOWN_KINDS = ("q_proj", "o_proj", "up_proj", "down_proj")  # two of attention, two of the MLP
 N_DECADES = 5  # of the colour scale below the largest value
 
@@ -43,11 +42,11 @@ def importance(inputs: Inputs) -> Drawing | None:
     return Drawing(
         "figure1",
         "Figure 1. Importance of single weight matrices, base model",
+        figure,
         f"Text importance{f' ({reduction})' if reduction else ''} of single weight matrices of the base model, "
         "logarithmic colours, each matrix relative to its largest entry and drawn as a square. Each pixel is the "
         "largest value of its block of entries. Bright lines are rows and columns that hold much of the importance.",
         f"{len(names)} heat maps of parameter importance: {', '.join(short_name(name) for name in names)}.",
-        figure,
     )
 
 
@@ -55,7 +54,7 @@ def changes(inputs: Inputs) -> Drawing | None:
     """Figure 4: absolute parameter change of each method, all on one logarithmic scale."""
     maps = inputs.delta_maps
     methods = sorted({method for method, _ in maps}, key=method_key)
-    common = [name for name in _names(maps) if all((method, name) in maps for method in methods)]
+    common = [name for name in sorted({name for _, name in maps}) if all((method, name) in maps for method in methods)]
     names = _representative(common)[:3]
     if not names:
         return None
@@ -74,11 +73,11 @@ def changes(inputs: Inputs) -> Drawing | None:
     return Drawing(
         "figure4",
         "Figure 4. Parameter change by method",
+        figure,
         "Absolute change of the weights from the base model, one logarithmic scale for all panels. Each "
         "pixel is the largest value of its block of entries; the darkest colour also stands for no change.",
         f"Heat maps of the parameter change of {', '.join(method_name(method) for method in methods)} "
         f"in {', '.join(short_name(name) for name in names)}.",
-        figure,
     )
 
 
@@ -86,10 +85,6 @@ def short_name(name: str) -> str:
     """`model.layers.14.self_attn.q_proj.weight` → `layer 14, q_proj`."""
     match = re.search(r"layers\.(\d+)\.(?:.*\.)?(\w+)\.weight$", name)
     return f"layer {match[1]}, {match[2]}" if match else name
-
-
-def _names(maps: Maps) -> list[str]:
-    return sorted({name for _, name in maps})
 
 
 def _representative(names: Sequence[str]) -> list[str]:
@@ -118,8 +113,7 @@ def _show(axis: Axes, array: npt.NDArray[np.float32], largest: float) -> AxesIma
         aspect="auto",
     )
     axis.set_box_aspect(1)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xticks=[], yticks=[])
     axis.grid(visible=False)
     return image
 

@@ -59,15 +59,11 @@ class ClaimReference:
     published: str
 
 
-def _top(value: float) -> Value:
-    return Value(value, "digest")
-
-
 TABLE_1: tuple[PerplexityRow, ...] = (
-    PerplexityRow("1B", "speech", Value(2.08), _top(1.14e5), Value(2.18), Value(3.85)),
-    PerplexityRow("1B", "text", Value(3.65), _top(2.68e5), Value(3.81), Value(6.39)),
-    PerplexityRow("8B", "speech", Value(1.75), _top(2.72e5), Value(1.76), Value(3.54)),
-    PerplexityRow("8B", "text", Value(3.12), _top(2.60e5), Value(3.19), Value(5.47)),
+    PerplexityRow("1B", "speech", Value(2.08), Value(1.14e5, "digest"), Value(2.18), Value(3.85)),
+    PerplexityRow("1B", "text", Value(3.65), Value(2.68e5, "digest"), Value(3.81), Value(6.39)),
+    PerplexityRow("8B", "speech", Value(1.75), Value(2.72e5, "digest"), Value(1.76), Value(3.54)),
+    PerplexityRow("8B", "text", Value(3.12), Value(2.60e5, "digest"), Value(3.19), Value(5.47)),
 )
 TABLE_1_RATIO = 0.03  # whether it was taken over the whole model or per matrix is not stated
 

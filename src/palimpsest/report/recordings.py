@@ -67,14 +67,11 @@ def read_recordings(inputs: Inputs, questions: Mapping[str, Sequence[Question]],
         inside = [identifier for identifier, recording in recordings.items() if recording.uri]
         if inside:
             voices = sorted({str(rows[i]["voice"]) for i in inside if rows[i].get("voice")})
-            embedded.append(_line(task_name(task), len(inside), voices, _source(inputs, task)))
+            source = _source(inputs, task)
+            details = [f"source {source}"] if source else []
+            details += [f"voice {', '.join(voices)}"] if voices else []
+            embedded.append(f"{len(inside)} of {task_name(task)}" + (f" ({'; '.join(details)})" if details else ""))
     return Recordings(found, tuple(embedded), tuple(missing))
-
-
-def _line(task: str, n: int, voices: Sequence[str], source: str) -> str:
-    details = [f"source {source}"] if source else []
-    details += [f"voice {', '.join(voices)}"] if voices else []
-    return f"{n} of {task}" + (f" ({'; '.join(details)})" if details else "")
 
 
 def _source(inputs: Inputs, task: str) -> str:

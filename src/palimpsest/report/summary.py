@@ -13,14 +13,16 @@ from palimpsest.report.across_runs import n_runs
 from palimpsest.report.inputs import (
     Inputs,
     at,
+    having,
+    in_order,
     main_metric,
-    main_reduction,
     method_key,
     method_name,
     model_name,
     peak_layer,
     task_name,
     text_layers,
+    text_shifts,
 )
 from palimpsest.report.table import interval, p_value, percent, points, significant
 
@@ -54,7 +56,7 @@ def scale(inputs: Inputs) -> str:
     training records, and without a parameter count the scored weights of the layer records.
     """
     parameters = at(inputs.provenance, "models", "language_model", "n_parameters")
-    scored = sum(row["n_parameters"] for row in text_layers(inputs.results) if row["model"] == "base")
+    scored = sum(row["n_parameters"] for row in having(text_layers(inputs.results), model="base"))
     examples = at(inputs.provenance, "data", "train", "n")
     steps = max((row["step"] for row in inputs.results["training"]), default=None)
     if not any(row["method"] != "base" for table in ("training", "qa") for row in inputs.results[table]):
@@ -68,13 +70,8 @@ def scale(inputs: Inputs) -> str:
     sentence = f"This run trained {what} on {on}" + (f" for up to {steps} steps" if steps is not None else "")
     runs = n_runs(inputs.results)
     sentence += f", {runs} times with each method" if runs > 1 else ""
-    known_large = (
-        isinstance(parameters, int)
-        and isinstance(examples, int)
-        and parameters >= LARGE_MODEL
-        and examples >= LARGE_DATA
-    )
-    if known_large:
+    known = isinstance(parameters, int) and isinstance(examples, int)
+    if known and parameters >= LARGE_MODEL and examples >= LARGE_DATA:
         return sentence + "."
     return sentence + "; read it as a demonstration of the method, not as evidence about large models."
 
@@ -96,14 +93,9 @@ def _lost(inputs: Inputs) -> list[Finding]:
         base, trained = _base(rows, task), _trained(rows, task)
         if base is None or not trained:
             continue
-        details: list[str] = []
-        alone: list[str] = []
-        for row in trained:
-            paired = _paired(inputs, task, "base", row["method"])
-            if paired is None:
-                alone.append(_named(row))
-            else:
-                details.append(f"{_named(row)}: {_difference(paired)}")
+        paired = [(_named(row), _paired(inputs, task, "base", row["method"])) for row in trained]
+        details = [f"{name}: {_difference(comparison)}" for name, comparison in paired if comparison is not None]
+        alone = [name for name, comparison in paired if comparison is None]
         if alone:
             details.append(f"Not compared with the base question by question: {', '.join(alone)}.")
         findings.append(
@@ -119,11 +111,9 @@ def _lost(inputs: Inputs) -> list[Finding]:
 
 def _where(inputs: Inputs) -> list[Finding]:
     layers = text_layers(inputs.results)
-    wanted = ("base", "text", main_reduction(inputs.results), "jensen_shannon")
     details: list[str] = []
-    for row in inputs.results["shift"]:
-        of = (row["reference"], row["modality"], row["reduction"], row["measure"])
-        if of != wanted or row["value"] is None:
+    for row in text_shifts(inputs.results):
+        if row["value"] is None:
             continue
         spread = interval(row["ci_low"], row["ci_high"], significant)
         detail = f"{method_name(row['model'])}: {significant(row['value'])} bits"
@@ -138,17 +128,11 @@ def _where(inputs: Inputs) -> list[Finding]:
         findings.append(Finding(lead, tuple(details)))
     models = {row["model"] for row in layers}
     if "base" in models and len(models) > 1:
-        peaks = [
-            f"{peak_layer(layers, model)} in {method_name(model)}"
-            for model in sorted(models - {"base"}, key=method_key)
-        ]
+        trained = sorted(models - {"base"}, key=method_key)
+        peaks = [f"{peak_layer(layers, model)} in {method_name(model)}" for model in trained]
         depth = max(row["layer"] for row in layers)
-        findings.append(
-            Finding(
-                f"The layer with the largest share is {peak_layer(layers, 'base')} in the base "
-                f"(layers 0 to {depth}), {', '.join(peaks)}."
-            )
-        )
+        largest = f"The layer with the largest share is {peak_layer(layers, 'base')} in the base (layers 0 to {depth})"
+        findings.append(Finding(f"{largest}, {', '.join(peaks)}."))
     return findings or [Finding("Not known: the run has no layer-wise importance of a trained model.")]
 
 
@@ -211,8 +195,7 @@ def _understand(inputs: Inputs) -> list[Finding]:
             tuple(
                 f"{_named(row)}, 95 % interval {interval(row['ci_low'], row['ci_high'])}"
                 + (": no understanding of speech shown." if row["ci_high"] < NO_SPEECH else ".")
-                for row in rows
-                if row["task"] == task
+                for row in having(rows, task=task)
             ),
         )
         for task in dict.fromkeys(row["task"] for row in rows)
@@ -232,24 +215,22 @@ def _beside(inputs: Inputs, task: str) -> str:
 # Records
 # ----------------------------------------------------------------------------------------------------------
 def _accuracies(inputs: Inputs, modality: str) -> list[QARecord]:
-    metric = main_metric(inputs.results)
-    rows = [row for row in inputs.results["qa"] if row["modality"] == modality and row["metric"] == metric]
-    return sorted(rows, key=lambda row: method_key(row["method"]))
+    rows = having(inputs.results["qa"], modality=modality, metric=main_metric(inputs.results))
+    return in_order(rows, "method")
 
 
 def _base(rows: Sequence[QARecord], task: str) -> QARecord | None:
-    return next((row for row in rows if row["task"] == task and row["method"] == "base"), None)
+    return next(iter(having(rows, task=task, method="base")), None)
 
 
 def _trained(rows: Sequence[QARecord], task: str) -> list[QARecord]:
-    return [row for row in rows if row["task"] == task and row["method"] != "base"]
+    return [row for row in having(rows, task=task) if row["method"] != "base"]
 
 
 def _paired(inputs: Inputs, task: str, before: str, after: str) -> ComparisonRecord | None:
     """The comparison on typed questions, turned so that `difference` = accuracy(after) − accuracy(before)."""
-    for row in inputs.results["comparisons"]:
-        if (row["task"], row["modality"], row["metric"]) != (task, "text", main_metric(inputs.results)):
-            continue
+    typed = {"task": task, "modality": "text", "metric": main_metric(inputs.results)}
+    for row in having(inputs.results["comparisons"], **typed):
         if (row["method_a"], row["method_b"]) == (before, after):
             return row
         if (row["method_a"], row["method_b"]) == (after, before):
