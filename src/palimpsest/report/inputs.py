@@ -11,6 +11,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_type_hints
@@ -219,19 +220,25 @@ def methods_in(results: Results) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------
 def _read_mapping(path: Path, missing: list[str]) -> dict[str, Any] | None:
     """The mapping in a JSON or YAML file; None, with a line in `missing`, where there is none."""
-    if not path.exists():
-        missing.append(f"{path.name} is not there.")
-        return None
-    try:
+    with _reading(path.name, missing):
         text = path.read_text(encoding="utf-8")
         value = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        missing.append(f"{path.name} cannot be read ({_first_line(error)}).")
-        return None
-    if not isinstance(value, dict):
+        if isinstance(value, dict):
+            return value
         missing.append(f"{path.name} does not hold a mapping.")
-        return None
-    return value
+    return None
+
+
+@contextmanager
+def _reading(where: str, missing: list[str]) -> Iterator[None]:
+    """Makes a line in `missing` of a file that is absent or damaged."""
+    try:
+        yield
+    except FileNotFoundError:
+        missing.append(f"{where} is not there.")
+    except (OSError, ValueError, EOFError, yaml.YAMLError, zipfile.BadZipFile, zlib.error) as error:
+        reason = re.sub(r"\s+", " ", str(error)).strip()[:160]
+        missing.append(f"{where} cannot be read ({reason}).")
 
 
 def _read_results(path: Path, missing: list[str]) -> Results:
@@ -281,21 +288,15 @@ def _checked(rows: Sequence[Any], record: type) -> tuple[list[Any], list[str]]:
 
 def _read_maps(path: Path, missing: list[str]) -> dict[tuple[str, str], npt.NDArray[np.float32]]:
     where = f"maps/{path.name}"
-    if not path.exists():
-        missing.append(f"{where} is not there.")
-        return {}
     maps: dict[tuple[str, str], npt.NDArray[np.float32]] = {}
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            for key in sorted(file.files):
-                model, separator, name = key.partition("|")
-                array = file[key]
-                if not separator or array.ndim != 2 or array.size == 0 or array.dtype.kind != "f":
-                    missing.append(f"{where}: “{key}” is not a two-dimensional map named MODEL|PARAMETER.")
-                else:
-                    maps[model, name] = array.astype(np.float32)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        missing.append(f"{where} cannot be read ({_first_line(error)}).")
+    with _reading(where, missing), np.load(path, allow_pickle=False) as file:
+        for key in sorted(file.files):
+            model, separator, name = key.partition("|")
+            array = file[key]
+            if not separator or array.ndim != 2 or array.size == 0 or array.dtype.kind != "f":
+                missing.append(f"{where}: “{key}” is not a two-dimensional map named MODEL|PARAMETER.")
+            else:
+                maps[model, name] = array.astype(np.float32)
     return maps
 
 
@@ -324,11 +325,9 @@ def _read_sample_file(file: Path, where: str, missing: list[str]) -> list[Sample
     if file.stat().st_size > MAX_SAMPLES_BYTES:
         missing.append(f"{where} is larger than {MAX_SAMPLES_BYTES // 2**20} MiB and is not shown.")
         return []
-    try:
+    lines: list[str] = []
+    with _reading(where, missing):
         lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        missing.append(f"{where} cannot be read ({_first_line(error)}).")
-        return []
     rows = [_parsed(line) for line in lines if line.strip()]
     good, bad = _checked(rows, _Scalars)
     if bad:
@@ -337,10 +336,8 @@ def _read_sample_file(file: Path, where: str, missing: list[str]) -> list[Sample
 
 
 def _parsed(line: str) -> Any:
-    try:
+    with suppress(ValueError):
         return json.loads(line)
-    except ValueError:
-        return None
 
 
 def _sample(row: dict[str, Any]) -> Sample:
@@ -354,10 +351,6 @@ def _sample(row: dict[str, Any]) -> Sample:
         "n_new_tokens": row["n_new_tokens"],
         "failed": row.get("failed") is True,
     }
-
-
-def _first_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip()[:160]
 
 
 def missing_steps(run: Path, provenance: dict[str, Any]) -> list[str]:

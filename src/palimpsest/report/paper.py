@@ -105,9 +105,6 @@ TABLE_3: tuple[AccuracyRow, ...] = (
 
 LAYER_LR_LAMBDA = Value(0.4, "digest")  # λ of Eq. 3: scale_l = 1 − λ · (I_l − min I) / (max I − min I)
 LORA_RANKS = {"1B": Value(8, "digest"), "8B": Value(16)}
-LORA_ALPHA_PER_RANK = Value(2, "digest")
-N_HELD_OUT = Value(500)  # random held-out examples of the perplexity experiment
-IMPORTANCE_SHARE = Value(1 / 30)  # of the training data, used to estimate importance
 
 CLAIMS: tuple[ClaimReference, ...] = (
     ClaimReference(

@@ -46,18 +46,21 @@ def layers(records: Rows, modality: str, reduction: str) -> Table:
         f"Importance by layer, {modality} input",
         (
             counts("Layer", "layer"),
-            *(
-                where(field, model=model)
-                for model in sorted({row["model"] for row in rows}, key=method_key)
-                for field in (
-                    numbers(f"{method_name(model)}, %", "share", lambda share: percent(share, 2)),
-                    numbers(f"{method_name(model)}, sum", "total"),
-                )
+            *by_model(
+                rows,
+                lambda model: numbers(f"{model}, %", "share", lambda share: percent(share, 2)),
+                lambda model: numbers(f"{model}, sum", "total"),
             ),
         ),
         in_order(grouped(rows, "layer"), "layer"),
         f"Reduction {reduction}. %: share of the model's total. Sum: over the layer's scored weights.",
     )
+
+
+def by_model(records: Rows, *fields: Callable[[str], Field]) -> list[Field]:
+    """For every model of `records` the columns that `fields` make of its name."""
+    models = sorted({row["model"] for row in records}, key=method_key)
+    return [where(field(method_name(model)), model=model) for model in models for field in fields]
 
 
 def shift(records: Rows) -> Table:

@@ -5,7 +5,7 @@ Every sentence is made of records alone and says so where they do not decide.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from palimpsest.records import ComparisonRecord, QARecord
@@ -78,17 +78,20 @@ def scale(inputs: Inputs) -> str:
 
 def points_of(inputs: Inputs) -> list[Point]:
     """The summary's questions with their answers, in reading order."""
+    questions = (
+        ("What was lost?", _lost, "accuracy of the base and a trained model on typed questions"),
+        ("Where in the model?", _where, "layer-wise importance of a trained model"),
+        ("Which training keeps the text?", _keeps, "two trained models that answered the same typed questions"),
+        ("Do the models understand speech?", _understand, "answers to spoken questions"),
+    )
     return [
-        Point("What was lost?", tuple(_lost(inputs))),
-        Point("Where in the model?", tuple(_where(inputs))),
-        Point("Which training keeps the text?", tuple(_keeps(inputs))),
-        Point("Do the models understand speech?", tuple(_understand(inputs))),
+        Point(question, tuple(answer(inputs)) or (Finding(f"Not known: the run has no {lacking}."),))
+        for question, answer, lacking in questions
     ]
 
 
-def _lost(inputs: Inputs) -> list[Finding]:
+def _lost(inputs: Inputs) -> Iterator[Finding]:
     rows = _accuracies(inputs, "text")
-    findings: list[Finding] = []
     for task in dict.fromkeys(row["task"] for row in rows):
         base, trained = _base(rows, task), _trained(rows, task)
         if base is None or not trained:
@@ -98,18 +101,11 @@ def _lost(inputs: Inputs) -> list[Finding]:
         alone = [name for name, comparison in paired if comparison is None]
         if alone:
             details.append(f"Not compared with the base question by question: {', '.join(alone)}.")
-        findings.append(
-            Finding(
-                f"{task_name(task)}: the base answers {_share(base['accuracy'])} of {base['n']} typed "
-                "questions; the trained models:",
-                tuple(details),
-            )
-        )
-    nothing = Finding("Not known: the run has no accuracy of the base and a trained model on typed questions.")
-    return findings or [nothing]
+        answered = f"the base answers {_share(base['accuracy'])} of {base['n']} typed questions"
+        yield Finding(f"{task_name(task)}: {answered}; the trained models:", tuple(details))
 
 
-def _where(inputs: Inputs) -> list[Finding]:
+def _where(inputs: Inputs) -> Iterator[Finding]:
     layers = text_layers(inputs.results)
     details: list[str] = []
     for row in text_shifts(inputs.results):
@@ -122,23 +118,20 @@ def _where(inputs: Inputs) -> list[Finding]:
             noise = significant(row["value"] / row["noise_floor"], 2)
             detail += f", {noise} times what two halves of the data differ by on the base alone"
         details.append(detail + ".")
-    findings: list[Finding] = []
     if details:
         lead = "How far training moved the spread of text importance over the layers (Jensen–Shannon divergence):"
-        findings.append(Finding(lead, tuple(details)))
+        yield Finding(lead, tuple(details))
     models = {row["model"] for row in layers}
     if "base" in models and len(models) > 1:
         trained = sorted(models - {"base"}, key=method_key)
         peaks = [f"{peak_layer(layers, model)} in {method_name(model)}" for model in trained]
         depth = max(row["layer"] for row in layers)
         largest = f"The layer with the largest share is {peak_layer(layers, 'base')} in the base (layers 0 to {depth})"
-        findings.append(Finding(f"{largest}, {', '.join(peaks)}."))
-    return findings or [Finding("Not known: the run has no layer-wise importance of a trained model.")]
+        yield Finding(f"{largest}, {', '.join(peaks)}.")
 
 
-def _keeps(inputs: Inputs) -> list[Finding]:
+def _keeps(inputs: Inputs) -> Iterator[Finding]:
     rows = _accuracies(inputs, "text")
-    findings: list[Finding] = []
     for task in dict.fromkeys(row["task"] for row in rows):
         trained = _trained(rows, task)
         if len(trained) < 2:
@@ -148,15 +141,11 @@ def _keeps(inputs: Inputs) -> list[Finding]:
         for row in trained:
             if row is not best:
                 others[_relation(_paired(inputs, task, row["method"], best["method"]))].append(_named(row))
-        findings.append(
-            Finding(
-                f"{task_name(task)}: of the trained models {method_name(best['method'])} answers the most typed "
-                f"questions, {_share(best['accuracy'])}.",
-                tuple(f"{relation} {', '.join(names)}." for relation, names in others.items() if names),
-            )
+        yield Finding(
+            f"{task_name(task)}: of the trained models {method_name(best['method'])} answers the most typed "
+            f"questions, {_share(best['accuracy'])}.",
+            tuple(f"{relation} {', '.join(names)}." for relation, names in others.items() if names),
         )
-    nothing = Finding("Not known: the run has no two trained models that answered the same typed questions.")
-    return findings or [nothing]
 
 
 def _relation(paired: ComparisonRecord | None) -> str:
@@ -165,42 +154,32 @@ def _relation(paired: ComparisonRecord | None) -> str:
     return BETTER if paired["p_holm"] < LEVEL and paired["difference"] > 0 else ALIKE
 
 
-def _understand(inputs: Inputs) -> list[Finding]:
+def _understand(inputs: Inputs) -> Iterator[Finding]:
     rows = [row for row in _accuracies(inputs, "speech") if row["method"] != "base"]
     if not rows:
-        return [Finding("Not known: the run has no answers to spoken questions.")]
+        return
     best = max(rows, key=lambda row: row["accuracy"])
+    best_of_all = f"{_share(best['accuracy'])} ({method_name(best['method'])}, {task_name(best['task'])})"
     highest = max(row["ci_high"] for row in rows)
     if highest < NO_SPEECH:
-        return [
-            Finding(
-                "No. The models do not yet understand speech: the best S2T accuracy is "
-                f"{_share(best['accuracy'])} ({method_name(best['method'])}, {task_name(best['task'])}), and "
-                f"no 95 % interval reaches above {_share(highest)}. At that level, differences in S2T between "
-                "the methods say nothing about how well they understand."
-            )
-        ]
-    findings: list[Finding] = []
+        yield Finding(
+            f"No. The models do not yet understand speech: the best S2T accuracy is {best_of_all}, and "
+            f"no 95 % interval reaches above {_share(highest)}. At that level, differences in S2T between "
+            "the methods say nothing about how well they understand."
+        )
+        return
     if best["accuracy"] < NO_SPEECH:
-        findings.append(
-            Finding(
-                f"Not shown. S2T is near zero: at best {_share(best['accuracy'])} ({method_name(best['method'])}, "
-                f"{task_name(best['task'])}). With so few questions the intervals are wide, but nothing here says "
-                "that the models understand speech; train longer before S2T is compared."
-            )
+        yield Finding(
+            f"Not shown. S2T is near zero: at best {best_of_all}. With so few questions the intervals are wide, but "
+            "nothing here says that the models understand speech; train longer before S2T is compared."
         )
-    findings += [
-        Finding(
-            f"{task_name(task)}, spoken questions{_beside(inputs, task)}:",
-            tuple(
-                f"{_named(row)}, 95 % interval {interval(row['ci_low'], row['ci_high'])}"
-                + (": no understanding of speech shown." if row["ci_high"] < NO_SPEECH else ".")
-                for row in having(rows, task=task)
-            ),
+    for task in dict.fromkeys(row["task"] for row in rows):
+        details = (
+            f"{_named(row)}, 95 % interval {interval(row['ci_low'], row['ci_high'])}"
+            + (": no understanding of speech shown." if row["ci_high"] < NO_SPEECH else ".")
+            for row in having(rows, task=task)
         )
-        for task in dict.fromkeys(row["task"] for row in rows)
-    ]
-    return findings
+        yield Finding(f"{task_name(task)}, spoken questions{_beside(inputs, task)}:", tuple(details))
 
 
 def _beside(inputs: Inputs, task: str) -> str:

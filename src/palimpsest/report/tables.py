@@ -7,7 +7,6 @@ ours in rows of their own, labelled as published in their first cell, so that th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 from palimpsest.report import paper, structure_tables
 from palimpsest.report.across_runs import n_runs
@@ -203,10 +202,10 @@ def _given(title: str, name: str) -> Field:
     return cells(title, lambda row: row["cells"].get(name, EMPTY))
 
 
-def _published(value: paper.Value | None, write: Callable[[float], str]) -> Cell:
+def _published(value: paper.Value | None, write: Callable[[float], str], unit: float = 1) -> Cell:
     if value is None:
         return EMPTY
-    return Cell(write(value.value) + (" *" if value.certainty == "digest" else ""), sort=value.value)
+    return Cell(write(value.value) + (" *" if value.certainty == "digest" else ""), sort=value.value / unit)
 
 
 def accuracy(
@@ -284,23 +283,20 @@ def _beside_the_paper(
             "model": f"{row.system}, {row.size}",
             "method": row.method,
             "rank": row.rank,
-            "cells": {"text": _percent(row.t2t), "speech": _percent(row.s2t)},
+            "cells": {  # ours sort by shares
+                "text": _published(row.t2t, "{:.1f}".format, unit=100),
+                "speech": _published(row.s2t, "{:.1f}".format, unit=100),
+            },
         }
         for row in published
     ]
-    order = list(dict.fromkeys(row["task"] for row in [*ours, *theirs]))
+    order = list(dict.fromkeys(row["task"] for row in (*ours, *theirs)))
     return sorted([*in_order(ours, key), *theirs], key=lambda row: order.index(row["task"]))
 
 
 def accuracy_cell(row: Row) -> Cell:
     detail = f"{interval(row['ci_low'], row['ci_high'])}; n {row['n']}"
     return Cell(percent(row["accuracy"]), detail, row["accuracy"])
-
-
-def _percent(value: paper.Value | None) -> Cell:
-    if value is None:
-        return EMPTY
-    return replace(_published(value, "{:.1f}".format), sort=value.value / 100)  # ours sort by shares
 
 
 def lora_rank(records: Rows, metric: str, ranks: Mapping[str, int], model: str = DASH, n_runs: int = 1) -> Table:
@@ -483,13 +479,10 @@ def probe(records: Rows) -> Table:
         (
             words("Pairs", "kind"),
             N,
-            *(
-                where(field, model=model)
-                for model in sorted({row["model"] for row in records}, key=method_key)
-                for field in (
-                    ranges(f"{method_name(model)} %", "accuracy", percent),
-                    numbers(f"{method_name(model)}, margin", "margin"),
-                )
+            *structure_tables.by_model(
+                records,
+                lambda model: ranges(f"{model} %", "accuracy", percent),
+                lambda model: numbers(f"{model}, margin", "margin"),
             ),
         ),
         grouped(records, "kind", "n"),
