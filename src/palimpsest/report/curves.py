@@ -201,10 +201,7 @@ def _base_line(drawing: Drawing, axis: Axes, inputs: Inputs, modality: str, reco
 
 def _phases(axis: Axes, records: Sequence[TrainingRecord]) -> str:
     """Mark where the adaptor's phase ends, where all methods agree on it; returns what the caption says of it."""
-    last: dict[str, int] = {}
-    for row in records:
-        if row.get("phase") == "adaptor":
-            last[row["method"]] = max(row["step"], last.get(row["method"], 0))
+    last = {row["method"]: row["step"] for row in in_order(records, "step") if row.get("phase") == "adaptor"}
     ends = set(last.values())
     if len(ends) != 1:
         return ""

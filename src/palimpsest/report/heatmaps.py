@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +14,10 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import NullFormatter
 
 from palimpsest.report.inputs import Inputs, at, method_key, method_name
-from palimpsest.report.style import COLOR_MAP, WIDTH, Drawing, no_labels, power_of_ten
+from palimpsest.report.style import COLOR_MAP, WIDTH, Drawing, power_of_ten
 
 SHOWN_KINDS = ("q_proj", "o_proj", "up_proj", "down_proj")  # two of attention, two of the MLP
 N_DECADES = 5  # of the colour scale below the largest value
@@ -92,11 +94,8 @@ def _representative(names: Sequence[str]) -> list[str]:
     layers = {name: int(match[1]) for name in names if (match := re.search(r"layers\.(\d+)\.", name))}
     middle = max(layers.values(), default=0) / 2
     by_distance = sorted(names, key=lambda name: (abs(layers.get(name, 0) - middle), name))
-    chosen: list[str] = []
-    for kind in SHOWN_KINDS:
-        chosen += [name for name in by_distance if f".{kind}." in name][:1]
-    chosen += [name for name in by_distance if name not in chosen][: len(SHOWN_KINDS) - len(chosen)]
-    return chosen[: len(SHOWN_KINDS)]
+    of_kind = ([name for name in by_distance if f".{kind}." in name][:1] for kind in SHOWN_KINDS)
+    return list(dict.fromkeys([*chain.from_iterable(of_kind), *by_distance]))[: len(SHOWN_KINDS)]
 
 
 def _show(axis: Axes, array: npt.NDArray[np.float32], largest: float) -> AxesImage:
@@ -120,7 +119,7 @@ def _show(axis: Axes, array: npt.NDArray[np.float32], largest: float) -> AxesIma
 
 def _color_bar(figure: Figure, image: AxesImage, axes: list[Axes], label: str) -> None:
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, format=power_of_ten(), extend="min")
-    bar.ax.yaxis.set_minor_formatter(no_labels())
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
     bar.set_label(label)
     bar.outline.set_visible(False)
     assert bar.solids is not None

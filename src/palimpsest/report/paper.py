@@ -69,11 +69,7 @@ TABLE_1_RATIO = 0.03  # whether it was taken over the whole model or per matrix 
 
 
 def _accuracy(
-    system: str,
-    size: str,
-    method: str | None,
-    numbers: tuple[float | None, float | None, float | None, float | None],
-    rank: int | None = None,
+    system: str, size: str, method: str | None, numbers: tuple[float | None, ...], rank: int | None = None
 ) -> tuple[AccuracyRow, AccuracyRow]:
     """The two rows of one published line: (Llama Questions T2T, S2T, Web Questions T2T, S2T)."""
     llama_t2t, llama_s2t, web_t2t, web_s2t = (None if number is None else Value(number) for number in numbers)
@@ -115,9 +111,7 @@ CLAIMS: tuple[ClaimReference, ...] = (
     ),
     ClaimReference(2, "Figure 1", "shown as heat maps; no number and no null is given"),
     ClaimReference(
-        3,
-        "Figure 2",
-        "shown as curves; 1B: the peak moves to much earlier layers; 8B: the shape stays, lower",
+        3, "Figure 2", "shown as curves; 1B: the peak moves to much earlier layers; 8B: the shape stays, lower"
     ),
     ClaimReference(4, "Figure 3", "shown as curves; both lie close to the base"),
     ClaimReference(

@@ -58,8 +58,7 @@ def read_recordings(inputs: Inputs, questions: Mapping[str, Sequence[Question]],
     embedded: list[str] = []
     missing: list[str] = []
     for task in tasks if audio else []:
-        manifest = inputs.path / "data" / f"task-{task}.jsonl"
-        rows = _read_manifest(manifest, missing)
+        rows = _read_manifest(inputs.path / "data" / f"task-{task}.jsonl", missing)
         if rows is None:
             continue
         recordings = _of_task(inputs.path, rows, questions[task], MAX_BYTES // len(tasks))
@@ -113,7 +112,7 @@ def _of_task(
             continue
         path = run / "data" / audio
         if path not in encoded:
-            encoded[path] = _encoded(path, f"data/{audio}", row.get("voice"))
+            encoded[path] = _encoded(path, audio, row.get("voice"))
         recording = encoded[path]
         if len(recording.uri) > left:
             why = f"the recordings of a task share {budget / 1e6:.1f} MB of this page"
@@ -123,11 +122,11 @@ def _of_task(
     return found
 
 
-def _encoded(path: Path, where: str, voice: object) -> Recording:
+def _encoded(path: Path, audio: str, voice: object) -> Recording:
     import soundfile
 
-    if PurePosixPath(where.removeprefix("data/")).is_absolute():
-        where = f"{path.name}, outside the run directory"
+    outside = PurePosixPath(audio).is_absolute()
+    where = f"{path.name}, outside the run directory" if outside else f"data/{audio}"
     if not path.is_file():
         return Recording(where, "", why_not="the file is not there")
     try:

@@ -184,14 +184,10 @@ def power_of_ten() -> FuncFormatter:
     return FuncFormatter(written)
 
 
-def no_labels() -> NullFormatter:
-    return NullFormatter()
-
-
 def log_labels(axis: Axes) -> None:
     """Powers of ten on the y axis, nothing between them."""
     axis.yaxis.set_major_formatter(power_of_ten())
-    axis.yaxis.set_minor_formatter(no_labels())
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def model_legend(figure: Figure, models: Sequence[str], methods: Sequence[str]) -> None:

@@ -59,6 +59,7 @@ PUBLISHED = {"source": paper.SOURCE_LABEL, "published": True}
 DIGEST_NOTE = "* from a secondary digest of the paper, not checked against it."
 CONDITIONS = ("base", "top", "bottom", "random")
 VERDICTS = {"holds": "✓ holds", "fails": "✗ fails", "undecided": "? undecided"}
+ANSWERS = {"Empty": "empty", "Refused": "refusal", "Looping": "loop", "Failed": "failed"}
 FLOORS = {
     "unrelated": "Answers to other questions %",
     "echo": "Question repeated %",
@@ -116,8 +117,8 @@ def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Tabl
 
 def _tuned_on_text(inputs: Inputs) -> list[str]:
     """The methods that study.yaml trains on questions given as text."""
-    methods = {row["method"] for row in inputs.results["qa"]}
-    return [method for method in sorted(methods) if at(inputs.config, "methods", method, "modality") == "text"]
+    methods = sorted({row["method"] for row in inputs.results["qa"]}, key=method_key)
+    return [method for method in methods if at(inputs.config, "methods", method, "modality") == "text"]
 
 
 def _ranks(inputs: Inputs) -> dict[str, int]:
@@ -145,15 +146,9 @@ def deactivation(records: Rows) -> Table:
     for group in in_order(grouped(removed, *setting), *setting):
         of = {name: having(group["rows"], condition=name) for name in CONDITIONS}
         of["base"] = whole.get((group["model"], group["modality"]), [])
-        rows.append(
-            {
-                **group,
-                "source": OURS,
-                "model": method_name(group["model"]),
-                "selection": f"{group['scope']}, {group['reduction']}",
-                "cells": {name: _perplexity(found) for name, found in of.items()},
-            }
-        )
+        shown = {"model": method_name(group["model"]), "selection": f"{group['scope']}, {group['reduction']}"}
+        cells_of = {name: _perplexity(found) for name, found in of.items()}
+        rows.append({**group, **shown, "source": OURS, "cells": cells_of})
     rows += [
         {
             **PUBLISHED,
@@ -165,15 +160,12 @@ def deactivation(records: Rows) -> Table:
         }
         for row in paper.TABLE_1
     ]
+    removed_share = numbers("Removed %", "ratio", lambda ratio: f"{100 * ratio:g}")
     return table(
         "deactivation",
         "Perplexity with a share of the weights set to zero (the paper's Table 1)",
         (
-            SOURCE,
-            SYSTEM,
-            INPUT,
-            numbers("Removed %", "ratio", lambda ratio: f"{100 * ratio:g}"),
-            words("Selected by", "selection"),
+            *(SOURCE, SYSTEM, INPUT, removed_share, words("Selected by", "selection")),
             *(_given("Whole" if name == "base" else name.capitalize(), name) for name in CONDITIONS),
         ),
         rows,
@@ -217,7 +209,7 @@ def accuracy(
     """
     asked = {row["modality"] for row in records}
     records = having(records, metric=metric)
-    rows = _beside_the_paper(records, paper.TABLE_2, model, "method")
+    rows = _beside_the_paper(records, paper.TABLE_2, model, "method", {})
     base_has_adaptor = bool(having(records, method="base", modality="speech"))
     return table(
         "accuracy",
@@ -252,18 +244,14 @@ def _not_spoken_to(tuned_on_text: Sequence[str]) -> str:
     """Why some methods have no S2T."""
     if not tuned_on_text:
         return ""
-    names = ", ".join(method_name(method) for method in sorted(tuned_on_text, key=method_key))
+    names = ", ".join(map(method_name, tuned_on_text))
     return (
         f" Tuned on the same questions as text, therefore without a trained adaptor and not asked in speech: {names}."
     )
 
 
 def _beside_the_paper(
-    records: Rows,
-    published: Sequence[paper.AccuracyRow],
-    model: str,
-    key: str,
-    ranks: Mapping[str, int] | None = None,
+    records: Rows, published: Sequence[paper.AccuracyRow], model: str, key: str, ranks: Mapping[str, int]
 ) -> list[Row]:
     """By task, a row per method of ours, then the paper's; tasks in this run's order, then those only the paper has."""
     ours: list[Row] = [
@@ -271,7 +259,7 @@ def _beside_the_paper(
             **group,
             "source": OURS,
             "model": model,
-            "rank": (ranks or {}).get(group["method"]),
+            "rank": ranks.get(group["method"]),
             "cells": {row["modality"]: accuracy_cell(row) for row in group["rows"]},
         }
         for group in grouped(records, "task", "method")
@@ -319,17 +307,10 @@ def accuracy_details(records: Rows) -> Table:
         "Every accuracy, by scoring rule",
         (
             (Column("Source"), lambda row: text(OURS if (of := row.get("source", "measured")) == "measured" else of)),
-            METHOD,
-            TASK,
-            INPUT,
+            *(METHOD, TASK, INPUT),
             (Column("Scoring rule"), lambda row: text(f"{row['metric']} {row['metric_version']}")),
-            N,
-            counts("Correct", "correct"),
-            ranges("Accuracy %", "accuracy", percent),
-            counts("Empty", "n_empty"),
-            counts("Refused", "n_refusal"),
-            counts("Looping", "n_loop"),
-            counts("Failed", "n_failed"),
+            *(N, counts("Correct", "correct"), ranges("Accuracy %", "accuracy", percent)),
+            *(counts(title, f"n_{what}") for title, what in ANSWERS.items()),
         ),
         in_order(records, "metric", "task", "modality", "method"),
         "Empty and failed answers count as wrong. Refused and looping ones are scored as they are: a refusal opens "
@@ -344,9 +325,7 @@ def floors(records: Rows, metric: str) -> Table:
         "floors",
         "What the scoring rule calls right that cannot be",
         (
-            METHOD,
-            TASK,
-            INPUT,
+            *(METHOD, TASK, INPUT),
             cells("n", lambda group: count(max(row["n"] for row in group["rows"]))),
             *(where(ranges(title, "value", percent), floor=floor) for floor, title in FLOORS.items()),
         ),
