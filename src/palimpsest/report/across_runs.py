@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, cast
 
 from palimpsest.records import Results, method_of
 from palimpsest.report.inputs import Inputs, main_metric
+from palimpsest.report.table import Row, Rows, grouped
 
 
 def n_runs(results: Results) -> int:
@@ -32,15 +31,18 @@ def by_method(inputs: Inputs) -> Inputs:
     shown["comparisons"] = [{**row, "only_a": 0, "only_b": 0} for row in results["seed_comparisons"]]
     shown["layers"] = _mean_layers(results)
     for table, field in (("deactivation", "model"), ("clustering", "model"), ("delta", "method")):
-        rows: Sequence[Mapping[str, Any]] = shown[table]
-        shown[table] = [{**row, field: method_of(row[field])[0]} for row in rows]
+        shown[table] = _under_method(shown[table], field)
     for table in ("qa_floors", "perplexity", "probe", "shift", "clustering_summary", "mask_overlap", "training"):
         shown[table] = [row for row in shown[table] if _is_first(row)]
     samples = {key: rows for key, rows in inputs.samples.items() if method_of(key[0])[1] == 0}
     return dataclasses.replace(inputs, results=cast(Results, shown), samples=samples)
 
 
-def _is_first(row: Mapping[str, Any]) -> bool:
+def _under_method(rows: Rows, field: str) -> list[Row]:
+    return [{**row, field: method_of(row[field])[0]} for row in rows]
+
+
+def _is_first(row: Row) -> bool:
     return method_of(str(row.get("method", row.get("model"))))[1] == 0
 
 
@@ -60,12 +62,7 @@ def _mean_accuracies(results: Results) -> list[Any]:
 
 
 def _mean_layers(results: Results) -> list[Any]:
-    groups: dict[tuple[Any, ...], list[Any]] = defaultdict(list)
-    for row in results["layers"]:
-        method = method_of(row["model"])[0]
-        groups[method, row["modality"], row["reduction"], row["layer"], row["kind"]].append(row)
+    rows = _under_method(results["layers"], "model")
+    groups = (group["rows"] for group in grouped(rows, "model", "modality", "reduction", "layer", "kind"))
     fields = ("total", "mean", "share")
-    return [
-        {**rows[0], "model": method, **{field: fmean(row[field] for row in rows) for field in fields}}
-        for (method, *_), rows in groups.items()
-    ]
+    return [{**of[0], **{field: fmean(row[field] for row in of) for field in fields}} for of in groups]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from palimpsest.records import DeactivationRecord, LayerRecord, QARecord
+from palimpsest.records import DeactivationRecord, QARecord
 from palimpsest.report.across_runs import n_runs
 from palimpsest.report.inputs import (
     MAIN_REDUCTION,
     Inputs,
+    having,
+    in_order,
     main_metric,
     method_key,
     method_name,
@@ -28,6 +31,7 @@ from palimpsest.report.table import interval, percent, significant
 CONDITIONS = {"base": "whole", "bottom": "bottom removed", "random": "random removed", "top": "top removed"}
 HATCHES = ("", "....", "////", "")
 PAPER_RATIO = 0.03
+OUTLINE: dict[str, Any] = {"edgecolor": INK, "linewidth": 0.7}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -35,9 +39,8 @@ PAPER_RATIO = 0.03
 # ----------------------------------------------------------------------------------------------------------
 def layers_before_after(inputs: Inputs) -> Drawing | None:
     """Figure 2: layer-wise textual importance of the base and after Full-FT."""
-    return _layers(
-        inputs, "figure2", "Figure 2. Textual importance by layer, before and after Full-FT", ("base", "full")
-    )
+    title = "Figure 2. Textual importance by layer, before and after Full-FT"
+    return _layers(inputs, "figure2", title, ("base", "full"))
 
 
 def layers_mitigated(inputs: Inputs) -> Drawing | None:
@@ -47,17 +50,23 @@ def layers_mitigated(inputs: Inputs) -> Drawing | None:
 
 
 def _layers(inputs: Inputs, name: str, title: str, models: Sequence[str]) -> Drawing | None:
-    rows = text_layers(inputs.results)
-    shown = [model for model in models if any(row["model"] == model for row in rows)]
+    rows, methods = text_layers(inputs.results), methods_in(inputs.results)
+    shown = [model for model in models if having(rows, model=model)]
     if not shown or shown == ["base"]:
         return None
     figure = Figure(figsize=(WIDTH, LINE_HEIGHT), layout="constrained")
     share, total = figure.subplots(1, 2)
-    drawing = Drawing(name, title, "", "", figure)
+    drawing = Drawing(name, title, figure)
     for model in shown:
-        of = sorted((row for row in rows if row["model"] == model), key=lambda row: row["layer"])
-        _line(drawing, share, of, inputs, [100 * row["share"] for row in of], "%")
-        _line(drawing, total, of, inputs, [row["total"] for row in of], "")
+        of = in_order(having(rows, model=model), "layer")
+        layers = [row["layer"] for row in of]
+        for axis, values, unit in (
+            (share, [100 * row["share"] for row in of], " %"),
+            (total, [row["total"] for row in of], ""),
+        ):
+            names = (f"{method_name(model)}, layer {layer}" for layer in layers)
+            texts = [f"{name}: {significant(value)}{unit}" for name, value in zip(names, values, strict=True)]
+            drawing.line(axis, layers, values, look(model, methods), texts)
     share.set(title="Share of the model's total", xlabel="layer", ylabel="%")
     share.set_ylim(0, 105 * max(row["share"] for row in rows))  # all models, so that Figures 2 and 3 compare
     total.set(title="Sum over the layer", xlabel="layer", ylabel="importance")
@@ -68,7 +77,7 @@ def _layers(inputs: Inputs, name: str, title: str, models: Sequence[str]) -> Dra
         log_labels(total)
     elif totals:
         total.set_ylim(0, 1.05 * max(totals))
-    model_legend(figure, shown, methods_in(inputs.results))
+    model_legend(figure, shown, methods)
     peaks = [f"{method_name(model)} {peak_layer(rows, model)}" for model in shown]
     drawing.caption = (
         f"Sum of the text importance ({rows[0]['reduction']}) of each layer's weights: left as a share of "
@@ -77,18 +86,6 @@ def _layers(inputs: Inputs, name: str, title: str, models: Sequence[str]) -> Dra
     )
     drawing.alt = f"Two line charts over the layers. Largest share at layer: {', '.join(peaks)}."
     return drawing
-
-
-def _line(
-    drawing: Drawing, axis: Axes, rows: Sequence[LayerRecord], inputs: Inputs, values: list[float], unit: str
-) -> None:
-    model = rows[0]["model"]
-    mark = look(model, methods_in(inputs.results))
-    layers = [row["layer"] for row in rows]
-    axis.plot(layers, values, color=mark.color, linestyle=mark.line)
-    for layer, value in zip(layers, values, strict=True):
-        (point,) = axis.plot([layer], [value], mark.marker, color=mark.color)
-        drawing.tip(point, f"{method_name(model)}, layer {layer}: {significant(value)} {unit}".strip())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -100,20 +97,19 @@ def deactivation(inputs: Inputs) -> Drawing | None:
     if not rows:
         return None
     models = sorted({row["model"] for row in rows}, key=method_key)
-    modalities = [name for name in ("text", "speech") if any(row["modality"] == name for row in rows)]
     figure = Figure(figsize=(WIDTH, LINE_HEIGHT + 0.2), layout="constrained")
-    measured = {
-        modality: [
-            model for model in models if any((row["model"], row["modality"]) == (model, modality) for row in rows)
-        ]
-        for modality in modalities
-    }
-    widths = [len(names) for names in measured.values()]
-    panels = figure.subplots(1, len(modalities), squeeze=False, sharey=True, width_ratios=widths)[0]
-    drawing = Drawing("deactivation", "Perplexity with weights set to zero", "", "", figure)
-    for axis, (modality, names) in zip(panels, measured.items(), strict=True):
-        for condition in CONDITIONS:
-            _condition_bars(drawing, axis, rows, names, modality, condition)
+    measured = {name: {row["model"] for row in having(rows, modality=name)} for name in ("text", "speech")}
+    shown = {modality: [model for model in models if model in found] for modality, found in measured.items() if found}
+    widths = [len(names) for names in shown.values()]
+    panels = figure.subplots(1, len(shown), squeeze=False, sharey=True, width_ratios=widths)[0]
+    drawing = Drawing("deactivation", "Perplexity with weights set to zero", figure)
+    for axis, (modality, names) in zip(panels, shown.items(), strict=True):
+        for index, condition in enumerate(CONDITIONS):
+            for position, model in enumerate(names):
+                found = [row["perplexity"] for row in having(rows, model=model, modality=modality, condition=condition)]
+                label = f"{method_name(model)}, {modality}, {CONDITIONS[condition]}"
+                if found:
+                    _bar(drawing, axis, found, label, position + (index - 1.5) * 0.2, index, upright=len(names) == 1)
         axis.set(title=f"{modality.capitalize()} input", xticks=range(len(names)), xlim=(-0.5, len(names) - 0.5))
         axis.set_xticklabels([method_name(model) for model in names])
         axis.set_yscale("log")
@@ -122,10 +118,7 @@ def deactivation(inputs: Inputs) -> Drawing | None:
         axis.set_ylim(bottom=1)  # the least a perplexity can be
         log_labels(axis)
     panels[0].set_ylabel("perplexity (logarithmic)")
-    bars = [
-        Patch(facecolor=grey, edgecolor=INK, linewidth=0.7, hatch=hatch)
-        for grey, hatch in zip(GREYS, HATCHES, strict=True)
-    ]
+    bars = [Patch(facecolor=grey, hatch=hatch, **OUTLINE) for grey, hatch in zip(GREYS, HATCHES, strict=True)]
     figure.legend(bars, list(CONDITIONS.values()), loc="outside lower center", ncols=4)
     example = next((row for row in rows if row["condition"] != "base"), rows[0])
     drawing.caption = (
@@ -134,7 +127,7 @@ def deactivation(inputs: Inputs) -> Drawing | None:
         f"{'Random: mean over seeds' if n_runs(inputs.results) == 1 else 'Mean over runs and random masks'}, the line "
         f"spans the smallest and the largest. {example['n_examples']} examples."
     )
-    drawing.alt = "Bar chart: " + "; ".join(drawing.tips.values()) + "."
+    drawing.describe("Bar chart")
     return drawing
 
 
@@ -143,57 +136,30 @@ def _paper_like(records: Sequence[DeactivationRecord]) -> list[DeactivationRecor
     removed = [row for row in records if row["condition"] != "base"]
     if not removed:
         return []
-    best = min(
-        removed,
-        key=lambda row: (
-            abs(row["ratio"] - PAPER_RATIO),
-            row["scope"] != "global",
-            row["reduction"] != MAIN_REDUCTION,
-        ),
+    settings = dict.fromkeys((row["ratio"], row["scope"], row["reduction"]) for row in removed)
+    ratio, scope, reduction = min(
+        settings, key=lambda of: (abs(of[0] - PAPER_RATIO), of[1] != "global", of[2] != MAIN_REDUCTION)
     )
-    setting = (best["ratio"], best["scope"], best["reduction"])
-    return [
-        row
-        for row in records
-        if row["condition"] == "base" or (row["ratio"], row["scope"], row["reduction"]) == setting
-    ]
+    return [*having(records, condition="base"), *having(removed, ratio=ratio, scope=scope, reduction=reduction)]
 
 
-def _condition_bars(
-    drawing: Drawing,
-    axis: Axes,
-    rows: Sequence[DeactivationRecord],
-    models: Sequence[str],
-    modality: str,
-    condition: str,
+def _bar(
+    drawing: Drawing, axis: Axes, found: Sequence[float | None], label: str, x: float, index: int, upright: bool
 ) -> None:
-    index = list(CONDITIONS).index(condition)
-    for position, model in enumerate(models):
-        wanted = (model, modality, condition)
-        found = [row["perplexity"] for row in rows if (row["model"], row["modality"], row["condition"]) == wanted]
-        if not found:
-            continue
-        x = position + (index - 1.5) * 0.2
-        label = f"{method_name(model)}, {modality}, {CONDITIONS[condition]}"
-        if any(value is None for value in found):  # beyond float range: no bar can show it
-            axis.annotate("∞", (x, 1), xytext=(0, 2), textcoords="offset points", ha="center")
-            drawing.tips[f"none{len(drawing.tips)}"] = f"{label}: not finite"
-            continue
-        mean = fmean(found)
-        bar = axis.bar([x], [mean], width=0.18, color=GREYS[index], edgecolor=INK, linewidth=0.7, hatch=HATCHES[index])
-        drawing.tip(bar.patches[0], f"{label}: {significant(mean)}")
-        if len(found) > 1:
-            axis.plot([x, x], [min(found), max(found)], color=INK, linewidth=1)
-        axis.annotate(
-            significant(mean),
-            (x, max(found)),
-            xytext=(0, 2),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=6.5,
-            rotation=90 if len(models) > 1 else 0,
-        )
+    """The mean of the perplexities `found` and their range, in the look of the condition number `index`."""
+    above: dict[str, Any] = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center"}
+    finite = [value for value in found if value is not None]
+    if len(finite) < len(found):  # beyond float range: no bar can show it
+        axis.annotate("∞", (x, 1), **above)
+        drawing.nothing(f"{label}: not finite")
+        return
+    mean = fmean(finite)
+    bar = axis.bar([x], [mean], width=0.18, color=GREYS[index], hatch=HATCHES[index], **OUTLINE)
+    drawing.tip(bar.patches[0], f"{label}: {significant(mean)}")
+    if len(finite) > 1:
+        axis.plot([x, x], [min(finite), max(finite)], color=INK, linewidth=1)
+    rotation = 0 if upright else 90
+    axis.annotate(significant(mean), (x, max(finite)), va="bottom", fontsize=6.5, rotation=rotation, **above)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -201,38 +167,30 @@ def _condition_bars(
 # ----------------------------------------------------------------------------------------------------------
 def plane(inputs: Inputs) -> Drawing | None:
     """T2T against S2T accuracy per task, with 95 % intervals in both directions."""
-    records = inputs.results["qa"]
-    if not records:
-        return None
     metric = main_metric(inputs.results)
-    rows = {(row["task"], row["method"], row["modality"]): row for row in records if row["metric"] == metric}
-    tasks = [
-        task
-        for task in dict.fromkeys(task for task, _, _ in rows)
-        if any((task, method, "speech") in rows for _, method, _ in rows)
-    ]
+    records = having(inputs.results["qa"], metric=metric)
+    rows = {(row["task"], row["method"], row["modality"]): row for row in records}
+    spoken = {row["task"] for row in having(records, modality="speech")}
+    tasks = [task for task in dict.fromkeys(row["task"] for row in records) if task in spoken]
     if not tasks:
         return None
     figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
-    drawing = Drawing("t2t_s2t", "Typed against spoken questions", "", "", figure)
+    drawing = Drawing("t2t_s2t", "Typed against spoken questions", figure)
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for axis, task in zip(panels, tasks, strict=True):
         _plane_panel(drawing, axis, task, rows, inputs)
-    handles = {
-        label: handle for axis in panels for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-    }
+    handles = {label: mark for axis in panels for mark, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4)
+    runs = n_runs(inputs.results)
+    several = f"95 % intervals over seeds and questions of {runs} training runs"
+    intervals = "95 % Wilson intervals" if runs == 1 else several
     drawing.caption = (
         f"Accuracy on typed (T2T) and on spoken (S2T) questions, scoring rule {metric}, with "
-        f"{_intervals(n_runs(inputs.results))} in both directions. Dashed line and band: the base model's T2T accuracy "
+        f"{intervals} in both directions. Dashed line and band: the base model's T2T accuracy "
         "and its interval; a method to its left has lost text ability. Hollow: the text model after a recogniser."
     )
-    drawing.alt = "Scatter chart: " + "; ".join(drawing.tips.values()) + "."
+    drawing.describe("Scatter chart")
     return drawing
-
-
-def _intervals(runs: int) -> str:
-    return "95 % Wilson intervals" if runs == 1 else f"95 % intervals over seeds and questions of {runs} training runs"
 
 
 def _plane_panel(
@@ -253,25 +211,10 @@ def _plane_panel(
             name = method_name(method) + (" after a speech recogniser" if modality == "cascade" else "")
             mark = look(method, methods)
             x, y = 100 * text["accuracy"], 100 * spoken["accuracy"]
-            axis.errorbar(
-                [x],
-                [y],
-                xerr=_arms(text),
-                yerr=_arms(spoken),
-                color=mark.color,
-                linewidth=1.1,
-                capsize=2.5,
-            )
-            (point,) = axis.plot(
-                [x],
-                [y],
-                mark.marker,
-                color=mark.color,
-                markersize=7,
-                markerfacecolor="none" if modality == "cascade" else mark.color,
-                linestyle="none",
-                label=name,
-            )
+            axis.errorbar([x], [y], xerr=_arms(text), yerr=_arms(spoken), color=mark.color, linewidth=1.1, capsize=2.5)
+            face = "none" if modality == "cascade" else mark.color
+            (point,) = axis.plot([x], [y], mark.marker, color=mark.color, linestyle="none", label=name)
+            point.set(markersize=7, markerfacecolor=face)
             drawing.tip(point, f"{task_name(task)}, {name}: T2T {_written(text)}, spoken {_written(spoken)}")
     axis.set(title=task_name(task), xlabel="T2T accuracy, %", ylabel="S2T accuracy, %")
     for low, high, limit in ((*axis.get_xlim(), axis.set_xlim), (*axis.get_ylim(), axis.set_ylim)):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
-from typing import cast
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from palimpsest.records import DeactivationRecord, TrainingRecord
-from palimpsest.report.inputs import MAIN_REDUCTION, Inputs, at, method_key, method_name, methods_in
-from palimpsest.report.style import INK, LINE_HEIGHT, WIDTH, Drawing, log_labels, look, model_legend
-from palimpsest.report.table import significant
+from palimpsest.report.inputs import MAIN_REDUCTION, Inputs, at, having, in_order, method_key, method_name, methods_in
+from palimpsest.report.style import INK, LINE_HEIGHT, WIDTH, Drawing, Look, log_labels, look, model_legend
+from palimpsest.report.table import grouped, significant
 
 REMOVED = {"top": "Most important removed", "random": "Random removed", "bottom": "Least important removed"}
 INPUTS = {"text": "text input", "speech": "speech input"}
@@ -32,19 +31,20 @@ def deletion(inputs: Inputs) -> Drawing | None:
     ratios = sorted({row["ratio"] for row in rows if row["condition"] != "base"})
     if not ratios:
         return None
-    modalities = [name for name in INPUTS if any(row["modality"] == name for row in rows)]
-    conditions = [name for name in REMOVED if any(row["condition"] == name for row in rows)]
+    methods = methods_in(inputs.results)
+    modalities = [name for name in INPUTS if having(rows, modality=name)]
+    conditions = [name for name in REMOVED if having(rows, condition=name)]
     models = sorted({row["model"] for row in rows}, key=method_key)
     figure = Figure(figsize=(WIDTH, 0.7 + 2.0 * len(modalities)), layout="constrained")
     panels = figure.subplots(len(modalities), len(conditions), squeeze=False, sharex=True, sharey=True)
-    drawing = Drawing("deletion", "Deletion curves", "", "", figure)
+    drawing = Drawing("deletion", "Deletion curves", figure)
     nothing = ratios[0] / (ratios[1] / ratios[0] if len(ratios) > 1 else 3.0)  # where the axis shows 0
     for i, modality in enumerate(modalities):
         for j, condition in enumerate(conditions):
             axis = panels[i, j]
             for model in models:
-                curve = [r for r in rows if (r["model"], r["modality"]) == (model, modality)]
-                _deletion_line(drawing, axis, curve, model, condition, nothing, methods_in(inputs.results))
+                curve = having(rows, model=model, modality=modality)
+                _deletion_line(drawing, axis, curve, condition, nothing, look(model, methods))
             axis.set(xscale="log", yscale="log")
             axis.set_title(REMOVED[condition] if i == 0 else "")
         panels[i, 0].set_ylabel(f"perplexity, {INPUTS[modality]}")
@@ -55,7 +55,7 @@ def deletion(inputs: Inputs) -> Drawing | None:
     panels[0, 0].set_xticks([], minor=True)
     panels[0, 0].set_xlim(nothing / 1.4, ratios[-1] * 1.4)
     panels[-1, len(conditions) // 2].set_xlabel("weights set to zero, % (logarithmic)")
-    model_legend(figure, models, methods_in(inputs.results))
+    model_legend(figure, models, methods)
     example = next(row for row in rows if row["condition"] != "base")
     drawing.caption = (
         f"Perplexity of the held-out answers against the share of the weights set to zero (scope {example['scope']}, "
@@ -63,7 +63,7 @@ def deletion(inputs: Inputs) -> Drawing | None:
         "Random: mean over seeds, the bars span the smallest and the largest."
         + (" This run has one ratio, so the lines have no points between." if len(ratios) == 1 else "")
     )
-    drawing.alt = "Line charts: " + "; ".join(drawing.tips.values()) + "."
+    drawing.describe("Line charts")
     return drawing
 
 
@@ -80,37 +80,24 @@ def _one_setting(records: Sequence[DeactivationRecord]) -> list[DeactivationReco
 
 
 def _deletion_line(
-    drawing: Drawing,
-    axis: Axes,
-    rows: Sequence[DeactivationRecord],
-    model: str,
-    condition: str,
-    nothing: float,
-    methods: Sequence[str],
+    drawing: Drawing, axis: Axes, rows: Sequence[DeactivationRecord], condition: str, nothing: float, mark: Look
 ) -> None:
     """The curve of one model; a perplexity that is not finite has no point but a sign at the upper edge."""
-    by_ratio: dict[float, list[float | None]] = {}
-    for row in rows:
-        if row["condition"] == condition:
-            by_ratio.setdefault(row["ratio"], []).append(row["perplexity"])
-    if not by_ratio:
+    removed = {group["ratio"]: group["rows"] for group in grouped(having(rows, condition=condition), "ratio")}
+    if not removed:
         return
-    whole = next((row["perplexity"] for row in rows if row["condition"] == "base"), None)
-    if whole is not None:
-        by_ratio[0.0] = [whole]
-    mark = look(model, methods)
+    whole = [row for row in having(rows, condition="base")[:1] if row["perplexity"] is not None]
+    by_ratio = removed | ({0.0: whole} if whole else {})
     points: list[tuple[float, float]] = []
-    for ratio in sorted(by_ratio):
-        where = f"{method_name(model)}, {rows[0]['modality']}, {100 * ratio:g} % ({condition}) removed"
-        x, values = ratio or nothing, by_ratio[ratio]
-        if any(value is None for value in values):
+    for ratio, found in sorted(by_ratio.items()):
+        where = f"{method_name(rows[0]['model'])}, {rows[0]['modality']}, {100 * ratio:g} % ({condition}) removed"
+        x, finite = ratio or nothing, [row["perplexity"] for row in found if row["perplexity"] is not None]
+        if len(finite) < len(found):
             axis.annotate("∞", (x, 1), xycoords=("data", "axes fraction"), ha="center", va="top", color=mark.color)
-            drawing.tips[f"none{len(drawing.tips)}"] = f"{where}: not finite"
+            drawing.nothing(f"{where}: not finite")
             continue
-        finite = cast(list[float], values)
         points.append((x, fmean(finite)))
-        (point,) = axis.plot([x], [points[-1][1]], mark.marker, color=mark.color)
-        drawing.tip(point, f"{where}: {significant(points[-1][1])}")
+        drawing.point(axis, *points[-1], mark, f"{where}: {significant(points[-1][1])}")
         if len(finite) > 1:
             axis.plot([x, x], [min(finite), max(finite)], color=mark.color, linewidth=1)
     if points:
@@ -128,23 +115,16 @@ def training(inputs: Inputs) -> Drawing | None:
         return None
     figure = Figure(figsize=(WIDTH, LINE_HEIGHT), layout="constrained")
     axis = figure.subplots()
-    drawing = Drawing("training", "Training loss", "", "", figure)
+    drawing = Drawing("training", "Training loss", figure)
     ends = []
     for method in methods:
-        rows = sorted((row for row in records if row["method"] == method), key=lambda row: row["step"])
-        windows = np.array_split(
-            np.array([(row["step"], row["loss"]) for row in rows]), min(len(rows), MAX_CURVE_POINTS)
-        )
+        by_step = in_order(having(records, method=method), "step")
+        curve = np.array([(row["step"], row["loss"]) for row in by_step])
+        windows = np.array_split(curve, min(len(curve), MAX_CURVE_POINTS))
         steps, losses = np.array([window.mean(axis=0) for window in windows]).T
         mark = look(method, methods_in(inputs.results))
-        (line,) = axis.plot(
-            steps,
-            losses,
-            color=mark.color,
-            linestyle=mark.line,
-            marker=mark.marker,
-            markevery=max(1, len(steps) // 8),
-        )
+        (line,) = axis.plot(steps, losses, color=mark.color, linestyle=mark.line, marker=mark.marker)
+        line.set_markevery(max(1, len(steps) // 8))
         ends.append(f"{method_name(method)} from {significant(losses[0])} to {significant(losses[-1])}")
         drawing.tip(line, ends[-1])
     axis.set(xlabel="step", ylabel="loss, nats per supervised token")
@@ -159,28 +139,29 @@ def retention(inputs: Inputs) -> Drawing | None:
     """Held-out perplexity by training step, a panel per input; None where no method has two measurements."""
     records = [row for row in _of_kind(inputs, "eval") if row.get("perplexity") is not None]
     curves: dict[tuple[str, str], list[TrainingRecord]] = {}
-    for row in sorted(records, key=lambda row: row["step"]):
+    for row in in_order(records, "step"):
         curves.setdefault((row.get("modality", "text"), row["method"]), []).append(row)
     curves = {key: rows for key, rows in curves.items() if len(rows) > 1}
     if not curves:
         return None
     modalities = [name for name in INPUTS if any(of == name for of, _ in curves)]
     figure = Figure(figsize=(WIDTH, LINE_HEIGHT), layout="constrained")
-    drawing = Drawing("retention", "Held-out perplexity during training", "", "", figure)
+    drawing = Drawing("retention", "Held-out perplexity during training", figure)
     panels = figure.subplots(1, len(modalities), squeeze=False)[0]
     methods = sorted({method for _, method in curves}, key=method_key)
     ends, with_base = [], False
     for axis, modality in zip(panels, modalities, strict=True):
         for method in (name for name in methods if (modality, name) in curves):
-            rows = curves[modality, method]
-            _retention_line(drawing, axis, rows, method, modality, methods_in(inputs.results))
-            first, last = (significant(row["perplexity"]) for row in (rows[0], rows[-1]))
-            ends.append(f"{method_name(method)}, {INPUTS[modality]}, from {first} to {last}")
+            name = f"{method_name(method)}, {INPUTS[modality]}"
+            steps, values = zip(*((row["step"], row["perplexity"]) for row in curves[modality, method]), strict=True)
+            texts = [f"{name}, step {step}: {significant(y)}" for step, y in zip(steps, values, strict=True)]
+            drawing.line(axis, steps, values, look(method, methods_in(inputs.results)), texts)
+            ends.append(f"{name}, from {significant(values[0])} to {significant(values[-1])}")
         with_base |= _base_line(drawing, axis, inputs, modality, [r for r in records if r.get("modality") == modality])
         axis.set(title=f"{INPUTS[modality].capitalize()}", xlabel="step", ylabel="perplexity")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        values = [row["perplexity"] for (of, _), rows in curves.items() if of == modality for row in rows]
-        if max(values) > WIDE_RANGE * min(values):
+        every = [row["perplexity"] for (of, _), rows in curves.items() if of == modality for row in rows]
+        if max(every) > WIDE_RANGE * min(every):
             axis.set_yscale("log")
             log_labels(axis)
     model_legend(figure, [*(["base"] if with_base else []), *methods], methods_in(inputs.results))
@@ -195,40 +176,23 @@ def retention(inputs: Inputs) -> Drawing | None:
 
 def why_no_retention(inputs: Inputs) -> str:
     """The sentence that stands where the figure would."""
-    if not any(row.get("perplexity") is not None for row in _of_kind(inputs, "eval")):
-        if at(inputs.config, "training", "eval_every") is None:
-            return (
-                "There is no curve of held-out perplexity during training: the recipe does not set "
-                "training.eval_every, the number of steps between two measurements."
-            )
-        return "There is no curve of held-out perplexity during training: results.json has no measurement."
-    return (
-        "There is no curve of held-out perplexity during training: no method has more than one measurement; set "
-        "training.eval_every in the recipe to fewer steps."
-    )
+    why = "results.json has no measurement."
+    if any(row.get("perplexity") is not None for row in _of_kind(inputs, "eval")):
+        why = "no method has more than one measurement; set training.eval_every in the recipe to fewer steps."
+    elif at(inputs.config, "training", "eval_every") is None:
+        why = "the recipe does not set training.eval_every, the number of steps between two measurements."
+    return f"There is no curve of held-out perplexity during training: {why}"
 
 
 def _of_kind(inputs: Inputs, kind: str) -> list[TrainingRecord]:
     return [row for row in inputs.results["training"] if row.get("kind", "train") == kind]
 
 
-def _retention_line(
-    drawing: Drawing, axis: Axes, rows: Sequence[TrainingRecord], method: str, modality: str, methods: Sequence[str]
-) -> None:
-    mark = look(method, methods)
-    steps, values = [row["step"] for row in rows], [row["perplexity"] for row in rows]
-    axis.plot(steps, values, color=mark.color, linestyle=mark.line)
-    for step, value in zip(steps, values, strict=True):
-        (point,) = axis.plot([step], [value], mark.marker, color=mark.color)
-        drawing.tip(point, f"{method_name(method)}, {INPUTS[modality]}, step {step}: {significant(value)}")
-
-
 def _base_line(drawing: Drawing, axis: Axes, inputs: Inputs, modality: str, records: Sequence[TrainingRecord]) -> bool:
     """The base model's perplexity, drawn only where it was measured on the same tokens as the curves."""
     tokens = {row.get("n_tokens") for row in records}
-    for row in inputs.results["perplexity"]:
-        of = (row["method"], row["modality"], row["task"])
-        if of == ("base", modality, "heldout") and tokens == {row["n_tokens"]} and row["perplexity"] is not None:
+    for row in having(inputs.results["perplexity"], method="base", modality=modality, task="heldout"):
+        if tokens == {row["n_tokens"]} and row["perplexity"] is not None:
             line = axis.axhline(row["perplexity"], color=INK, linewidth=1)
             drawing.tip(line, f"Base, {INPUTS[modality]}: {significant(row['perplexity'])}")
             return True
@@ -237,10 +201,7 @@ def _base_line(drawing: Drawing, axis: Axes, inputs: Inputs, modality: str, reco
 
 def _phases(axis: Axes, records: Sequence[TrainingRecord]) -> str:
     """Mark where the adaptor's phase ends, where all methods agree on it; returns what the caption says of it."""
-    last: dict[str, int] = {}
-    for row in records:
-        if row.get("phase") == "adaptor":
-            last[row["method"]] = max(row["step"], last.get(row["method"], 0))
+    last = {row["method"]: row["step"] for row in in_order(records, "step") if row.get("phase") == "adaptor"}
     ends = set(last.values())
     if len(ends) != 1:
         return ""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -13,11 +14,11 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import NullFormatter
 
 from palimpsest.report.inputs import Inputs, at, method_key, method_name
-from palimpsest.report.style import COLOR_MAP, WIDTH, Drawing, no_labels, power_of_ten
+from palimpsest.report.style import COLOR_MAP, WIDTH, Drawing, power_of_ten
 
-Maps = Mapping[tuple[str, str], npt.NDArray[np.float32]]
 SHOWN_KINDS = ("q_proj", "o_proj", "up_proj", "down_proj")  # two of attention, two of the MLP
 N_DECADES = 5  # of the colour scale below the largest value
 
@@ -43,11 +44,11 @@ def importance(inputs: Inputs) -> Drawing | None:
     return Drawing(
         "figure1",
         "Figure 1. Importance of single weight matrices, base model",
+        figure,
         f"Text importance{f' ({reduction})' if reduction else ''} of single weight matrices of the base model, "
         "logarithmic colours, each matrix relative to its largest entry and drawn as a square. Each pixel is the "
         "largest value of its block of entries. Bright lines are rows and columns that hold much of the importance.",
         f"{len(names)} heat maps of parameter importance: {', '.join(short_name(name) for name in names)}.",
-        figure,
     )
 
 
@@ -55,7 +56,7 @@ def changes(inputs: Inputs) -> Drawing | None:
     """Figure 4: absolute parameter change of each method, all on one logarithmic scale."""
     maps = inputs.delta_maps
     methods = sorted({method for method, _ in maps}, key=method_key)
-    common = [name for name in _names(maps) if all((method, name) in maps for method in methods)]
+    common = [name for name in sorted({name for _, name in maps}) if all((method, name) in maps for method in methods)]
     names = _representative(common)[:3]
     if not names:
         return None
@@ -74,11 +75,11 @@ def changes(inputs: Inputs) -> Drawing | None:
     return Drawing(
         "figure4",
         "Figure 4. Parameter change by method",
+        figure,
         "Absolute change of the weights from the base model, one logarithmic scale for all panels. Each "
         "pixel is the largest value of its block of entries; the darkest colour also stands for no change.",
         f"Heat maps of the parameter change of {', '.join(method_name(method) for method in methods)} "
         f"in {', '.join(short_name(name) for name in names)}.",
-        figure,
     )
 
 
@@ -88,20 +89,13 @@ def short_name(name: str) -> str:
     return f"layer {match[1]}, {match[2]}" if match else name
 
 
-def _names(maps: Maps) -> list[str]:
-    return sorted({name for _, name in maps})
-
-
 def _representative(names: Sequence[str]) -> list[str]:
     """Up to four names: of each shown kind the one nearest the middle layer, then whatever is there."""
     layers = {name: int(match[1]) for name in names if (match := re.search(r"layers\.(\d+)\.", name))}
     middle = max(layers.values(), default=0) / 2
     by_distance = sorted(names, key=lambda name: (abs(layers.get(name, 0) - middle), name))
-    chosen: list[str] = []
-    for kind in SHOWN_KINDS:
-        chosen += [name for name in by_distance if f".{kind}." in name][:1]
-    chosen += [name for name in by_distance if name not in chosen][: len(SHOWN_KINDS) - len(chosen)]
-    return chosen[: len(SHOWN_KINDS)]
+    of_kind = ([name for name in by_distance if f".{kind}." in name][:1] for kind in SHOWN_KINDS)
+    return list(dict.fromkeys([*chain.from_iterable(of_kind), *by_distance]))[: len(SHOWN_KINDS)]
 
 
 def _show(axis: Axes, array: npt.NDArray[np.float32], largest: float) -> AxesImage:
@@ -118,15 +112,14 @@ def _show(axis: Axes, array: npt.NDArray[np.float32], largest: float) -> AxesIma
         aspect="auto",
     )
     axis.set_box_aspect(1)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xticks=[], yticks=[])
     axis.grid(visible=False)
     return image
 
 
 def _color_bar(figure: Figure, image: AxesImage, axes: list[Axes], label: str) -> None:
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, format=power_of_ten(), extend="min")
-    bar.ax.yaxis.set_minor_formatter(no_labels())
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
     bar.set_label(label)
     bar.outline.set_visible(False)
     assert bar.solids is not None

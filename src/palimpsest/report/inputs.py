@@ -10,10 +10,11 @@ import json
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args, get_type_hints
+from typing import Any, TypeVar, cast, get_args, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,7 @@ MAIN_REDUCTION = "per_batch_abs"  # a run without them is shown by the first it 
 OF_SEVERAL_RUNS = {"seeds", "seed_comparisons"}  # empty where every method was trained once
 MAY_BE_EMPTY = OF_SEVERAL_RUNS | {"voices"}  # empty where no task is spoken in several voices
 MAX_SAMPLES_BYTES = 64 * 2**20  # of one samples.jsonl
+R = TypeVar("R", bound=Mapping[str, Any])  # a record
 
 
 class _Scalars(TypedDict):
@@ -83,15 +85,12 @@ def read_inputs(run: Path) -> Inputs:
     several = at(config, "seeds")
     if isinstance(several, int) and several > 1:
         missing += [f"results.json has no records in “{t}”." for t in sorted(OF_SEVERAL_RUNS) if not dict(results)[t]]
-    config_text = ""
-    if config:
-        config_text = (run / "study.yaml").read_text(encoding="utf-8")
     return Inputs(
         path=run,
         results=results,
         provenance=provenance or {},
         config=config or {},
-        config_text=config_text,
+        config_text=(run / "study.yaml").read_text(encoding="utf-8") if config else "",
         importance_maps=_read_maps(run / "maps" / "importance.npz", missing),
         delta_maps=_read_maps(run / "maps" / "delta.npz", missing),
         samples=_read_samples(run, results, missing),
@@ -142,6 +141,24 @@ def modality_key(modality: str) -> tuple[int, str]:
     return (MODALITIES.index(modality) if modality in MODALITIES else len(MODALITIES), modality)
 
 
+def in_order(rows: Iterable[R], *keys: str) -> list[R]:
+    """`rows` sorted by their values of `keys`, with methods, models and inputs in the report's order."""
+    by: dict[str, Callable[[Any], Any]] = {"method": method_key, "model": method_key, "modality": modality_key}
+    return sorted(rows, key=lambda row: [by[key](row[key]) if key in by else row[key] for key in keys])
+
+
+def by_task(rows: Iterable[R]) -> list[R]:
+    """`rows` with their tasks as they come, within a task by input and method."""
+    rows = list(rows)
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    return sorted(in_order(rows, "modality", "method"), key=lambda row: tasks.index(row["task"]))
+
+
+def having(rows: Iterable[R], **wanted: Any) -> list[R]:
+    """The rows that have the `wanted` values."""
+    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
 def at(value: Any, *keys: str) -> Any:
     """The value under nested `keys`, None where there is none."""
     for key in keys:
@@ -178,20 +195,24 @@ def main_reduction(results: Results) -> str:
 
 def text_layers(results: Results) -> list[records.LayerRecord]:
     """The records of the layer figures: text input, whole layers, the main reduction."""
-    wanted = ("text", "all", main_reduction(results))
-    return [row for row in results["layers"] if (row["modality"], row["kind"], row["reduction"]) == wanted]
+    return having(results["layers"], modality="text", kind="all", reduction=main_reduction(results))
+
+
+def text_shifts(results: Results) -> list[records.ShiftRecord]:
+    """How far the text importance moved over the layers from the base's, by the main reduction."""
+    wanted = {"reference": "base", "modality": "text", "measure": "jensen_shannon"}
+    return having(results["shift"], reduction=main_reduction(results), **wanted)
 
 
 def peak_layer(rows: list[records.LayerRecord], model: str) -> int:
     """The layer with the largest share of the model's importance, by its number from 0."""
-    return max((row for row in rows if row["model"] == model), key=lambda row: row["share"])["layer"]
+    return max(having(rows, model=model), key=lambda row: row["share"])["layer"]
 
 
 def methods_in(results: Results) -> list[str]:
     """Every method named anywhere in the records, in the report's order."""
-    names = {row["method"] for row in results["qa"]} | {row["method"] for row in results["training"]}
-    names |= {row["method"] for row in results["delta"]} | {row["model"] for row in results["layers"]}
-    return sorted(names, key=method_key)
+    trained = {row["method"] for row in (*results["qa"], *results["training"], *results["delta"])}
+    return sorted(trained | {row["model"] for row in results["layers"]}, key=method_key)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -199,19 +220,25 @@ def methods_in(results: Results) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------
 def _read_mapping(path: Path, missing: list[str]) -> dict[str, Any] | None:
     """The mapping in a JSON or YAML file; None, with a line in `missing`, where there is none."""
-    if not path.exists():
-        missing.append(f"{path.name} is not there.")
-        return None
-    try:
+    with _reading(path.name, missing):
         text = path.read_text(encoding="utf-8")
         value = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        missing.append(f"{path.name} cannot be read ({_first_line(error)}).")
-        return None
-    if not isinstance(value, dict):
+        if isinstance(value, dict):
+            return value
         missing.append(f"{path.name} does not hold a mapping.")
-        return None
-    return value
+    return None
+
+
+@contextmanager
+def _reading(where: str, missing: list[str]) -> Iterator[None]:
+    """Makes a line in `missing` of a file that is absent or damaged."""
+    try:
+        yield
+    except FileNotFoundError:
+        missing.append(f"{where} is not there.")
+    except (OSError, ValueError, EOFError, yaml.YAMLError, zipfile.BadZipFile, zlib.error) as error:
+        reason = re.sub(r"\s+", " ", str(error)).strip()[:160]
+        missing.append(f"{where} cannot be read ({reason}).")
 
 
 def _read_results(path: Path, missing: list[str]) -> Results:
@@ -234,50 +261,42 @@ def _read_results(path: Path, missing: list[str]) -> Results:
         if not isinstance(rows, list):
             missing.append(f"{path.name}: “{table}” is not a list.")
             continue
-        faults = _faults(rows, record)
-        tables[table] = [row for row, fault in zip(rows, faults, strict=True) if fault is None]
-        bad = [fault for fault in faults if fault is not None]
+        tables[table], bad = _checked(rows, record)
         if bad:
             missing.append(f"{path.name}: {len(bad)} of {len(rows)} records of “{table}” are left out ({bad[0]}).")
     return cast(Results, tables)
 
 
-def _faults(rows: Sequence[object], record: type) -> list[str | None]:
-    """Why each row is not a `record`, or None. Keys that only newer versions write are no fault."""
+def _checked(rows: Sequence[Any], record: type) -> tuple[list[Any], list[str]]:
+    """The rows that are a `record`, and why each other one is not. Keys that only newer versions write are no fault."""
     from pydantic import TypeAdapter, ValidationError  # importing a report brings no pydantic
 
     checker = TypeAdapter[Any](record)
-
-    def fault(row: object) -> str | None:
+    good, bad = [], []
+    for row in rows:
         try:
             checker.validate_python(row, strict=True)
+            good.append(row)
         except ValidationError as error:
-            if not isinstance(row, dict):
-                return "not a mapping"
-            key = error.errors()[0]["loc"][0]
-            return f"“{key}” is {str(row[key])[:40]!r}" if key in row else f"“{key}” is missing"
-        return None
-
-    return [fault(row) for row in rows]
+            if isinstance(row, dict):
+                key = error.errors()[0]["loc"][0]
+                bad.append(f"“{key}” is {str(row[key])[:40]!r}" if key in row else f"“{key}” is missing")
+            else:
+                bad.append("not a mapping")
+    return good, bad
 
 
 def _read_maps(path: Path, missing: list[str]) -> dict[tuple[str, str], npt.NDArray[np.float32]]:
     where = f"maps/{path.name}"
-    if not path.exists():
-        missing.append(f"{where} is not there.")
-        return {}
     maps: dict[tuple[str, str], npt.NDArray[np.float32]] = {}
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            for key in sorted(file.files):
-                model, separator, name = key.partition("|")
-                array = file[key]
-                if not separator or array.ndim != 2 or array.size == 0 or array.dtype.kind != "f":
-                    missing.append(f"{where}: “{key}” is not a two-dimensional map named MODEL|PARAMETER.")
-                else:
-                    maps[model, name] = array.astype(np.float32)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        missing.append(f"{where} cannot be read ({_first_line(error)}).")
+    with _reading(where, missing), np.load(path, allow_pickle=False) as file:
+        for key in sorted(file.files):
+            model, separator, name = key.partition("|")
+            array = file[key]
+            if not separator or array.ndim != 2 or array.size == 0 or array.dtype.kind != "f":
+                missing.append(f"{where}: “{key}” is not a two-dimensional map named MODEL|PARAMETER.")
+            else:
+                maps[model, name] = array.astype(np.float32)
     return maps
 
 
@@ -306,23 +325,19 @@ def _read_sample_file(file: Path, where: str, missing: list[str]) -> list[Sample
     if file.stat().st_size > MAX_SAMPLES_BYTES:
         missing.append(f"{where} is larger than {MAX_SAMPLES_BYTES // 2**20} MiB and is not shown.")
         return []
-    try:
+    lines: list[str] = []
+    with _reading(where, missing):
         lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        missing.append(f"{where} cannot be read ({_first_line(error)}).")
-        return []
     rows = [_parsed(line) for line in lines if line.strip()]
-    good = [row for row, fault in zip(rows, _faults(rows, _Scalars), strict=True) if fault is None]
-    if len(good) < len(rows):
-        missing.append(f"{where}: {len(rows) - len(good)} damaged lines are left out.")
+    good, bad = _checked(rows, _Scalars)
+    if bad:
+        missing.append(f"{where}: {len(bad)} damaged lines are left out.")
     return [_sample(row) for row in good]
 
 
 def _parsed(line: str) -> Any:
-    try:
+    with suppress(ValueError):
         return json.loads(line)
-    except ValueError:
-        return None
 
 
 def _sample(row: dict[str, Any]) -> Sample:
@@ -338,19 +353,11 @@ def _sample(row: dict[str, Any]) -> Sample:
     }
 
 
-def _first_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip()[:160]
-
-
 def missing_steps(run: Path, provenance: dict[str, Any]) -> list[str]:
     """A sentence for the steps begun and not finished, one for the finished steps that are not there any more."""
     # .working/ holds a step as STEP-FINGERPRINT with __ for /; see rundir.RunDir.step.
     begun = sorted({path.name.rpartition("-")[0].replace("__", "/") for path in run.glob(".working/*-*")})
     done = at(provenance, "steps")
     gone = [name for name in done if not (run / name / STEP_FILE).is_file()] if isinstance(done, dict) else []
-    sentences = []
-    if begun:
-        sentences.append(f"Begun and not finished: {', '.join(begun)}.")
-    if gone:
-        sentences.append(f"Steps whose folder is gone, which a resumed study runs again: {', '.join(gone)}.")
-    return sentences
+    sentences = {"Begun and not finished": begun, "Steps whose folder is gone, which a resumed study runs again": gone}
+    return [f"{what}: {', '.join(steps)}." for what, steps in sentences.items() if steps]

@@ -22,7 +22,7 @@ from palimpsest.report.figures import FIGURES, OPTIONAL, draw, why_not
 from palimpsest.report.inputs import Inputs, flat, main_metric, missing_steps, read_inputs, task_name
 from palimpsest.report.recordings import read_recordings
 from palimpsest.report.samples import MAX_QUESTIONS, samples_of
-from palimpsest.report.style import Drawing, to_inline_svg
+from palimpsest.report.style import to_inline_svg
 from palimpsest.report.table import to_csv, to_html, to_latex, to_markdown
 from palimpsest.report.tables import tables_of
 
@@ -45,7 +45,7 @@ def render_page(template: str, **values: Any) -> str:
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         styles=Markup((TEMPLATES / "report.css").read_text(encoding="utf-8")),
-        svg=_svg,
+        svg=lambda drawing: Markup(to_inline_svg(drawing)),  # matplotlib escapes the texts it is given
         to_html=to_html,
         to_markdown=to_markdown,
         to_latex=to_latex,
@@ -56,10 +56,6 @@ def render_page(template: str, **values: Any) -> str:
 
 def write_page(path: Path, page: str) -> None:
     write_text(path, page.encode("utf-8", "replace").decode("utf-8"))  # JSON can hold lone surrogates
-
-
-def _svg(drawing: Drawing) -> Markup:
-    return Markup(to_inline_svg(drawing))  # matplotlib escapes the texts it is given
 
 
 MAX_VALUE = 400  # characters of one provenance value

@@ -59,25 +59,17 @@ class ClaimReference:
     published: str
 
 
-def _top(value: float) -> Value:
-    return Value(value, "digest")
-
-
 TABLE_1: tuple[PerplexityRow, ...] = (
-    PerplexityRow("1B", "speech", Value(2.08), _top(1.14e5), Value(2.18), Value(3.85)),
-    PerplexityRow("1B", "text", Value(3.65), _top(2.68e5), Value(3.81), Value(6.39)),
-    PerplexityRow("8B", "speech", Value(1.75), _top(2.72e5), Value(1.76), Value(3.54)),
-    PerplexityRow("8B", "text", Value(3.12), _top(2.60e5), Value(3.19), Value(5.47)),
+    PerplexityRow("1B", "speech", Value(2.08), Value(1.14e5, "digest"), Value(2.18), Value(3.85)),
+    PerplexityRow("1B", "text", Value(3.65), Value(2.68e5, "digest"), Value(3.81), Value(6.39)),
+    PerplexityRow("8B", "speech", Value(1.75), Value(2.72e5, "digest"), Value(1.76), Value(3.54)),
+    PerplexityRow("8B", "text", Value(3.12), Value(2.60e5, "digest"), Value(3.19), Value(5.47)),
 )
 TABLE_1_RATIO = 0.03  # whether it was taken over the whole model or per matrix is not stated
 
 
 def _accuracy(
-    system: str,
-    size: str,
-    method: str | None,
-    numbers: tuple[float | None, float | None, float | None, float | None],
-    rank: int | None = None,
+    system: str, size: str, method: str | None, numbers: tuple[float | None, ...], rank: int | None = None
 ) -> tuple[AccuracyRow, AccuracyRow]:
     """The two rows of one published line: (Llama Questions T2T, S2T, Web Questions T2T, S2T)."""
     llama_t2t, llama_s2t, web_t2t, web_s2t = (None if number is None else Value(number) for number in numbers)
@@ -109,9 +101,6 @@ TABLE_3: tuple[AccuracyRow, ...] = (
 
 LAYER_LR_LAMBDA = Value(0.4, "digest")  # λ of Eq. 3: scale_l = 1 − λ · (I_l − min I) / (max I − min I)
 LORA_RANKS = {"1B": Value(8, "digest"), "8B": Value(16)}
-LORA_ALPHA_PER_RANK = Value(2, "digest")
-N_HELD_OUT = Value(500)  # random held-out examples of the perplexity experiment
-IMPORTANCE_SHARE = Value(1 / 30)  # of the training data, used to estimate importance
 
 CLAIMS: tuple[ClaimReference, ...] = (
     ClaimReference(
@@ -122,9 +111,7 @@ CLAIMS: tuple[ClaimReference, ...] = (
     ),
     ClaimReference(2, "Figure 1", "shown as heat maps; no number and no null is given"),
     ClaimReference(
-        3,
-        "Figure 2",
-        "shown as curves; 1B: the peak moves to much earlier layers; 8B: the shape stays, lower",
+        3, "Figure 2", "shown as curves; 1B: the peak moves to much earlier layers; 8B: the shape stays, lower"
     ),
     ClaimReference(4, "Figure 3", "shown as curves; both lie close to the base"),
     ClaimReference(

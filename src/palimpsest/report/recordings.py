@@ -58,8 +58,7 @@ def read_recordings(inputs: Inputs, questions: Mapping[str, Sequence[Question]],
     embedded: list[str] = []
     missing: list[str] = []
     for task in tasks if audio else []:
-        manifest = inputs.path / "data" / f"task-{task}.jsonl"
-        rows = _read_manifest(manifest, missing)
+        rows = _read_manifest(inputs.path / "data" / f"task-{task}.jsonl", missing)
         if rows is None:
             continue
         recordings = _of_task(inputs.path, rows, questions[task], MAX_BYTES // len(tasks))
@@ -67,14 +66,11 @@ def read_recordings(inputs: Inputs, questions: Mapping[str, Sequence[Question]],
         inside = [identifier for identifier, recording in recordings.items() if recording.uri]
         if inside:
             voices = sorted({str(rows[i]["voice"]) for i in inside if rows[i].get("voice")})
-            embedded.append(_line(task_name(task), len(inside), voices, _source(inputs, task)))
+            source = _source(inputs, task)
+            details = [f"source {source}"] if source else []
+            details += [f"voice {', '.join(voices)}"] if voices else []
+            embedded.append(f"{len(inside)} of {task_name(task)}" + (f" ({'; '.join(details)})" if details else ""))
     return Recordings(found, tuple(embedded), tuple(missing))
-
-
-def _line(task: str, n: int, voices: Sequence[str], source: str) -> str:
-    details = [f"source {source}"] if source else []
-    details += [f"voice {', '.join(voices)}"] if voices else []
-    return f"{n} of {task}" + (f" ({'; '.join(details)})" if details else "")
 
 
 def _source(inputs: Inputs, task: str) -> str:
@@ -116,7 +112,7 @@ def _of_task(
             continue
         path = run / "data" / audio
         if path not in encoded:
-            encoded[path] = _encoded(path, f"data/{audio}", row.get("voice"))
+            encoded[path] = _encoded(path, audio, row.get("voice"))
         recording = encoded[path]
         if len(recording.uri) > left:
             why = f"the recordings of a task share {budget / 1e6:.1f} MB of this page"
@@ -126,11 +122,11 @@ def _of_task(
     return found
 
 
-def _encoded(path: Path, where: str, voice: object) -> Recording:
+def _encoded(path: Path, audio: str, voice: object) -> Recording:
     import soundfile
 
-    if PurePosixPath(where.removeprefix("data/")).is_absolute():
-        where = f"{path.name}, outside the run directory"
+    outside = PurePosixPath(audio).is_absolute()
+    where = f"{path.name}, outside the run directory" if outside else f"data/{audio}"
     if not path.is_file():
         return Recording(where, "", why_not="the file is not there")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from palimpsest.report.inputs import MODALITY_NAMES, Inputs, Sample, main_metric, method_key, method_name, modality_key
@@ -34,48 +33,32 @@ class Question:
 def samples_of(inputs: Inputs) -> dict[str, list[Question]]:
     """The first questions of each task with the answers of every method, side by side."""
     metric = main_metric(inputs.results)
-    tasks = sorted({task for _, task, _ in inputs.samples}, key=_task_order(inputs))
+    asked = dict.fromkeys(row["task"] for row in inputs.results["qa"])
+    answered = sorted({task for _, task, _ in inputs.samples})
+    tasks = [task for task in asked if task in answered] + [task for task in answered if task not in asked]
     shown: dict[str, list[Question]] = {}
     for task in tasks:
         files = {(method, modality): rows for (method, of, modality), rows in inputs.samples.items() if of == task}
         methods = sorted({method for method, _ in files}, key=method_key)
         modalities = sorted({modality for _, modality in files}, key=modality_key)
-        by_id = {key: {row["id"]: row for row in rows} for key, rows in files.items()}
+        columns = tuple(MODALITY_NAMES.get(modality, modality) for modality in modalities)
+        answers = {(*key, row["id"]): _answer(row, metric) for key, rows in files.items() for row in rows}
         first: dict[str, Sample] = {}
         for rows in files.values():
             for row in rows:
                 first.setdefault(row["id"], row)
-        shown[task] = [
-            Question(
-                id=identifier,
-                text=sample["question"],
-                gold=" · ".join(sample["answers"]),
-                columns=tuple(MODALITY_NAMES.get(modality, modality) for modality in modalities),
-                rows=tuple(
-                    (
-                        method_name(method),
-                        tuple(
-                            _answer(by_id.get((method, modality), {}).get(identifier), metric)
-                            for modality in modalities
-                        ),
-                    )
-                    for method in methods
-                ),
+        shown[task] = []
+        for identifier, sample in list(first.items())[:MAX_QUESTIONS]:
+            lines = (
+                (method_name(method), tuple(answers.get((method, modality, identifier)) for modality in modalities))
+                for method in methods
             )
-            for identifier, sample in list(first.items())[:MAX_QUESTIONS]
-        ]
+            gold = " · ".join(sample["answers"])
+            shown[task].append(Question(identifier, sample["question"], gold, columns, tuple(lines)))
     return shown
 
 
-def _task_order(inputs: Inputs) -> Callable[[str], tuple[int, str]]:
-    """Tasks in the order of the accuracy records."""
-    order = list(dict.fromkeys(row["task"] for row in inputs.results["qa"]))
-    return lambda task: (order.index(task) if task in order else len(order), task)
-
-
-def _answer(sample: Sample | None, metric: str) -> Answer | None:
-    if sample is None:
-        return None
+def _answer(sample: Sample, metric: str) -> Answer:
     if sample["failed"]:
         verdict = "failed"
     elif metric not in sample["verdicts"]:

@@ -7,24 +7,25 @@ scored alike in both runs; what does not match is said.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from palimpsest.files import UserError
-from palimpsest.records import ClaimRecord, LossPairRecord, Paired, PairRecord
+from palimpsest.records import ClaimRecord, Paired
 from palimpsest.report import summary
 from palimpsest.report.inputs import (
     MODALITY_NAMES,
     Inputs,
+    by_task,
     flat,
-    main_reduction,
-    method_key,
+    having,
+    in_order,
     method_name,
-    modality_key,
     model_name,
     read_inputs,
     task_name,
+    text_shifts,
 )
 from palimpsest.report.page import render_page, write_page
 from palimpsest.report.table import (
@@ -32,6 +33,7 @@ from palimpsest.report.table import (
     EMPTY,
     Cell,
     Column,
+    Rows,
     Table,
     count,
     interval,
@@ -45,7 +47,7 @@ from palimpsest.report.table import (
     text,
     words,
 )
-from palimpsest.report.tables import DIFFERENCE, INPUT, P_HOLM, TASK, VERDICTS, N, P
+from palimpsest.report.tables import DIFFERENCE, INPUT, P_HOLM, TASK, VERDICTS, N, P, accuracy_cell
 
 MAX_VALUE = 120  # characters of one value of a configuration or provenance
 UNCOMMON = ("steps.", "started", "finished", "seconds")  # provenance that differs between any two runs
@@ -79,8 +81,6 @@ def write_comparison(runs: Sequence[Path], paired: Paired, out: Path) -> Path:
 
 def render(runs: Sequence[Run], paired: Paired, out: Path) -> str:
     """The page as text."""
-    metric = paired["metric"]
-    every = tables_of(runs, paired)
     return render_page(
         "comparison.html.j2",
         name=" · ".join(run.label for run in runs),
@@ -89,10 +89,10 @@ def render(runs: Sequence[Run], paired: Paired, out: Path) -> str:
         out=out,
         questions=_summaries(runs),
         scales=[(run.label, summary.scale(run.inputs)) for run in runs],
-        not_compared=[*_unlike(runs, metric), *paired["not_compared"]],
+        not_compared=[*_unlike(runs, paired["metric"]), *paired["not_compared"]],
         missing=[(run.label, run.inputs.missing) for run in runs if run.inputs.missing],
-        tables={table.name: table for table in every if table.rows},
-        metric=metric,
+        tables={table.name: table for table in tables_of(runs, paired) if table.rows},
+        metric=paired["metric"],
     )
 
 
@@ -101,30 +101,24 @@ def render(runs: Sequence[Run], paired: Paired, out: Path) -> str:
 # ----------------------------------------------------------------------------------------------------------
 def _summaries(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, tuple[summary.Finding, ...]]]]]:
     """Each question of the summary with every run's findings."""
-    of = [(run.label, summary.points_of(run.inputs)) for run in runs]
-    questions = [point.question for point in of[0][1]]
-    return [(question, [(label, found[i].findings) for label, found in of]) for i, question in enumerate(questions)]
+    points = zip(*(summary.points_of(run.inputs) for run in runs), strict=True)
+    labels = [run.label for run in runs]
+    return [(of[0].question, list(zip(labels, (point.findings for point in of), strict=True))) for of in points]
 
 
 def _unlike(runs: Sequence[Run], metric: str) -> Iterator[str]:
     """What stands side by side here and is not the same measurement, a sentence each, from the runs' own records."""
-    for what, by in (("tasks", _tasks), ("scoring rules", _versions), ("language models", _models)):
-        values = [(run.label, by(run.inputs, metric)) for run in runs]
-        if len({value for _, value in values}) > 1:
-            yield f"The runs have different {what}: " + "; ".join(f"{label}: {value}" for label, value in values) + "."
-
-
-def _tasks(inputs: Inputs, metric: str) -> str:
-    return ", ".join(sorted({f"{task_name(r['task'])} (n {r['n']})" for r in inputs.results["qa"]})) or "none"
-
-
-def _versions(inputs: Inputs, metric: str) -> str:
-    found = sorted({row["metric_version"] for row in inputs.results["qa"] if row["metric"] == metric})
-    return f"{metric} version {', '.join(found)}" if found else f"no {metric}"
-
-
-def _models(inputs: Inputs, metric: str) -> str:
-    return model_name(inputs) or "not named"
+    said: dict[str, dict[str, str]] = {"tasks": {}, "scoring rules": {}, "language models": {}}
+    for run in runs:
+        asked = run.inputs.results["qa"]
+        tasks = sorted({f"{task_name(row['task'])} (n {row['n']})" for row in asked})
+        versions = sorted({row["metric_version"] for row in having(asked, metric=metric)})
+        said["tasks"][run.label] = ", ".join(tasks) or "none"
+        said["scoring rules"][run.label] = f"{metric} version {', '.join(versions)}" if versions else f"no {metric}"
+        said["language models"][run.label] = model_name(run.inputs) or "not named"
+    for what, values in said.items():
+        if len(set(values.values())) > 1:
+            yield f"The runs have different {what}: {'; '.join(f'{label}: {of}' for label, of in values.items())}."
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -174,19 +168,9 @@ def tables_of(runs: Sequence[Run], paired: Paired) -> list[Table]:
             _deactivations,
             "Random: mean over seeds. In brackets the number of tokens and the scores that chose the weights.",
         ),
-        _side_by_side(runs, "differences", "What the recipes differ in", ("Key",), _config, "", _differs),
-        _side_by_side(
-            runs, "provenance", "Versions, hardware, models, data of each run", ("Key",), _provenance, "", _always
-        ),
+        _side_by_side(runs, "differences", "What the recipes differ in", ("Key",), _config, "", only_different=True),
+        _side_by_side(runs, "provenance", "Versions, hardware, models, data of each run", ("Key",), _provenance, ""),
     ]
-
-
-def _always(cells: Sequence[Cell]) -> bool:
-    return True
-
-
-def _differs(cells: Sequence[Cell]) -> bool:
-    return len({cell.text for cell in cells}) > 1
 
 
 def _side_by_side(
@@ -196,20 +180,19 @@ def _side_by_side(
     heads: Sequence[str],
     of: Callable[[Inputs], Cells],
     note: str,
-    keep: Callable[[Sequence[Cell]], bool] = _always,
+    only_different: bool = False,
 ) -> Table:
     """A row per key that any run has, in the order of the first run that has it; a dash where a run has none."""
     columns = [of(run.inputs) for run in runs]
     lines = [(key, [cells.get(key, EMPTY) for cells in columns]) for key in _merged([list(cells) for cells in columns])]
+    if only_different:
+        lines = [(key, cells) for key, cells in lines if len({cell.text for cell in cells}) > 1]
     prose = name in ("differences", "provenance")
     return Table(
         name,
         title,
-        (
-            *(Column(head) for head in heads),
-            *(Column(run.label, numeric=not prose, prose=prose) for run in runs),
-        ),
-        tuple((*(text(str(part)) for part in key), *cells) for key, cells in lines if keep(cells)),
+        (*map(Column, heads), *(Column(run.label, numeric=not prose, prose=prose) for run in runs)),
+        tuple((*(text(str(part)) for part in key), *cells) for key, cells in lines),
         note,
     )
 
@@ -229,50 +212,35 @@ def _merged(orders: Sequence[Sequence[Key]]) -> list[Key]:
 
 
 def _accuracies(inputs: Inputs, metric: str) -> Cells:
-    rows = [row for row in inputs.results["qa"] if row["metric"] == metric]
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    rows.sort(key=lambda row: (tasks.index(row["task"]), modality_key(row["modality"]), method_key(row["method"])))
-    return {
-        (
-            task_name(row["task"]),
-            MODALITY_NAMES.get(row["modality"], row["modality"]),
-            method_name(row["method"]),
-        ): Cell(
-            percent(row["accuracy"]),
-            f"{interval(row['ci_low'], row['ci_high'])}; n {row['n']}; version {row['metric_version']}",
-            row["accuracy"],
-        )
-        for row in rows
-    }
+    cells: dict[Key, Cell] = {}
+    for row in by_task(having(inputs.results["qa"], metric=metric)):
+        of, cell = MODALITY_NAMES.get(row["modality"], row["modality"]), accuracy_cell(row)
+        detail = f"{cell.detail}; version {row['metric_version']}"
+        cells[task_name(row["task"]), of, method_name(row["method"])] = replace(cell, detail=detail)
+    return cells
 
 
 def _perplexities(inputs: Inputs) -> Cells:
-    rows = sorted(
-        inputs.results["perplexity"], key=lambda row: (method_key(row["method"]), modality_key(row["modality"]))
-    )
     return {
         (method_name(row["method"]), row["modality"]): mean([row["perplexity"]], f"{row['n_tokens']} tokens")
-        for row in rows
+        for row in in_order(inputs.results["perplexity"], "method", "modality")
     }
 
 
 def _shifts(inputs: Inputs) -> Cells:
-    wanted = ("base", "text", main_reduction(inputs.results), "jensen_shannon")
     cells: dict[Key, Cell] = {}
-    for row in sorted(inputs.results["shift"], key=lambda row: method_key(row["model"])):
-        if (row["reference"], row["modality"], row["reduction"], row["measure"]) == wanted:
-            parts = [interval(row["ci_low"], row["ci_high"], significant)]
-            parts += [f"noise {significant(row['noise_floor'])}" if row["noise_floor"] is not None else ""]
-            cells[(method_name(row["model"]),)] = number(row["value"], detail="; ".join(filter(None, parts)))
+    for row in in_order(text_shifts(inputs.results), "model"):
+        noise = "" if row["noise_floor"] is None else f"noise {significant(row['noise_floor'])}"
+        parts = filter(None, (interval(row["ci_low"], row["ci_high"], significant), noise))
+        cells[(method_name(row["model"]),)] = number(row["value"], detail="; ".join(parts))
     return cells
 
 
 def _deactivations(inputs: Inputs) -> Cells:
     groups: dict[Key, list[Any]] = {}
-    order = lambda row: (method_key(row["model"]), modality_key(row["modality"]), row["ratio"])  # noqa: E731
-    for row in sorted(inputs.results["deactivation"], key=order):
-        scope = DASH if row["condition"] == "base" else row["scope"]
-        removed = {"base": "nothing"}.get(row["condition"], row["condition"])
+    for row in in_order(inputs.results["deactivation"], "model", "modality", "ratio"):
+        whole = row["condition"] == "base"
+        removed, scope = ("nothing", DASH) if whole else (row["condition"], row["scope"])
         key = (method_name(row["model"]), row["modality"], removed, f"{100 * row['ratio']:g}", scope)
         groups.setdefault(key, []).append(row)
     return {
@@ -301,11 +269,8 @@ def _verdict(row: ClaimRecord) -> Cell:
 
 def _claims(runs: Sequence[Run]) -> Table:
     """A row per claim: its statement and each run's verdict with the value it rests on."""
-    statements: dict[int, str] = {}
-    for run in runs:
-        for row in run.inputs.results["claims"]:
-            statements.setdefault(row["claim"], row["statement"])
     verdicts = [{row["claim"]: row for row in run.inputs.results["claims"]} for run in runs]
+    statements = {claim: row["statement"] for of in reversed(verdicts) for claim, row in of.items()}
     rows = []
     for claim, statement in sorted(statements.items()):
         cells = [_verdict(of[claim]) if claim in of else EMPTY for of in verdicts]
@@ -322,7 +287,7 @@ def _claims(runs: Sequence[Run]) -> Table:
 # ----------------------------------------------------------------------------------------------------------
 # Differences
 # ----------------------------------------------------------------------------------------------------------
-def _pairs(records: Sequence[PairRecord]) -> Table:
+def _pairs(records: Rows) -> Table:
     shares = (numbers("A %", "accuracy_a", percent), numbers("B %", "accuracy_b", percent))
     return table(
         "pairs",
@@ -333,7 +298,7 @@ def _pairs(records: Sequence[PairRecord]) -> Table:
     )
 
 
-def _loss_pairs(records: Sequence[LossPairRecord]) -> Table:
+def _loss_pairs(records: Rows) -> Table:
     losses = (numbers(f"Loss {name.upper()}", f"loss_{name}", lambda loss: f"{loss:.4f}") for name in "ab")
     difference = ranges("B − A", "difference", lambda loss: f"{loss:+.4f}".replace("-", "−"))
     return table(

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from statistics import fmean, median
-from typing import Any
 
-from palimpsest.records import (
-    ClusteringRecord,
-    ClusteringSummaryRecord,
-    CorrelationRecord,
-    DeltaRecord,
-    LayerRecord,
-    MaskOverlapRecord,
-    ShiftRecord,
-    TimingRecord,
-)
-from palimpsest.report.inputs import method_key, method_name
+from palimpsest.report.inputs import having, in_order, method_key, method_name
 from palimpsest.report.table import (
     EMPTY,
     Cell,
     Field,
     Row,
+    Rows,
     Table,
     cells,
     count,
@@ -44,73 +34,60 @@ OF = {"importance": "importance", "mask": "top mask", "delta": "change"}
 
 METHOD, MODEL, REFERENCE = (words(key.capitalize(), key, method_name) for key in ("method", "model", "reference"))
 KIND, MEASURE, SCORES = words("Kind", "kind"), words("Measure", "measure"), words("Scores", "reduction")
+INPUT = words("Input", "modality")
 MATRICES = cells("Matrices", lambda group: count(len(group["rows"])))
 
 
-def layers(records: Sequence[LayerRecord], modality: str, reduction: str) -> Table:
+def layers(records: Rows, modality: str, reduction: str) -> Table:
     """Importance by layer: share of the model's total, and the total."""
-    wanted = (modality, reduction, "all")
-    rows = [row for row in records if (row["modality"], row["reduction"], row["kind"]) == wanted]
+    rows = having(records, modality=modality, reduction=reduction, kind="all")
     return table(
         f"layers_{modality}",
         f"Importance by layer, {modality} input",
         (
             counts("Layer", "layer"),
-            *(
-                where(field, model=model)
-                for model in sorted({row["model"] for row in rows}, key=method_key)
-                for field in (
-                    numbers(f"{method_name(model)}, %", "share", lambda share: percent(share, 2)),
-                    numbers(f"{method_name(model)}, sum", "total"),
-                )
+            *by_model(
+                rows,
+                lambda model: numbers(f"{model}, %", "share", lambda share: percent(share, 2)),
+                lambda model: numbers(f"{model}, sum", "total"),
             ),
         ),
-        sorted(grouped(rows, "layer"), key=lambda row: row["layer"]),
+        in_order(grouped(rows, "layer"), "layer"),
         f"Reduction {reduction}. %: share of the model's total. Sum: over the layer's scored weights.",
     )
 
 
-def shift(records: Sequence[ShiftRecord]) -> Table:
+def by_model(records: Rows, *fields: Callable[[str], Field]) -> list[Field]:
+    """For every model of `records` the columns that `fields` make of its name."""
+    models = sorted({row["model"] for row in records}, key=method_key)
+    return [where(field(method_name(model)), model=model) for model in models for field in fields]
+
+
+def shift(records: Rows) -> Table:
     """How far each model's layer-wise importance lies from its reference, beside the noise of the measure."""
     return table(
         "shift",
         "Shift of the layer-wise importance",
-        (
-            MODEL,
-            REFERENCE,
-            words("Input", "modality"),
-            SCORES,
-            MEASURE,
-            ranges("Value", "value"),
-            numbers("Noise floor", "noise_floor"),
-        ),
+        (MODEL, REFERENCE, INPUT, SCORES, MEASURE, ranges("Value", "value"), numbers("Noise floor", "noise_floor")),
         records,
         "Noise floor: the same measure between the reference and itself scored on other data. Brackets: 95 % interval.",
     )
 
 
-def clustering(records: Sequence[ClusteringRecord]) -> Table:
+def clustering(records: Rows) -> Table:
     """Concentration on rows and columns, summarised over the layers of each module kind."""
-
-    def order(row: Row) -> tuple[Any, ...]:
-        of, model, kind, measure = (row[key] for key in ("of", "model", "kind", "measure"))
-        return of != "importance", method_key(model), of, model, kind, measure
-
+    groups = in_order(grouped(records, "of", "model", "kind", "measure"), "model", "of", "kind", "measure")
     return table(
         "clustering",
         "Rank clustering: concentration on rows and columns",
         (
-            words("Of", "of"),
-            MODEL,
-            KIND,
-            MEASURE,
-            MATRICES,
+            *(words("Of", "of"), MODEL, KIND, MEASURE, MATRICES),
             _over("Value", "value", median),
             _over("Shuffled", "null_mean", median),
             _over("z", "z", median),
             _over("z > 3, %", "z", lambda z: sum(value > 3 for value in z) / len(z), lambda share: percent(share, 0)),
         ),
-        sorted(grouped(records, "of", "model", "kind", "measure"), key=order),
+        sorted(groups, key=lambda row: row["of"] != "importance"),
         "Medians over the matrices of a kind. Shuffled: what the same entries give in random places; "
         "z: distance from that in its standard deviations.",
     )
@@ -132,23 +109,16 @@ def _finite(group: Row, key: str) -> list[float]:
     return [row[key] for row in group["rows"] if row.get(key) is not None]
 
 
-def clustering_summary(records: Sequence[ClusteringSummaryRecord]) -> Table:
+def clustering_summary(records: Rows) -> Table:
     """One row per model and what was measured: typical ratios of the measures to their shuffled null."""
-    records = [row for row in records if row["kind"] == "all"]
+    records = having(records, kind="all")
     order = {of: place for place, of in enumerate(OF)}
     measures = dict.fromkeys(row["measure"] for row in records if row["ratio"] is not None)
     return table(
         "clustering_summary",
         "Rank clustering of whole models: measure over its value for shuffled entries",
-        (
-            words("Of", "of", _of),
-            MODEL,
-            *(where(ranges(measure, "ratio"), measure=measure) for measure in measures),
-        ),
-        sorted(
-            grouped(records, "of", "model"),
-            key=lambda row: (order.get(row["of"], len(OF)), row["of"], method_key(row["model"])),
-        ),
+        (words("Of", "of", _of), MODEL, *(where(ranges(name, "ratio"), measure=name) for name in measures)),
+        sorted(in_order(grouped(records, "of", "model"), "of", "model"), key=lambda row: order.get(row["of"], len(OF))),
         "Geometric mean over the matrices, 95 % interval over the matrices. 1: no clustering; above 1 for shares and "
         "Gini, below 1 for the effective rank: clustered. Change of rank r: the change cut to its r largest singular "
         "directions, over random directions.",
@@ -160,7 +130,7 @@ def _of(of: str) -> str:
     return f"change of rank {rank}" if rank != of else OF.get(of, of)
 
 
-def delta(records: Sequence[DeltaRecord]) -> Table:
+def delta(records: Rows) -> Table:
     """How much each method changed the weights, and how often the largest changes hit important weights."""
 
     def change(group: Row) -> Cell:
@@ -171,42 +141,37 @@ def delta(records: Sequence[DeltaRecord]) -> Table:
         "delta",
         "Parameter change by method",
         (
-            METHOD,
-            KIND,
-            MATRICES,
-            cells("Relative change", change),
+            *(METHOD, KIND, MATRICES, cells("Relative change", change)),
             _over("Overlap with importance %", "overlap_with_importance", fmean, percent),
             _over("Overlap by chance %", "overlap_by_chance", fmean, percent),
             _over("Effective rank", "effective_rank", median),
             _over("Energy in 8 directions, %", "energy_top8", fmean, percent),
         ),
-        sorted(grouped(records, "method", "kind"), key=lambda row: (method_key(row["method"]), row["kind"])),
+        in_order(grouped(records, "method", "kind"), "method", "kind"),
         "Relative change: Frobenius norm of the change over that of the base weights, median and range over "
         "the matrices. Overlap: share of the largest changes that hit the base model's most important "
         "weights, mean. Effective rank: participation ratio of the squared singular values, median.",
     )
 
 
-def mask_overlap(records: Sequence[MaskOverlapRecord]) -> Table:
+def mask_overlap(records: Rows) -> Table:
     """One row per model and module kind would be long; over all matrices, with what other data alone change."""
     return table(
         "mask_overlap",
         "Most important weights that stay the most important ones",
         (
-            MODEL,
-            REFERENCE,
-            numbers("Weights, %", "ratio", lambda share: percent(share, 0)),
+            *(MODEL, REFERENCE, numbers("Weights, %", "ratio", lambda share: percent(share, 0))),
             ranges("Shared, %", "overlap", percent),
             numbers("Same model, other data, %", "noise_floor", percent),
             numbers("By chance, %", "overlap_by_chance", percent),
         ),
-        sorted((row for row in records if row["kind"] == "all"), key=lambda row: method_key(row["model"])),
+        in_order(having(records, kind="all"), "model"),
         "Mean over the matrices of the share of a model's top weights that are the reference's too; 95 % interval over "
         "the matrices.",
     )
 
 
-def correlations(records: Sequence[CorrelationRecord]) -> Table:
+def correlations(records: Rows) -> Table:
     """Shift of importance against loss of text accuracy, over the tuned models."""
     kendall, p = numbers("Kendall τ", "kendall_tau"), numbers("p", "p_value", p_value)
     return table(
@@ -218,7 +183,7 @@ def correlations(records: Sequence[CorrelationRecord]) -> Table:
     )
 
 
-def timings(records: Sequence[TimingRecord]) -> Table:
+def timings(records: Rows) -> Table:
     memory = numbers("Peak memory, GB", "peak_rss_bytes", lambda size: f"{size / 1e9:.2f}")
     return table(
         "timings",

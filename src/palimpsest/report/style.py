@@ -29,17 +29,10 @@ COLOR_MAP = "cividis"  # even in lightness, hence readable in grey
 WIDTH = 7.2  # inches, a two-column page
 LINE_HEIGHT = 2.9  # inches, of a figure with one row of line charts
 
+_LABELS = ("axes.labelcolor", "axes.titlecolor", "text.color", "xtick.color", "ytick.color")
 _RC = {
-    "figure.facecolor": "none",
-    "savefig.facecolor": "none",
-    "axes.facecolor": "none",
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "hatch.color": INK,
+    **dict.fromkeys(("figure.facecolor", "savefig.facecolor", "axes.facecolor"), "none"),
+    **dict.fromkeys(("axes.edgecolor", "hatch.color", *_LABELS), INK),
     "hatch.linewidth": 0.5,
     "grid.color": RULE,
     "grid.linewidth": 0.6,
@@ -101,15 +94,34 @@ class Drawing:
 
     name: str
     title: str
-    caption: str
-    alt: str
     figure: Figure
+    caption: str = ""
+    alt: str = ""
     tips: dict[str, str] = field(default_factory=dict)  # SVG id -> text
 
     def tip(self, artist: Artist, text: str) -> None:
         gid = f"tip{len(self.tips)}"
         artist.set_gid(gid)
         self.tips[gid] = text
+
+    def point(self, axis: Axes, x: float, y: float, mark: Look, text: str) -> None:
+        """A mark at (x, y) with its tip."""
+        (point,) = axis.plot([x], [y], mark.marker, color=mark.color)
+        self.tip(point, text)
+
+    def line(self, axis: Axes, xs: Sequence[float], ys: Sequence[float], mark: Look, texts: Sequence[str]) -> None:
+        """A line with a mark and its tip at every point."""
+        axis.plot(xs, ys, color=mark.color, linestyle=mark.line)
+        for x, y, text in zip(xs, ys, texts, strict=True):
+            self.point(axis, x, y, mark, text)
+
+    def nothing(self, text: str) -> None:
+        """What is said of a value that has no mark."""
+        self.tips[f"none{len(self.tips)}"] = text
+
+    def describe(self, kind: str) -> None:
+        """The text of every tip as the description of the figure."""
+        self.alt = f"{kind}: {'; '.join(self.tips.values())}."
 
 
 @contextmanager
@@ -123,19 +135,19 @@ def style() -> Iterator[None]:
 
 def to_png(drawing: Drawing) -> bytes:
     """On white, 200 dots per inch, without date or program version."""
+    return _saved(drawing, "png", ("Software",))
+
+
+def _saved(drawing: Drawing, kind: str, without: Sequence[str]) -> bytes:
     buffer = io.BytesIO()
     with style():
-        drawing.figure.savefig(buffer, format="png", dpi=200, facecolor="white", metadata={"Software": None})
+        drawing.figure.savefig(buffer, format=kind, dpi=200, facecolor="white", metadata=dict.fromkeys(without))
     return buffer.getvalue()
 
 
 def to_svg(drawing: Drawing) -> str:
     """A standalone SVG on white with a title, a description and the tips; the same bytes every time."""
-    buffer = io.BytesIO()
-    empty = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with style():
-        drawing.figure.savefig(buffer, format="svg", dpi=200, facecolor="white", metadata=empty)
-    svg = buffer.getvalue().decode()
+    svg = _saved(drawing, "svg", ("Date", "Creator", "Format", "Type")).decode()
     about = f"<title>{escape(drawing.title)}</title><desc>{escape(drawing.alt)}</desc>"
     svg = re.sub(r"(<svg [^>]*>)", lambda match: match[1] + about, svg, count=1)
     for gid, tip in drawing.tips.items():
@@ -172,14 +184,10 @@ def power_of_ten() -> FuncFormatter:
     return FuncFormatter(written)
 
 
-def no_labels() -> NullFormatter:
-    return NullFormatter()
-
-
 def log_labels(axis: Axes) -> None:
     """Powers of ten on the y axis, nothing between them."""
     axis.yaxis.set_major_formatter(power_of_ten())
-    axis.yaxis.set_minor_formatter(no_labels())
+    axis.yaxis.set_minor_formatter(NullFormatter())
 
 
 def model_legend(figure: Figure, models: Sequence[str], methods: Sequence[str]) -> None:

@@ -5,7 +5,7 @@ Every sentence is made of records alone and says so where they do not decide.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from palimpsest.records import ComparisonRecord, QARecord
@@ -13,14 +13,16 @@ from palimpsest.report.across_runs import n_runs
 from palimpsest.report.inputs import (
     Inputs,
     at,
+    having,
+    in_order,
     main_metric,
-    main_reduction,
     method_key,
     method_name,
     model_name,
     peak_layer,
     task_name,
     text_layers,
+    text_shifts,
 )
 from palimpsest.report.table import interval, p_value, percent, points, significant
 
@@ -54,7 +56,7 @@ def scale(inputs: Inputs) -> str:
     training records, and without a parameter count the scored weights of the layer records.
     """
     parameters = at(inputs.provenance, "models", "language_model", "n_parameters")
-    scored = sum(row["n_parameters"] for row in text_layers(inputs.results) if row["model"] == "base")
+    scored = sum(row["n_parameters"] for row in having(text_layers(inputs.results), model="base"))
     examples = at(inputs.provenance, "data", "train", "n")
     steps = max((row["step"] for row in inputs.results["training"]), default=None)
     if not any(row["method"] != "base" for table in ("training", "qa") for row in inputs.results[table]):
@@ -68,62 +70,46 @@ def scale(inputs: Inputs) -> str:
     sentence = f"This run trained {what} on {on}" + (f" for up to {steps} steps" if steps is not None else "")
     runs = n_runs(inputs.results)
     sentence += f", {runs} times with each method" if runs > 1 else ""
-    known_large = (
-        isinstance(parameters, int)
-        and isinstance(examples, int)
-        and parameters >= LARGE_MODEL
-        and examples >= LARGE_DATA
-    )
-    if known_large:
+    known = isinstance(parameters, int) and isinstance(examples, int)
+    if known and parameters >= LARGE_MODEL and examples >= LARGE_DATA:
         return sentence + "."
     return sentence + "; read it as a demonstration of the method, not as evidence about large models."
 
 
 def points_of(inputs: Inputs) -> list[Point]:
     """The summary's questions with their answers, in reading order."""
+    questions = (
+        ("What was lost?", _lost, "accuracy of the base and a trained model on typed questions"),
+        ("Where in the model?", _where, "layer-wise importance of a trained model"),
+        ("Which training keeps the text?", _keeps, "two trained models that answered the same typed questions"),
+        ("Do the models understand speech?", _understand, "answers to spoken questions"),
+    )
     return [
-        Point("What was lost?", tuple(_lost(inputs))),
-        Point("Where in the model?", tuple(_where(inputs))),
-        Point("Which training keeps the text?", tuple(_keeps(inputs))),
-        Point("Do the models understand speech?", tuple(_understand(inputs))),
+        Point(question, tuple(answer(inputs)) or (Finding(f"Not known: the run has no {lacking}."),))
+        for question, answer, lacking in questions
     ]
 
 
-def _lost(inputs: Inputs) -> list[Finding]:
+def _lost(inputs: Inputs) -> Iterator[Finding]:
     rows = _accuracies(inputs, "text")
-    findings: list[Finding] = []
     for task in dict.fromkeys(row["task"] for row in rows):
         base, trained = _base(rows, task), _trained(rows, task)
         if base is None or not trained:
             continue
-        details: list[str] = []
-        alone: list[str] = []
-        for row in trained:
-            paired = _paired(inputs, task, "base", row["method"])
-            if paired is None:
-                alone.append(_named(row))
-            else:
-                details.append(f"{_named(row)}: {_difference(paired)}")
+        paired = [(_named(row), _paired(inputs, task, "base", row["method"])) for row in trained]
+        details = [f"{name}: {_difference(comparison)}" for name, comparison in paired if comparison is not None]
+        alone = [name for name, comparison in paired if comparison is None]
         if alone:
             details.append(f"Not compared with the base question by question: {', '.join(alone)}.")
-        findings.append(
-            Finding(
-                f"{task_name(task)}: the base answers {_share(base['accuracy'])} of {base['n']} typed "
-                "questions; the trained models:",
-                tuple(details),
-            )
-        )
-    nothing = Finding("Not known: the run has no accuracy of the base and a trained model on typed questions.")
-    return findings or [nothing]
+        answered = f"the base answers {_share(base['accuracy'])} of {base['n']} typed questions"
+        yield Finding(f"{task_name(task)}: {answered}; the trained models:", tuple(details))
 
 
-def _where(inputs: Inputs) -> list[Finding]:
+def _where(inputs: Inputs) -> Iterator[Finding]:
     layers = text_layers(inputs.results)
-    wanted = ("base", "text", main_reduction(inputs.results), "jensen_shannon")
     details: list[str] = []
-    for row in inputs.results["shift"]:
-        of = (row["reference"], row["modality"], row["reduction"], row["measure"])
-        if of != wanted or row["value"] is None:
+    for row in text_shifts(inputs.results):
+        if row["value"] is None:
             continue
         spread = interval(row["ci_low"], row["ci_high"], significant)
         detail = f"{method_name(row['model'])}: {significant(row['value'])} bits"
@@ -132,29 +118,20 @@ def _where(inputs: Inputs) -> list[Finding]:
             noise = significant(row["value"] / row["noise_floor"], 2)
             detail += f", {noise} times what two halves of the data differ by on the base alone"
         details.append(detail + ".")
-    findings: list[Finding] = []
     if details:
         lead = "How far training moved the spread of text importance over the layers (Jensen–Shannon divergence):"
-        findings.append(Finding(lead, tuple(details)))
+        yield Finding(lead, tuple(details))
     models = {row["model"] for row in layers}
     if "base" in models and len(models) > 1:
-        peaks = [
-            f"{peak_layer(layers, model)} in {method_name(model)}"
-            for model in sorted(models - {"base"}, key=method_key)
-        ]
+        trained = sorted(models - {"base"}, key=method_key)
+        peaks = [f"{peak_layer(layers, model)} in {method_name(model)}" for model in trained]
         depth = max(row["layer"] for row in layers)
-        findings.append(
-            Finding(
-                f"The layer with the largest share is {peak_layer(layers, 'base')} in the base "
-                f"(layers 0 to {depth}), {', '.join(peaks)}."
-            )
-        )
-    return findings or [Finding("Not known: the run has no layer-wise importance of a trained model.")]
+        largest = f"The layer with the largest share is {peak_layer(layers, 'base')} in the base (layers 0 to {depth})"
+        yield Finding(f"{largest}, {', '.join(peaks)}.")
 
 
-def _keeps(inputs: Inputs) -> list[Finding]:
+def _keeps(inputs: Inputs) -> Iterator[Finding]:
     rows = _accuracies(inputs, "text")
-    findings: list[Finding] = []
     for task in dict.fromkeys(row["task"] for row in rows):
         trained = _trained(rows, task)
         if len(trained) < 2:
@@ -164,15 +141,11 @@ def _keeps(inputs: Inputs) -> list[Finding]:
         for row in trained:
             if row is not best:
                 others[_relation(_paired(inputs, task, row["method"], best["method"]))].append(_named(row))
-        findings.append(
-            Finding(
-                f"{task_name(task)}: of the trained models {method_name(best['method'])} answers the most typed "
-                f"questions, {_share(best['accuracy'])}.",
-                tuple(f"{relation} {', '.join(names)}." for relation, names in others.items() if names),
-            )
+        yield Finding(
+            f"{task_name(task)}: of the trained models {method_name(best['method'])} answers the most typed "
+            f"questions, {_share(best['accuracy'])}.",
+            tuple(f"{relation} {', '.join(names)}." for relation, names in others.items() if names),
         )
-    nothing = Finding("Not known: the run has no two trained models that answered the same typed questions.")
-    return findings or [nothing]
 
 
 def _relation(paired: ComparisonRecord | None) -> str:
@@ -181,43 +154,32 @@ def _relation(paired: ComparisonRecord | None) -> str:
     return BETTER if paired["p_holm"] < LEVEL and paired["difference"] > 0 else ALIKE
 
 
-def _understand(inputs: Inputs) -> list[Finding]:
+def _understand(inputs: Inputs) -> Iterator[Finding]:
     rows = [row for row in _accuracies(inputs, "speech") if row["method"] != "base"]
     if not rows:
-        return [Finding("Not known: the run has no answers to spoken questions.")]
+        return
     best = max(rows, key=lambda row: row["accuracy"])
+    best_of_all = f"{_share(best['accuracy'])} ({method_name(best['method'])}, {task_name(best['task'])})"
     highest = max(row["ci_high"] for row in rows)
     if highest < NO_SPEECH:
-        return [
-            Finding(
-                "No. The models do not yet understand speech: the best S2T accuracy is "
-                f"{_share(best['accuracy'])} ({method_name(best['method'])}, {task_name(best['task'])}), and "
-                f"no 95 % interval reaches above {_share(highest)}. At that level, differences in S2T between "
-                "the methods say nothing about how well they understand."
-            )
-        ]
-    findings: list[Finding] = []
+        yield Finding(
+            f"No. The models do not yet understand speech: the best S2T accuracy is {best_of_all}, and "
+            f"no 95 % interval reaches above {_share(highest)}. At that level, differences in S2T between "
+            "the methods say nothing about how well they understand."
+        )
+        return
     if best["accuracy"] < NO_SPEECH:
-        findings.append(
-            Finding(
-                f"Not shown. S2T is near zero: at best {_share(best['accuracy'])} ({method_name(best['method'])}, "
-                f"{task_name(best['task'])}). With so few questions the intervals are wide, but nothing here says "
-                "that the models understand speech; train longer before S2T is compared."
-            )
+        yield Finding(
+            f"Not shown. S2T is near zero: at best {best_of_all}. With so few questions the intervals are wide, but "
+            "nothing here says that the models understand speech; train longer before S2T is compared."
         )
-    findings += [
-        Finding(
-            f"{task_name(task)}, spoken questions{_beside(inputs, task)}:",
-            tuple(
-                f"{_named(row)}, 95 % interval {interval(row['ci_low'], row['ci_high'])}"
-                + (": no understanding of speech shown." if row["ci_high"] < NO_SPEECH else ".")
-                for row in rows
-                if row["task"] == task
-            ),
+    for task in dict.fromkeys(row["task"] for row in rows):
+        details = (
+            f"{_named(row)}, 95 % interval {interval(row['ci_low'], row['ci_high'])}"
+            + (": no understanding of speech shown." if row["ci_high"] < NO_SPEECH else ".")
+            for row in having(rows, task=task)
         )
-        for task in dict.fromkeys(row["task"] for row in rows)
-    ]
-    return findings
+        yield Finding(f"{task_name(task)}, spoken questions{_beside(inputs, task)}:", tuple(details))
 
 
 def _beside(inputs: Inputs, task: str) -> str:
@@ -232,24 +194,22 @@ def _beside(inputs: Inputs, task: str) -> str:
 # Records
 # ----------------------------------------------------------------------------------------------------------
 def _accuracies(inputs: Inputs, modality: str) -> list[QARecord]:
-    metric = main_metric(inputs.results)
-    rows = [row for row in inputs.results["qa"] if row["modality"] == modality and row["metric"] == metric]
-    return sorted(rows, key=lambda row: method_key(row["method"]))
+    rows = having(inputs.results["qa"], modality=modality, metric=main_metric(inputs.results))
+    return in_order(rows, "method")
 
 
 def _base(rows: Sequence[QARecord], task: str) -> QARecord | None:
-    return next((row for row in rows if row["task"] == task and row["method"] == "base"), None)
+    return next(iter(having(rows, task=task, method="base")), None)
 
 
 def _trained(rows: Sequence[QARecord], task: str) -> list[QARecord]:
-    return [row for row in rows if row["task"] == task and row["method"] != "base"]
+    return [row for row in having(rows, task=task) if row["method"] != "base"]
 
 
 def _paired(inputs: Inputs, task: str, before: str, after: str) -> ComparisonRecord | None:
     """The comparison on typed questions, turned so that `difference` = accuracy(after) − accuracy(before)."""
-    for row in inputs.results["comparisons"]:
-        if (row["task"], row["modality"], row["metric"]) != (task, "text", main_metric(inputs.results)):
-            continue
+    typed = {"task": task, "modality": "text", "metric": main_metric(inputs.results)}
+    for row in having(inputs.results["comparisons"], **typed):
         if (row["method_a"], row["method_b"]) == (before, after):
             return row
         if (row["method_a"], row["method_b"]) == (after, before):

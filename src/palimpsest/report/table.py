@@ -8,12 +8,15 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
+
+from palimpsest.report.inputs import having
 
 DASH = "–"  # no such number
 NOT_FINITE = "not finite"  # results.json stores null for it
@@ -131,16 +134,16 @@ EMPTY = Cell(DASH)
 # Columns: what stands at their head, and how a row of records becomes their cell
 # ----------------------------------------------------------------------------------------------------------
 Row = Mapping[str, Any]  # a record, or a group of records as `grouped` makes it
+Rows = Sequence[Row]
 Field = tuple[Column, Callable[[Row], Cell]]
 
 
-def table(
-    name: str, title: str, fields: Iterable[Field], rows: Iterable[Row], note: str = "", published: Collection[int] = ()
-) -> Table:
-    """The table whose columns are `fields`, with a line for each of `rows`."""
-    fields = list(fields)
+def table(name: str, title: str, fields: Iterable[Field], rows: Iterable[Row], note: str = "") -> Table:
+    """The table whose columns are `fields`, with a line for each of `rows`; those with `published` are marked so."""
+    fields, rows = list(fields), list(rows)
+    published = frozenset(index for index, row in enumerate(rows) if row.get("published"))
     lines = tuple(tuple(cell(row) for _, cell in fields) for row in rows)
-    return Table(name, title, tuple(column for column, _ in fields), lines, note, frozenset(published))
+    return Table(name, title, tuple(column for column, _ in fields), lines, note, published)
 
 
 def words(title: str, key: str, say: Callable[[Any], str] = str, prose: bool = False) -> Field:
@@ -171,12 +174,7 @@ def cells(title: str, of: Callable[[Row], Cell]) -> Field:
 def where(field: Field, **wanted: Any) -> Field:
     """`field` of the record of a group that has the `wanted` values; a dash where none has them."""
     column, cell = field
-
-    def of(group: Row) -> Cell:
-        found = [row for row in group["rows"] if all(row[key] == value for key, value in wanted.items())]
-        return cell(found[-1]) if found else EMPTY
-
-    return column, of
+    return column, lambda group: cell(found[-1]) if (found := having(group["rows"], **wanted)) else EMPTY
 
 
 def grouped(records: Iterable[Row], *keys: str) -> list[dict[str, Any]]:
@@ -195,11 +193,9 @@ def to_html(table: Table) -> Markup:
     lines = [Markup('<table id="table-{}"><caption>{}</caption>').format(table.name, table.title)]
     heads = [Markup('<th scope="col"{}>{}</th>').format(_class(column), column.title) for column in table.columns]
     lines.append(Markup("<thead><tr>{}</tr></thead><tbody>").format(Markup("").join(heads)))
+    tags = [Markup('th scope="row"'), *[Markup("td")] * (len(table.columns) - 1)]
     for index, row in enumerate(table.rows):
-        cells = [
-            _html_cell(cell, column, first=i == 0)
-            for i, (cell, column) in enumerate(zip(row, table.columns, strict=True))
-        ]
+        cells = [_html_cell(*of) for of in zip(tags, row, table.columns, strict=True)]
         kind = Markup(' class="published"') if index in table.published else ""
         lines.append(Markup("<tr{}>{}</tr>").format(kind, Markup("").join(cells)))
     lines.append(Markup("</tbody></table>"))
@@ -210,34 +206,26 @@ def _class(column: Column) -> Markup:
     return Markup(' class="number"' if column.numeric else ' class="prose"' if column.prose else "")
 
 
-def _html_cell(cell: Cell, column: Column, first: bool) -> Markup:
-    attributes = _class(column)
-    if cell.sort is not None:
-        attributes += Markup(' data-sort="{}"').format(cell.sort)
-    inner = escape(cell.text)
-    if cell.detail:
-        inner += Markup(" <small>{}</small>").format(cell.detail)
-    if first:
-        return Markup('<th scope="row"{}>{}</th>').format(attributes, inner)
-    return Markup("<td{}>{}</td>").format(attributes, inner)
+def _html_cell(tag: Markup, cell: Cell, column: Column) -> Markup:
+    order = "" if cell.sort is None else Markup(' data-sort="{}"').format(cell.sort)
+    detail = Markup(" <small>{}</small>").format(cell.detail) if cell.detail else ""
+    return Markup("<{}{}{}>{}{}</{}>").format(tag, _class(column), order, cell.text, detail, tag[:2])
 
 
 def to_markdown(table: Table) -> str:
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cells) + " |"
-
+    head = [_markdown(column.title) for column in table.columns]
     rule = ["---:" if column.numeric else "---" for column in table.columns]
-    rows = [line([_markdown(cell.plain) for cell in row]) for row in table.rows]
-    head = line([_markdown(column.title) for column in table.columns])
+    rows = [[_markdown(cell.plain) for cell in row] for row in table.rows]
     note = f"\n\n{_markdown(table.note)}" if table.note else ""
-    return f"**{_markdown(table.title)}**\n\n" + "\n".join([head, line(rule), *rows]) + note + "\n"
+    return f"**{_markdown(table.title)}**\n\n" + "\n".join(map(_line, (head, rule, *rows))) + note + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _markdown(value: str) -> str:
-    value = " ".join(value.split())
-    for character in "\\`*_|<>[]":
-        value = value.replace(character, "\\" + character)
-    return value
+    return re.sub(r"[\\`*_|<>\[\]]", r"\\\g<0>", " ".join(value.split()))
 
 
 def to_plain(table: Table) -> str:
@@ -251,8 +239,7 @@ def to_aligned_markdown(table: Table) -> str:
     """Markdown that lines up as plain text too; without title and note."""
     head, *rows = _aligned(table, [[cell.plain.replace("|", "\\|") for cell in row] for row in table.rows])
     rule = "|" + "|".join("-" * (len(title) + 2) for title in head) + "|"
-    lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
-    return "\n".join([lines[0], rule, *lines[1:]])
+    return "\n".join([_line(head), rule, *map(_line, rows)])
 
 
 def _aligned(table: Table, rows: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -274,47 +261,30 @@ def to_latex(table: Table) -> str:
     body = [" & ".join(_latex(cell.plain) for cell in row) + r" \\" for row in table.rows]
     head = " & ".join(_latex(column.title) for column in table.columns) + r" \\"
     caption = " ".join(part for part in (f"{table.title}.", table.note) if part)
-    return "\n".join(
-        [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{_latex(caption)}}}",
-            rf"\begin{{tabular}}{{{layout}}}",
-            r"\toprule",
-            head,
-            r"\midrule",
-            *body,
-            r"\bottomrule",
-            r"\end{tabular}",
-            r"\end{table}",
-            "",
-        ]
-    )
+    opening = [r"\begin{table}", r"\centering", rf"\caption{{{_latex(caption)}}}", rf"\begin{{tabular}}{{{layout}}}"]
+    closing = [r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
+    return "\n".join([*opening, r"\toprule", head, r"\midrule", *body, *closing])
 
 
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "$": r"\$",
-    "&": r"\&",
-    "%": r"\%",
-    "#": r"\#",
-    "_": r"\_",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "–": "--",
-    "−": "$-$",
-    "\u202f": r"\,",
-    "≥": r"$\geq$",
-    "∞": r"$\infty$",
-    "λ": r"$\lambda$",
-    "Δ": r"$\Delta$",
-}
+_LATEX = str.maketrans(
+    {
+        **{character: f"\\{character}" for character in "{}$&%#_"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "–": "--",
+        "−": "$-$",
+        "\u202f": r"\,",
+        "≥": r"$\geq$",
+        "∞": r"$\infty$",
+        "λ": r"$\lambda$",
+        "Δ": r"$\Delta$",
+    }
+)
 
 
 def _latex(value: str) -> str:
-    return "".join(_LATEX.get(character, character) for character in " ".join(value.split()))
+    return " ".join(value.split()).translate(_LATEX)
 
 
 def to_csv(table: Table) -> str:
@@ -322,16 +292,10 @@ def to_csv(table: Table) -> str:
     with_detail = [any(row[i].detail for row in table.rows) for i in range(len(table.columns))]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    head: list[str] = []
-    for column, detailed in zip(table.columns, with_detail, strict=True):
-        head += [column.title, f"{column.title}, range"] if detailed else [column.title]
-    writer.writerow(head)
-    for row in table.rows:
-        line: list[str] = []
-        for cell, detailed in zip(row, with_detail, strict=True):
-            value = _csv(cell.text)
-            line += [value, _csv(cell.detail)] if detailed else [value]
-        writer.writerow(line)
+    head = [(column.title, f"{column.title}, range") for column in table.columns]
+    for row in (head, *([(_csv(cell.text), _csv(cell.detail)) for cell in row] for row in table.rows)):
+        pairs = zip(row, with_detail, strict=True)
+        writer.writerow([part for of, detailed in pairs for part in of[: 1 + detailed]])
     return stream.getvalue()
 
 

@@ -7,26 +7,16 @@ ours in rows of their own, labelled as published in their first cell, so that th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-from palimpsest.records import (
-    ClaimRecord,
-    ComparisonRecord,
-    DeactivationRecord,
-    FloorRecord,
-    PairRecord,
-    PerplexityRecord,
-    ProbeRecord,
-    QARecord,
-    SeedRecord,
-    VoiceRecord,
-)
 from palimpsest.report import paper, structure_tables
 from palimpsest.report.across_runs import n_runs
 from palimpsest.report.inputs import (
     MODALITY_NAMES,
     Inputs,
     at,
+    by_task,
+    having,
+    in_order,
     main_metric,
     main_reduction,
     method_key,
@@ -44,6 +34,7 @@ from palimpsest.report.table import (
     Column,
     Field,
     Row,
+    Rows,
     Table,
     cells,
     count,
@@ -64,9 +55,11 @@ from palimpsest.report.table import (
 )
 
 OURS = "measured here"
+PUBLISHED = {"source": paper.SOURCE_LABEL, "published": True}
 DIGEST_NOTE = "* from a secondary digest of the paper, not checked against it."
 CONDITIONS = ("base", "top", "bottom", "random")
 VERDICTS = {"holds": "✓ holds", "fails": "✗ fails", "undecided": "? undecided"}
+ANSWERS = {"Empty": "empty", "Refused": "refusal", "Looping": "loop", "Failed": "failed"}
 FLOORS = {
     "unrelated": "Answers to other questions %",
     "echo": "Question repeated %",
@@ -124,52 +117,41 @@ def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Tabl
 
 def _tuned_on_text(inputs: Inputs) -> list[str]:
     """The methods that study.yaml trains on questions given as text."""
-    methods = {row["method"] for row in inputs.results["qa"]}
-    return [method for method in sorted(methods) if at(inputs.config, "methods", method, "modality") == "text"]
+    methods = sorted({row["method"] for row in inputs.results["qa"]}, key=method_key)
+    return [method for method in methods if at(inputs.config, "methods", method, "modality") == "text"]
 
 
 def _ranks(inputs: Inputs) -> dict[str, int]:
     """The rank of every LoRA method: what study.yaml says, else what its name says."""
-    ranks: dict[str, int] = {}
+    ranks: dict[str, int | None] = {}
     for method in sorted({row["method"] for row in inputs.results["qa"]}):
         options = at(inputs.config, "methods", method)
         configured = at(options, "rank") if at(options, "kind") == "lora" else None
-        rank = configured if isinstance(configured, int) else rank_in_name(method)
-        if rank is not None:
-            ranks[method] = rank
-    return ranks
+        ranks[method] = configured if isinstance(configured, int) else rank_in_name(method)
+    return {method: rank for method, rank in ranks.items() if rank is not None}
 
 
 # ----------------------------------------------------------------------------------------------------------
 # What the models can do
 # ----------------------------------------------------------------------------------------------------------
-def deactivation(records: Sequence[DeactivationRecord]) -> Table:
+def deactivation(records: Rows) -> Table:
     """Table 1: perplexity after zeroing the top, bottom or a random share of the weights.
 
     The random condition is the mean over its seeds, with their smallest and largest value.
     """
-    whole = {(row["model"], row["modality"]): [row] for row in records if row["condition"] == "base"}
+    whole = {(row["model"], row["modality"]): [row] for row in having(records, condition="base")}
     removed = (row for row in records if row["condition"] != "base")
-    groups = grouped(removed, "model", "modality", "ratio", "scope", "reduction")
-    groups.sort(
-        key=lambda g: (method_key(g["model"]), modality_key(g["modality"]), g["ratio"], g["scope"], g["reduction"])
-    )
+    setting = ("model", "modality", "ratio", "scope", "reduction")
     rows: list[Row] = []
-    for group in groups:
-        of = {name: [row for row in group["rows"] if row["condition"] == name] for name in CONDITIONS}
+    for group in in_order(grouped(removed, *setting), *setting):
+        of = {name: having(group["rows"], condition=name) for name in CONDITIONS}
         of["base"] = whole.get((group["model"], group["modality"]), [])
-        rows.append(
-            {
-                **group,
-                "source": OURS,
-                "model": method_name(group["model"]),
-                "selection": f"{group['scope']}, {group['reduction']}",
-                "cells": {name: _perplexity(found) for name, found in of.items()},
-            }
-        )
+        shown = {"model": method_name(group["model"]), "selection": f"{group['scope']}, {group['reduction']}"}
+        cells_of = {name: _perplexity(found) for name, found in of.items()}
+        rows.append({**group, **shown, "source": OURS, "cells": cells_of})
     rows += [
         {
-            "source": paper.SOURCE_LABEL,
+            **PUBLISHED,
             "model": f"LLaMA-Omni {row.model}",
             "modality": row.modality,
             "ratio": paper.TABLE_1_RATIO,
@@ -178,25 +160,21 @@ def deactivation(records: Sequence[DeactivationRecord]) -> Table:
         }
         for row in paper.TABLE_1
     ]
+    removed_share = numbers("Removed %", "ratio", lambda ratio: f"{100 * ratio:g}")
     return table(
         "deactivation",
         "Perplexity with a share of the weights set to zero (the paper's Table 1)",
         (
-            SOURCE,
-            SYSTEM,
-            INPUT,
-            numbers("Removed %", "ratio", lambda ratio: f"{100 * ratio:g}"),
-            words("Selected by", "selection"),
+            *(SOURCE, SYSTEM, INPUT, removed_share, words("Selected by", "selection")),
             *(_given("Whole" if name == "base" else name.capitalize(), name) for name in CONDITIONS),
         ),
         rows,
         f"Selected by: scope of the selection and reduction of the scores. Random: mean over seeds, with the "
         f"smallest and largest in brackets. {_sizes(records, 'examples')}{DIGEST_NOTE}",
-        _from_the_paper(rows),
     )
 
 
-def _perplexity(records: Sequence[DeactivationRecord]) -> Cell:
+def _perplexity(records: Rows) -> Cell:
     if not records:
         return EMPTY
     values = [row["perplexity"] for row in records]
@@ -205,7 +183,7 @@ def _perplexity(records: Sequence[DeactivationRecord]) -> Cell:
     return mean(values, f"{interval(min(values), max(values), significant)}; {len(values)} seeds")
 
 
-def _sizes(records: Sequence[DeactivationRecord] | Sequence[PerplexityRecord], what: str) -> str:
+def _sizes(records: Rows, what: str) -> str:
     """On how much text the perplexities were measured."""
     sizes = sorted({(row["modality"], row["n_examples"], row["n_tokens"]) for row in records})
     return "".join(f"{modality}: {n} {what}, {tokens} tokens. " for modality, n, tokens in sizes)
@@ -216,27 +194,23 @@ def _given(title: str, name: str) -> Field:
     return cells(title, lambda row: row["cells"].get(name, EMPTY))
 
 
-def _published(value: paper.Value | None, write: Callable[[float], str]) -> Cell:
+def _published(value: paper.Value | None, write: Callable[[float], str], unit: float = 1) -> Cell:
     if value is None:
         return EMPTY
-    return Cell(write(value.value) + (" *" if value.certainty == "digest" else ""), sort=value.value)
-
-
-def _from_the_paper(rows: Sequence[Row]) -> list[int]:
-    return [index for index, row in enumerate(rows) if row["source"] == paper.SOURCE_LABEL]
+    return Cell(write(value.value) + (" *" if value.certainty == "digest" else ""), sort=value.value / unit)
 
 
 def accuracy(
-    records: Sequence[QARecord], metric: str, model: str = DASH, tuned_on_text: Sequence[str] = (), n_runs: int = 1
+    records: Rows, metric: str, model: str = DASH, tuned_on_text: Sequence[str] = (), n_runs: int = 1
 ) -> Table:
     """Table 2: accuracy from text (T2T), from speech (S2T) and of the cascade, under one scoring rule.
 
     `tuned_on_text` names the methods that were trained on questions given as text; `n_runs` of each method are meant.
     """
     asked = {row["modality"] for row in records}
-    records = [row for row in records if row["metric"] == metric]
-    rows = _beside_the_paper(records, paper.TABLE_2, model, lambda row: method_key(row["method"]))
-    base_has_adaptor = any((row["method"], row["modality"]) == ("base", "speech") for row in records)
+    records = having(records, metric=metric)
+    rows = _beside_the_paper(records, paper.TABLE_2, model, "method", {})
+    base_has_adaptor = bool(having(records, method="base", modality="speech"))
     return table(
         "accuracy",
         "Accuracy from typed (T2T) and spoken (S2T) questions (the paper's Table 2)",
@@ -251,7 +225,6 @@ def accuracy(
         f"Ours: scoring rule {metric}, {_brackets(n_runs)}. The paper "
         "states neither its scoring rule nor intervals, so the two are not the same measurement."
         f"{_not_spoken_to(tuned_on_text)}{BASE_WITH_ADAPTOR if base_has_adaptor else ''}",
-        _from_the_paper(rows),
     )
 
 
@@ -271,18 +244,14 @@ def _not_spoken_to(tuned_on_text: Sequence[str]) -> str:
     """Why some methods have no S2T."""
     if not tuned_on_text:
         return ""
-    names = ", ".join(method_name(method) for method in sorted(tuned_on_text, key=method_key))
+    names = ", ".join(map(method_name, tuned_on_text))
     return (
         f" Tuned on the same questions as text, therefore without a trained adaptor and not asked in speech: {names}."
     )
 
 
 def _beside_the_paper(
-    records: Sequence[QARecord],
-    published: Sequence[paper.AccuracyRow],
-    model: str,
-    key: Callable[[Row], Any],
-    ranks: Mapping[str, int] | None = None,
+    records: Rows, published: Sequence[paper.AccuracyRow], model: str, key: str, ranks: Mapping[str, int]
 ) -> list[Row]:
     """By task, a row per method of ours, then the paper's; tasks in this run's order, then those only the paper has."""
     ours: list[Row] = [
@@ -290,128 +259,101 @@ def _beside_the_paper(
             **group,
             "source": OURS,
             "model": model,
-            "rank": (ranks or {}).get(group["method"]),
-            "cells": {row["modality"]: _accuracy(row) for row in group["rows"]},
+            "rank": ranks.get(group["method"]),
+            "cells": {row["modality"]: accuracy_cell(row) for row in group["rows"]},
         }
         for group in grouped(records, "task", "method")
     ]
     theirs: list[Row] = [
         {
-            "source": paper.SOURCE_LABEL,
+            **PUBLISHED,
             "task": row.task,
             "model": f"{row.system}, {row.size}",
             "method": row.method,
             "rank": row.rank,
-            "cells": {"text": _percent(row.t2t), "speech": _percent(row.s2t)},
+            "cells": {  # ours sort by shares
+                "text": _published(row.t2t, "{:.1f}".format, unit=100),
+                "speech": _published(row.s2t, "{:.1f}".format, unit=100),
+            },
         }
         for row in published
     ]
-    by_task = grouped([*sorted(ours, key=key), *theirs], "task")
-    order = list(dict.fromkeys(row["task"] for row in [*ours, *theirs]))
-    return [row for group in sorted(by_task, key=lambda group: order.index(group["task"])) for row in group["rows"]]
+    order = list(dict.fromkeys(row["task"] for row in (*ours, *theirs)))
+    return sorted([*in_order(ours, key), *theirs], key=lambda row: order.index(row["task"]))
 
 
-def _accuracy(row: QARecord) -> Cell:
+def accuracy_cell(row: Row) -> Cell:
     detail = f"{interval(row['ci_low'], row['ci_high'])}; n {row['n']}"
     return Cell(percent(row["accuracy"]), detail, row["accuracy"])
 
 
-def _percent(value: paper.Value | None) -> Cell:
-    if value is None:
-        return EMPTY
-    return Cell(_published(value, lambda share: f"{share:.1f}").text, sort=value.value / 100)  # ours sort by shares
-
-
-def lora_rank(
-    records: Sequence[QARecord], metric: str, ranks: Mapping[str, int], model: str = DASH, n_runs: int = 1
-) -> Table:
+def lora_rank(records: Rows, metric: str, ranks: Mapping[str, int], model: str = DASH, n_runs: int = 1) -> Table:
     """Table 3: LoRA by rank. `ranks` gives the rank of each LoRA method of this run."""
     records = [row for row in records if row["metric"] == metric and row["method"] in ranks]
-    rows = _beside_the_paper(records, paper.TABLE_3, model, lambda row: row["rank"], ranks)
+    rows = _beside_the_paper(records, paper.TABLE_3, model, "rank", ranks)
     return table(
         "lora_rank",
         "LoRA by rank (the paper's Table 3)",
         (SOURCE, TASK, SYSTEM, counts("Rank", "rank"), _given("T2T %", "text"), _given("S2T %", "speech")),
         rows,
         f"Ours: scoring rule {metric}, {_brackets(n_runs)}.",
-        _from_the_paper(rows),
     )
 
 
-def accuracy_details(records: Sequence[QARecord]) -> Table:
+def accuracy_details(records: Rows) -> Table:
     """Every accuracy of the run, by scoring rule, with how many answers were empty, refused, looping or failed."""
-    key = lambda row: (row["metric"], row["task"], modality_key(row["modality"]), method_key(row["method"]))  # noqa: E731
     return table(
         "accuracy_details",
         "Every accuracy, by scoring rule",
         (
-            (Column("Source"), _source),
-            METHOD,
-            TASK,
-            INPUT,
+            (Column("Source"), lambda row: text(OURS if (of := row.get("source", "measured")) == "measured" else of)),
+            *(METHOD, TASK, INPUT),
             (Column("Scoring rule"), lambda row: text(f"{row['metric']} {row['metric_version']}")),
-            N,
-            counts("Correct", "correct"),
-            ranges("Accuracy %", "accuracy", percent),
-            counts("Empty", "n_empty"),
-            counts("Refused", "n_refusal"),
-            counts("Looping", "n_loop"),
-            counts("Failed", "n_failed"),
+            *(N, counts("Correct", "correct"), ranges("Accuracy %", "accuracy", percent)),
+            *(counts(title, f"n_{what}") for title, what in ANSWERS.items()),
         ),
-        sorted(records, key=key),
+        in_order(records, "metric", "task", "modality", "method"),
         "Empty and failed answers count as wrong. Refused and looping ones are scored as they are: a refusal opens "
         "with an apology or not knowing, a loop repeats a run of words three times or more, over at least six words.",
     )
 
 
-def _source(row: Row) -> Cell:
-    source = row.get("source", "measured")
-    return text(OURS if source == "measured" else source)
-
-
-def floors(records: Sequence[FloorRecord], metric: str) -> Table:
+def floors(records: Rows, metric: str) -> Table:
     """What the main scoring rule calls right by chance, one row per method, task and input."""
-    rows = grouped((row for row in records if row["metric"] == metric), "task", "modality", "method")
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    rows.sort(key=lambda row: (tasks.index(row["task"]), modality_key(row["modality"]), method_key(row["method"])))
+    rows = grouped(having(records, metric=metric), "task", "modality", "method")
     return table(
         "floors",
         "What the scoring rule calls right that cannot be",
         (
-            METHOD,
-            TASK,
-            INPUT,
+            *(METHOD, TASK, INPUT),
             cells("n", lambda group: count(max(row["n"] for row in group["rows"]))),
             *(where(ranges(title, "value", percent), floor=floor) for floor, title in FLOORS.items()),
         ),
-        rows,
+        by_task(rows),
         f"Scoring rule {metric}. Answers to other questions: each answer scored against the gold answers of another "
         "question, mean over several draws. An accuracy near these numbers says nothing. Brackets: 95 % interval.",
     )
 
 
-def voices(records: Sequence[VoiceRecord]) -> Table:
+def voices(records: Rows) -> Table:
     """Accuracy by the voice of the question, of tasks spoken in several voices."""
     return table(
         "voices",
         "Accuracy by the voice of the question",
         (
-            TASK,
-            INPUT,
-            METHOD,
-            words("Voice", "voice"),
+            *(TASK, INPUT, METHOD, words("Voice", "voice")),
             words("Trained on", "trained_on", lambda known: "yes" if known else "no"),
             counts("Questions", "n"),
             ranges("Accuracy %", "accuracy", percent),
             numbers("The same as text %", "accuracy_text", percent),
         ),
-        sorted(records, key=lambda row: (row["task"], modality_key(row["modality"]), method_key(row["method"]))),
+        in_order(records, "task", "modality", "method"),
         "Mean over the training runs of a method. Trained on: the voice of some of the study's training questions. The "
         "questions differ from voice to voice; the last column says how hard they are. Brackets: 95 % interval.",
     )
 
 
-def comparisons(records: Sequence[ComparisonRecord]) -> Table:
+def comparisons(records: Rows) -> Table:
     """Two methods on the same questions."""
     only = (counts("Only A right", "only_a"), counts("Only B right", "only_b"))
     return table(
@@ -423,13 +365,10 @@ def comparisons(records: Sequence[ComparisonRecord]) -> Table:
     )
 
 
-def seeds(records: Sequence[SeedRecord]) -> Table:
+def seeds(records: Rows) -> Table:
     """Mean, standard deviation and interval of every measure over the training runs of each method."""
     order = list(dict.fromkeys([*OF_SEEDS, *(row["measure"] for row in records)]))
-    key = lambda row: (  # noqa: E731
-        order.index(row["measure"]), row["basis"] or "", row["task"] or "", modality_key(row["modality"]),
-        method_key(row["method"]),
-    )  # fmt: skip
+    key = lambda row: (order.index(row["measure"]), row["basis"] or "", row["task"] or "")  # noqa: E731
     return table(
         "seeds",
         "Several training runs of each method: mean and spread",
@@ -444,7 +383,7 @@ def seeds(records: Sequence[SeedRecord]) -> Table:
             (Column("Each run", prose=True), _each_run),
             words("Interval over", "ci_over"),
         ),
-        sorted(records, key=key),
+        sorted(in_order(records, "modality", "method"), key=key),
         "The runs of a method differ in their seeds: first weights of the adaptor and of LoRA, order of the examples, "
         "dropout. Brackets: 95 % interval of the mean, over what the last column names. Deviation: standard deviation "
         "of the runs. Means of perplexities and of their ratios are geometric.",
@@ -466,7 +405,7 @@ def _each_run(row: Row) -> Cell:
     return text(", ".join(NOT_FINITE if value is None else _write(row)(value) for value in row["values"]))
 
 
-def seed_comparisons(records: Sequence[PairRecord]) -> Table:
+def seed_comparisons(records: Rows) -> Table:
     """Two methods on the same questions, each the mean over its runs."""
     runs = (counts("Runs of A", "seeds_a"), counts("Runs of B", "seeds_b"))
     return table(
@@ -478,7 +417,7 @@ def seed_comparisons(records: Sequence[PairRecord]) -> Table:
     )
 
 
-def perplexity(records: Sequence[PerplexityRecord]) -> Table:
+def perplexity(records: Rows) -> Table:
     """Perplexity of the unchanged models on the held-out answers, typed and spoken questions side by side."""
     modalities = sorted({row["modality"] for row in records}, key=modality_key)
     of = {name: f"{MODALITY_NAMES.get(name, name)} perplexity" for name in modalities}
@@ -486,12 +425,12 @@ def perplexity(records: Sequence[PerplexityRecord]) -> Table:
         "perplexity",
         "Perplexity of the held-out answers",
         (METHOD, *(where(cells(of[name], lambda row: mean([row["perplexity"]])), modality=name) for name in of)),
-        sorted(grouped(records, "method"), key=lambda row: method_key(row["method"])),
+        in_order(grouped(records, "method"), "method"),
         _sizes(records, "answers").strip(),
     )
 
 
-def claims(records: Sequence[ClaimRecord]) -> Table:
+def claims(records: Rows) -> Table:
     """The paper's claims, each with this run's measure, value, interval and verdict."""
     published = {claim.claim: text(f"{claim.where} (published): {claim.published}") for claim in paper.CLAIMS}
     return table(
@@ -506,12 +445,12 @@ def claims(records: Sequence[ClaimRecord]) -> Table:
             (Column("Note", prose=True), lambda row: text(row.get("note", ""))),
             (Column("In the paper", prose=True), lambda row: published.get(row["claim"], EMPTY)),
         ),
-        sorted(records, key=lambda row: row["claim"]),
+        in_order(records, "claim"),
         "A verdict is about this run, not about the paper: the models and data differ. Brackets: 95 % interval.",
     )
 
 
-def probe(records: Sequence[ProbeRecord]) -> Table:
+def probe(records: Rows) -> Table:
     """The retention probe: one row per kind of pairs, two columns per model."""
     return table(
         "probe",
@@ -519,13 +458,10 @@ def probe(records: Sequence[ProbeRecord]) -> Table:
         (
             words("Pairs", "kind"),
             N,
-            *(
-                where(field, model=model)
-                for model in sorted({row["model"] for row in records}, key=method_key)
-                for field in (
-                    ranges(f"{method_name(model)} %", "accuracy", percent),
-                    numbers(f"{method_name(model)}, margin", "margin"),
-                )
+            *structure_tables.by_model(
+                records,
+                lambda model: ranges(f"{model} %", "accuracy", percent),
+                lambda model: numbers(f"{model}, margin", "margin"),
             ),
         ),
         grouped(records, "kind", "n"),
