@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -148,3 +150,34 @@ def test_a_file_stays_mapped_only_as_long_as_its_tensors_live(tmp_path: Path) ->
     del tensor
     assert total > 0
     assert not mapped()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda record: record.pop("metadata"), r"scores\.json is damaged \(metadata: Field required\); estimate"),
+        (lambda record: record.update(files=[]), r"is damaged \(files: "),
+        (lambda record: record["batches"].update(bytes="9"), r"is damaged \(batches\.bytes: "),
+        (
+            lambda record: record["files"]["signed_sum"][0].update(file="../x"),
+            r"is damaged \(files\.signed_sum\.0\.file",
+        ),
+        (lambda record: record["metadata"]["parameters"][0].pop("name"), r"is damaged \(metadata\.parameters\.0\.name"),
+    ],
+)
+def test_a_damaged_record_of_scores_is_one_sentence(tmp_path: Path, change: Any, message: str) -> None:
+    estimated().save(tmp_path)
+    record = json.loads((tmp_path / "scores.json").read_text())
+    change(record)
+    (tmp_path / "scores.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=message):
+        Scores.open(tmp_path)
+
+
+def test_damaged_totals_of_batches_are_always_found(tmp_path: Path) -> None:
+    estimated().save(tmp_path)
+    content = bytearray((tmp_path / "batches.npz").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "batches.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"batches\.npz does not match its checksum; estimate"):
+        Scores.open(tmp_path)

@@ -192,7 +192,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; run the step of the study that writes it first.") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or nested without end
         raise UserError(f"{path} is not valid JSON ({error}); delete it and run the study again.") from error
 
 
@@ -206,8 +206,10 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    # Not splitlines(): it also splits at U+2028 and U+0085, which may stand inside a JSON string.
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    """Every line of a finished file. Raises UserError where there is none, and for a line that is not JSON."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; run the step of the study that writes it first.")
+    return [row for _, row in read_lines(path, "delete it and run again what wrote it", finished=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -243,7 +245,7 @@ def read_lines(path: Path, remedy: str, *, finished: bool = False) -> list[tuple
     for number, line in enumerate(content[: None if finished else content.rfind(b"\n") + 1].splitlines(), 1):
         try:
             rows.append((f"{path}:{number}", json.loads(line)))
-        except ValueError as error:  # no JSON, or no UTF-8
+        except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
             raise UserError(f"{path}:{number} is not JSON; {remedy}.") from error
     return rows
 

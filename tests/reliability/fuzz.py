@@ -3,8 +3,8 @@
     python tests/reliability/fuzz.py --n 1000
 
 Every input is made from a valid one by one to three random changes, to its bytes or, where it is JSON or YAML, to its
-values, and given to the command that reads it. A traceback, another exit code, several sentences, a minute without an end,
-or a result that is not strict JSON is a fault: it is printed with the number that makes the same input again
+values, and given to the command that reads it. A traceback, another exit code, several sentences, no end in a minute or
+a result that is not strict JSON is a fault: it is printed with the number that makes the same input again
 (--only KIND --first NUMBER --n 1).
 """
 

@@ -16,12 +16,14 @@ import itertools
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import torch
+from annotated_types import Predicate
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from typing_extensions import TypedDict
 
 from palimpsest.files import UserError, hash_file, hash_value, read_json, replacing, write_json
 from palimpsest.models.anatomy import scored_parameters
@@ -35,6 +37,32 @@ SCHEMA = 1
 SCORES_FILE = "scores.json"
 BATCHES_FILE = "batches.npz"
 SHARD_BYTES = 4 << 30  # a reduction's tensors are spread over files of about this size
+
+
+class _File(TypedDict):
+    file: Annotated[str, Predicate(lambda name: Path(name).name == name)]
+    bytes: int
+    sha256: str
+
+
+class _Parameter(TypedDict):
+    name: str
+    shape: list[int]
+    dtype: str
+    sha256: str
+
+
+class _Metadata(TypedDict):
+    parameters: list[_Parameter]
+
+
+class _Stored(TypedDict):
+    """What of SCORES_FILE is relied on."""
+
+    schema: int
+    metadata: _Metadata
+    files: dict[str, list[_File]]
+    batches: _File
 
 
 class Scores:
@@ -105,15 +133,19 @@ class Scores:
 
         Raises UserError if a file is missing, cut short or (with `verify`) changed.
         """
+        from palimpsest.options import require_shape
+
         folder = Path(folder)
         record = read_json(folder / SCORES_FILE)
-        if record.get("schema") != SCHEMA:
+        if isinstance(record, dict) and record.get("schema", SCHEMA) != SCHEMA:
             raise UserError(
-                f"{folder / SCORES_FILE} has schema {record.get('schema')}, this version reads {SCHEMA}; "
+                f"{folder / SCORES_FILE} has schema {record['schema']}, this version reads {SCHEMA}; "
                 "estimate the importance again."
             )
-        for entry in [*itertools.chain(*record["files"].values()), record["batches"]]:
+        require_shape(record, _Stored, str(folder / SCORES_FILE), "estimate the importance again")
+        for entry in itertools.chain(*record["files"].values()):
             _check_file(folder / entry["file"], entry, verify)
+        _check_file(folder / BATCHES_FILE, record["batches"], verify=True)
         names = [parameter["name"] for parameter in record["metadata"]["parameters"]]
         tensors = {
             reduction: _StoredTensors([folder / entry["file"] for entry in entries], names)
