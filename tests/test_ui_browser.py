@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -54,6 +56,14 @@ def page(browser: Browser, address: str) -> Iterator[Page]:
         yield page
         assert set(log.problems) <= OF_GRADIO
         assert foreign(log, address) == []
+
+
+@pytest.mark.parametrize(("host", "status"), [("127.0.0.1", 200), ("localhost", 200), ("evil.example", 400)])
+def test_a_request_for_another_host_is_refused(address: str, host: str, status: int) -> None:
+    parts = urlsplit(address)
+    connection = http.client.HTTPConnection("127.0.0.1", parts.port or 80, timeout=30)
+    connection.request("GET", "/", headers={"Host": f"{host}:{parts.port}"})
+    assert connection.getresponse().status == status
 
 
 def ask(page: Page) -> None:

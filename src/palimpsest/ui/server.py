@@ -53,6 +53,7 @@ def served(run: Path, port: int | None = None) -> Iterator[Any]:
                 **{"server_name": HOST, "server_port": port, "share": False, "inbrowser": False, "quiet": True},
                 **{"prevent_thread_lock": True, "show_error": True, "ssr_mode": False, "max_file_size": "50mb"},
                 **{"theme": theme, "css": STYLE, "footer_links": [], "enable_monitoring": False},
+                app_kwargs={"middleware": [_this_machine_only()]},
             )
         except OSError as error:
             where = "No port" if port is None else f"Port {port}"
@@ -61,6 +62,14 @@ def served(run: Path, port: int | None = None) -> Iterator[Any]:
             yield page
         finally:
             page.close(verbose=False)
+
+
+def _this_machine_only() -> Any:
+    """Requests for another host are refused: a page on the web could have its own name point to this address."""
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    return Middleware(TrustedHostMiddleware, allowed_hosts=[HOST, "localhost"])
 
 
 def _gradio() -> Any:
