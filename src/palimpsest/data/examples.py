@@ -21,7 +21,7 @@ from typing import Any
 
 import soundfile
 
-from palimpsest.data.rows import Row, json_objects
+from palimpsest.data.rows import CellError, Row, json_objects, located, sentence
 from palimpsest.files import UserError, write_jsonl
 
 KEYS = ("id", "question", "answer", "answers", "audio", "voice", "kind", "augmentation")
@@ -154,10 +154,14 @@ def _manifest_row(record: dict[str, Any], position: int, folder: Path, where: st
         if texts[key] is None:
             raise UserError(f'{where}: "{key}" is missing; every line needs one.')
     audio, answer = texts.pop("audio"), texts.pop("answer")
-    golds = _golds(record, where) or ((answer,) if answer else ())
-    if not golds:
+    golds = _golds(record, where)
+    if not golds and not answer:
         raise UserError(f'{where}: neither "answer" nor "answers"; add at least one of them.')
-    texts |= {"answer": answer or golds[0], "audio": None if audio is None else folder / audio}
+    try:
+        golds = golds or (sentence(answer),)
+        texts |= {"answer": answer or golds[0], "audio": None if audio is None else located(audio, folder)}
+    except CellError as error:
+        raise UserError(f"{where}: {error}.") from error
     return Row(position, where, answers=golds, **texts)
 
 
