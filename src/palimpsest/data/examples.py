@@ -7,7 +7,7 @@ A manifest is a UTF-8 file of JSON lines, one example each:
 
 `id`, `question` and one of `answer` (the sentence to train on) and `answers` (the gold strings to score with)
 are required. A missing `answers` is [`answer`]; a missing `answer` is the first of `answers`. `audio` is
-relative to the manifest's folder. Leading and trailing blanks of every string are dropped.
+absolute, or relative to the manifest's folder and inside it. Leading and trailing blanks of every string are dropped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import soundfile
 from palimpsest.data.rows import CellError, Row, json_objects, located, sentence
 from palimpsest.files import UserError, write_jsonl
 
-KEYS = ("id", "question", "answer", "answers", "audio", "voice", "kind", "augmentation")
+KEYS = ("id", "question", "answer", "answers", "audio", "voice", "kind", "augmentation", "fault")
 MAX_AUDIO_SECONDS = 30.0  # what a Whisper encoder sees at once; nothing is cut silently, longer audio is an error
 
 
@@ -40,13 +40,14 @@ class Example:
     voice: str | None = None  # whose voice it is
     kind: str | None = None  # group for break-downs, e.g. "capital"
     augmentation: str | None = None  # of a changed copy of another example's audio: what was changed
+    fault: str | None = None  # of a task's recording, where it is kept as it is: cannot be asked, counts as wrong
 
     @classmethod
     def of(cls, row: Row, name: str, audio: Path | bytes | None) -> Example:
         """The row under the id `name`, spoken in the file `audio`."""
         assert not isinstance(audio, bytes)
         texts = (row.question, row.answers, row.answer)
-        return cls(name, *texts, audio, row.voice, row.kind, row.augmentation)
+        return cls(name, *texts, audio, row.voice, row.kind, row.augmentation, row.fault)
 
     def to_row(self, folder: Path) -> dict[str, Any]:
         """The manifest line of this example for a manifest in `folder`.
@@ -99,12 +100,12 @@ def require_limit(limit: int | None, source: str | Path) -> None:
 
 
 def require_good_audio(example: Example, where: str) -> None:
-    """Open the header of the example's audio file, if it has one.
+    """Open the header of the example's audio file, if it has one and is not known to be faulty.
 
     Raises:
         UserError: at `where`, for a file that is missing, unreadable, empty or longer than MAX_AUDIO_SECONDS.
     """
-    if example.audio is not None and (problem := audio_problem(example.audio)) is not None:
+    if example.audio is not None and example.fault is None and (problem := audio_problem(example.audio)) is not None:
         raise UserError(f"{where}: {problem}")
 
 

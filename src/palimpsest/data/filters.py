@@ -1,8 +1,8 @@
 """From a row to an example: what is left out of training and held-out data, and why.
 
 Two kinds of reasons. A row that is not meant (a later turn of a conversation, a question that stands in the held-out
-data) is left out always. A row that is faulty (empty, too long, broken or silent audio) is left out and listed, or, in
-strict reading, an error. Nothing is cut or repaired; applied twice the filters give what they gave once.
+data or in a task) is left out always. A row that is faulty (empty, too long, broken or silent audio) is left out and
+listed, or, in strict reading, an error. Nothing is cut or repaired; applied twice the filters give what they gave once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import struct
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
@@ -25,14 +25,14 @@ from annotated_types import Ge, Gt, Le, Lt
 from palimpsest.data.examples import Example
 from palimpsest.data.rows import Row
 from palimpsest.data.speech import ENCODING, to_16_khz, write_flac
-from palimpsest.files import UserError, hash_value
+from palimpsest.files import UserError, hash_value, replacing
 
 if TYPE_CHECKING:
     from jaxtyping import Float32
     from numpy import ndarray
 
-LATER_TURN, IN_HELDOUT = "later turn", "question in held-out"
-NOT_MEANT = (LATER_TURN, IN_HELDOUT)  # left out in strict reading too
+LATER_TURN, IN_HELDOUT, IN_TASK = "later turn", "question in held-out", "question in task"
+NOT_MEANT = (LATER_TURN, IN_HELDOUT, IN_TASK)  # left out in strict reading too
 SPEAKER_TAG = re.compile(r"^(?:\s*<USER>:)+\s*")  # VoiceAssistant-400K writes it in front of some questions
 HEAD_BYTES = 65_536  # of a WAV file, in which its data chunk begins
 DURATION_TOLERANCE = 0.1  # seconds between what a header says and what can be decoded
@@ -220,16 +220,26 @@ def refuse_fault(dropped: Dropped, where: str) -> None:
         )
 
 
+def store_as_it_is(audio: bytes, folder: Path) -> Path:
+    """A faulty recording of a table as a file, for a question that is kept although it cannot be asked."""
+    path = folder / f"{hashlib.sha256(audio).hexdigest()[:32]}.faulty"
+    with replacing(path) as temporary:
+        temporary.write_bytes(audio)
+    return path
+
+
 def counts(reasons: Iterable[str]) -> dict[str, int]:
     """How many were left out for each reason, the most frequent first."""
     return dict(Counter(reasons).most_common())
 
 
-def require_some(n_kept: int, dropped: dict[str, int], where: str) -> None:
-    """Raises UserError for a split of which nothing is left, saying what dropped how many."""
+INSPECT = "look at it with `palimpsest data inspect`, correct it, or change the filters"
+
+
+def require_some(n_kept: int, dropped: Mapping[str, int], where: str, remedy: str = INSPECT) -> None:
+    """Raises UserError for a split of which nothing is left, saying what dropped how many, and `remedy`."""
     if n_kept == 0:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "it has no rows"
-        raise UserError(
-            f"Nothing is left of {where} ({reasons}); look at it with `palimpsest data inspect`, "
-            "correct it, or change the filters."
-        )
+        reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
+        if IN_TASK in dropped:
+            remedy = "train on other questions than the tasks ask, or give data.decontaminate: false"
+        raise UserError(f"Nothing is left of {where} ({reasons or 'it has no rows'}); {remedy}.")

@@ -44,6 +44,7 @@ class Row:
     voice: str | None = None
     kind: str | None = None
     augmentation: str | None = None
+    fault: str | None = None  # of the recording, as a study found it
 
 
 Read = Callable[[int, "Collection[int] | None", bool], Iterator[Row]]

@@ -115,6 +115,7 @@ class Workspace:
             data.filters,
             data.strict,
             self.seed("data"),
+            data.decontaminate,
         )
 
     @cached_property
