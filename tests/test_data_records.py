@@ -117,6 +117,9 @@ def test_empty_and_overlong_audio_are_refused(tmp_path: Path) -> None:
     wav(tmp_path / "a.wav", MAX_AUDIO_SECONDS + 0.1)
     with pytest.raises(UserError, match=r"Example 'a': .*lasts 30\.1 s"):
         require_good_audio(example, "Example 'a'")
+    wav(tmp_path / "a.wav", MAX_AUDIO_SECONDS + 0.01)
+    with pytest.raises(UserError, match=r"lasts 30\.01 s, longer than the limit of 30 s"):
+        require_good_audio(example, "Example 'a'")
     wav(tmp_path / "a.wav", 0)
     with pytest.raises(UserError, match="is empty"):
         require_good_audio(example, "Example 'a'")

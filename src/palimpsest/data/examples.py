@@ -121,10 +121,19 @@ def audio_problem(path: Path) -> str | None:
         return f"the audio file {path} is empty; record it again or remove it."
     if header.duration > MAX_AUDIO_SECONDS:
         return (
-            f"the audio file {path} lasts {header.duration:.1f} s, longer than the limit of "
+            f"the audio file {path} lasts {beyond(header.duration, MAX_AUDIO_SECONDS)} s, longer than the limit of "
             f"{MAX_AUDIO_SECONDS:.0f} s; shorten or remove it."
         )
     return None
+
+
+def beyond(value: float, limit: float, digits: int = 1) -> str:
+    """A value on the wrong side of a limit, with as many digits as it takes to see that: "30.02", not "30.0"."""
+    for n in range(digits, 9):
+        shown = f"{value:.{n}f}"
+        if float(shown) != limit and (float(shown) > limit) == (value > limit):
+            return shown
+    return str(value)
 
 
 def manifest_rows(path: Path) -> Iterator[Row]:
