@@ -445,6 +445,7 @@ def test_numbers_of_32_bits_keep_their_digits_and_gaps_are_no_answers(tmp_path: 
     [
         ("answers", {"span": "Paris", "score": 1}, "row 1: the answer is a mapping with the keys 'span', 'score'"),
         ("answers", [["Paris"]], "row 1: the answer is a list; write it as the text"),
+        ("answers", "Paris | Texas", r"row 1: the answers 'Paris \| Texas' hold a vertical bar, .* give a list"),
         ("answer", True, "row 1: the answer is true or false; write it"),
         ("answer", b"Paris", "row 1: the answer is bytes; write it"),
         ("answers", "['Paris' 'City of Light']", r"row 1: .* begins as a list but is no JSON; write it as \["),

@@ -14,6 +14,7 @@ from typing import Any
 
 from palimpsest.data.examples import manifest_rows
 from palimpsest.data.rows import (
+    GOLD_SEPARATOR,
     OPTIONAL,
     REQUIRED,
     TABLE,
@@ -40,7 +41,6 @@ METADATA = ("metadata.csv", "metadata.jsonl")
 RECORDINGS = Schema({**REQUIRED, "audio": ("file_name",)}, OPTIONAL, own_fields)  # the columns of METADATA
 BESIDE = Schema(REQUIRED, OPTIONAL, own_fields, has_audio_elsewhere=True)  # of a text beside its recording
 INSTRUCTIONS = Schema(named("instruction", "output"), named("input"), instruction_fields)
-GOLD_SEPARATOR = "|"  # between the gold strings of one CSV cell
 LLAMA_TABLE = "llama_questions_300.tsv"
 LLAMA_COLUMNS = ("Questions", "Answer", "Wav Filename")
 WEB_FILES = {"train": "trainmodel.json", "val": "val.json", "test": "test.json"}
@@ -166,7 +166,7 @@ def _pairs(folder: Path) -> Iterator[Row]:
         elif beside is not None:
             with open_text(beside) as lines:
                 question, _, answer = lines.read().partition("\n")
-            cells = {"question": question, "answers": " ".join(answer.split())}
+            cells = {"question": question, "answers": [" ".join(answer.split())]}  # one, whatever its marks
         yield TABLE.row(position, str(audio), {**cells, "id": audio.stem, "audio": audio}, folder)
 
 

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from typing import IO, Any
 
 from palimpsest.files import UserError, hash_value
 
+GOLD_SEPARATOR = "|"  # between the gold strings of one CSV cell
 MOST_FLOAT = 2.0  # of a sample: decoders pass full scale, 1, a little; beyond this it is another scale
 # Names of columns that hold recordings as far as anybody can see, in lower case.
 LIKE_AUDIO = re.compile(
@@ -184,12 +186,23 @@ def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             where = f"{path}:{number}"
             try:
-                record = json.loads(line.removesuffix("\n"))
+                record = json.loads(line.removesuffix("\n"), object_pairs_hook=_unique)
+            except CellError as error:
+                raise UserError(f"{where}: {error}.") from error
             except json.JSONDecodeError as error:
                 raise UserError(
                     f"{where}: not valid JSON ({error.msg}, column {error.colno}); write one JSON object a line."
                 ) from error
             yield number, require_object(record, where)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises CellError for a key that is there twice, of which Python would keep the last."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise CellError(f"the key {twice!r} is there twice; remove one of the two")
+    return record
 
 
 def require_object(record: Any, where: str) -> dict[str, Any]:
@@ -332,7 +345,7 @@ def located(path: str, folder: Path) -> Path:
         raise CellError(
             f"the recording is an address ({address[0]}…); save it as a file and give the file's path instead"
         )
-    if Path(os.path.normpath(path)).parts[:1] == (os.pardir,):
+    if os.pardir in path and Path(os.path.normpath(path)).parts[:1] == (os.pardir,):
         raise CellError(
             f"the path {path!r} leaves the folder {folder}; move the recording below it, or give an absolute path"
         )
@@ -428,6 +441,11 @@ def own_fields(cells: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a Row. `answers` is whichever of answers and answer is there; with both, answer is the target."""
     given, target = cells["answers"], cells.get("answer")
     alone = "answer" in cells and (target is given or target == given)  # there is no column but answer
+    if not alone and isinstance(given, str) and GOLD_SEPARATOR in given and isinstance(written_out(given), str):
+        raise CellError(
+            f"the answers {given.strip()[:60]!r} hold a vertical bar, which separates gold strings in CSV files alone; "
+            "give a list of texts"
+        )
     found = (sentence(given),) if alone and isinstance(given, str) else golds(given)
     found = tuple(filter(None, found))
     return {
