@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audio_files import BROKEN, encoded, tone, wav
-from palimpsest.data.examples import audio_problem
+from palimpsest.data.examples import audio_problem, beyond
 from palimpsest.data.filters import (
     Dropped,
     Filters,
@@ -150,6 +150,45 @@ def test_a_wav_without_sizes_as_a_pipe_writes_it_is_read() -> None:
     found = decode(bytes(data), FILTERS)
     assert isinstance(found, Recording)
     assert found.seconds == pytest.approx(1.0)
+
+
+PLACEHOLDERS = (0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2_000_000_000, 0x7FFFFFFF - 36, 0x7FFFF000, 2_000_000_000 - 44)
+
+
+@pytest.mark.parametrize("size", PLACEHOLDERS)
+def test_a_length_that_a_program_writes_into_a_pipe_announces_nothing(tmp_path: Path, size: int) -> None:
+    data = bytearray(wav(1.0))
+    at = data.index(b"data") + 4
+    data[at : at + 4] = size.to_bytes(4, "little")
+    (tmp_path / "x.wav").write_bytes(data)
+    for audio in (bytes(data), tmp_path / "x.wav"):
+        found = decode(audio, FILTERS)
+        assert isinstance(found, Recording)
+        assert found.seconds == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("file_format", ["WAV", "WAVEX", "AIFF", "AU", "W64", "RF64", "FLAC", "OGG", "MP3", "CAF"])
+def test_a_file_that_is_cut_in_the_middle_is_no_recording(file_format: str) -> None:
+    whole = encoded(tone(2.0), file_format=file_format)
+    assert isinstance(decode(whole, FILTERS), Recording)
+    found = decode(whole[: len(whole) // 2], FILTERS)
+    assert isinstance(found, tuple)
+    assert found[0] in ("wrong duration", "broken audio")
+
+
+def test_a_number_beyond_its_limit_is_shown_to_be(tmp_path: Path) -> None:
+    assert [beyond(v, 30) for v in (30.04, 30.0004, 31.02)] == ["30.04", "30.0004", "31.0"]
+    assert beyond(0.1999, 0.2, 2) == "0.1999"
+    details = {
+        encoded(tone(30.01)): "30.01 s, the limit is 30 s",
+        encoded(tone(0.1999)): "0.1999 s, at least 0.2 s are needed",
+        encoded(tone(1.0, peak=0.0009999), subtype="FLOAT"): "its peak is 0.0009",
+    }
+    for audio, detail in details.items():
+        found = decode(audio, FILTERS)
+        assert isinstance(found, tuple)
+        assert detail in found[1]
+        assert "is 0.001," not in found[1]
 
 
 def test_exactly_30_seconds_pass_at_any_rate_and_are_read_again(tmp_path: Path) -> None:

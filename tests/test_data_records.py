@@ -117,6 +117,9 @@ def test_empty_and_overlong_audio_are_refused(tmp_path: Path) -> None:
     wav(tmp_path / "a.wav", MAX_AUDIO_SECONDS + 0.1)
     with pytest.raises(UserError, match=r"Example 'a': .*lasts 30\.1 s"):
         require_good_audio(example, "Example 'a'")
+    wav(tmp_path / "a.wav", MAX_AUDIO_SECONDS + 0.01)
+    with pytest.raises(UserError, match=r"lasts 30\.01 s, longer than the limit of 30 s"):
+        require_good_audio(example, "Example 'a'")
     wav(tmp_path / "a.wav", 0)
     with pytest.raises(UserError, match="is empty"):
         require_good_audio(example, "Example 'a'")
@@ -153,3 +156,9 @@ def test_what_is_written_is_read_back(tmp_path_factory: pytest.TempPathFactory, 
     path = tmp_path_factory.mktemp("manifest") / "m.jsonl"
     write_manifest(path, examples)
     assert read_manifest(path) == examples
+
+
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text('{"id": "a", "question": "Q?", "answer": "A", "answer": "B"}\n')
+    with pytest.raises(UserError, match=r"m\.jsonl:1: the key 'answer' is there twice; remove one of the two"):
+        read_manifest(tmp_path / "m.jsonl")

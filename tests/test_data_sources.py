@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from palimpsest.data.examples import Example, write_manifest
+from audio_files import BROKEN, encoded, tone, wav, write_parquet
+from palimpsest.data.examples import Example, read_manifest, write_manifest
 from palimpsest.data.sources import load_examples
 from palimpsest.files import UserError
 
@@ -188,3 +189,42 @@ def test_the_published_sets() -> None:
     assert all(example.question == example.question.strip() for example in llama)
     sizes = {split: len(load_examples(str(SHARED / "web_questions"), split)) for split in ("train", "val", "test")}
     assert sizes == {"train": 2834, "val": 755, "test": 2032}
+
+
+def test_a_path_that_holds_a_plus_is_one_source(tmp_path: Path) -> None:
+    folder = tmp_path / "a + b"
+    folder.mkdir()
+    (folder / "c + d.jsonl").write_text('{"id": "a", "question": "A?", "answer": "a"}\n')
+    for source in (folder / "c + d.jsonl", f"manifest:{folder / 'c + d.jsonl'}"):
+        assert [example.id for example in load_examples(str(source), "any")] == ["a"]
+
+
+# -- recordings of questions that are asked in speech -----------------------------------------------------------------
+FAULTS = {**BROKEN, "opposite channels": encoded(np.stack([tone(), -tone()], 1))}
+
+
+@pytest.mark.parametrize("reason", FAULTS)
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_faulty_recording_of_a_task_is_an_error_or_said_to_be_one(tmp_path: Path, reason: str, inside: bool) -> None:
+    (tmp_path / "bad.wav").write_bytes(FAULTS[reason])
+    (tmp_path / "good.wav").write_bytes(wav())
+    cells = [wav(), FAULTS[reason]] if inside else ["good.wav", "bad.wav"]
+    columns = {"id": ["g", "b"], "question": ["A?", "B?"], "answer": ["a", "b"], "audio": cells}
+    source, folder = str(write_parquet(tmp_path / "t.parquet", columns, "audio")), tmp_path / "audio"
+    found = "silent audio" if reason == "opposite channels" else reason
+    with pytest.raises(UserError, match=rf"row 2: {found} \(.*\); correct or remove it, or, for a task, count it"):
+        load_examples(source, "test", audio=folder)
+    good, bad = load_examples(source, "test", audio=folder, faulty_audio="wrong")
+    assert good.fault is None
+    assert bad.fault is not None
+    assert bad.fault.startswith(f"{found}: ")
+    assert bad.audio is not None
+    assert bad.audio.read_bytes() == FAULTS[reason]  # there is a recording: no voice speaks it instead
+    # As text it does not matter, but for what a header says.
+    assert [e.fault for e in load_examples(source, "test", faulty_audio="wrong")] == [None, None]
+
+
+def test_a_fault_travels_in_the_manifest_and_its_file_is_not_opened(tmp_path: Path) -> None:
+    example = Example("a", "A?", ("a",), "a", tmp_path / "gone.wav", fault="broken audio: gone")
+    write_manifest(tmp_path / "m.jsonl", [example])
+    assert read_manifest(tmp_path / "m.jsonl") == [example]

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import os
+import resource
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from palimpsest.data import voices
 from palimpsest.data.examples import Example
 from palimpsest.data.speech import SAMPLE_RATE, read_audio, speak, speak_several, write_flac
-from palimpsest.data.voices import Speaker, Voice
+from palimpsest.data.voices import VOICES, Speaker, Unspeakable, Voice, require_sayable
 from palimpsest.files import UserError
 
 needs_hibari = pytest.mark.skipif(find_spec("hibari") is None, reason="the voice hibari is not installed")
@@ -110,6 +112,24 @@ def test_write_flac_refuses_what_is_no_mono_audio(tmp_path: Path, audio: np.ndar
         write_flac(tmp_path / "a.flac", audio.astype(np.float32))
 
 
+def test_a_write_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a full disk: libsndfile would say "System error." of both."""
+    noise = np.random.default_rng(0).normal(0, 0.1, 20_000).astype(np.float32)
+    write_flac(tmp_path / "whole.flac", noise)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            write_flac(tmp_path / "a.flac", noise)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert raised.value.errno == errno.EFBIG
+    assert [file.name for file in tmp_path.iterdir()] == ["whole.flac"]
+    pcm = np.round(noise * 32768).astype(np.int16)
+    soundfile.write(tmp_path / "direct.flac", pcm, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    assert (tmp_path / "direct.flac").read_bytes() == (tmp_path / "whole.flac").read_bytes()
+
+
 def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +186,7 @@ def test_what_cannot_be_spoken_is_told_after_all_else_is_done(tmp_path: Path) ->
     with pytest.raises(UserError, match=r"2 of 3 questions .* nothing in '\?\?\?' can be pronounced"):
         speak(examples, tmp_path, TONE, workers=1)
     assert len(list(tmp_path.iterdir())) == 1
-    with pytest.raises(UserError, match=r"takes 30\.0 s, longer than 30 s"):
+    with pytest.raises(UserError, match=r"takes 30\.01 s, longer than 30 s"):
         speak(examples[1:], tmp_path, TONE, workers=1)
 
 
@@ -236,3 +256,51 @@ def assert_same_bytes(examples: list[Example], folder: Path, voice: str | Voice)
     assert len(one_worker) == len(examples)
     assert one_worker == two_workers
     return spoken
+
+
+def load_english() -> Speaker:
+    """A voice that makes nothing of a symbol by itself but ½."""
+
+    def say(text: str, speed: float, seed: int) -> tuple[np.ndarray, int]:
+        require_sayable(text, lambda character: character != "½")
+        return np.full(3_000, 0.25, np.float32), 8_000
+
+    return say
+
+
+@pytest.mark.parametrize(
+    ("question", "left_out"),
+    [
+        ("What is 你好?", "'你', '好'"),
+        ("What is 😀?", "'😀'"),
+        ("Что?", "'Ч', 'т', 'о'"),
+        ("Is it 5 €?", "'€'"),
+        ("Is 3 ≤ 4?", "'≤'"),
+        ("What is 3*4?", r"'\*'"),
+    ],
+)
+def test_a_question_that_a_voice_would_say_in_part_is_not_spoken(tmp_path: Path, question: str, left_out: str) -> None:
+    voice = Voice("english", lambda: "1", load_english)
+    with pytest.raises(UserError, match=f"1 of 2 .* because the voice leaves out {left_out} in '.*'; change or remove"):
+        speak([ask("Fine?", "1"), ask(question, "2")], tmp_path, voice, workers=1)
+    assert len(list(tmp_path.iterdir())) == 1  # the other one
+
+
+def test_what_an_english_voice_says_whole_is_spoken(tmp_path: Path) -> None:
+    voice = Voice("english", lambda: "1", load_english)
+    questions = ["Whose café — “that” one’s…?", "Half? ½!", "**Bold** or *not*?", "Is it $5?", "e\u0301?"]
+    spoken = speak([ask(question, str(i)) for i, question in enumerate(questions)], tmp_path, voice, workers=1)
+    assert all(example.audio is not None for example in spoken)
+    # An accent behind its letter is the same text: the same recording.
+    again = speak([ask("\u00e9?", "x")], tmp_path, voice, workers=1)
+    assert again[0].audio == spoken[-1].audio
+
+
+@needs_hibari
+@pytest.mark.parametrize("question", ["What is 你好?", "What is 😀?", "Is it 5 €?", "What is 3*4?", "⑴?"])
+def test_hibari_says_all_or_nothing(question: str) -> None:
+    say = VOICES["hibari"].load()
+    with pytest.raises(Unspeakable, match="the voice leaves out"):
+        say(question, 1.0, 0)
+    for text in ("Where is Łódź?", "Is it €5 or 5 µm?", "½ of 2 × 3 °C?"):
+        assert say(text, 1.0, 0)[0].any()

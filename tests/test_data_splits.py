@@ -93,6 +93,55 @@ def test_a_question_asked_twice_does_not_stand_on_both_sides(tmp_path: Path) -> 
     assert dropped
 
 
+def test_a_question_of_a_task_is_not_trained_on(tmp_path: Path) -> None:
+    """Ten of forty are asked, spelled a little otherwise; two of them are held out, which is no training."""
+    train = manifest(tmp_path, "train", numbered(40))
+    task = manifest(tmp_path, "task", [(f"k{i}", f"  question {i} ??", None) for i in range(0, 40, 4)])
+    plain, none = read(study(train, 10, decontaminate=False, tasks={"t": task}), tmp_path)
+    assert none == []
+    groups, dropped = read(study(train, 10, tasks={"t": task}), tmp_path)
+    asked = {f"e{i}" for i in range(0, 40, 4)}
+    assert groups["heldout"] == plain["heldout"]
+    assert groups["train"] == [name for name in plain["train"] if name not in asked]
+    assert dropped == [("train", name, "question in task") for name in plain["train"] if name in asked]
+    strict, _ = read(study(train, 10, strict=True, tasks={"t": task}), tmp_path)  # no fault of the data
+    assert strict == groups
+    details = [item.detail for _, item in study(train, 10, tasks={"t": task}).read(tmp_path, lambda *_: None)[1]]
+    assert all("of the task t" in detail for detail in details)
+    # Only what is asked: a limit of the task gives back the rest.
+    one = Split(task.source, "any", limit=1)
+    assert len(read(study(train, 10, tasks={"t": one}), tmp_path)[1]) <= 1
+
+
+def test_a_task_of_the_training_questions_leaves_nothing_to_train_on(tmp_path: Path) -> None:
+    source = manifest(tmp_path, "all", numbered(8))
+    with pytest.raises(UserError, match=r"\(6 question in task\).*data\.decontaminate: false"):
+        study(source, 2, tasks={"t": source}).check()
+
+
+def test_inputs_follow_the_questions_of_tasks(tmp_path: Path) -> None:
+    train, task = manifest(tmp_path, "train", numbered(20)), manifest(tmp_path, "task", [("k", "Else?", None)])
+    before = study(train, 5, tasks={"t": task}).inputs()
+    assert study(train, 5, tasks={"t": task}).inputs() == before
+    assert study(train, 5, tasks={"t": task}, decontaminate=False).inputs() != before
+    manifest(tmp_path, "task", [("k", "Question 3?", None)])
+    assert study(train, 5, tasks={"t": task}).inputs() != before
+
+
+def test_inputs_with_a_task_on_the_hub_do_not_ask_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_hub(*_: Any) -> list[str]:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr("palimpsest.data.parquet.hub_files", no_hub)
+    train = manifest(tmp_path, "train", numbered(20))
+    data = study(train, 5, tasks={"t": Split("fixie-ai/llama-questions@abc", "test")})
+    before = data.inputs()
+    with pytest.raises(AssertionError, match="asked"):
+        data.check()
+    manifest(tmp_path, "train", numbered(21))  # any row may be the one that takes a dropped one's place
+    assert study(train, 5, tasks=data.tasks).inputs() != before
+
+
 @pytest.fixture
 def faulty(tmp_path: Path) -> tuple[Split, Path]:
     """Ten good rows, then one of each fault, then a later turn."""

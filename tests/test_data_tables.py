@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -395,3 +397,196 @@ def test_a_broken_recording_in_a_table_is_an_error_in_a_question_set(tmp_path: P
     with pytest.raises(UserError, match=r"row 1: broken audio"):
         load_examples(f"llama_questions:{path}", "test", audio=tmp_path / "audio")
     assert len(load_examples(f"llama_questions:{path}", "test")) == 1  # as text it does not matter
+
+
+# -- forms of cells ---------------------------------------------------------------------------------------------------
+SQUAD = {"text": ["Paris", "City of Light"], "answer_start": [3, 9]}
+TRIVIA = {"value": "Paris", "aliases": ["Paris", "City of Light"], "type": "WikipediaEntity"}
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "golds"),
+    [
+        ("answers", SQUAD, ("Paris", "City of Light")),
+        ("answer", TRIVIA, ("Paris", "City of Light")),
+        ("answer", ["Paris", "City of Light"], ("Paris", "City of Light")),
+        ("answers", [{"text": "Paris"}, {"text": "City of Light"}], ("Paris", "City of Light")),
+        ("answers", '["Paris", "City of Light"]', ("Paris", "City of Light")),
+        ("answers", json.dumps(SQUAD), ("Paris", "City of Light")),
+        ("answers", "['Paris', \"d'Or\"]", ("Paris", "d'Or")),  # as Python prints a list
+        ("answers", "[unclear]", ("[unclear]",)),
+        ("answer", 4.0, ("4",)),
+        ("answer", 2.50, ("2.5",)),
+        ("answer", 1e20, ("100000000000000000000",)),
+        ("answer", 1e-7, ("0.0000001",)),
+        ("answer", 1969, ("1969",)),
+        ("answers", [4.0, 5.5], ("4", "5.5")),
+        ("answer", "4.0", ("4.0",)),  # a text is what it is
+        ("answer", '{"a": 1}', ('{"a": 1}',)),
+        ("answer", "[1, 2]", ("[1, 2]",)),
+    ],
+)
+def test_gold_strings_are_read_from_every_known_form(tmp_path: Path, column: str, cell: Any, golds: Any) -> None:
+    path = write_parquet(tmp_path / "d.parquet", {"question": ["Q?"], column: [cell]})
+    (example,) = load_examples(str(path), "any")
+    assert (example.answers, example.answer) == (golds, golds[0])
+
+
+def test_numbers_of_32_bits_keep_their_digits_and_gaps_are_no_answers(tmp_path: Path) -> None:
+    columns = {"question": ["A?", "B?"], "answer": pa.array([0.1, float("nan")], pa.float32())}
+    path = write_parquet(tmp_path / "d.parquet", columns)
+    assert [(row.answers, row.answer) for row in rows(str(path))] == [(("0.1",), "0.1"), ((), "")]
+    with pytest.raises(UserError, match=r"row 2: empty answer"):
+        load_examples(str(path), "any")
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "problem"),
+    [
+        ("answers", {"span": "Paris", "score": 1}, "row 1: the answer is a mapping with the keys 'span', 'score'"),
+        ("answers", [["Paris"]], "row 1: the answer is a list; write it as the text"),
+        ("answers", "Paris | Texas", r"row 1: the answers 'Paris \| Texas' hold a vertical bar, .* give a list"),
+        ("answer", True, "row 1: the answer is true or false; write it"),
+        ("answer", b"Paris", "row 1: the answer is bytes; write it"),
+        ("answers", "['Paris' 'City of Light']", r"row 1: .* begins as a list but is no JSON; write it as \["),
+        ("answer", '["Paris", "City of Light"]', "row 1: .* looks like a list of gold strings; call the column"),
+        ("answer", json.dumps(TRIVIA), "row 1: .* looks like a list of gold strings"),
+    ],
+)
+def test_other_forms_of_answers_are_refused(tmp_path: Path, column: str, cell: Any, problem: str) -> None:
+    path = write_parquet(tmp_path / "d.parquet", {"question": ["Q?"], column: [cell]})
+    with pytest.raises(UserError, match=problem):
+        rows(str(path))
+
+
+def test_a_question_or_a_target_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "d.parquet", {"question": [["a", "b"]], "answer": ["x"]})
+    with pytest.raises(UserError, match="row 1: the question is a list"):
+        rows(str(path))
+    path = write_parquet(tmp_path / "d.parquet", {"question": ["Q?"], "answers": [["x"]], "answer": [["y", "z"]]})
+    with pytest.raises(UserError, match="row 1: the answer is a list"):
+        rows(str(path))
+    alpaca = tmp_path / "alpaca.json"
+    alpaca.write_text(json.dumps([{"instruction": "Add.", "output": ["5", "five"]}]))
+    with pytest.raises(UserError, match="record 1: the output is a list"):
+        rows(f"alpaca:{alpaca}")
+
+
+def test_gold_strings_in_cells_of_a_csv(tmp_path: Path) -> None:
+    path = write_csv(
+        tmp_path / "d.csv",
+        ["question", "answers", "answer"],
+        ["A?", '["Paris", "City of Light"]', "It is Paris."],
+        ["B?", "['Paris | Texas']", "It is."],
+        ["C?", "4.0", "4.0"],
+        ["D?", "4.0 | four", "4.0 of them."],
+        ["E?", "NaN", ""],
+    )
+    found = [(row.answers, row.answer) for row in rows(str(path))]
+    assert found[:2] == [(("Paris", "City of Light"), "It is Paris."), (("Paris | Texas",), "It is.")]
+    assert found[2:] == [(("4",), "4"), (("4.0", "four"), "4.0 of them."), ((), "")]
+    path = write_csv(tmp_path / "e.csv", ["question", "answer"], ["A?", "4.0"], ["B?", '["a", "b"]'])
+    with pytest.raises(UserError, match=r"e\.csv:3: the answer '\[\"a\", \"b\"\]' looks like a list"):
+        rows(str(path))
+    path = write_csv(tmp_path / "f.csv", ["question", "answers"], ["A?", "['a' 'b']"])
+    with pytest.raises(UserError, match=r"f\.csv:2: .* is no JSON"):
+        rows(str(path))
+
+
+@pytest.mark.parametrize("cells", [["A?", "Rome", "Milan"], ["A?"]])
+def test_a_csv_row_of_another_length_than_the_header_is_refused(tmp_path: Path, cells: list[str]) -> None:
+    path = write_csv(tmp_path / "d.csv", ["question", "answer"], ["B?", "b"], cells)
+    with pytest.raises(UserError, match=rf"d\.csv:3: {len(cells)} cells, the first line has 2; put"):
+        rows(str(path))
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "d.csv", ["question", "answer", "Answer"], ["A?", "a", "b"])
+    with pytest.raises(UserError, match=r"d\.csv has the column 'answer' twice"):
+        rows(str(path))
+
+
+# -- forms of recordings ----------------------------------------------------------------------------------------------
+def test_samples_in_a_table_are_a_recording(tmp_path: Path) -> None:
+    samples = tone(0.5, 8_000)
+    columns = {"question": ["A?"], "answer": ["a"], "audio": [{"array": list(samples), "sampling_rate": 8_000}]}
+    path = write_parquet(tmp_path / "d.parquet", columns)
+    (row,) = rows(str(path))
+    assert isinstance(row.audio, bytes)
+    found, rate = soundfile.read(io.BytesIO(row.audio), dtype="float64")
+    assert rate == 8_000
+    assert np.array_equal(found, samples.astype(np.float32))
+    (example,) = load_examples(str(path), "any", audio=tmp_path / "audio")
+    assert example.audio is not None
+    assert soundfile.info(str(example.audio)).frames == 8_000  # half a second at 16 kHz
+
+
+@pytest.mark.parametrize(
+    ("cell", "problem"),
+    [
+        ({"array": [0.1, 0.2]}, "sampling_rate is None"),
+        ({"array": [0, 3000, -32768], "sampling_rate": 16_000}, "1 dimensions of type int64; give one channel"),
+        ({"array": [0.5, 3000.0], "sampling_rate": 16_000}, "array goes up to 3000; scale it"),
+        ({"array": [[0.1], [0.2]], "sampling_rate": 16_000}, "2 dimensions"),
+        ([0.1, 0.2], "a list without its rate"),
+        ({"file": "x.wav"}, "a mapping with the keys 'file'"),
+        ("data:audio/wav;base64,UklGRg==", r"the recording is an address \(data:…\); save it as a file"),
+        ("https://example.org/x.wav", r"an address \(https://…\)"),
+        ("../../etc/x.wav", r"the path '\.\./\.\./etc/x\.wav' leaves the folder"),
+        ("a/../../x.wav", "leaves the folder"),
+    ],
+)
+def test_a_recording_in_another_form_is_refused(tmp_path: Path, cell: Any, problem: str) -> None:
+    path = write_parquet(tmp_path / "d.parquet", {"question": ["A?"], "answer": ["a"], "audio": [cell]})
+    with pytest.raises(UserError, match=f"row 1: .*{problem}"):
+        rows(str(path))
+
+
+def test_a_path_that_leaves_its_folder_is_refused_wherever_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "x.wav").write_bytes(wav())
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "m.jsonl").write_text('{"id": "a", "question": "A?", "answer": "a", "audio": "../x.wav"}\n')
+    with pytest.raises(UserError, match=r"m\.jsonl:1: the path '\.\./x\.wav' leaves the folder .*set; move"):
+        rows(f"manifest:{folder / 'm.jsonl'}")
+    table = write_csv(folder / "d.csv", ["question", "answer", "audio"], ["A?", "a", "../x.wav"])
+    with pytest.raises(UserError, match=r"d\.csv:2: the path '\.\./x\.wav' leaves"):
+        rows(str(table))
+    write_csv(folder / "metadata.csv", ["file_name", "question", "answer"], ["../x.wav", "A?", "a"])
+    with pytest.raises(UserError, match=r"metadata\.csv:2: the path"):
+        rows(f"audio_folder:{folder}")
+    # Absolute ones are kept, and so are those that come back.
+    table = write_csv(folder / "d.csv", ["question", "answer", "audio"], ["A?", "a", str(tmp_path / "x.wav")])
+    assert rows(str(table))[0].audio == tmp_path / "x.wav"
+    table = write_csv(folder / "d.csv", ["question", "answer", "audio"], ["A?", "a", "a/../x.wav"])
+    assert rows(str(table))[0].audio == folder / "a" / ".." / "x.wav"
+
+
+@pytest.mark.parametrize("name", ["audio_path", "wav", "path", "File_Name", "question_audio", "recordings", "speech"])
+def test_recordings_in_a_column_that_is_not_read_are_an_error(tmp_path: Path, name: str) -> None:
+    table = write_csv(tmp_path / "d.csv", ["question", "answer", name], ["A?", "a", "x.wav"])
+    with pytest.raises(UserError, match=rf"d\.csv has no column 'audio' but '{name}', which is not read; rename"):
+        rows(str(table))
+    path = write_parquet(tmp_path / "d.parquet", {"question": ["A?"], "answer": ["a"], name: [wav()]}, name)
+    with pytest.raises(UserError, match=f"no column 'audio' but '{name}'"):
+        rows(str(path))
+    (tmp_path / "alpaca.json").write_text(json.dumps([{"instruction": "A.", "output": "a", name: "x.wav"}]))
+    with pytest.raises(UserError, match=f"no column 'audio' but '{name}'"):
+        rows(f"alpaca:{tmp_path / 'alpaca.json'}")
+
+
+def test_columns_that_only_sound_like_recordings_are_passed_over(tmp_path: Path) -> None:
+    names = ["wavelength", "part_of_speech", "soundness", "profile", "xpath"]
+    table = write_csv(tmp_path / "d.csv", ["question", "answer", *names], ["A?", "a", *names])
+    assert len(rows(str(table))) == 1
+    both = write_csv(tmp_path / "e.csv", ["question", "answer", "audio", "answer_audio"], ["A?", "a", "", "b.wav"])
+    assert len(rows(str(both))) == 1  # there is an audio column: the other is something else
+
+
+def test_recordings_in_a_format_that_is_not_decoded_are_rows_too(tmp_path: Path) -> None:
+    for name in ("a.wav", "b.m4a"):
+        (tmp_path / name).write_bytes(wav() if name == "a.wav" else b"\x00\x00\x00\x20ftypM4A ")
+        (tmp_path / name).with_suffix(".txt").write_text("What?\nThat.\n")
+    assert [row.audio for row in rows(str(tmp_path))] == [tmp_path / "a.wav", tmp_path / "b.m4a"]
+    with pytest.raises(UserError, match=r"b\.m4a cannot be read .*convert it to WAV or FLAC"):
+        load_examples(str(tmp_path), "train")

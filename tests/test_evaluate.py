@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 
 from palimpsest.commands import ask, evaluate
 from palimpsest.data.collate import Collator, batches
@@ -157,3 +159,30 @@ def test_a_cut_line_is_asked_again_and_said(
     evaluated(setup, tmp_path)
     assert "was cut in the middle; 9 answers are kept" in capsys.readouterr().err
     assert [row["correct"] for row in read_json(tmp_path / "results-text.json")["qa"]] == whole
+
+
+def test_a_recording_that_says_nothing_is_an_error_or_counts_as_wrong(tmp_path: Path) -> None:
+    model, processor = tiny_speech_lm()
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 0.1, 8_000)
+    recordings = {"a": noise, "b": 0 * noise, "c": noise[::-1], "d": np.stack([noise, -noise], 1)}
+    for name, samples in recordings.items():
+        soundfile.write(tmp_path / f"{name}.wav", samples, 16_000)
+    rows = [{"id": n, "question": "What?", "answer": "It.", "audio": f"{n}.wav"} for n in recordings]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    setup = str(tmp_path / "model"), str(tmp_path / "t.jsonl")
+    with pytest.raises(UserError, match=r"t\.jsonl:2: silent audio .* count it as wrong with --faulty-audio wrong"):
+        evaluated(setup, tmp_path / "out", modality="speech")
+    assert not (tmp_path / "out" / "samples-speech.jsonl").exists()
+
+    lines = evaluated(setup, tmp_path / "out", modality="speech", faulty_audio="wrong", perplexity=True)
+    rows = read_jsonl(tmp_path / "out" / "samples-speech.jsonl")
+    assert [row["failed"] for row in rows] == [False, True, False, True]
+    assert [row["n_new_tokens"] for row in rows if row["failed"]] == [0, 0]  # not asked
+    results = read_json(tmp_path / "out" / "results-speech.json")
+    assert {(record["n"], record["n_failed"]) for record in results["qa"]} == {(4, 2)}
+    assert results["perplexity"][0]["n_examples"] == 2
+    assert sum(line.startswith(("failed: b: silent audio: its peak", "failed: d: silent audio")) for line in lines) == 2
+    evaluated(setup, tmp_path / "text", faulty_audio="error")  # in text nothing is wrong

@@ -240,6 +240,16 @@ def test_inspect_counts_and_measures(tmp_path: Path) -> None:
     assert "3: 3 usable" in "\n".join(inspect_data(str(tmp_path / "m.jsonl"), split="any", limit=3))
 
 
+def test_inspecting_what_is_all_dropped_shows_why_before_it_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.wav").write_bytes(b"none")
+    write_manifest(tmp_path / "m.jsonl", [Example("a", "Q?", ("A",), "A", tmp_path / "a.wav")])
+    lines: list[str] = []
+    with pytest.raises(UserError, match=r"Nothing is left .* \(1 broken audio\); correct the rows named above, or"):
+        lines.extend(inspect_data(str(tmp_path / "m.jsonl"), split="any"))  # those before the error stay
+    assert lines[0] == "rows            1: 0 usable, 1 to be dropped"
+    assert "a: cannot be decoded" in lines[2]
+
+
 def test_inspecting_a_prepared_folder_tells_what_was_dropped_before(tmp_path: Path) -> None:
     run(mixed(tmp_path), tmp_path / "out")
     text = "\n".join(inspect_data(str(tmp_path / "out"), split="train"))

@@ -95,6 +95,22 @@ def test_studies_share_a_cache_and_are_not_run_again_because_of_it(recipe: dict[
     assert (tmp_path / "own" / "features" / "step.json").read_text() == before
 
 
+def test_a_task_s_faulty_recording_stops_the_study_or_is_kept_unasked(recipe: dict[str, Any], tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "silent.wav", np.zeros(6_000), 16_000)
+    rows = [{"id": f"k{i}", "question": f"Where is {i}?", "answer": "There."} for i in range(2)]
+    rows[1]["audio"] = "silent.wav"
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"task\.jsonl:2: silent audio .*in a recipe: faulty_audio: wrong"):
+        begin(recipe, tmp_path / "run")
+    recipe["evaluation"]["tasks"][0]["faulty_audio"] = "wrong"
+    study = begin(recipe, tmp_path / "kept")
+    spoken, silent = study.ws.groups["task-where"]
+    assert (spoken.fault, silent.audio) == (None, tmp_path / "silent.wav")
+    assert str(silent.fault).startswith("silent audio")
+    frames = Features(tmp_path / "kept" / "features" / "task-where")
+    assert ("k0" in frames, "k1" in frames) == (True, False)
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [

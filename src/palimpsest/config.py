@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, field_serializer, field_validator, m
 
 from palimpsest.data.augment import Augmentation
 from palimpsest.data.filters import Filters
-from palimpsest.data.splits import Split
+from palimpsest.data.splits import Split, TaskSplit
 from palimpsest.files import UserError, differences, in_words
 from palimpsest.models.prompts import PromptStyle
 from palimpsest.options import checked
@@ -60,6 +60,7 @@ class Data:
     heldout: Split | None = None  # perplexity in the deactivation experiment
     heldout_examples: Annotated[int, Ge(1)] | None = None  # instead: so many of train, by a stable hash of their ids
     strict: bool = False  # True: a faulty example is an error instead of being left out and listed
+    decontaminate: bool = True  # False: train also on questions that a task of evaluation asks
     filters: Filters = field(default_factory=Filters)
 
     def __post_init__(self) -> None:
@@ -91,7 +92,7 @@ class Analysis:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationTask(Split):
+class EvaluationTask(TaskSplit):
     name: str
 
     def __post_init__(self) -> None:

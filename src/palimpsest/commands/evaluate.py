@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from palimpsest.evaluation.tasks import Task
 
 
+FaultyAudio = Literal["error", "wrong"]
 HUB_NAMES = {
     "fixie-ai/llama-questions": "llama_questions",
     "fixie-ai/spoken-web-questions": "web_questions",
@@ -45,6 +46,9 @@ class Options:
     max_new_tokens: Annotated[int, Ge(1)] = 32
     batch_size: Annotated[int, Ge(1)] = 16
     device: Annotated[str, Doc("auto (CUDA if there is one), cpu, cuda, cuda:1 …")] = "auto"
+    faulty_audio: Annotated[
+        FaultyAudio, Doc("A silent, broken or cut recording: an error, or its question counts as wrong.")
+    ] = "error"
     perplexity: Annotated[bool, Doc("Also the loss of every target answer.")] = False
     judge_url: Annotated[
         str | None,
@@ -123,7 +127,9 @@ def _check(options: Options) -> tuple[Judge | None, Task, str]:
         raise UserError("A cascade has no perplexity; leave out --perplexity, or use --modality text or speech.")
     judge = Judge(url, name) if url is not None and name is not None else None
     recordings = options.out / "audio" if modality != "text" else None  # of a table that holds them
-    task = load_task(options.task, split=options.split, limit=options.limit, audio=recordings)
+    task = load_task(
+        options.task, split=options.split, limit=options.limit, audio=recordings, faulty_audio=options.faulty_audio
+    )
     where = resolve(options.model)
     if modality == "speech" and model_kind(where) == "language_model":
         raise UserError(f"{options.model} takes no audio; evaluate it with --modality text or cascade.")
@@ -139,16 +145,19 @@ def load_task(
     split: str = "test",
     limit: int | None = None,
     audio: Path | None = None,
+    faulty_audio: FaultyAudio = "error",
 ) -> Task:
     """The task of a question set, by name or path; see `data.sources.load_examples` for what can be read.
 
     `name` is what the records call the task, by default `task_name(source)`. With `limit`, the first examples are
-    taken. `audio`: the folder that recordings inside a table are written to.
+    taken. `audio`: the folder that recordings inside a table are written to; with it all recordings are checked, as
+    `faulty_audio` says.
     """
     from palimpsest.data.sources import load_examples
     from palimpsest.evaluation.tasks import Task
 
-    return Task(name or task_name(source), tuple(load_examples(source, split, limit=limit, audio=audio)))
+    examples = load_examples(source, split, limit=limit, audio=audio, faulty_audio=faulty_audio)
+    return Task(name or task_name(source), tuple(examples))
 
 
 def task_name(source: str) -> str:
@@ -187,10 +196,11 @@ def _perplexity(options: Options, where: str, device: str, task: Task, advance: 
     from palimpsest.models.loading import load_speech_lm, load_text_model
 
     asked: Any
+    examples = [example for example in task.examples if not example.fault]
     if options.modality == "speech":
         asked, processor = load_speech_lm(where, device=device)
         folder = options.out / "features"
-        compute_features(asked.encoder, processor, task.examples, folder)
+        compute_features(asked.encoder, processor, examples, folder)
         collator = Collator(processor, "speech", Features(folder))
     else:
         asked, processor = load_text_model(where, device=device)
@@ -198,7 +208,7 @@ def _perplexity(options: Options, where: str, device: str, task: Task, advance: 
     return measure_losses(
         asked,
         collator,
-        task.examples,
+        examples,
         options.batch_size,
         options.out,
         method=options.model,

@@ -7,7 +7,7 @@ A manifest is a UTF-8 file of JSON lines, one example each:
 
 `id`, `question` and one of `answer` (the sentence to train on) and `answers` (the gold strings to score with)
 are required. A missing `answers` is [`answer`]; a missing `answer` is the first of `answers`. `audio` is
-relative to the manifest's folder. Leading and trailing blanks of every string are dropped.
+absolute, or relative to the manifest's folder and inside it. Leading and trailing blanks of every string are dropped.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from typing import Any
 
 import soundfile
 
-from palimpsest.data.rows import Row, json_objects
+from palimpsest.data.rows import CellError, Row, json_objects, located, sentence
 from palimpsest.files import UserError, write_jsonl
 
-KEYS = ("id", "question", "answer", "answers", "audio", "voice", "kind", "augmentation")
+KEYS = ("id", "question", "answer", "answers", "audio", "voice", "kind", "augmentation", "fault")
 MAX_AUDIO_SECONDS = 30.0  # what a Whisper encoder sees at once; nothing is cut silently, longer audio is an error
 
 
@@ -40,13 +40,14 @@ class Example:
     voice: str | None = None  # whose voice it is
     kind: str | None = None  # group for break-downs, e.g. "capital"
     augmentation: str | None = None  # of a changed copy of another example's audio: what was changed
+    fault: str | None = None  # of a task's recording, where it is kept as it is: cannot be asked, counts as wrong
 
     @classmethod
     def of(cls, row: Row, name: str, audio: Path | bytes | None) -> Example:
         """The row under the id `name`, spoken in the file `audio`."""
         assert not isinstance(audio, bytes)
         texts = (row.question, row.answers, row.answer)
-        return cls(name, *texts, audio, row.voice, row.kind, row.augmentation)
+        return cls(name, *texts, audio, row.voice, row.kind, row.augmentation, row.fault)
 
     def to_row(self, folder: Path) -> dict[str, Any]:
         """The manifest line of this example for a manifest in `folder`.
@@ -99,12 +100,12 @@ def require_limit(limit: int | None, source: str | Path) -> None:
 
 
 def require_good_audio(example: Example, where: str) -> None:
-    """Open the header of the example's audio file, if it has one.
+    """Open the header of the example's audio file, if it has one and is not known to be faulty.
 
     Raises:
         UserError: at `where`, for a file that is missing, unreadable, empty or longer than MAX_AUDIO_SECONDS.
     """
-    if example.audio is not None and (problem := audio_problem(example.audio)) is not None:
+    if example.audio is not None and example.fault is None and (problem := audio_problem(example.audio)) is not None:
         raise UserError(f"{where}: {problem}")
 
 
@@ -120,10 +121,19 @@ def audio_problem(path: Path) -> str | None:
         return f"the audio file {path} is empty; record it again or remove it."
     if header.duration > MAX_AUDIO_SECONDS:
         return (
-            f"the audio file {path} lasts {header.duration:.1f} s, longer than the limit of "
+            f"the audio file {path} lasts {beyond(header.duration, MAX_AUDIO_SECONDS)} s, longer than the limit of "
             f"{MAX_AUDIO_SECONDS:.0f} s; shorten or remove it."
         )
     return None
+
+
+def beyond(value: float, limit: float, digits: int = 1) -> str:
+    """A value on the wrong side of a limit, with as many digits as it takes to see that: "30.02", not "30.0"."""
+    for n in range(digits, 9):
+        shown = f"{value:.{n}f}"
+        if float(shown) != limit and (float(shown) > limit) == (value > limit):
+            return shown
+    return str(value)
 
 
 def manifest_rows(path: Path) -> Iterator[Row]:
@@ -154,10 +164,14 @@ def _manifest_row(record: dict[str, Any], position: int, folder: Path, where: st
         if texts[key] is None:
             raise UserError(f'{where}: "{key}" is missing; every line needs one.')
     audio, answer = texts.pop("audio"), texts.pop("answer")
-    golds = _golds(record, where) or ((answer,) if answer else ())
-    if not golds:
+    golds = _golds(record, where)
+    if not golds and not answer:
         raise UserError(f'{where}: neither "answer" nor "answers"; add at least one of them.')
-    texts |= {"answer": answer or golds[0], "audio": None if audio is None else folder / audio}
+    try:
+        golds = golds or (sentence(answer),)
+        texts |= {"answer": answer or golds[0], "audio": None if audio is None else located(audio, folder)}
+    except CellError as error:
+        raise UserError(f"{where}: {error}.") from error
     return Row(position, where, answers=golds, **texts)
 
 

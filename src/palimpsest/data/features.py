@@ -100,7 +100,7 @@ def compute_features(
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Encode the audio of every example, so that `Features(folder)` finds its frames.
+    """Encode the audio of every example without a fault, so that `Features(folder)` finds its frames.
 
     What is in the cache is not encoded again. Several processes may work on one cache at once: they share the work
     where they have the same utterances to do, and never spoil each other's. Equal audio files are encoded once.
@@ -115,6 +115,7 @@ def compute_features(
     Raises:
         UserError: before any encoding when an example has no audio, the disk has no room, or a shard is damaged.
     """
+    examples = [example for example in examples if example.fault is None]
     audio: dict[str, Path] = {}  # by hash of the file
     keys: list[str] = []
     for example in examples:

@@ -1,8 +1,8 @@
 """From a row to an example: what is left out of training and held-out data, and why.
 
 Two kinds of reasons. A row that is not meant (a later turn of a conversation, a question that stands in the held-out
-data) is left out always. A row that is faulty (empty, too long, broken or silent audio) is left out and listed, or, in
-strict reading, an error. Nothing is cut or repaired; applied twice the filters give what they gave once.
+data or in a task) is left out always. A row that is faulty (empty, too long, broken or silent audio) is left out and
+listed, or, in strict reading, an error. Nothing is cut or repaired; applied twice the filters give what they gave once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import struct
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
@@ -22,19 +22,22 @@ import numpy as np
 import soundfile
 from annotated_types import Ge, Gt, Le, Lt
 
-from palimpsest.data.examples import Example
+from palimpsest.data.examples import Example, beyond
 from palimpsest.data.rows import Row
 from palimpsest.data.speech import ENCODING, to_16_khz, write_flac
-from palimpsest.files import UserError, hash_value
+from palimpsest.files import UserError, hash_value, replacing
 
 if TYPE_CHECKING:
     from jaxtyping import Float32
     from numpy import ndarray
 
-LATER_TURN, IN_HELDOUT = "later turn", "question in held-out"
-NOT_MEANT = (LATER_TURN, IN_HELDOUT)  # left out in strict reading too
+LATER_TURN, IN_HELDOUT, IN_TASK = "later turn", "question in held-out", "question in task"
+NOT_MEANT = (LATER_TURN, IN_HELDOUT, IN_TASK)  # left out in strict reading too
 SPEAKER_TAG = re.compile(r"^(?:\s*<USER>:)+\s*")  # VoiceAssistant-400K writes it in front of some questions
 HEAD_BYTES = 65_536  # of a WAV file, in which its data chunk begins
+# What programs write for the length of data into a pipe, in bytes: 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 2e9, each also
+# less a header. No recording that is used here is as long.
+PLACEHOLDER = 1_990_000_000
 DURATION_TOLERANCE = 0.1  # seconds between what a header says and what can be decoded
 
 Problem: TypeAlias = tuple[str, str]  # reason, detail
@@ -117,35 +120,39 @@ def decode(audio: Path | bytes, filters: Filters) -> Recording | Problem:
     """The recording, or what is wrong with it. Any rate, any channels; nothing is cut."""
     if isinstance(audio, Path) and not audio.is_file():
         return "broken audio", f"{audio} does not exist"
+    limit = f"{filters.max_audio_seconds:g} s"
     try:
         with soundfile.SoundFile(io.BytesIO(audio) if isinstance(audio, bytes) else str(audio)) as file:
             rate, announced = file.samplerate, file.frames / file.samplerate
             if announced > filters.max_audio_seconds:
-                return "long audio", f"{announced:.1f} s, the limit is {filters.max_audio_seconds:g} s"
-            frames = file.read(dtype="float32", always_2d=True)  # (time, channels)
+                return "long audio", f"{beyond(announced, filters.max_audio_seconds)} s, the limit is {limit}"
+            frames, log = file.read(dtype="float32", always_2d=True), file.extra_info  # (time, channels)
     except soundfile.LibsndfileError as error:
-        return "broken audio", f"cannot be decoded: {error.error_string}"  # without the object's address
+        # Without the object's address, which would be another each time.
+        return "broken audio", f"cannot be decoded: {error.error_string.rstrip('.')}; convert it to WAV or FLAC"
     except OSError as error:
         return "broken audio", f"cannot be read: {error.strerror}"
     seconds = len(frames) / rate
-    missing = _missing_bytes(audio)
+    missing = _missing_bytes(audio) or _is_cut(log)
     if len(frames) == 0 or not np.isfinite(frames).all():
         return "broken audio", "it holds no sample" if len(frames) == 0 else "it holds values that are no numbers"
     if missing or abs(announced - seconds) > DURATION_TOLERANCE:
         return "wrong duration", f"cut short: {seconds:.2f} s can be decoded, the header announces more"
-    if seconds < filters.min_audio_seconds:
-        return "wrong duration", f"{seconds:.2f} s, at least {filters.min_audio_seconds:g} s are needed"
+    least = filters.min_audio_seconds
+    if seconds < least:
+        return "wrong duration", f"{beyond(seconds, least, 2)} s, at least {least:g} s are needed"
     mono = frames.mean(axis=1)
     peak = float(np.abs(mono).max())
     if peak < filters.silence_peak:
-        return "silent audio", f"its peak is {peak:.2g}, the threshold {filters.silence_peak:g}"
+        shown = f"{peak:.2g}" if float(f"{peak:.2g}") < filters.silence_peak else f"{peak:.9g}"
+        return "silent audio", f"its peak is {shown}, the threshold {filters.silence_peak:g}"
     return Recording(to_16_khz(mono, rate), seconds)
 
 
 def _missing_bytes(audio: Path | bytes) -> bool:
     """Whether a WAV file ends before its data chunk does, which libsndfile does not report.
 
-    Sizes of 0 and 0xFFFFFFFF, which programs write that cannot seek, say nothing.
+    A size of 0 or a PLACEHOLDER, which programs write that cannot seek, says nothing.
     """
     if isinstance(audio, bytes):
         data, size = audio, len(audio)
@@ -158,9 +165,15 @@ def _missing_bytes(audio: Path | bytes) -> bool:
     while position + 8 <= len(data):
         name, length = data[position : position + 4], struct.unpack_from("<I", data, position + 4)[0]
         if name == b"data":
-            return length not in (0, 0xFFFFFFFF) and position + 8 + length > size
+            return bool(0 < length < PLACEHOLDER and position + 8 + length > size)
         position += 8 + length + length % 2
     return False
+
+
+def _is_cut(log: str) -> bool:
+    """Whether libsndfile's log says that a file of another format (AIFF, AU, W64, RF64) ends before its data does."""
+    sizes = re.findall(r"^\s*(SSND|Data Size|riff|Riff size)\s*:\s*(\d+) \(should be (\d+)\)", log, re.MULTILINE)
+    return any(int(there) < int(announced) < PLACEHOLDER for _, announced, there in sizes)
 
 
 def store(audio: Path | bytes, folder: Path, filters: Filters) -> Path | Problem:
@@ -220,16 +233,26 @@ def refuse_fault(dropped: Dropped, where: str) -> None:
         )
 
 
+def store_as_it_is(audio: bytes, folder: Path) -> Path:
+    """A faulty recording of a table as a file, for a question that is kept although it cannot be asked."""
+    path = folder / f"{hashlib.sha256(audio).hexdigest()[:32]}.faulty"
+    with replacing(path) as temporary:
+        temporary.write_bytes(audio)
+    return path
+
+
 def counts(reasons: Iterable[str]) -> dict[str, int]:
     """How many were left out for each reason, the most frequent first."""
     return dict(Counter(reasons).most_common())
 
 
-def require_some(n_kept: int, dropped: dict[str, int], where: str) -> None:
-    """Raises UserError for a split of which nothing is left, saying what dropped how many."""
+INSPECT = "look at it with `palimpsest data inspect`, correct it, or change the filters"
+
+
+def require_some(n_kept: int, dropped: Mapping[str, int], where: str, remedy: str = INSPECT) -> None:
+    """Raises UserError for a split of which nothing is left, saying what dropped how many, and `remedy`."""
     if n_kept == 0:
-        reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items()) or "it has no rows"
-        raise UserError(
-            f"Nothing is left of {where} ({reasons}); look at it with `palimpsest data inspect`, "
-            "correct it, or change the filters."
-        )
+        reasons = ", ".join(f"{n} {reason}" for reason, n in dropped.items())
+        if IN_TASK in dropped:
+            remedy = "train on other questions than the tasks ask, or give data.decontaminate: false"
+        raise UserError(f"Nothing is left of {where} ({reasons or 'it has no rows'}); {remedy}.")

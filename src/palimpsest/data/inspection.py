@@ -103,10 +103,11 @@ def inspect_data(
         for row in islice(table.read(0, None, True), limit):
             found.add(row, names(row), limits, table.where if strict else None)
             advance(found.n_rows, total or found.n_rows)
-    require_some(found.n_kept, found.reasons, table.where)
     yield from found.lines()
     before = Path(source) / "dropped" / f"{split}.jsonl"
     if before.is_file():  # of a folder that `palimpsest data prepare` made: what that left out
         reasons = counts(row["reason"] for row in read_jsonl(before))
         yield f"dropped before  {sum(reasons.values())}, when it was prepared"
         yield from (f"  {reason:<22} {n}" for reason, n in reasons.items())
+    # Last: the lines above say which rows, and why.
+    require_some(found.n_kept, found.reasons, table.where, "correct the rows named above, or change the filters")

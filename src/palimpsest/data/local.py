@@ -7,33 +7,40 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from palimpsest.data.examples import manifest_rows
 from palimpsest.data.rows import (
+    GOLD_SEPARATOR,
     OPTIONAL,
     REQUIRED,
     TABLE,
+    CellError,
     Row,
     Schema,
     Table,
     instruction_fields,
     json_objects,
     listed,
+    located,
     named,
     open_text,
     own_fields,
     require_object,
+    written_out,
 )
 from palimpsest.files import UserError
 
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".opus", ".aiff")
+DECODED = (".wav", ".flac", ".ogg", ".oga", ".mp3", ".opus", ".aiff", ".aif", ".au", ".w64")
+# The others are rows all the same, which the filters report.
+AUDIO_SUFFIXES = (*DECODED, ".m4a", ".aac", ".mp4", ".webm", ".wma", ".amr", ".3gp", ".caf")
 METADATA = ("metadata.csv", "metadata.jsonl")
 RECORDINGS = Schema({**REQUIRED, "audio": ("file_name",)}, OPTIONAL, own_fields)  # the columns of METADATA
+BESIDE = Schema(REQUIRED, OPTIONAL, own_fields, has_audio_elsewhere=True)  # of a text beside its recording
 INSTRUCTIONS = Schema(named("instruction", "output"), named("input"), instruction_fields)
-GOLD_SEPARATOR = "|"  # between the gold strings of one CSV cell
 LLAMA_TABLE = "llama_questions_300.tsv"
 LLAMA_COLUMNS = ("Questions", "Answer", "Wav Filename")
 WEB_FILES = {"train": "trainmodel.json", "val": "val.json", "test": "test.json"}
@@ -75,18 +82,46 @@ def _csv_table(name: str, where: Path, file: Path, schema: Schema) -> Table:
 
 def _csv_rows(file: Path, schema: Schema) -> Iterator[Row]:
     with open_text(file) as lines:
-        reader = csv.DictReader(lines)
+        reader = csv.reader(lines)
         try:
-            columns = schema.columns(reader.fieldnames or [], str(file))
-            for position, record in enumerate(reader):
-                cells: dict[str, Any] = {key: record[column] for key, column in columns.items()}
-                if columns["answers"].strip().lower() == "answers":  # one `answer` is a sentence and stays whole
-                    cells["answers"] = (cells["answers"] or "").split(GOLD_SEPARATOR)
-                yield schema.row(position, f"{file}:{reader.line_num}", cells, file.parent)
+            header = next(reader, [])
+            columns = schema.columns(header, str(file))
+            place = {key: header.index(column) for key, column in columns.items()}
+            # One `answer` is a sentence and stays whole.
+            several = columns["answers"].strip().lower() == "answers"
+            for position, line in enumerate(filter(None, reader)):  # an empty line is no row
+                where = f"{file}:{reader.line_num}"
+                if len(line) != len(header):
+                    raise UserError(
+                        f"{where}: {len(line)} cells, the first line has {len(header)}; put a cell that holds a comma "
+                        "or a line feed in quotation marks, and leave none out."
+                    )
+                cells: dict[str, Any] = {key: line[at] for key, at in place.items()}
+                for key in {"answers", "answer"} & cells.keys():
+                    cells[key] = _number(cells[key])
+                try:
+                    if several:
+                        cells["answers"] = _several(cells["answers"])
+                except CellError as error:
+                    raise UserError(f"{where}: {error}.") from error
+                yield schema.row(position, where, cells, file.parent)
         except csv.Error as error:
             raise UserError(
                 f"{file}:{reader.line_num}: not valid CSV ({error}); correct the quotation marks."
             ) from error
+
+
+def _several(cell: str) -> Any:
+    """The gold strings of a cell: a JSON list, or strings with GOLD_SEPARATOR between them."""
+    found = written_out(cell)
+    return [_number(part) for part in cell.split(GOLD_SEPARATOR)] if isinstance(found, str) else found
+
+
+def _number(cell: str) -> str:
+    """Without the marks of a column of numbers with gaps, which programs write as 4.0 and NaN."""
+    if cell.strip() in ("NaN", "nan"):
+        return ""
+    return cell.removesuffix(".0") if re.fullmatch(r"-?\d+\.0", cell) else cell
 
 
 def is_audio_folder(path: Path) -> bool:
@@ -127,11 +162,11 @@ def _pairs(folder: Path) -> Iterator[Row]:
         beside = _text_beside(audio)
         cells: dict[str, Any] = {"question": "", "answers": ()}
         if beside is not None and beside.suffix == ".json":
-            cells = TABLE.cells(require_object(_json(beside), str(beside)), str(beside))
+            cells = BESIDE.cells(require_object(_json(beside), str(beside)), str(beside))
         elif beside is not None:
             with open_text(beside) as lines:
                 question, _, answer = lines.read().partition("\n")
-            cells = {"question": question, "answers": " ".join(answer.split())}
+            cells = {"question": question, "answers": [" ".join(answer.split())]}  # one, whatever its marks
         yield TABLE.row(position, str(audio), {**cells, "id": audio.stem, "audio": audio}, folder)
 
 
@@ -183,12 +218,16 @@ def llama_questions(folder: Path, split: str) -> Table:
         where = f"{table}:{number}"
         record = dict(zip(header, line, strict=False))
         question, answer, wav = found = [record.get(name, "") for name in LLAMA_COLUMNS]
-        if not all(found):
-            raise UserError(f"{where}: a cell is empty; every line needs {', '.join(LLAMA_COLUMNS)}.")
+        if not all(found) or any(line[len(header) :]):
+            problem = "a cell is empty" if not all(found) else f"{len(line)} cells, the first line has {len(header)}"
+            raise UserError(f"{where}: {problem}; every line needs {', '.join(LLAMA_COLUMNS)}.")
         name = f"llama_questions-{Path(wav).stem}"
         if name in rows:
             raise UserError(f"{where}: the recording {wav} is used twice; give each line its own.")
-        rows[name] = Row(len(rows), where, question, (answer,), answer, name, folder / wav)
+        try:
+            rows[name] = Row(len(rows), where, question, (answer,), answer, name, located(wav, folder))
+        except CellError as error:
+            raise UserError(f"{where}: {error}.") from error
     return listed("", str(table), rows.values)
 
 

@@ -20,10 +20,10 @@ from palimpsest.data.rows import (
     Schema,
     Table,
     instruction_fields,
+    label,
     named,
     own_fields,
     text,
-    texts,
 )
 from palimpsest.files import UserError
 
@@ -33,12 +33,13 @@ BUFFER = 4 << 20  # bytes read ahead in each column: no whole row group is held,
 
 def _voice_assistant(cells: Mapping[str, Any]) -> dict[str, Any]:
     """One turn of a conversation; only the first stands by itself."""
+    answer = text(cells["answer"])
     return {
-        "question": without_speaker_tag(text(cells["question"])),
-        "answers": texts(cells["answer"]),
-        "answer": text(cells["answer"]),
-        "later_turn": text(cells["round"]) != "1",
-        "kind": text(cells.get("split_name")) or None,
+        "question": without_speaker_tag(text(cells["question"], "question")),
+        "answers": (answer,) if answer else (),
+        "answer": answer,
+        "later_turn": text(cells["round"], "round") != "1",
+        "kind": label(cells.get("split_name")) or None,
     }
 
 
@@ -108,10 +109,19 @@ def _reader(schema: Schema, where: str, files: Callable[[], Sequence[str]]) -> R
                 if any(map(wanted, positions)):
                     for position, cells in zip(positions, _cells(file, group, columns, url), strict=True):
                         if wanted(position):
-                            values = {key: cell.as_py() for key, cell in cells.items()}
+                            values = {key: _python(cell) for key, cell in cells.items()}
                             yield schema.row(position, f"{where}, row {position + 1}", values, Path(url).parent)
 
     return read
+
+
+def _python(cell: Any) -> Any:
+    """The value of an Arrow scalar; a number of few digits keeps them: 0.1 of 32 bits is not 0.10000000149."""
+    import pyarrow as pa
+
+    value = cell.as_py()
+    narrow = pa.types.is_float32(cell.type) or pa.types.is_float16(cell.type)
+    return float(str(cell.type.to_pandas_dtype()(value))) if narrow and value is not None else value
 
 
 def _cells(file: Any, group: int, columns: Mapping[str, str], url: str) -> Iterator[dict[str, Any]]:

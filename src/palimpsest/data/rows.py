@@ -6,15 +6,29 @@ broken; what may be wrong with a row, and what follows, is decided in filters.py
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import io
 import json
+import os
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 
 from palimpsest.files import UserError, hash_value
+
+GOLD_SEPARATOR = "|"  # between the gold strings of one CSV cell
+MOST_FLOAT = 2.0  # of a sample: decoders pass full scale, 1, a little; beyond this it is another scale
+# Names of columns that hold recordings as far as anybody can see, in lower case.
+LIKE_AUDIO = re.compile(
+    r"audio|recording|(?<![a-z])(?:wav|wave|mp3|flac|ogg|opus)s?(?![a-z])|wav_?(?:file|path)"
+    r"|^(?:speech|sound|clip|utterance)s?$|^(?:file|path)(?:[ _-]?(?:name|path))?$"
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +46,7 @@ class Row:
     voice: str | None = None
     kind: str | None = None
     augmentation: str | None = None
+    fault: str | None = None  # of the recording, as a study found it
 
 
 Read = Callable[[int, "Collection[int] | None", bool], Iterator[Row]]
@@ -171,12 +186,23 @@ def json_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             where = f"{path}:{number}"
             try:
-                record = json.loads(line.removesuffix("\n"))
+                record = json.loads(line.removesuffix("\n"), object_pairs_hook=_unique)
+            except CellError as error:
+                raise UserError(f"{where}: {error}.") from error
             except json.JSONDecodeError as error:
                 raise UserError(
                     f"{where}: not valid JSON ({error.msg}, column {error.colno}); write one JSON object a line."
                 ) from error
             yield number, require_object(record, where)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises CellError for a key that is there twice, of which Python would keep the last."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise CellError(f"the key {twice!r} is there twice; remove one of the two")
+    return record
 
 
 def require_object(record: Any, where: str) -> dict[str, Any]:
@@ -185,24 +211,171 @@ def require_object(record: Any, where: str) -> dict[str, Any]:
     return record
 
 
-def text(value: Any) -> str:
-    """A cell as text without blanks around it; nothing there is "". Numbers are written out."""
-    return "" if value is None else str(value).strip()
+class CellError(ValueError):
+    """A cell in a form that is not read: what it is, and what to do. Whoever knows file and row adds them."""
 
 
-def texts(value: Any) -> tuple[str, ...]:
-    """A cell with one string or a list of them, without empty ones."""
-    items = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(item for item in map(text, items) if item)
+def text(value: Any, name: str = "answer") -> str:
+    """A cell as text without blanks around it; nothing there, or NaN, is "". Numbers as people write them: 4.0 is "4".
+
+    Raises CellError for anything else: what `str` makes of it would be no text that anybody says.
+    """
+    if value is None or value != value:  # NaN: a gap in a column of numbers
+        return ""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, (int, float, Decimal)) and not isinstance(value, bool) and abs(value) != float("inf"):
+        number = Decimal(str(value))
+        whole = number.to_integral_value() or Decimal(0)  # not -0
+        return format(whole if number == whole else number, "f")
+    raise CellError(f"the {name} is {form(value)}; write it as the text that is meant")
+
+
+def label(value: Any) -> str:
+    """A cell that only names something: text, or whatever `str` makes of it."""
+    return text(value) if value is None or isinstance(value, (str, float)) else str(value).strip()
+
+
+def form(value: Any) -> str:
+    """What a cell is, for an error."""
+    if isinstance(value, Mapping):
+        return f"a mapping with the keys {', '.join(map(repr, value)) or 'none'}"
+    shown = {list: "a list", tuple: "a list", bytes: "bytes", bool: "true or false"}.get(type(value))
+    return shown or f"{value!r} ({type(value).__name__})"
+
+
+def golds(value: Any) -> tuple[str, ...]:
+    """The gold strings of a cell, without empty ones: one text, a list, or a mapping of a known question set.
+
+    Known are {"text": [...]} (SQuAD) and {"value": ..., "aliases": [...]} (TriviaQA), also as elements of a list, and
+    each of these written out as JSON, or as Python prints it, in a cell of text. Raises CellError for any other form.
+    """
+    if isinstance(value, str):
+        value = written_out(value)
+    if isinstance(value, Mapping):
+        return _golds_of_mapping(value)
+    if isinstance(value, (list, tuple)):
+        parts = [_golds_of_mapping(item) if isinstance(item, Mapping) else (text(item),) for item in value]
+        return tuple(gold for part in parts for gold in part if gold)
+    return tuple(filter(None, [text(value)]))
+
+
+def _golds_of_mapping(value: Mapping[str, Any]) -> tuple[str, ...]:
+    if "text" in value:
+        return golds([value["text"]] if isinstance(value["text"], str) else value["text"])
+    if not {"value", "aliases"} & value.keys():
+        raise CellError(
+            f"the answer is {form(value)}; give a text, a list of texts, "
+            '{"text": [...]} or {"value": ..., "aliases": [...]}'
+        )
+    aliases = value.get("aliases")
+    return tuple(dict.fromkeys(golds([value.get("value"), *([] if aliases is None else aliases)])))
+
+
+def sentence(value: str) -> str:
+    """The text of an answer that stands alone, as sentence and gold string at once.
+
+    Raises CellError for a list of texts, or a mapping of `golds`, that is written out: no model answers with its marks.
+    """
+    try:
+        found = written_out(value)
+    except CellError:
+        return value.strip()
+    if isinstance(found, (list, Mapping)) and any(isinstance(item, str) for item in _items(found)):
+        raise CellError(
+            f"the answer {value.strip()[:60]!r} looks like a list of gold strings; call the column answers if it is "
+            "one, or give the gold strings as answers beside it"
+        )
+    return value.strip()
+
+
+def _items(found: Any) -> list[Any]:
+    if isinstance(found, Mapping):
+        known = [found[key] for key in ("text", "value", "aliases") if key in found]
+        return [item for part in known for item in (part if isinstance(part, list) else [part])]
+    return list(found)
+
+
+def written_out(value: str) -> Any:
+    """The list or mapping that a text is the JSON of, or what Python prints for it; any other text as it is.
+
+    Raises CellError for a text that begins as a list of texts and is none: half of it would be read.
+    """
+    cell = value.strip()
+    if cell[:1] + cell[-1:] not in ("[]", "{}"):
+        return value
+    with suppress(ValueError):
+        return json.loads(cell)
+    with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+        found = ast.literal_eval(cell)
+        # As written, or not at all: NumPy prints ['a' 'b'], which Python takes for the one text 'ab'.
+        if repr(found) == cell:
+            return found
+    if re.match(r"""[\[{]\s*["']""", cell):
+        raise CellError(f'{cell[:60]!r} begins as a list but is no JSON; write it as ["Paris", "City of Light"]')
+    return value
 
 
 def recording(cell: Any, folder: Path) -> Path | bytes | None:
-    """A cell with bytes, with a path from `folder`, or with both, as in the hub's Audio feature."""
+    """A cell with bytes, a path from `folder`, both (the hub's Audio feature), or samples (the same, decoded).
+
+    Raises CellError for any other form, and for a path that `located` refuses.
+    """
     if isinstance(cell, Mapping):
+        if cell.get("array") is not None:
+            return _as_wav(cell["array"], cell.get("sampling_rate"))
+        if not {"bytes", "path"} & cell.keys():
+            raise CellError(f"the recording is {form(cell)}; give a path, bytes, or {{array, sampling_rate}}")
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, (bytes, Path)):
         return cell or None
-    return folder / text(cell) if text(cell) else None
+    if isinstance(cell, (list, tuple)):
+        raise CellError("the recording is a list without its rate; give {array, sampling_rate}, bytes or a path")
+    path = text(cell, "recording")
+    return located(path, folder) if path else None
+
+
+def located(path: str, folder: Path) -> Path:
+    """A recording's path, which is relative to `folder` or absolute.
+
+    Raises CellError for an address, and for a relative path that leaves the folder: moved or passed on, such a table
+    would read whatever lies there on another machine.
+    """
+    if address := re.match(r"data:|[A-Za-z][A-Za-z0-9+.-]+://", path):
+        raise CellError(
+            f"the recording is an address ({address[0]}…); save it as a file and give the file's path instead"
+        )
+    if os.pardir in path and Path(os.path.normpath(path)).parts[:1] == (os.pardir,):
+        raise CellError(
+            f"the path {path!r} leaves the folder {folder}; move the recording below it, or give an absolute path"
+        )
+    return folder / path
+
+
+def _as_wav(array: Any, rate: Any) -> bytes:
+    """Samples of a table as a WAV file of 32-bit floats, which holds them as they are."""
+    import numpy as np
+    import soundfile
+
+    try:
+        samples = np.asarray(array, np.float64 if len(array) == 0 else None)
+    except ValueError:  # rows of unequal length
+        samples = np.zeros((0, 0))
+    if samples.ndim != 1 or samples.dtype.kind != "f":
+        raise CellError(
+            f"the recording's array has {samples.ndim} dimensions of type {samples.dtype}; give one channel of floats "
+            "in [-1, 1], or the file's bytes"
+        )
+    if isinstance(rate, bool) or not isinstance(rate, (int, float)) or rate != int(rate) or rate < 1:
+        raise CellError(f"the recording's sampling_rate is {rate!r}; give the whole number of samples a second")
+    if len(samples) and np.abs(samples).max() > MOST_FLOAT:
+        raise CellError(
+            f"the recording's array goes up to {np.abs(samples).max():g}; scale it so that 1 is full scale "
+            "(16-bit samples: divide by 32768)"
+        )
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples.astype(np.float32), int(rate), format="WAV", subtype="FLOAT")
+    return buffer.getvalue()
 
 
 @dataclass(frozen=True)
@@ -215,10 +388,21 @@ class Schema:
     required: Mapping[str, Sequence[str]]
     optional: Mapping[str, Sequence[str]]
     fields: Callable[[Mapping[str, Any]], dict[str, Any]]  # cells by our names → fields of Row
+    has_audio_elsewhere: bool = False  # the recording is known without a column
 
     def columns(self, present: Sequence[str], where: str) -> dict[str, str]:
-        """Our names → the table's columns, in any case. Raises UserError naming what is missing and what was found."""
-        lower = {name.strip().lower(): name for name in present}
+        """Our names → the table's columns, in any case.
+
+        Raises UserError naming what is missing and what was found, a column that is there twice, and one that seems to
+        hold the recordings although it would not be read: a voice would speak the questions in their place.
+        """
+        lower: dict[str, str] = {}
+        used = {spelling for spellings in (*self.required.values(), *self.optional.values()) for spelling in spellings}
+        for name in present:
+            key = name.strip().lower()
+            if key in lower and key in used:
+                raise UserError(f"{where} has the column {key!r} twice; rename or remove one of the two.")
+            lower[key] = name
         found = {}
         for key, spellings in {**self.required, **self.optional}.items():
             if (spelling := next((s for s in spellings if s in lower), None)) is not None:
@@ -230,6 +414,12 @@ class Schema:
                 f"{where} has no {noun} {', '.join(missing)}; found: {', '.join(present) or 'none'}; "
                 "rename the columns or choose the reader that fits."
             )
+        like_audio = [name for key, name in lower.items() if LIKE_AUDIO.search(key)]
+        if "audio" not in found and like_audio and not self.has_audio_elsewhere:
+            raise UserError(
+                f"{where} has no column 'audio' but {like_audio[0]!r}, which is not read; rename it to 'audio' in a "
+                "table (.csv, .parquet) if it holds the recordings, or remove it."
+            )
         return found
 
     def cells(self, record: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -237,29 +427,45 @@ class Schema:
         return {key: record[column] for key, column in self.columns(list(record), where).items()}
 
     def row(self, position: int, where: str, cells: Mapping[str, Any], folder: Path) -> Row:
-        """The row of the cells; a recording's path is relative to `folder`."""
-        return Row(position, where, audio=recording(cells.get("audio"), folder), **self.fields(cells))
+        """The row of the cells; a recording's path is relative to `folder`.
+
+        Raises UserError for a cell in a form that is not read.
+        """
+        try:
+            return Row(position, where, audio=recording(cells.get("audio"), folder), **self.fields(cells))
+        except CellError as error:
+            raise UserError(f"{where}: {error}.") from error
 
 
 def own_fields(cells: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a Row. `answers` is whichever of answers and answer is there; with both, answer is the target."""
-    golds = texts(cells["answers"])
+    given, target = cells["answers"], cells.get("answer")
+    alone = "answer" in cells and (target is given or target == given)  # there is no column but answer
+    if not alone and isinstance(given, str) and GOLD_SEPARATOR in given and isinstance(written_out(given), str):
+        raise CellError(
+            f"the answers {given.strip()[:60]!r} hold a vertical bar, which separates gold strings in CSV files alone; "
+            "give a list of texts"
+        )
+    found = (sentence(given),) if alone and isinstance(given, str) else golds(given)
+    found = tuple(filter(None, found))
     return {
-        "question": text(cells["question"]),
-        "answers": golds,
-        "answer": text(cells.get("answer")) or (golds[0] if golds else ""),
-        **{key: text(cells.get(key)) or None for key in ("id", "voice", "kind")},
+        "question": text(cells["question"], "question"),
+        "answers": found,
+        "answer": ("" if alone else text(target)) or (found[0] if found else ""),
+        **{key: label(cells.get(key)) or None for key in ("id", "voice", "kind")},
     }
 
 
 def instruction_fields(cells: Mapping[str, Any]) -> dict[str, Any]:
     """The question is what was spoken: `speech_input` where it is filled, else instruction and input, a line each."""
-    written = "\n".join(part for part in (text(cells["instruction"]), text(cells.get("input"))) if part)
+    parts = [text(cells["instruction"], "instruction"), text(cells.get("input"), "input")]
+    written = "\n".join(filter(None, parts))
+    answer = text(cells["output"], "output")
     return {
-        "question": text(cells.get("speech_input")) or written,
-        "answers": texts(cells["output"]),
-        "answer": text(cells["output"]),
-        "voice": text(cells.get("input_speaker")) or None,
+        "question": text(cells.get("speech_input"), "speech_input") or written,
+        "answers": (answer,) if answer else (),
+        "answer": answer,
+        "voice": label(cells.get("input_speaker")) or None,
     }
 
 

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from palimpsest.data.examples import Example, require_good_audio, require_limit
-from palimpsest.data.filters import NO_LIMITS, Problem, store, take
+from palimpsest.data.filters import NO_LIMITS, Problem, decode, store, store_as_it_is, take
 from palimpsest.data.local import (
     LLAMA_TABLE,
     METADATA,
@@ -32,12 +33,18 @@ from palimpsest.files import UserError
 
 FACTS = Path(__file__).parent / "facts"
 JOIN = " + "
+FaultyAudio: TypeAlias = Literal["error", "wrong"]
 
 Reader = Callable[[Path, str], Table]  # path, split → its rows
 
 
 def load_examples(
-    source: str, split: str, limit: int | None = None, seed: int | None = None, audio: Path | None = None
+    source: str,
+    split: str,
+    limit: int | None = None,
+    seed: int | None = None,
+    audio: Path | None = None,
+    faulty_audio: FaultyAudio = "error",
 ) -> list[Example]:
     """Read one split of a question set as it is, in its own order: what is faulty in it is an error.
 
@@ -49,7 +56,11 @@ def load_examples(
         limit: at most this many examples; with None all.
         seed: with None the first `limit` are kept, with a number a random choice, in which a smaller limit
             keeps a part of what a larger one keeps.
-        audio: folder for recordings that stand inside a table; with None they are left out, for text only.
+        audio: folder for recordings that stand inside a table, for questions that are to be asked in speech: then every
+            recording is decoded and checked. With None only text is asked for: those inside tables are left out, of
+            files the header is looked at.
+        faulty_audio: what follows from a recording that is broken, silent, cut short, shorter than 0.2 s or longer than
+            30 s: an "error", or the example gets a `fault` and counts as "wrong" when it is asked in speech.
 
     Raises:
         UserError: the source or split does not exist, or its content is not as expected.
@@ -64,17 +75,35 @@ def load_examples(
         usable = [(position, example.id) for position, example in found if isinstance(example, Example)]
         chosen = dict(usable[i] for i in choose(len(usable), limit, seed))
 
+    place, faults = "", list[str]()  # of the row being taken
+
     def keep(recording: Path | bytes) -> Path | Problem | None:
+        if audio is None:
+            return recording if isinstance(recording, Path) else None
         if isinstance(recording, Path):
-            return recording
-        return None if audio is None else store(recording, audio, NO_LIMITS)
+            found = decode(recording, NO_LIMITS)
+            kept = found if isinstance(found, tuple) else recording
+        else:
+            kept = store(recording, audio, NO_LIMITS)
+        if isinstance(kept, Path):
+            return kept
+        if faulty_audio == "error":
+            raise UserError(
+                f"{place}: {kept[0]} ({kept[1]}); correct or remove it, or, for a task, count it as wrong with "
+                "--faulty-audio wrong (in a recipe: faulty_audio: wrong)."
+            )
+        faults.append(": ".join(kept))
+        return recording if isinstance(recording, Path) else store_as_it_is(recording, audio)
 
     examples: list[Example] = []
     for row in table.read(0, chosen, audio is not None):
         name = names(row) if chosen is None else chosen[row.position]
+        place, faults = row.where, []
         example = take(row, name, NO_LIMITS, keep, strict)
         if isinstance(example, Example):
-            require_good_audio(example, row.where)
+            example = replace(example, fault=faults[0] if faults else None)
+            if faulty_audio == "error":
+                require_good_audio(example, row.where)
             examples.append(example)
         if len(examples) == limit:
             break
@@ -96,13 +125,24 @@ def open_table(source: str, split: str) -> Table:
 
     A hub source is asked for only when rows are read.
     """
-    if JOIN in source:
-        return joined([open_table(part.strip(), split) for part in source.split(JOIN)])
+    if len(parts := parts_of(source)) > 1:
+        return joined([open_table(part, split) for part in parts])
     if (table := hub_table(source, split)) is not None:
         return table
     reader, path = _reader(source)
     table = reader(path, split)
     return table if table.name else replace(table, name=source, where=f"{source}, split {split}")
+
+
+def parts_of(source: str) -> list[str]:
+    """The sources that are one with JOIN between them; a path that holds JOIN in a name is one source."""
+    whole = any(Path(path).expanduser().exists() for path in (source, source.partition(":")[2]) if path)
+    return [source] if whole else [part.strip() for part in source.split(JOIN)]
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether the hub is asked for a source, or for a part of it."""
+    return any(part.partition("@")[0] in HUB for part in parts_of(source))
 
 
 def _reader(source: str) -> tuple[Reader, Path]:

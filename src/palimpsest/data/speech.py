@@ -10,7 +10,9 @@ Legend: samples = audio samples at 16 kHz.
 
 from __future__ import annotations
 
+import io
 import multiprocessing
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -24,8 +26,8 @@ import numpy as np
 import soundfile
 import soxr
 
-from palimpsest.data.examples import MAX_AUDIO_SECONDS, Example, audio_problem
-from palimpsest.data.voices import Speaker, Voice, Voices, choose_voice, find_voices
+from palimpsest.data.examples import MAX_AUDIO_SECONDS, Example, audio_problem, beyond
+from palimpsest.data.voices import Speaker, Unspeakable, Voice, Voices, choose_voice, find_voices
 from palimpsest.files import UserError, hash_value, replacing
 from palimpsest.models import SAMPLE_RATE
 
@@ -64,8 +66,11 @@ def write_flac(path: Path, audio: Float32[ndarray, " samples"]) -> None:
     if audio.ndim != 1 or len(audio) == 0 or not np.isfinite(audio).all():
         raise ValueError(f"write_flac takes finite, non-empty mono audio, not shape {audio.shape} for {path}")
     pcm = np.round(np.clip(audio * 32768, -32768, 32767)).astype(np.int16)  # inverse of reading
+    # In memory first: what libsndfile says of a full disk is "System error.", without the number that Python's own has.
+    buffer = io.BytesIO()
+    soundfile.write(buffer, pcm, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     with replacing(path) as temporary:
-        soundfile.write(str(temporary), pcm, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def to_16_khz(audio: Float32[ndarray, " frames"], rate: int) -> Float32[ndarray, " samples"]:
@@ -126,9 +131,11 @@ def speak_several(
                 spoken[-1].append(example)
                 continue
             voice = choose_voice(voices, example.id)
-            key = [ENCODING, voice.name, versions[voice], voice.speed, seed, example.question]
+            # Composed: a voice may know é and not e with an accent behind it.
+            question = unicodedata.normalize("NFC", example.question)
+            key = [ENCODING, voice.name, versions[voice], voice.speed, seed, question]
             path = folder / f"{hash_value(key)[:32]}.flac"
-            jobs[path] = partial(_speak, path, example.question, seed, voice)
+            jobs[path] = partial(_speak, path, question, seed, voice)
             used[voice.label] = None
             spoken[-1].append(replace(example, audio=path, voice=voice.label))
 
@@ -149,7 +156,10 @@ def _speak(path: Path, text: str, seed: int, voice: Voice) -> str | None:
     """Speak one file; returns why it could not be spoken, None if all went well."""
     if voice.name not in _speakers:
         _speakers[voice.name] = voice.load()
-    audio, rate = _speakers[voice.name](text, voice.speed, seed)
+    try:
+        audio, rate = _speakers[voice.name](text, voice.speed, seed)
+    except Unspeakable as error:
+        return f"{error} in {text[:80]!r}"
     if audio.ndim != 1 or audio.dtype.kind != "f" or not np.isfinite(audio).all():
         raise UserError(
             f"The voice {voice.label} gave samples of shape {audio.shape} and type {audio.dtype}; "
@@ -158,7 +168,8 @@ def _speak(path: Path, text: str, seed: int, voice: Voice) -> str | None:
     if not audio.any():
         return f"nothing in {text!r} can be pronounced"
     if len(audio) > MAX_AUDIO_SECONDS * rate:
-        return f"{text[:80]!r} takes {len(audio) / rate:.1f} s, longer than {MAX_AUDIO_SECONDS:.0f} s"
+        seconds = beyond(len(audio) / rate, MAX_AUDIO_SECONDS)
+        return f"{text[:80]!r} takes {seconds} s, longer than {MAX_AUDIO_SECONDS:.0f} s"
     write_flac(path, to_16_khz(audio, rate))
     return None
 

@@ -5,7 +5,7 @@ In this order, so that the result does not depend on how the rows are ordered:
 1. text filters on every row of the two sources (filters.py);
 2. held-out examples: a split of its own, or the `heldout_examples` rows of the training source whose ids have the
    smallest hash, which neither the order of the rows nor other rows change;
-3. training rows whose question stands in the held-out data are left out;
+3. training rows whose question stands in the held-out data, or is asked by a task, are left out;
 4. limits: a seeded choice of what is left;
 5. audio filters on the rows chosen; a row that fails is left out and not replaced, so that repairing it moves no other.
 """
@@ -24,6 +24,7 @@ from annotated_types import Ge
 from palimpsest.data.examples import Example
 from palimpsest.data.filters import (
     IN_HELDOUT,
+    IN_TASK,
     Dropped,
     Filters,
     Problem,
@@ -34,8 +35,8 @@ from palimpsest.data.filters import (
     store,
     take,
 )
-from palimpsest.data.rows import Names, Table
-from palimpsest.data.sources import choose, load_examples, open_table
+from palimpsest.data.rows import Names, Table, identity_of
+from palimpsest.data.sources import FaultyAudio, choose, is_on_hub, load_examples, open_table
 from palimpsest.files import UserError, hash_file, hash_value
 from palimpsest.progress import Advance
 
@@ -50,6 +51,13 @@ class Split:
     split: str
     limit: Annotated[int, Ge(1)] | None = None
     voice: str | list[str] | None = None  # instead of speech.voice, for this split alone
+
+
+@dataclass(frozen=True)
+class TaskSplit(Split):
+    """The questions of a task."""
+
+    faulty_audio: FaultyAudio = "error"  # "wrong": a question whose recording cannot be asked is kept, and not right
 
 
 @dataclass(frozen=True)
@@ -72,10 +80,11 @@ class StudyData:
 
     train: Split
     heldout: Split | int  # a split of its own, or how many examples of the training source
-    tasks: Mapping[str, Split]
+    tasks: Mapping[str, TaskSplit]
     filters: Filters
     strict: bool
     seed: int
+    decontaminate: bool = True  # False: also train on questions that a task asks
 
     # -- what went in, for the fingerprint of the data step ----------------------------------------------------------
     def inputs(self) -> dict[str, Any]:
@@ -84,24 +93,27 @@ class StudyData:
             "filters": asdict(self.filters),
             "strict": self.strict,
             "seed": self.seed,
+            "decontaminate": self.decontaminate,
             "heldout": self.heldout if isinstance(self.heldout, int) else self._split_inputs(HELDOUT, self.heldout),
             "train": self._split_inputs(TRAIN, self.train),
-            "tasks": {name: self._task_inputs(task) for name, task in self.tasks.items()},
+            "tasks": {name: self._task_inputs(name, task) for name, task in self.tasks.items()},
         }
 
     def _split_inputs(self, group: str, wanted: Split) -> list[Any]:
         identity = self._table(group).identity
+        if identity is None and self.decontaminate and any(is_on_hub(task.source) for task in self.tasks.values()):
+            # What is chosen depends on the task's questions, for which the hub would have to be asked.
+            identity = identity_of(self._table(group))
         if identity is None:
             rows = self._table(group).read(0, set(self._chosen_of(group)), False)
             identity = hash_value([_identity(Example.of(row, row.id or "", row.audio)) for row in rows])
         return [identity, wanted.limit]
 
-    def _task_inputs(self, task: Split) -> list[Any]:
+    def _task_inputs(self, name: str, task: TaskSplit) -> list[Any]:
         identity = open_table(task.source, task.split).identity
         if identity is None:
-            examples = load_examples(task.source, task.split, task.limit, self.seed)
-            identity = hash_value([_identity(example) for example in examples])
-        return [identity, task.limit]
+            identity = hash_value([_identity(example) for example in self._asked[name]])
+        return [identity, task.limit, task.faulty_audio]
 
     # -- checks before the long work ----------------------------------------------------------------------------------
     def check(self) -> None:
@@ -112,9 +124,7 @@ class StudyData:
                 f"data.train and data.heldout are both the split {train.split!r} of {train.source}; "
                 "held-out examples must not be trained on: give data.heldout_examples instead of data.heldout."
             )
-        for task in self.tasks.values():
-            load_examples(task.source, task.split, task.limit, self.seed)
-        _ = self._selection
+        _ = self._asked, self._selection
 
     # -- reading ------------------------------------------------------------------------------------------------------
     def read(self, audio: Path, advance: Advance) -> tuple[dict[str, list[Example]], list[tuple[str, Dropped]]]:
@@ -147,8 +157,17 @@ class StudyData:
                 advance(done, total)
         self._require_some(groups, dropped)
         for name, task in self.tasks.items():
-            groups[f"task-{name}"] = load_examples(task.source, task.split, task.limit, self.seed, audio)
+            groups[f"task-{name}"] = self._ask(task, audio)
         return groups, dropped
+
+    def _ask(self, task: TaskSplit, audio: Path | None = None) -> list[Example]:
+        """The questions of a task; with `audio`, also the recordings that stand inside a table."""
+        return load_examples(task.source, task.split, task.limit, self.seed, audio, task.faulty_audio)
+
+    @cached_property
+    def _asked(self) -> dict[str, list[Example]]:
+        """The questions of every task, as text."""
+        return {name: self._ask(task) for name, task in self.tasks.items()}
 
     # -- choosing -----------------------------------------------------------------------------------------------------
     @cached_property
@@ -167,17 +186,25 @@ class StudyData:
         else:
             heldout = self._texts(HELDOUT, dropped)
             heldout = [heldout[i] for i in choose(len(heldout), self.heldout.limit, self.seed)]
-        asked = {item.question: item.id for item in heldout}
+        not_trained_on = self._asked_in_tasks()
+        not_trained_on |= {item.question: (IN_HELDOUT, f"the same question as {item.id}") for item in heldout}
         for item in train:
-            if item.question in asked:
+            if item.question in not_trained_on:
                 where = f"{self._table(TRAIN).where}, row {item.position + 1}"
-                detail = f"the same question as {asked[item.question]}"
-                dropped.append((TRAIN, Dropped(item.id, where, IN_HELDOUT, detail)))
-        train = [item for item in train if item.question not in asked]
+                dropped.append((TRAIN, Dropped(item.id, where, *not_trained_on[item.question])))
+        train = [item for item in train if item.question not in not_trained_on]
         train = [train[i] for i in choose(len(train), self.train.limit, self.seed)]
         chosen = {TRAIN: train, HELDOUT: heldout}
         self._require_some(chosen, dropped)
         return chosen, dropped
+
+    def _asked_in_tasks(self) -> dict[str, Problem]:
+        """By hash of the question: why a training example with it is left out."""
+        return {
+            _hash(example.question): (IN_TASK, f"the same question as {example.id} of the task {name}")
+            for name, examples in (self._asked.items() if self.decontaminate else ())
+            for example in examples
+        }
 
     def _require_some(self, groups: Mapping[str, Sequence[Any]], dropped: Sequence[tuple[str, Dropped]]) -> None:
         for group, items in groups.items():
@@ -191,7 +218,7 @@ class StudyData:
         for row in table.read(0, None, False):
             found = take(row, names(row), self.filters, strict=self._strict)
             if isinstance(found, Example):
-                kept.append(_Chosen(row.position, found.id, hash_value(normalised_question(row.question))[:16]))
+                kept.append(_Chosen(row.position, found.id, _hash(row.question)))
             else:
                 dropped.append((group, found))
         return kept
@@ -214,6 +241,10 @@ class StudyData:
         if isinstance(self.heldout, Split):
             tables[HELDOUT] = open_table(self.heldout.source, self.heldout.split)
         return tables
+
+
+def _hash(question: str) -> str:
+    return hash_value(normalised_question(question))[:16]
 
 
 def _identity(example: Example) -> list[Any]:

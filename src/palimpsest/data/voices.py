@@ -15,10 +15,11 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import unicodedata
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -39,6 +40,10 @@ WAV_HEADER = 44  # bytes; espeak-ng cannot know the length when it writes one to
 
 Speaker: TypeAlias = "Callable[[str, float, int], tuple[Float32[ndarray, 'samples'], int]]"
 """text, speed, seed → mono audio in [-1, 1] and its sample rate in Hz; equal arguments give equal samples."""
+
+
+class Unspeakable(ValueError):
+    """Raised by a Speaker for a text that it could say only in part: what it would leave out, as a phrase."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,43 @@ def _load_hibari() -> Speaker:
             "`pip install --no-deps -r requirements/embedded.txt`."
         ) from error
     synthesizer = Hibari()  # one thread: the workers are the parallelism
-    return lambda text, speed, seed: (synthesizer(text, speed=speed, seed=seed), RATE)
+
+    @cache
+    def is_silent(text: str) -> bool:
+        try:
+            return not synthesizer.phonemize(text)
+        except ValueError:  # of a number in a circle, for one
+            return True
+
+    def say(text: str, speed: float, seed: int) -> tuple[Float32[ndarray, " samples"], int]:
+        require_sayable(text, is_silent)
+        return synthesizer(text, speed=speed, seed=seed), RATE
+
+    return say
+
+
+BEFORE_NUMBER = re.compile(r"[£€](?=\d)")  # "£5" is said, "5 £" is not
+SILENT_MARKS = "™®©"  # nobody says them
+TIMES = re.compile(r"(?<=[\d)])\s*\*\s*(?=[\d(])")  # elsewhere an asterisk is an ornament
+
+
+def require_sayable(text: str, is_silent: Callable[[str], bool]) -> None:
+    """Raises Unspeakable for characters of meaning that an English voice leaves out: other scripts, pictures, symbols.
+
+    `is_silent` says whether the voice makes nothing of a character by itself. Punctuation is not looked at, nor are
+    Latin letters, with or without accents: they are part of a word.
+    """
+    left_out: dict[str, None] = {"*": None} if TIMES.search(text) else {}
+    for character in BEFORE_NUMBER.sub("", text):
+        kind, name = unicodedata.category(character), unicodedata.name(character, "")
+        has_meaning = kind[0] in "LNS" and kind not in ("Sk", "Lm") and character not in SILENT_MARKS
+        if character.isascii() or "LATIN" in name or not has_meaning:
+            continue
+        # Of another alphabet the voice reads some letters by their names, which is not the word; α and µ are names.
+        if (kind[0] == "L" and not name.startswith(("GREEK", "MICRO"))) or is_silent(character):
+            left_out[character] = None
+    if left_out:
+        raise Unspeakable(f"the voice leaves out {', '.join(map(repr, left_out))}")
 
 
 def _espeak_voice(name: str, language: str) -> Voice:

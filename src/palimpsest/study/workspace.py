@@ -122,6 +122,7 @@ class Workspace:
             data.filters,
             data.strict,
             self.seed("data"),
+            data.decontaminate,
         )
 
     @cached_property
