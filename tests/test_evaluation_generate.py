@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -258,6 +259,66 @@ def test_a_failed_sample_is_listed_and_counted_wrong(tmp_path: Path) -> None:
         METRICS, (7, 5, 2, 0)
     )
     assert verdicts_by_id(rows, "substring")["q4"] is False
+
+
+def test_a_failed_sample_is_asked_again_by_the_next_run_and_the_others_are_not(tmp_path: Path) -> None:
+    whole = run(Oracle(), tmp_path / "whole.jsonl", batch_size=3)
+    out, said = tmp_path / "a.jsonl", []
+    run(Oracle(broken=["q1", "q4"]), out, batch_size=3)
+    still = Oracle(broken=["q4"])
+    assert [row["id"] for row in run(still, out, batch_size=3, notice=said.append) if row["failed"]] == ["q4"]
+    assert said == [f"{out}: questions that had failed are asked again: q1, q4."]
+    repaired = Oracle()
+    assert timeless(run(repaired, out, batch_size=3)) == timeless(whole) == timeless(read_jsonl(out))  # type: ignore[arg-type]
+    assert len(repaired.asked) == 1, "only the batch that lacks an answer"
+    run(last := Oracle(), out, batch_size=3)
+    assert last.asked == []
+
+
+def test_a_kill_while_failed_samples_are_asked_again_leaves_no_id_twice(tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    whole = run(Oracle(), tmp_path / "whole.jsonl", batch_size=1)
+    run(Oracle(broken=["q1", "q4", "q6"]), out, batch_size=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(Oracle(stop_after=1), out, batch_size=1)
+    assert len({row["id"] for row in read_jsonl(out)}) == len(read_jsonl(out)) == 5
+    assert timeless(run(Oracle(), out, batch_size=1)) == timeless(whole)
+
+
+def test_a_run_in_which_everything_failed_goes_on_when_the_cause_is_gone(tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    with pytest.raises(UserError, match=r"Correct that and run again"):
+        run(Oracle(broken=[e.id for e in TASK.examples]), out)
+    assert not any(row["failed"] for row in run(Oracle(), out))
+
+
+def test_a_recording_that_is_another_one_now_is_asked_again(tmp_path: Path) -> None:
+    files = [tmp_path / f"{e.id}.flac" for e in TASK.examples]
+    for file in files:
+        file.write_bytes(file.name.encode())
+    spoken = Task("capitals", tuple(replace(e, audio=f) for e, f in zip(TASK.examples, files, strict=True)))
+    out, said = tmp_path / "a.jsonl", []
+    arguments = {"task": spoken, "modality": "speech", "batch_size": 1}
+    run(Oracle(), out, **arguments)
+    files[3].write_bytes(b"another voice")
+    oracle = Oracle()
+    run(oracle, out, notice=said.append, **arguments)
+    assert oracle.asked == [["q3"]]
+    assert said == [f"{out}: questions whose recording is another one now are asked again: q3."]
+    run(typed := Oracle(), tmp_path / "text.jsonl", task=spoken)
+    files[3].write_bytes(b"a third one")
+    run(typed_again := Oracle(), tmp_path / "text.jsonl", task=spoken)
+    assert typed.asked
+    assert typed_again.asked == [], "what was typed does not depend on the recording"
+
+
+def test_rows_of_a_version_without_the_newer_fields_are_kept(tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    run(Oracle(), out)
+    older = [{key: row[key] for key in row if key in generate.REQUIRED} for row in read_jsonl(out)]
+    out.write_text("".join(json.dumps(row) + "\n" for row in older))
+    run(oracle := Oracle(), out)
+    assert oracle.asked == []
 
 
 def test_a_run_in_which_everything_fails_is_an_error_not_zero_percent(tmp_path: Path) -> None:

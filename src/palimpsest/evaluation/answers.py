@@ -27,7 +27,16 @@ import torch
 from palimpsest.data.examples import Example
 from palimpsest.evaluation.scoring import METRIC_VERSION, METRICS, score, words
 from palimpsest.evaluation.tasks import Task
-from palimpsest.files import UserError, append_jsonl, drop_cut_line, read_json, read_lines, write_json, write_jsonl
+from palimpsest.files import (
+    UserError,
+    append_jsonl,
+    drop_cut_line,
+    hash_file,
+    read_json,
+    read_lines,
+    write_json,
+    write_jsonl,
+)
 from palimpsest.intervals import wilson
 from palimpsest.models.prompts import encode, render
 from palimpsest.records import Modality, QARecord
@@ -40,8 +49,8 @@ if TYPE_CHECKING:
 REMEDY = "restore the file, or delete it and run again"
 
 
-class SampleRow(TypedDict):
-    """One line of a samples file."""
+class _Always(TypedDict):
+    """What every line of a samples file has, of whatever version."""
 
     id: str
     question: str
@@ -60,16 +69,32 @@ class SampleRow(TypedDict):
     seconds: float  # the batch's time divided by its size
 
 
-def resume(
-    out: Path, binding: Mapping[str, Any], ids: Set[str], notice: Callable[[str], None] | None = None
-) -> list[SampleRow]:
-    """The complete rows of an earlier run of the same evaluation; [] and a new binding where there is none.
+class SampleRow(_Always, total=False):
+    """One line of a samples file; the fields here were added after the first files were written."""
 
-    A last line that was cut short is removed from the file, so that appending can go on, and `notice` gets a sentence.
+    recording: str | None  # what `recording_hash` gives of the recording that was asked; of text None
+
+
+REQUIRED, KNOWN = _Always.__annotations__.keys(), SampleRow.__annotations__.keys()
+
+
+def resume(
+    out: Path,
+    binding: Mapping[str, Any],
+    recordings: Mapping[str, str | None],
+    notice: Callable[[str], None] | None = None,
+) -> list[SampleRow]:
+    """The rows of an earlier run of the same evaluation that still hold; [] and a new binding where there is none.
+
+    A question that failed is asked again, for what it failed of may have been repaired, and so is one whose recording
+    is another one now. Their rows, and a last line that was cut short, are removed from the file, so that appending
+    can go on, and `notice` gets a sentence for each kind.
+
+    Args:
+        recordings: for each question id of the task, `recording_hash` of its recording; None where it is asked as text.
 
     Raises:
-        UserError: the rows belong to another evaluation, or a complete line is not a row of a question in
-        `ids`.
+        UserError: the rows belong to another evaluation, or a complete line is not a row of a question of the task.
     """
     sidecar = out.with_suffix(".json")
     if not out.exists():
@@ -81,10 +106,37 @@ def resume(
     ]
     if differing:
         raise UserError(f"{out} holds another evaluation ({', '.join(differing)}); delete it or write elsewhere.")
-    rows = _rows(out, ids)
-    if drop_cut_line(out) and notice is not None:  # killed in the middle of a line: that question is asked again
+    rows = _rows(out, recordings.keys())
+    notice = notice or (lambda sentence: None)
+    if drop_cut_line(out):  # killed in the middle of a line: that question is asked again
         notice(f"{out}:{len(rows) + 1} was cut in the middle; {len(rows)} answers are kept, this one is asked again.")
+    failed = [row["id"] for row in rows if row["failed"]]
+    changed = [
+        row["id"]
+        for row in rows
+        if not row["failed"] and row.get("recording", recordings[row["id"]]) != recordings[row["id"]]
+    ]
+    if failed:
+        notice(f"{out}: questions that had failed are asked again: {_some(failed)}.")
+    if changed:
+        notice(f"{out}: questions whose recording is another one now are asked again: {_some(changed)}.")
+    if failed or changed:
+        again = {*failed, *changed}
+        rows = [row for row in rows if row["id"] not in again]
+        write_jsonl(out, rows)
     return rows
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:5]) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
+
+
+def recording_hash(example: Example) -> str | None:
+    """Identifies the bytes of the example's recording; None where it has none or the file cannot be read."""
+    try:
+        return None if example.audio is None else hash_file(example.audio)[:16]
+    except OSError:
+        return None
 
 
 def read_finished(out: Path) -> tuple[dict[str, Any], list[SampleRow]]:
@@ -108,7 +160,7 @@ def _rows(out: Path, ids: Set[str] | None = None) -> list[SampleRow]:
     """Every complete line, of a question in `ids`; without `ids` every line, of any question."""
     rows: dict[str, SampleRow] = {}
     for where, row in read_lines(out, REMEDY, finished=ids is None):
-        if not isinstance(row, dict) or row.keys() != SampleRow.__annotations__.keys():
+        if not isinstance(row, dict) or not REQUIRED <= row.keys() <= KNOWN:
             raise UserError(f"{where} is not a row of answers; {REMEDY}.")
         id = row["id"]
         if id in rows or (ids is not None and id not in ids):
@@ -193,14 +245,15 @@ def answer_questions(
     `batch_size`.
 
     An example that cannot be answered (its recording is unreadable, say) is asked again alone, then listed
-    with `failed` and `error` and counted as wrong. Errors other than UserError, OSError and ValueError are
-    defects, or memory running out: they stop the run, and the next call continues where this one stopped.
+    with `failed` and `error` and counted as wrong; the next call asks it again. Errors other than UserError,
+    OSError and ValueError are defects, or memory running out: they stop the run, and the next call continues
+    where this one stopped.
 
     Args:
         model: fingerprint of everything `answer` uses (weights, system prompt); it binds the file to it.
         max_new_tokens: what `answer` was made with; recorded, and part of what a resumed file must match.
         progress: called as progress(answered, total), first with what an earlier run left.
-        notice: gets a sentence when a line cut by a kill was found and is asked again.
+        notice: gets a sentence when questions of an earlier run are asked again, see `resume`.
 
     Raises:
         UserError: `out` belongs to another evaluation or is damaged (see `resume`), or every single
@@ -218,7 +271,8 @@ def answer_questions(
         "model": model,
         "n": len(task.examples),
     }
-    rows = {row["id"]: row for row in resume(out, binding, {e.id for e in task.examples}, notice)}
+    recordings = {e.id: None if modality == "text" else recording_hash(e) for e in task.examples}
+    rows = {row["id"]: row for row in resume(out, binding, recordings, notice)}
     # Longest first: memory runs out in the first batch or never. Similar lengths together: little padding.
     # A batch that an earlier run left unfinished is answered again as a whole: its padding, and with it the last bits
     # of every logit, depends on who is in it, and a resumed run must end as an uninterrupted one.
@@ -230,6 +284,8 @@ def answer_questions(
         if all(example.id in rows for example in batch):
             continue
         new = {row["id"]: row for row in _answer_batch(answer, batch, modality) if row["id"] not in rows}
+        for id, row in new.items():
+            row["recording"] = recordings[id]
         append_jsonl(out, new.values())
         rows |= new
         if progress is not None:
@@ -239,7 +295,7 @@ def answer_questions(
     if all(row["failed"] for row in ordered):
         raise UserError(
             f"None of the {len(ordered)} questions of {task.name} could be answered, the first because: "
-            f"{ordered[0]['error']} Correct that, delete {out} and run again."
+            f"{ordered[0]['error']} Correct that and run again."
         )
     return ordered
 
