@@ -21,6 +21,7 @@ from palimpsest.evaluation.answers import (
     answer_questions,
     decode_new,
     end_ids,
+    further_turn,
     pad_left,
     summarise,
     text_answerer,
@@ -171,7 +172,7 @@ def test_rows_twice_or_of_other_questions_are_refused(tmp_path: Path) -> None:
     [
         ({"model": "other"}, "model 'm' instead of 'other'"),
         ({"modality": "speech"}, "modality 'text' instead of 'speech'"),
-        ({"max_new_tokens": 64}, "max_new_tokens 32 instead of 64"),
+        ({"max_new_tokens": 32}, "max_new_tokens 64 instead of 32"),
         ({"task": Task("capitals", TASK.examples, instruction="Be short.")}, "task_version"),
         ({"task": Task("capitals", TASK.examples[:3])}, "n 7 instead of 3"),
     ],
@@ -362,6 +363,7 @@ def test_summary_by_hand(tmp_path: Path) -> None:
         "n_failed": 0,
         "n_refusal": 0,
         "n_loop": 0,
+        "n_cut": 0,
         "source": "measured",
     }
     with pytest.raises(UserError, match="6 answers of lora"):
@@ -434,7 +436,62 @@ def test_decoding_stops_at_the_first_end_id() -> None:
     tokenizer = tiny_tokenizer()
     a, b = tokenizer("ab", add_special_tokens=False)["input_ids"]
     new = torch.tensor([[a, b, 3, 0], [a, 2, b, b], [3, 0, 0, 0], [a, b, a, b]])
-    assert decode_new(tokenizer, new, [3, 2]) == [("ab", 3), ("a", 2), ("", 1), ("abab", 4)]
+    assert decode_new(tokenizer, new, [3, 2]) == [("ab", 3, False), ("a", 2, False), ("", 1, False), ("abab", 4, True)]
+    assert decode_new(tokenizer, torch.tensor([[a, b, 3]]), [3]) == [("ab", 3, False)], "an end as the last token"
+
+
+def test_a_base_model_s_answer_ends_where_the_next_turn_begins() -> None:
+    tokenizer = tiny_tokenizer(chat=False)
+    spoken = [
+        " Paris.\nQuestion: What is next?\nAnswer: Rome",
+        " Paris.\n\n Answer: Rome",
+        " Paris. Question: asked on the same line",
+        "\nQuestion: What",
+        " Paris\nQuestions: few",
+    ]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in spoken]
+    width = max(map(len, ids))
+    new = torch.tensor([row + [2] + [0] * (width - len(row)) for row in ids])
+    found = decode_new(tokenizer, new, [2], further_turn(tokenizer))
+    assert [one.text for one in found] == ["Paris.", "Paris.", spoken[2].strip(), "", spoken[4].strip()]
+    assert not any(one.cut for one in found)
+    assert found[0].n_new_tokens == len(" Paris.\nQuestion:"), "one token a byte, up to the colon"
+    assert found[2].n_new_tokens == len(spoken[2]) + 1
+    cut = decode_new(tokenizer, torch.tensor([ids[0][:30], ids[2][:30]]), [2], further_turn(tokenizer))
+    assert [(one.text, one.cut) for one in cut] == [("Paris.", False), (spoken[2][:30].strip(), True)]
+    assert further_turn(tiny_tokenizer()) is None, "a chat model may write such a line in its answer"
+
+
+class Parrot(torch.nn.Module):
+    """A "language model" that goes on with `text`, whatever it is asked."""
+
+    def __init__(self, tokenizer, text: str) -> None:  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.config, self.generation_config = tiny_llama().config, tiny_llama().generation_config
+        self.device, self.ids = torch.device("cpu"), tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **_: object) -> torch.Tensor:
+        new = torch.tensor([self.ids[:max_new_tokens]] * len(input_ids))
+        return torch.cat([input_ids, new], dim=1)
+
+
+def test_a_model_without_a_chat_template_is_scored_on_its_own_answer_alone(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(chat=False)
+    parrot = Parrot(tokenizer, " Paris.\nQuestion: Capital of Spain?\nAnswer: Madrid.")
+    rows = run(text_answerer(parrot, tokenizer), tmp_path / "a.jsonl")
+    assert {row["response"] for row in rows} == {"Paris."}
+    assert [row["id"] for row in rows if row["verdicts"]["token_sequence"]] == ["q0"], "Madrid is not its answer"
+
+
+def test_answers_that_reach_the_limit_are_counted(tmp_path: Path) -> None:
+    answers = {e.id: Answer("It is", 4, cut=i < 3) for i, e in enumerate(TASK.examples)}
+    rows = run(lambda batch, _: [answers[e.id] for e in batch], tmp_path / "a.jsonl")
+    assert [row["cut"] for row in rows] == [True] * 3 + [False] * 4
+    assert {record["n_cut"] for record in summarise(rows, "base", TASK, "text")} == {3}
+    (given,) = text_answerer(tiny_llama(eos_token_id=3), tiny_tokenizer(), max_new_tokens=2)(TASK.examples[:1], "text")
+    assert (given.n_new_tokens, given.cut) == (2, True)
+    older = [{key: row[key] for key in row if key != "cut"} for row in rows]
+    assert "n_cut" not in summarise(older, "base", TASK, "text")[0], "not known of rows of an older version"  # type: ignore[arg-type]
 
 
 def test_pad_left_by_hand() -> None:
@@ -479,6 +536,8 @@ def test_the_embedded_model_on_llama_questions(tmp_path: Path) -> None:
     folder = checkpoint("embedded:smollm2-135m-instruct")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     task = load_task(str(DATA / "llama_questions"))
-    rows = answer_questions(text_answerer(model, tokenizer), task, "text", model="x", out=tmp_path / "a.jsonl")
+    out, short = tmp_path / "a.jsonl", 32
+    answer = text_answerer(model, tokenizer, short)
+    rows = answer_questions(answer, task, "text", model="x", out=out, max_new_tokens=short)
     correct = {record["metric"]: record["correct"] for record in summarise(rows, "base", task, "text")}
     assert correct == {"token_sequence": 79, "token_sequence_numbers": 92, "substring": 87, "any_order": 80}

@@ -38,7 +38,7 @@ from palimpsest.files import (
     write_jsonl,
 )
 from palimpsest.intervals import wilson
-from palimpsest.models.prompts import encode, render
+from palimpsest.models.prompts import NEXT_TURN, encode, render
 from palimpsest.records import Modality, QARecord
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class _Always(TypedDict):
 class SampleRow(_Always, total=False):
     """One line of a samples file; the fields here were added after the first files were written."""
 
+    cut: bool  # stopped at max_new_tokens, without an end; what would have followed is not known
     recording: str | None  # what `recording_hash` gives of the recording that was asked; of text None
 
 
@@ -217,6 +218,7 @@ class Answer(NamedTuple):
     prompt: str | None = None
     prompt_tokens: int | None = None
     transcript: str | None = None
+    cut: bool = False
 
 
 Answerer = Callable[[Sequence[Example], Modality], list[Answer]]
@@ -233,7 +235,7 @@ def answer_questions(
     *,
     model: str,
     out: Path,
-    max_new_tokens: int = 32,
+    max_new_tokens: int = 64,
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
     notice: Callable[[str], None] | None = None,
@@ -333,6 +335,7 @@ def _row(example: Example, given: Answer, seconds: float, error: str | None = No
         "failed": failed,
         "error": error,
         "seconds": seconds,
+        "cut": given.cut,
     }
 
 
@@ -342,7 +345,7 @@ def _row(example: Example, given: Answer, seconds: float, error: str | None = No
 def text_answerer(
     language_model: Any,
     tokenizer: Any,
-    max_new_tokens: int = 32,
+    max_new_tokens: int = 64,
     system: str | None = None,
     instruction: str | None = None,
 ) -> Answerer:
@@ -350,9 +353,9 @@ def text_answerer(
 
     The prompt is the tokenizer's chat template with the question (after `instruction`, if any) as the user
     turn and `system` as the system turn; without a template it is "Question: …", a line feed and "Answer:".
-    It is tokenised once and holds exactly one begin-of-text. Generation stops at the tokenizer's
-    end-of-text and at the end ids of the model's generation settings; nothing else is taken from these
-    settings (see GREEDY).
+    It is tokenised once and holds exactly one begin-of-text. An answer ends at the tokenizer's end-of-text and
+    at the end ids of the model's generation settings; nothing else is taken from these settings (see GREEDY).
+    Without a template it also ends where the model begins a line with "Question:" or "Answer:".
 
     In float32 the answers do not depend on the batch. The model is put into eval mode.
     """
@@ -382,7 +385,8 @@ def text_answerer(
                 attention_mask=attention_mask.to(language_model.device),
                 **settings,
             )
-        return decoded(tokenizer, output[:, input_ids.shape[1] :], settings, prompts, map(len, ids))
+        new = output[:, input_ids.shape[1] :]
+        return decoded(tokenizer, new, settings, prompts, map(len, ids), further_turn(tokenizer))
 
     return answer
 
@@ -409,14 +413,32 @@ def pad_left(ids: Sequence[Sequence[int]], pad: int) -> tuple[Int[Tensor, "batch
     return input_ids, attention_mask
 
 
-def decode_new(tokenizer: Any, new: Int[Tensor, "batch new"], end: Sequence[int]) -> list[tuple[str, int]]:
-    """Text and token count of every row of generated tokens, up to and including its first end id."""
+class Decoded(NamedTuple):
+    text: str
+    n_new_tokens: int  # up to the end, the end id included
+    cut: bool  # there was no end: generation stopped at its limit
+
+
+def decode_new(
+    tokenizer: Any, new: Int[Tensor, "batch new"], end: Sequence[int], turn: re.Pattern[str] | None = None
+) -> list[Decoded]:
+    """Every row of generated tokens up to its first end id, or to where its text begins a further `turn`."""
     decoded = []
     for row in new.tolist():
         stop = next((position for position, id in enumerate(row) if id in end), None)
         kept = row if stop is None else row[:stop]
-        n_new = len(row) if stop is None else stop + 1
-        decoded.append((tokenizer.decode(kept, skip_special_tokens=True).strip(), n_new))
+        text, n_new, cut = (
+            tokenizer.decode(kept, skip_special_tokens=True),
+            len(kept) + (stop is not None),
+            stop is None,
+        )
+        if turn is not None and (found := turn.search(text)):
+            # As many tokens as it takes to begin the turn: what generation would have made, had it stopped there.
+            reached = (
+                n for n in range(1, len(kept)) if turn.search(tokenizer.decode(kept[:n], skip_special_tokens=True))
+            )
+            text, n_new, cut = text[: found.start()], next(reached, len(kept)), False
+        decoded.append(Decoded(text.strip(), n_new, cut))
     return decoded
 
 
@@ -426,10 +448,19 @@ def decoded(
     settings: Mapping[str, Any],
     prompts: Iterable[str | None],
     lengths: Iterable[int],
+    turn: re.Pattern[str] | None = None,
 ) -> list[Answer]:
     """The answers in what `generate` made with `settings`, with the prompts and their lengths in tokens."""
-    texts = decode_new(tokenizer, new, settings["eos_token_id"] or ())
-    return [Answer(*text, prompt, n) for text, prompt, n in zip(texts, prompts, lengths, strict=True)]
+    texts = decode_new(tokenizer, new, settings["eos_token_id"] or (), turn)
+    return [
+        Answer(one.text, one.n_new_tokens, prompt, n, cut=one.cut)
+        for one, prompt, n in zip(texts, prompts, lengths, strict=True)
+    ]
+
+
+def further_turn(tokenizer: Any) -> re.Pattern[str] | None:
+    """What ends an answer besides the end ids: without a chat template, the next turn of the plain prompt."""
+    return NEXT_TURN if tokenizer.chat_template is None else None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -464,7 +495,7 @@ def qa_record(
     """The accuracy of `rows` by any metric that gives a verdict per question id: a rule, or a judge."""
     correct = sum(verdicts[row["id"]] for row in rows)
     low, high = wilson(correct, len(rows))
-    return {
+    record: QARecord = {
         "method": method,
         "task": task.name,
         "modality": modality,
@@ -481,6 +512,9 @@ def qa_record(
         "n_loop": sum(row["loop"] for row in rows),
         "source": "measured",
     }
+    if all("cut" in row for row in rows):  # of older rows it is not known
+        record["n_cut"] = sum(row["cut"] for row in rows)
+    return record
 
 
 def verdicts_by_id(rows: Iterable[SampleRow], metric: str) -> dict[str, bool]:

@@ -37,7 +37,7 @@ Turns = list[dict[str, Any]]
 def audio_llm_answerer(
     model: Any,
     processor: Any,
-    max_new_tokens: int = 32,
+    max_new_tokens: int = 64,
     system: str | None = None,
     instruction: str = PromptStyle.speech_instruction,
 ) -> Answerer:

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from palimpsest.records import ComparisonRecord, QARecord
+from palimpsest.records import MOST_CUT, ComparisonRecord, QARecord
 from palimpsest.report.across_runs import n_runs
 from palimpsest.report.inputs import (
+    MODALITY_NAMES,
     Inputs,
     at,
     main_metric,
@@ -114,7 +115,26 @@ def _lost(inputs: Inputs) -> list[Finding]:
             )
         )
     nothing = Finding("Not known: the run has no accuracy of the base and a trained model on typed questions.")
-    return findings or [nothing]
+    return [*(findings or [nothing]), *_cut(inputs)]
+
+
+def _cut(inputs: Inputs) -> list[Finding]:
+    """A warning where so many answers were cut at the limit that accuracies may say more about it than about models."""
+    metric = main_metric(inputs.results)
+    details = [
+        f"{method_name(row['method'])}, {task_name(row['task'])}, "
+        f"{MODALITY_NAMES.get(row['modality'], row['modality'])}: {row['n_cut']} of {row['n']}."
+        for row in sorted(inputs.results["qa"], key=lambda row: method_key(row["method"]))
+        if row["metric"] == metric and row.get("n_cut", 0) > MOST_CUT * row["n"]
+    ]
+    if not details:
+        return []
+    sentence = (
+        f"Warning: of these answers more than {percent(MOST_CUT)}\u00a0% were cut at the limit of new tokens without "
+        "an end. What would have followed was not scored, so their accuracies, and differences between them, may come "
+        "from the limit; raise evaluation.max_new_tokens and run the study again with --changed."
+    )
+    return [Finding(sentence, tuple(details))]
 
 
 def _where(inputs: Inputs) -> list[Finding]:

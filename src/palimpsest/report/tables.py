@@ -339,7 +339,7 @@ def lora_rank(
 
 
 def accuracy_details(records: Sequence[QARecord]) -> Table:
-    """Every accuracy of the run, by scoring rule, with how many answers were empty, refused, looping or failed."""
+    """Every accuracy of the run, by scoring rule, with how many answers were empty, refused, looping, failed or cut."""
     key = lambda row: (row["metric"], row["task"], modality_key(row["modality"]), method_key(row["method"]))  # noqa: E731
     return table(
         "accuracy_details",
@@ -357,10 +357,12 @@ def accuracy_details(records: Sequence[QARecord]) -> Table:
             counts("Refused", "n_refusal"),
             counts("Looping", "n_loop"),
             counts("Failed", "n_failed"),
+            counts("Cut", "n_cut"),
         ),
         sorted(records, key=key),
         "Empty and failed answers count as wrong. Refused and looping ones are scored as they are: a refusal opens "
-        "with an apology or not knowing, a loop repeats a run of words three times or more, over at least six words.",
+        "with an apology or not knowing, a loop repeats a run of words three times or more, over at least six words. "
+        "So are answers that were cut at the limit of new tokens: what would have followed is not known.",
     )
 
 
