@@ -510,6 +510,40 @@ def test_a_language_model_answers_text_only_and_within_its_positions(tmp_path: P
     assert json.loads((tmp_path / "a.jsonl").read_text("utf-8").splitlines()[0])["id"] == "q0"
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_stops_the_evaluation_and_is_named(tmp_path: Path, value: float) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = value
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight .* 1 of 1536 values .* question 'q"):
+        run(text_answerer(model, tiny_tokenizer(), 4), tmp_path / "a.jsonl")
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_logits_that_are_not_finite_though_the_weights_are_name_the_question(tmp_path: Path) -> None:
+    model = tiny_llama()
+
+    def overflow(module: torch.nn.Module, args: object, logits: torch.Tensor) -> torch.Tensor:
+        logits[-1, -1, 7] = float("inf")
+        return logits
+
+    model.lm_head.register_forward_hook(overflow)
+    longest = max(TASK.examples, key=lambda e: len(e.question))
+    with pytest.raises(UserError, match=rf"numbers at question '{longest.id}' though its weights are finite"):
+        run(text_answerer(model, tiny_tokenizer(), 4), tmp_path / "a.jsonl", batch_size=1)
+
+
+def test_tokens_excluded_with_minus_infinity_are_fine(tmp_path: Path) -> None:
+    model = tiny_llama()
+
+    def exclude(module: torch.nn.Module, args: object, logits: torch.Tensor) -> torch.Tensor:
+        logits[..., :5] = float("-inf")
+        return logits
+
+    model.lm_head.register_forward_hook(exclude)
+    assert not any(row["failed"] for row in run(text_answerer(model, tiny_tokenizer(), 4), tmp_path / "a.jsonl"))
+
+
 @pytest.mark.slow
 def test_in_float32_the_embedded_model_answers_the_same_in_batches_of_any_size(tmp_path: Path) -> None:
     folder = checkpoint("embedded:smollm2-135m-instruct")

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 import torch
 
 from palimpsest.data.examples import Example
+from palimpsest.evaluation.finite import NotFiniteError, finite_logits
 from palimpsest.evaluation.scoring import METRIC_VERSION, METRICS, score, words
 from palimpsest.evaluation.tasks import Task
 from palimpsest.files import (
@@ -222,7 +223,8 @@ class Answer(NamedTuple):
 
 
 Answerer = Callable[[Sequence[Example], Modality], list[Answer]]
-"""One answer per example, in order; UserError, OSError or ValueError where an example cannot be answered."""
+"""One answer per example, in order; UserError, OSError or ValueError where an example cannot be answered,
+NotFiniteError where the model's logits are NaN or infinite."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -258,8 +260,8 @@ def answer_questions(
         notice: gets a sentence when questions of an earlier run are asked again, see `resume`.
 
     Raises:
-        UserError: `out` belongs to another evaluation or is damaged (see `resume`), or every single
-            question failed.
+        UserError: `out` belongs to another evaluation or is damaged (see `resume`), every single question
+            failed, or the model gives NaN or infinite logits.
     """
     if batch_size < 1:
         raise UserError(f"A batch size of {batch_size} was given; use 1 or more.")
@@ -306,6 +308,8 @@ def _answer_batch(answer: Answerer, batch: Sequence[Example], modality: Modality
     started = time.perf_counter()
     try:
         answers = answer(batch, modality)
+    except NotFiniteError:  # no fault of the question: every accuracy of such a model would be a wrong number
+        raise
     except (UserError, OSError, ValueError) as error:
         if len(batch) == 1:
             return [_row(batch[0], Answer("", 0), time.perf_counter() - started, str(error) or repr(error))]
@@ -383,12 +387,18 @@ def text_answerer(
             output = language_model.generate(
                 input_ids=input_ids.to(language_model.device),
                 attention_mask=attention_mask.to(language_model.device),
+                logits_processor=finite_logits(language_model, names_of(examples)),
                 **settings,
             )
         new = output[:, input_ids.shape[1] :]
         return decoded(tokenizer, new, settings, prompts, map(len, ids), further_turn(tokenizer))
 
     return answer
+
+
+def names_of(examples: Sequence[Example]) -> list[str]:
+    """What an error calls the rows of a batch."""
+    return [f"question {example.id!r}" for example in examples]
 
 
 def generation_settings(language_model: Any, tokenizer: Any, max_new_tokens: int) -> dict[str, Any]:

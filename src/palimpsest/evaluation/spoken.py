@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 from palimpsest.data.collate import Batch, Collator, to_device
 from palimpsest.data.examples import Example
 from palimpsest.data.speech import read_audio
-from palimpsest.evaluation.answers import Answer, Answerer, decoded, further_turn, generation_settings, pad_left
+from palimpsest.evaluation.answers import (
+    Answer,
+    Answerer,
+    decoded,
+    further_turn,
+    generation_settings,
+    names_of,
+    pad_left,
+)
+from palimpsest.evaluation.finite import finite_logits
 from palimpsest.files import UserError
 
 if TYPE_CHECKING:
@@ -73,7 +82,8 @@ def _answerer(
             raise UserError(f"A speech answerer was asked to answer from {modality}.")
         batch = prompts(examples)
         batch.pop("ids", None)
-        new = model.generate(**to_device(batch, model.language_model.device), **settings).cpu()
+        finite = finite_logits(model, names_of(examples))
+        new = model.generate(**to_device(batch, model.language_model.device), logits_processor=finite, **settings).cpu()
         lengths = batch["attention_mask"].sum(1).tolist()
         return decoded(tokenizer, new, settings, [None] * len(new), lengths, further_turn(tokenizer))
 
