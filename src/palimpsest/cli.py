@@ -40,6 +40,7 @@ from palimpsest.commands import (
     validate_importance,
 )
 from palimpsest.files import UserError
+from palimpsest.progress import printable
 
 COMMANDS: dict[str, ModuleType] = {
     "study": study,
@@ -73,7 +74,7 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        Console(stderr=True).print(f"palimpsest: {error}", markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(printable(f"palimpsest: {error}"), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -90,7 +91,7 @@ def _function(options: Any, run: Callable[[Any], Iterator[str]]) -> Callable[...
 
     def command(**values: Any) -> None:
         for line in run(_filled(options, values)):
-            typer.echo(line)
+            typer.echo(printable(line))  # a line may hold what a model answered, or a text of somebody's data
 
     command.__doc__ = options.__doc__
     command.__signature__ = introspection.Signature(parameters)  # type: ignore[attr-defined]
