@@ -358,6 +358,17 @@ def test_a_judge_s_verdicts_can_be_compared(tmp_path: Path) -> None:
     assert row["metric_version"] == "1:m"
 
 
+def test_answers_that_the_judge_gave_no_verdict_on_are_not_compared_as_wrong(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        folder = evaluation(tmp_path / name, range(20))
+        write_json(folder / "results-text.json", {"schema": 1, "judge": {"version": "1:m"}})
+        rows = [json.loads(line) for line in (folder / "samples-text.jsonl").read_text().splitlines()]
+        kept = [{"id": row["id"], "judge": "1:m", "shown": judge.shown(row), "correct": True} for row in rows]
+        write_jsonl(folder / "samples-text.judge.jsonl", kept if name == "a" else kept[:-2])
+    with pytest.raises(UserError, match=r"judge 1:m has no verdict on 2 of 40 answers, the first 'q38'"):
+        compared(tmp_path / "a", tmp_path / "b", metric="llm_judge")
+
+
 def test_the_command(tmp_path: Path) -> None:
     a, b = evaluation(tmp_path / "a", range(20)), evaluation(tmp_path / "b", range(25))
     result = CliRunner().invoke(app, ["compare", str(a), str(b), "--out", str(tmp_path / "out")])

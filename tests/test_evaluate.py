@@ -119,7 +119,7 @@ def test_a_judge_stands_beside_the_rules(
     lines = evaluated(setup, tmp_path, judge_url="http://localhost/v1", judge_model="m")
     results = read_json(tmp_path / "results-text.json")
     row = next(row for row in results["qa"] if row["metric"] == "llm_judge")
-    assert (row["n"], row["correct"], row["metric_version"]) == (10, 1, "1:m")
+    assert (row["n"], row["correct"], row["metric_version"]) == (10, 1, f"{judge.PROMPT_VERSION}:m")
     assert list(results["judge"]["failed"]) == [unclear["id"]]
     assert any(line.startswith(f"not judged, counted as wrong: 1 ({unclear['id']})") for line in lines)
     again = evaluated(setup, tmp_path, judge_url=None)
