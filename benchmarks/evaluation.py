@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--encoder", default="embedded:whisper-tiny.en")
     parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[16, 50])
-    parser.add_argument("--max-new-tokens", type=int, default=32)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: with --threads 1")
     parser.add_argument("--speech", help="a question set with recordings, such as a folder of Llama Questions")

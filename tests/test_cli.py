@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 import typer
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from forked import forked
 from palimpsest.cli import app
+from palimpsest.commands import ask
+from palimpsest.progress import printable
 from tiny import tiny_speech_lm
 
 
@@ -117,3 +122,29 @@ def test_bad_models_and_recipes(tmp_path: Path) -> None:
     refused(run("study", str(recipe), "--out", out), "nam", "name")
     refused(run("report", str(tmp_path / "none")), "not a run directory")
     assert not (tmp_path / "out").exists()
+
+
+HOSTILE = "Paris\x1b]0;title\x07\x1b[2J\r\x9b31m \u202edrowssap\ud800\tend\nof it"
+SHOWN = "Paris\\x1b]0;title\\x07\\x1b[2J\\r\\x9b31m \\u202edrowssap\\ud800\tend\nof it"
+
+
+def test_a_terminal_does_not_obey_what_a_model_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ask, "answer", lambda options: HOSTILE)
+    result = CliRunner().invoke(app, ["ask", "--text", "Capital?"], color=True)
+    assert result.output == SHOWN + "\n"
+
+
+def test_nor_what_an_error_quotes() -> None:
+    result = run("ask", "--text", "Capital?", "--model", "no\x1b[2Jsuch")
+    assert result.returncode == 2
+    assert "no\\x1b[2Jsuch" in result.stderr
+    assert "\x1b" not in result.stdout + result.stderr
+
+
+@given(st.text())
+def test_what_is_printed_holds_no_control_character_and_is_otherwise_the_text(text: str) -> None:
+    shown = printable(text)
+    assert all(unicodedata.category(c) not in ("Cc", "Cs") or c in "\n\t" for c in shown)
+    assert printable(shown) == shown
+    if all(unicodedata.category(c) not in ("Cc", "Cs", "Cf") for c in text):
+        assert shown == text

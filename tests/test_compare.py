@@ -20,6 +20,7 @@ from palimpsest.comparison.systems import Answers, System
 from palimpsest.data.examples import Example
 from palimpsest.evaluation import judge
 from palimpsest.evaluation.answers import Answer, answer_questions
+from palimpsest.evaluation.scoring import METRIC_VERSION
 from palimpsest.evaluation.tasks import Task
 from palimpsest.files import UserError, read_json, write_json, write_jsonl
 from palimpsest.intervals import mcnemar_exact, minimum_detectable_difference, wilson
@@ -84,7 +85,7 @@ def test_two_evaluations_by_hand(tmp_path: Path) -> None:
         "task": "capitals",
         "modality": "text",
         "metric": METRIC,
-        "metric_version": "2",
+        "metric_version": METRIC_VERSION,
         "method_a": "a",
         "method_b": "b",
         "n": 40,
@@ -284,7 +285,7 @@ def test_damaged_losses(tmp_path: Path, damage: Any, message: str) -> None:
 def test_other_questions_other_rules_other_lengths_are_refused(tmp_path: Path) -> None:
     a = evaluation(tmp_path / "a", range(20))
     fewer = evaluation(tmp_path / "fewer", range(20), examples=EXAMPLES[:30])
-    with pytest.raises(UserError, match=r"task version 1\.2-.* evaluate both on the same questions"):
+    with pytest.raises(UserError, match=rf"task version 1\.{METRIC_VERSION}-.* evaluate both on the same questions"):
         compared(a, fewer)
     longer = evaluation(tmp_path / "longer", range(20), limit=64)
     with pytest.raises(UserError, match="32 and 64 tokens"):
@@ -292,7 +293,7 @@ def test_other_questions_other_rules_other_lengths_are_refused(tmp_path: Path) -
     older = evaluation(tmp_path / "older", range(20))
     binding = read_json(older / "samples-text.json")
     write_json(older / "samples-text.json", {**binding, "metric_version": "1"})
-    with pytest.raises(UserError, match=r"metric version 2 there, .* and 1 here"):
+    with pytest.raises(UserError, match=rf"metric version {METRIC_VERSION} there, .* and 1 here"):
         compared(a, older)
     assert not (tmp_path / "compared").exists()
 
@@ -355,6 +356,17 @@ def test_a_judge_s_verdicts_can_be_compared(tmp_path: Path) -> None:
     # the cache goes by what was shown; "I forgot." to 20 different questions are 20 entries
     assert (row["accuracy_a"], row["accuracy_b"]) == (35 / 40, 31 / 40)
     assert row["metric_version"] == "1:m"
+
+
+def test_answers_that_the_judge_gave_no_verdict_on_are_not_compared_as_wrong(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        folder = evaluation(tmp_path / name, range(20))
+        write_json(folder / "results-text.json", {"schema": 1, "judge": {"version": "1:m"}})
+        rows = [json.loads(line) for line in (folder / "samples-text.jsonl").read_text().splitlines()]
+        kept = [{"id": row["id"], "judge": "1:m", "shown": judge.shown(row), "correct": True} for row in rows]
+        write_jsonl(folder / "samples-text.judge.jsonl", kept if name == "a" else kept[:-2])
+    with pytest.raises(UserError, match=r"judge 1:m has no verdict on 2 of 40 answers, the first 'q38'"):
+        compared(tmp_path / "a", tmp_path / "b", metric="llm_judge")
 
 
 def test_the_command(tmp_path: Path) -> None:

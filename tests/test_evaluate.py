@@ -85,6 +85,25 @@ def test_accuracy_floors_and_perplexity(setup: tuple[str, str], tmp_path: Path) 
     assert any(line.startswith("answers that are ") for line in lines)
 
 
+def test_answers_cut_at_the_limit_are_warned_of(setup: tuple[str, str], tmp_path: Path) -> None:
+    lines = evaluated(setup, tmp_path / "cut")
+    rows = read_jsonl(tmp_path / "cut" / "samples-text.jsonl")
+    n_cut = sum(row["cut"] for row in rows)
+    assert n_cut > 0, "a random model ends no answer within four tokens but by chance"
+    assert {record["n_cut"] for record in read_json(tmp_path / "cut" / "results-text.json")["qa"]} == {n_cut}
+    said = f"warning: {n_cut} of 10 answers ({10 * n_cut} %) were cut at 4 new tokens"
+    assert [line.startswith(said) for line in lines if line.startswith("warning")] == [True]
+    assert any(line.endswith(f"cut: {n_cut}") for line in lines)
+
+
+def test_by_default_an_answer_has_64_tokens() -> None:
+    from palimpsest.config import load_config
+
+    assert evaluate.Options("m", "t", Path("o")).max_new_tokens == ask.Options().max_new_tokens == 64
+    recipes = Path(evaluate.__file__).parents[1] / "recipes"
+    assert all(load_config(file).evaluation.max_new_tokens >= 64 for file in recipes.glob("*.yaml"))
+
+
 def test_a_judge_stands_beside_the_rules(
     setup: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +121,7 @@ def test_a_judge_stands_beside_the_rules(
     lines = evaluated(setup, tmp_path, judge_url="http://localhost/v1", judge_model="m")
     results = read_json(tmp_path / "results-text.json")
     row = next(row for row in results["qa"] if row["metric"] == "llm_judge")
-    assert (row["n"], row["correct"], row["metric_version"]) == (10, 1, "1:m")
+    assert (row["n"], row["correct"], row["metric_version"]) == (10, 1, f"{judge.PROMPT_VERSION}:m")
     assert list(results["judge"]["failed"]) == [unclear["id"]]
     assert any(line.startswith(f"not judged, counted as wrong: 1 ({unclear['id']})") for line in lines)
     again = evaluated(setup, tmp_path, judge_url=None)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from palimpsest.data.examples import Example
 from palimpsest.data.speech import write_flac
 from palimpsest.evaluation.answers import Answer, answer_questions
 from palimpsest.evaluation.cascade import cascade_answerer, transcribe, word_error_rate, word_errors
+from palimpsest.evaluation.spoken import recording_answerer
 from palimpsest.evaluation.tasks import Task
 from palimpsest.files import UserError
+from tiny import tiny_speech_lm
 
 
 # -- word error rate -----------------------------------------------------------------------------------------
@@ -122,6 +126,7 @@ def test_transcribe(spoken: list[Example], vocab_size: int, language: dict) -> N
     assert len(whisper.calls) == 2
     for call in whisper.calls:
         call.pop("attention_mask")
+        assert len(call.pop("logits_processor")) == 1  # the check that they are finite
         assert call == {"do_sample": False, "num_beams": 1, **language}
 
 
@@ -132,3 +137,29 @@ def test_transcribe_names_what_cannot_be_heard(spoken: list[Example], tmp_path: 
     (tmp_path / "2.flac").write_bytes(b"not audio")
     with pytest.raises(UserError, match=r"2\.flac"):
         transcribe(FakeWhisper(51864), FakeProcessor(), spoken)
+
+
+def test_a_speech_model_or_recogniser_that_is_not_finite_stops_the_evaluation(
+    spoken: list[Example], tmp_path: Path
+) -> None:
+    """The error names the part: the encoder of a speech LLM, a decoder weight of Whisper."""
+    model, processor = tiny_speech_lm()
+    with torch.no_grad():
+        model.encoder.conv1.weight[0, 0, 0] = float("nan")
+    task = Task("t", tuple(spoken))
+    with pytest.raises(UserError, match=r"encoder\.conv1\.weight of the model has 1 of 3840 .* question 'q1'"):
+        answer_questions(recording_answerer(model, processor, 2), task, "speech", model="m", out=tmp_path / "a.jsonl")
+
+    config = WhisperConfig(
+        d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32, decoder_layers=1,
+        decoder_attention_heads=2, decoder_ffn_dim=32, num_mel_bins=80, vocab_size=100, max_target_positions=8,
+        pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=1,
+    )  # fmt: skip
+    asr = WhisperForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        asr.model.decoder.layers[0].fc1.weight[0, 0] = float("nan")
+    features = WhisperFeatureExtractor(feature_size=80)
+    features.batch_decode = lambda ids, skip_special_tokens: ["" for _ in ids]
+    answer = cascade_answerer(partial(transcribe, asr, features), answer_with_question)
+    with pytest.raises(UserError, match=r"decoder\.layers\.0\.fc1\.weight of the model has 1 of"):
+        answer_questions(answer, task, "cascade", model="m", out=tmp_path / "b.jsonl")

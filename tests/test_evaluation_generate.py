@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from palimpsest.evaluation.answers import (
     answer_questions,
     decode_new,
     end_ids,
+    further_turn,
     pad_left,
     summarise,
     text_answerer,
@@ -170,7 +172,7 @@ def test_rows_twice_or_of_other_questions_are_refused(tmp_path: Path) -> None:
     [
         ({"model": "other"}, "model 'm' instead of 'other'"),
         ({"modality": "speech"}, "modality 'text' instead of 'speech'"),
-        ({"max_new_tokens": 64}, "max_new_tokens 32 instead of 64"),
+        ({"max_new_tokens": 32}, "max_new_tokens 64 instead of 32"),
         ({"task": Task("capitals", TASK.examples, instruction="Be short.")}, "task_version"),
         ({"task": Task("capitals", TASK.examples[:3])}, "n 7 instead of 3"),
     ],
@@ -260,6 +262,66 @@ def test_a_failed_sample_is_listed_and_counted_wrong(tmp_path: Path) -> None:
     assert verdicts_by_id(rows, "substring")["q4"] is False
 
 
+def test_a_failed_sample_is_asked_again_by_the_next_run_and_the_others_are_not(tmp_path: Path) -> None:
+    whole = run(Oracle(), tmp_path / "whole.jsonl", batch_size=3)
+    out, said = tmp_path / "a.jsonl", []
+    run(Oracle(broken=["q1", "q4"]), out, batch_size=3)
+    still = Oracle(broken=["q4"])
+    assert [row["id"] for row in run(still, out, batch_size=3, notice=said.append) if row["failed"]] == ["q4"]
+    assert said == [f"{out}: questions that had failed are asked again: q1, q4."]
+    repaired = Oracle()
+    assert timeless(run(repaired, out, batch_size=3)) == timeless(whole) == timeless(read_jsonl(out))  # type: ignore[arg-type]
+    assert len(repaired.asked) == 1, "only the batch that lacks an answer"
+    run(last := Oracle(), out, batch_size=3)
+    assert last.asked == []
+
+
+def test_a_kill_while_failed_samples_are_asked_again_leaves_no_id_twice(tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    whole = run(Oracle(), tmp_path / "whole.jsonl", batch_size=1)
+    run(Oracle(broken=["q1", "q4", "q6"]), out, batch_size=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(Oracle(stop_after=1), out, batch_size=1)
+    assert len({row["id"] for row in read_jsonl(out)}) == len(read_jsonl(out)) == 5
+    assert timeless(run(Oracle(), out, batch_size=1)) == timeless(whole)
+
+
+def test_a_run_in_which_everything_failed_goes_on_when_the_cause_is_gone(tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    with pytest.raises(UserError, match=r"Correct that and run again"):
+        run(Oracle(broken=[e.id for e in TASK.examples]), out)
+    assert not any(row["failed"] for row in run(Oracle(), out))
+
+
+def test_a_recording_that_is_another_one_now_is_asked_again(tmp_path: Path) -> None:
+    files = [tmp_path / f"{e.id}.flac" for e in TASK.examples]
+    for file in files:
+        file.write_bytes(file.name.encode())
+    spoken = Task("capitals", tuple(replace(e, audio=f) for e, f in zip(TASK.examples, files, strict=True)))
+    out, said = tmp_path / "a.jsonl", []
+    arguments = {"task": spoken, "modality": "speech", "batch_size": 1}
+    run(Oracle(), out, **arguments)
+    files[3].write_bytes(b"another voice")
+    oracle = Oracle()
+    run(oracle, out, notice=said.append, **arguments)
+    assert oracle.asked == [["q3"]]
+    assert said == [f"{out}: questions whose recording is another one now are asked again: q3."]
+    run(typed := Oracle(), tmp_path / "text.jsonl", task=spoken)
+    files[3].write_bytes(b"a third one")
+    run(typed_again := Oracle(), tmp_path / "text.jsonl", task=spoken)
+    assert typed.asked
+    assert typed_again.asked == [], "what was typed does not depend on the recording"
+
+
+def test_rows_of_a_version_without_the_newer_fields_are_kept(tmp_path: Path) -> None:
+    out = tmp_path / "a.jsonl"
+    run(Oracle(), out)
+    older = [{key: row[key] for key in row if key in generate.REQUIRED} for row in read_jsonl(out)]
+    out.write_text("".join(json.dumps(row) + "\n" for row in older))
+    run(oracle := Oracle(), out)
+    assert oracle.asked == []
+
+
 def test_a_run_in_which_everything_fails_is_an_error_not_zero_percent(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"None of the 7 questions .* The recording of q0 cannot be read"):
         run(Oracle(broken=[e.id for e in TASK.examples]), tmp_path / "a.jsonl")
@@ -301,6 +363,7 @@ def test_summary_by_hand(tmp_path: Path) -> None:
         "n_failed": 0,
         "n_refusal": 0,
         "n_loop": 0,
+        "n_cut": 0,
         "source": "measured",
     }
     with pytest.raises(UserError, match="6 answers of lora"):
@@ -373,7 +436,62 @@ def test_decoding_stops_at_the_first_end_id() -> None:
     tokenizer = tiny_tokenizer()
     a, b = tokenizer("ab", add_special_tokens=False)["input_ids"]
     new = torch.tensor([[a, b, 3, 0], [a, 2, b, b], [3, 0, 0, 0], [a, b, a, b]])
-    assert decode_new(tokenizer, new, [3, 2]) == [("ab", 3), ("a", 2), ("", 1), ("abab", 4)]
+    assert decode_new(tokenizer, new, [3, 2]) == [("ab", 3, False), ("a", 2, False), ("", 1, False), ("abab", 4, True)]
+    assert decode_new(tokenizer, torch.tensor([[a, b, 3]]), [3]) == [("ab", 3, False)], "an end as the last token"
+
+
+def test_a_base_model_s_answer_ends_where_the_next_turn_begins() -> None:
+    tokenizer = tiny_tokenizer(chat=False)
+    spoken = [
+        " Paris.\nQuestion: What is next?\nAnswer: Rome",
+        " Paris.\n\n Answer: Rome",
+        " Paris. Question: asked on the same line",
+        "\nQuestion: What",
+        " Paris\nQuestions: few",
+    ]
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in spoken]
+    width = max(map(len, ids))
+    new = torch.tensor([row + [2] + [0] * (width - len(row)) for row in ids])
+    found = decode_new(tokenizer, new, [2], further_turn(tokenizer))
+    assert [one.text for one in found] == ["Paris.", "Paris.", spoken[2].strip(), "", spoken[4].strip()]
+    assert not any(one.cut for one in found)
+    assert found[0].n_new_tokens == len(" Paris.\nQuestion:"), "one token a byte, up to the colon"
+    assert found[2].n_new_tokens == len(spoken[2]) + 1
+    cut = decode_new(tokenizer, torch.tensor([ids[0][:30], ids[2][:30]]), [2], further_turn(tokenizer))
+    assert [(one.text, one.cut) for one in cut] == [("Paris.", False), (spoken[2][:30].strip(), True)]
+    assert further_turn(tiny_tokenizer()) is None, "a chat model may write such a line in its answer"
+
+
+class Parrot(torch.nn.Module):
+    """A "language model" that goes on with `text`, whatever it is asked."""
+
+    def __init__(self, tokenizer, text: str) -> None:  # type: ignore[no-untyped-def]
+        super().__init__()
+        self.config, self.generation_config = tiny_llama().config, tiny_llama().generation_config
+        self.device, self.ids = torch.device("cpu"), tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **_: object) -> torch.Tensor:
+        new = torch.tensor([self.ids[:max_new_tokens]] * len(input_ids))
+        return torch.cat([input_ids, new], dim=1)
+
+
+def test_a_model_without_a_chat_template_is_scored_on_its_own_answer_alone(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(chat=False)
+    parrot = Parrot(tokenizer, " Paris.\nQuestion: Capital of Spain?\nAnswer: Madrid.")
+    rows = run(text_answerer(parrot, tokenizer), tmp_path / "a.jsonl")
+    assert {row["response"] for row in rows} == {"Paris."}
+    assert [row["id"] for row in rows if row["verdicts"]["token_sequence"]] == ["q0"], "Madrid is not its answer"
+
+
+def test_answers_that_reach_the_limit_are_counted(tmp_path: Path) -> None:
+    answers = {e.id: Answer("It is", 4, cut=i < 3) for i, e in enumerate(TASK.examples)}
+    rows = run(lambda batch, _: [answers[e.id] for e in batch], tmp_path / "a.jsonl")
+    assert [row["cut"] for row in rows] == [True] * 3 + [False] * 4
+    assert {record["n_cut"] for record in summarise(rows, "base", TASK, "text")} == {3}
+    (given,) = text_answerer(tiny_llama(eos_token_id=3), tiny_tokenizer(), max_new_tokens=2)(TASK.examples[:1], "text")
+    assert (given.n_new_tokens, given.cut) == (2, True)
+    older = [{key: row[key] for key in row if key != "cut"} for row in rows]
+    assert "n_cut" not in summarise(older, "base", TASK, "text")[0], "not known of rows of an older version"  # type: ignore[arg-type]
 
 
 def test_pad_left_by_hand() -> None:
@@ -390,6 +508,40 @@ def test_a_language_model_answers_text_only_and_within_its_positions(tmp_path: P
     assert {row["failed"] for row in rows} == {True, False}
     assert all("does not fit" in str(row["error"]) for row in rows if row["failed"])
     assert json.loads((tmp_path / "a.jsonl").read_text("utf-8").splitlines()[0])["id"] == "q0"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_stops_the_evaluation_and_is_named(tmp_path: Path, value: float) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = value
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight .* 1 of 1536 values .* question 'q"):
+        run(text_answerer(model, tiny_tokenizer(), 4), tmp_path / "a.jsonl")
+    assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_logits_that_are_not_finite_though_the_weights_are_name_the_question(tmp_path: Path) -> None:
+    model = tiny_llama()
+
+    def overflow(module: torch.nn.Module, args: object, logits: torch.Tensor) -> torch.Tensor:
+        logits[-1, -1, 7] = float("inf")
+        return logits
+
+    model.lm_head.register_forward_hook(overflow)
+    longest = max(TASK.examples, key=lambda e: len(e.question))
+    with pytest.raises(UserError, match=rf"numbers at question '{longest.id}' though its weights are finite"):
+        run(text_answerer(model, tiny_tokenizer(), 4), tmp_path / "a.jsonl", batch_size=1)
+
+
+def test_tokens_excluded_with_minus_infinity_are_fine(tmp_path: Path) -> None:
+    model = tiny_llama()
+
+    def exclude(module: torch.nn.Module, args: object, logits: torch.Tensor) -> torch.Tensor:
+        logits[..., :5] = float("-inf")
+        return logits
+
+    model.lm_head.register_forward_hook(exclude)
+    assert not any(row["failed"] for row in run(text_answerer(model, tiny_tokenizer(), 4), tmp_path / "a.jsonl"))
 
 
 @pytest.mark.slow
@@ -418,6 +570,8 @@ def test_the_embedded_model_on_llama_questions(tmp_path: Path) -> None:
     folder = checkpoint("embedded:smollm2-135m-instruct")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     task = load_task(str(DATA / "llama_questions"))
-    rows = answer_questions(text_answerer(model, tokenizer), task, "text", model="x", out=tmp_path / "a.jsonl")
+    out, short = tmp_path / "a.jsonl", 32
+    answer = text_answerer(model, tokenizer, short)
+    rows = answer_questions(answer, task, "text", model="x", out=out, max_new_tokens=short)
     correct = {record["metric"]: record["correct"] for record in summarise(rows, "base", task, "text")}
     assert correct == {"token_sequence": 79, "token_sequence_numbers": 92, "substring": 87, "any_order": 80}

@@ -79,6 +79,23 @@ def test_a_destroyed_model_has_infinite_perplexity_rather_than_an_error() -> Non
     assert Perplexity({"q": SampleLoss(1e6, 1)}).perplexity == math.inf
 
 
+def test_a_loss_that_is_not_finite_is_an_error_that_names_the_tensor_or_the_example() -> None:
+    model = tiny_llama(tied=False)
+    with torch.no_grad():
+        model.model.norm.weight[5] = float("nan")
+    with pytest.raises(UserError, match=r"model\.norm\.weight .* 1 of 32 values .* example 'q0'"):
+        perplexity(model, make_batches(4))
+
+    healthy = tiny_llama()
+
+    def overflow(module: torch.nn.Module, args: object, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill(0, torch.tensor([2]), float("inf"))
+
+    healthy.lm_head.register_forward_hook(overflow)
+    with pytest.raises(UserError, match="at example 'q2' though its weights are finite"):
+        perplexity(healthy, make_batches(3))
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = tiny_llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -121,6 +121,15 @@ def test_a_model_in_training_is_measured_in_eval_mode_and_left_training_with_its
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_model_that_is_not_finite_is_an_error_and_no_accuracy(value: float) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight[0, 0] = value
+    with pytest.raises(UserError, match=r"layers\.0\.self_attn\.o_proj\.weight of the model .* pair 'b'"):
+        probe(model, tiny_tokenizer(), PAIR_LIST)
+
+
 # -- summary -----------------------------------------------------------------------------------------------------------
 def test_records_by_hand() -> None:
     losses = [PairLoss("a", "x", 1.0, 3.0), PairLoss("b", "x", 2.0, 2.0), PairLoss("c", "y", 4.0, 1.0)]

@@ -51,10 +51,10 @@ def test_number_equivalence_helps_more_than_it_hurts() -> None:
         (
             CASES,
             {
-                "token_sequence": (14, 43),
-                "token_sequence_numbers": (13, 29),
-                "substring": (23, 40),
-                "any_order": (16, 38),
+                "token_sequence": (16, 45),
+                "token_sequence_numbers": (14, 30),
+                "substring": (26, 41),
+                "any_order": (18, 40),
             },
         ),
         (
@@ -89,10 +89,54 @@ def test_error_rates_against_human_verdicts_are_those_documented(cases: list[dic
         ("Ærøskøbing", "aeroskobing"),
         ("Łódź", "lodz"),
         ("ﬁrst H₂O", "first h2o"),
+        ("ﾊﾟﾘ ガ", "パリ ガ"),
+        ("Мой ещё за\u0301мок", "мой еще замок"),
+        ("Pa\u00adris 3\ufe0f\u20e3 葛\U000e0100", "paris 3 葛"),
+        ("שָׁלוֹם مُحَمَّد", "שלום محمد"),
+        ("Ναυσικά", "ναυσικα"),
     ],
 )
 def test_folding(text: str, expected: str) -> None:
     assert normalise(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("東京は2008年に", ["東", "京", "は", "2008", "年", "に"]),
+        ("レオナルド・ダ", ["レ", "オ", "ナ", "ル", "ド", "ダ"]),
+        ("ที่นี่", ["ที่", "นี่"]),
+        ("हिन्दी में", ["हिन्दी", "में"]),
+        ("한국의 서울", ["한국의", "서울"]),
+        ("AI技術 ok", ["ai", "技", "術", "ok"]),
+        ("−3, -4, (-5) –6 -$7 气温-8度", ["−3", "−4", "−5", "−6", "−7", "气", "温", "−8", "度"]),
+        ("1939-45, covid-19, 5 - 3, 5−3, 5 − 3, --3", ["1939", "45", "covid", "19", *"5353533"]),
+    ],
+)
+def test_words(text: str, expected: list[str]) -> None:
+    assert list(words(text)) == expected
+
+
+UNSPACED = st.sampled_from(["か", "が", "京", "東", "ก", "กี"])
+
+
+@given(st.lists(UNSPACED, max_size=8), st.lists(UNSPACED, min_size=1, max_size=3))
+def test_in_a_script_without_blanks_a_gold_is_found_just_where_its_characters_stand(
+    response: list[str], gold: list[str]
+) -> None:
+    found = score("".join(response), ["".join(gold)])
+    inside = any(response[i : i + len(gold)] == gold for i in range(len(response)))
+    assert found["token_sequence"] == found["token_sequence_numbers"] == found["any_order"] == inside
+    assert words("".join(gold)) == words(" ".join(gold)) == tuple(gold), "blanks between them change nothing"
+
+
+@given(st.integers(-(10**6), 10**6), st.booleans())
+def test_a_number_is_right_only_with_its_sign(said: int, same: bool) -> None:
+    gold = said if same else -said
+    for text in (f"It is {said}.", f"It is {said} degrees".replace("-", "\u2212"), f"({said})"):
+        verdicts = score(text, [str(gold)])
+        by_words = {verdicts[rule] for rule in ("token_sequence", "token_sequence_numbers", "any_order")}
+        assert by_words == {said == gold}
 
 
 def test_primary_is_token_containment_with_number_equivalence() -> None:
@@ -189,6 +233,9 @@ def test_digits_stay_and_lose_their_separators(n: int) -> None:
         ("eleventh, twelfth, thirteenth", "11th, 12th, 13th"),
         ("one third", "1 3rd"),
         ("1,00 and 12,34", "1,00 and 12,34"),
+        ("minus forty, negative one hundred and two", "-40, -102"),
+        ("ten minus four is six", "10 minus 4 is 6"),
+        ("minus the rest", "minus the rest"),
     ],
 )
 def test_number_phrases(text: str, expected: str) -> None:

@@ -146,6 +146,16 @@ def test_few_questions_do_not_prove_deafness(tmp_path: Path) -> None:
     assert not answer.startswith("No.")
 
 
+def test_many_cut_answers_are_warned_of(tmp_path: Path) -> None:
+    few = accuracy_row("base", "facts", "text", 60) | {"n_cut": 15}  # of 300: exactly 5 %
+    many = accuracy_row("full", "facts", "speech", 30) | {"n_cut": 16}
+    unknown = accuracy_row("lora", "facts", "text", 30)
+    assert "Warning" not in _answers(tmp_path, LOST, qa=[few, unknown])
+    answer = _answers(tmp_path, LOST, qa=[few, many, unknown])
+    assert "more than 5.0\u00a0% were cut" in answer
+    assert answer.endswith("Full-FT, facts, S2T: 16 of 300.")
+
+
 def test_an_empty_run_answers_no_question(tmp_path: Path) -> None:
     assert scale(read_inputs(tmp_path)) == "This run has not trained a model yet."
     for point in points_of(read_inputs(tmp_path)):

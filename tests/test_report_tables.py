@@ -97,10 +97,10 @@ def test_accuracy_details_keep_every_scoring_rule_and_count_failures() -> None:
         accuracy_row("base", "facts", "text", 90) | {"metric": "a"},
     ]
     table = tables.accuracy_details(records)
-    records[1] |= {"n_refusal": 4, "n_loop": 3, "source": "published (someone)"}
+    records[1] |= {"n_refusal": 4, "n_loop": 3, "n_cut": 7, "source": "published (someone)"}
     table = tables.accuracy_details(records)
-    assert _row(table, 0)[4:] == ["a 1", "300", "90", "30.0 [25.1 to 35.4]", "2", "4", "3", "1"]
-    assert _row(table, 1)[4:] == ["token_sequence 1", "300", "60", "20.0 [15.9 to 24.9]", "2", "–", "–", "1"]
+    assert _row(table, 0)[4:] == ["a 1", "300", "90", "30.0 [25.1 to 35.4]", "2", "4", "3", "1", "7"]
+    assert _row(table, 1)[4:] == ["token_sequence 1", "300", "60", "20.0 [15.9 to 24.9]", "2", "–", "–", "1", "–"]
     assert [_row(table, i)[0] for i in (0, 1)] == ["published (someone)", "measured here"]
 
 

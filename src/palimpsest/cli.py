@@ -40,6 +40,7 @@ from palimpsest.commands import (
     validate_importance,
 )
 from palimpsest.files import UserError, write_failure
+from palimpsest.progress import printable
 
 COMMANDS: dict[str, ModuleType] = {
     "study": study,
@@ -76,7 +77,7 @@ def main() -> None:
         sentence = str(error) if isinstance(error, UserError) else write_failure(error)
         if sentence is None:
             raise
-        Console(stderr=True).print(f"palimpsest: {sentence}", markup=False, highlight=False, soft_wrap=True)
+        Console(stderr=True).print(printable(f"palimpsest: {sentence}"), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
 
 
@@ -93,7 +94,7 @@ def _function(options: Any, run: Callable[[Any], Iterator[str]]) -> Callable[...
 
     def command(**values: Any) -> None:
         for line in run(_filled(options, values)):
-            typer.echo(line)
+            typer.echo(printable(line))  # a line may hold what a model answered, or a text of somebody's data
 
     command.__doc__ = options.__doc__
     command.__signature__ = introspection.Signature(parameters)  # type: ignore[attr-defined]

@@ -102,7 +102,7 @@ class EvaluationTask(TaskSplit):
 @dataclass(frozen=True)
 class Evaluation:
     tasks: Annotated[tuple[EvaluationTask, ...], MinLen(1)]
-    max_new_tokens: Annotated[int, Ge(1)] = 32
+    max_new_tokens: Annotated[int, Ge(1)] = 64
     batch_size: Annotated[int, Ge(1)] = 16
     probe: bool = True  # the retention probe of every model: seconds each
     text_asr: bool = False  # also ask the tuned models the recogniser's transcripts; needs models.asr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,14 @@ from rich.progress import (
 
 Advance = Callable[[int, int], None]  # (done, total)
 LOG_EVERY = 15.0  # seconds between lines of one step where there is no terminal
+# What a terminal obeys instead of showing it: control characters but line feed and tab, and orders to write backwards;
+# and half characters (surrogates), which cannot be printed at all.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""`text` as it may be printed on a terminal, whoever wrote it: an escape character as the four characters \x1b."""
+    return _OBEYED.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class Reporter:
@@ -32,7 +41,7 @@ class Reporter:
     def step(self, name: str) -> Iterator[Advance]:
         """Yields the step's `advance(done, total)`; prints one line at its end."""
         self.n_done += 1
-        label = f"[{self.n_done:>2}/{self.n_steps}] {name}"
+        label = printable(f"[{self.n_done:>2}/{self.n_steps}] {name}")
         started = time.monotonic()
         if self.console.is_terminal:
             with Progress(
@@ -53,11 +62,12 @@ class Reporter:
 
     def note(self, sentence: str) -> None:
         """Something the user should know that stops nothing."""
-        self.console.print(f"note: {sentence}", markup=False, highlight=False, soft_wrap=True)
+        self.console.print(printable(f"note: {sentence}"), markup=False, highlight=False, soft_wrap=True)
 
     def skipped(self, name: str) -> None:
         self.n_done += 1
-        self.console.print(f"[{self.n_done:>2}/{self.n_steps}] {name}  done before", markup=False, highlight=False)
+        line = printable(f"[{self.n_done:>2}/{self.n_steps}] {name}  done before")
+        self.console.print(line, markup=False, highlight=False)
 
     def _log(self, label: str, started: float) -> Advance:
         last = started

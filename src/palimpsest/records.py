@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NotRequired, get_args
 from typing_extensions import TypedDict  # pydantic takes typing's from Python 3.12 on only
 
 SCHEMA = 1
+MOST_CUT = 0.05  # with a larger share of answers cut at max_new_tokens an accuracy is shown with a warning
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class QARecord(TypedDict):
     n_failed: int  # could not be answered; counted as wrong
     n_refusal: NotRequired[int]  # added after the first results were written
     n_loop: NotRequired[int]
+    n_cut: NotRequired[int]  # stopped at max_new_tokens, without an end
     source: NotRequired[str]  # measured: by this version, here; published: taken from a paper
 
 

@@ -13,7 +13,7 @@ from typing_extensions import Doc
 
 from palimpsest.files import UserError, hash_value, locked, write_json
 from palimpsest.progress import Reporter
-from palimpsest.records import Modality, PerplexityRecord
+from palimpsest.records import MOST_CUT, Modality, PerplexityRecord
 
 if TYPE_CHECKING:
     from palimpsest.evaluation.answers import Answerer, SampleRow
@@ -43,7 +43,7 @@ class Options:
     modality: Annotated[Modality, Doc("How the questions are put.")] = "text"
     asr: Annotated[str, Doc("Recogniser of the cascade.")] = "embedded:whisper-tiny.en"
     limit: Annotated[int | None, Ge(1), Doc("Only the first questions.")] = None
-    max_new_tokens: Annotated[int, Ge(1)] = 32
+    max_new_tokens: Annotated[int, Ge(1)] = 64
     batch_size: Annotated[int, Ge(1)] = 16
     device: Annotated[str, Doc("auto (CUDA if there is one), cpu, cuda, cuda:1 …")] = "auto"
     faulty_audio: Annotated[
@@ -112,7 +112,7 @@ def _run(options: Options) -> Iterator[str]:
 
         results["word_error_rate"] = word_error_rate((row["question"], row["transcript"] or "") for row in rows)
     write_json(out / f"results-{modality}.json", results)
-    yield from _lines(rows, results, judged)
+    yield from _lines(rows, results, judged, options.max_new_tokens)
 
 
 def _check(options: Options) -> tuple[Judge | None, Task, str]:
@@ -220,7 +220,7 @@ def _perplexity(options: Options, where: str, device: str, task: Task, advance: 
 # ---------------------------------------------------------------------------------------------------------------------
 # In words
 # ---------------------------------------------------------------------------------------------------------------------
-def _lines(rows: Sequence[SampleRow], results: Mapping[str, Any], judged: Judged | None) -> Iterator[str]:
+def _lines(rows: Sequence[SampleRow], results: Mapping[str, Any], judged: Judged | None, limit: int) -> Iterator[str]:
     by_chance = {(floor["metric"], floor["floor"]): floor for floor in results["qa_floors"]}
     for record in results["qa"]:
         line = f"{record['metric']:<24} {record['correct']:>4}/{record['n']}  {100 * record['accuracy']:5.1f} %  "
@@ -241,7 +241,14 @@ def _lines(rows: Sequence[SampleRow], results: Mapping[str, Any], judged: Judged
             f"because {judged.failed[first]} Run again to ask about them again."
         )
     flags: tuple[Literal["empty", "refusal", "loop", "failed"], ...] = ("empty", "refusal", "loop", "failed")
-    yield "answers that are          " + ", ".join(f"{flag}: {sum(row[flag] for row in rows)}" for flag in flags)
+    n_cut = sum(row.get("cut", False) for row in rows)
+    counts = {flag: sum(row[flag] for row in rows) for flag in flags} | {"cut": n_cut}
+    yield "answers that are          " + ", ".join(f"{flag}: {n}" for flag, n in counts.items())
+    if n_cut > MOST_CUT * len(rows):
+        yield (
+            f"warning: {n_cut} of {len(rows)} answers ({100 * n_cut / len(rows):.0f} %) were cut at {limit} new tokens "
+            "without an end, and what would have followed was not scored; raise --max-new-tokens, with another --out."
+        )
     yield from (f"failed: {row['id']}: {row['error']}" for row in rows if row["failed"])
     if "word_error_rate" in results:
         yield f"word error rate          {100 * results['word_error_rate']:.1f} %"

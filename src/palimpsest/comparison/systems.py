@@ -187,4 +187,10 @@ def _verdicts(
     if said is None:
         raise UserError(f"{file} was not judged by a language model; run evaluate with --judge-url and --judge-model.")
     known = judge.read_cache(file.with_suffix(".judge.jsonl"), said["version"])
+    unjudged = [row["id"] for row in judge.to_judge(rows) if judge.shown(row) not in known]
+    if unjudged:  # an answer that nobody judged is not a wrong one
+        raise UserError(
+            f"{file}: the judge {said['version']} has no verdict on {len(unjudged)} of {len(rows)} answers, the first "
+            f"{unjudged[0]!r}; run evaluate with the same judge again, it asks about these alone."
+        )
     return said["version"], {row["id"]: known.get(judge.shown(row), False) for row in rows}

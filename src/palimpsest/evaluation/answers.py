@@ -25,11 +25,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 import torch
 
 from palimpsest.data.examples import Example
+from palimpsest.evaluation.finite import NotFiniteError, finite_logits
 from palimpsest.evaluation.scoring import METRIC_VERSION, METRICS, score, words
 from palimpsest.evaluation.tasks import Task
-from palimpsest.files import UserError, append_jsonl, drop_cut_line, read_json, read_lines, write_json, write_jsonl
+from palimpsest.files import (
+    UserError,
+    append_jsonl,
+    drop_cut_line,
+    hash_file,
+    read_json,
+    read_lines,
+    write_json,
+    write_jsonl,
+)
 from palimpsest.intervals import wilson
-from palimpsest.models.prompts import encode, render
+from palimpsest.models.prompts import NEXT_TURN, encode, render
 from palimpsest.records import Modality, QARecord
 
 if TYPE_CHECKING:
@@ -40,8 +50,8 @@ if TYPE_CHECKING:
 REMEDY = "restore the file, or delete it and run again"
 
 
-class SampleRow(TypedDict):
-    """One line of a samples file."""
+class _Always(TypedDict):
+    """What every line of a samples file has, of whatever version."""
 
     id: str
     question: str
@@ -60,16 +70,33 @@ class SampleRow(TypedDict):
     seconds: float  # the batch's time divided by its size
 
 
-def resume(
-    out: Path, binding: Mapping[str, Any], ids: Set[str], notice: Callable[[str], None] | None = None
-) -> list[SampleRow]:
-    """The complete rows of an earlier run of the same evaluation; [] and a new binding where there is none.
+class SampleRow(_Always, total=False):
+    """One line of a samples file; the fields here were added after the first files were written."""
 
-    A last line that was cut short is removed from the file, so that appending can go on, and `notice` gets a sentence.
+    cut: bool  # stopped at max_new_tokens, without an end; what would have followed is not known
+    recording: str | None  # what `recording_hash` gives of the recording that was asked; of text None
+
+
+REQUIRED, KNOWN = _Always.__annotations__.keys(), SampleRow.__annotations__.keys()
+
+
+def resume(
+    out: Path,
+    binding: Mapping[str, Any],
+    recordings: Mapping[str, str | None],
+    notice: Callable[[str], None] | None = None,
+) -> list[SampleRow]:
+    """The rows of an earlier run of the same evaluation that still hold; [] and a new binding where there is none.
+
+    A question that failed is asked again, for what it failed of may have been repaired, and so is one whose recording
+    is another one now. Their rows, and a last line that was cut short, are removed from the file, so that appending
+    can go on, and `notice` gets a sentence for each kind.
+
+    Args:
+        recordings: for each question id of the task, `recording_hash` of its recording; None where it is asked as text.
 
     Raises:
-        UserError: the rows belong to another evaluation, or a complete line is not a row of a question in
-        `ids`.
+        UserError: the rows belong to another evaluation, or a complete line is not a row of a question of the task.
     """
     sidecar = out.with_suffix(".json")
     if not out.exists():
@@ -81,10 +108,37 @@ def resume(
     ]
     if differing:
         raise UserError(f"{out} holds another evaluation ({', '.join(differing)}); delete it or write elsewhere.")
-    rows = _rows(out, ids)
-    if drop_cut_line(out) and notice is not None:  # killed in the middle of a line: that question is asked again
+    rows = _rows(out, recordings.keys())
+    notice = notice or (lambda sentence: None)
+    if drop_cut_line(out):  # killed in the middle of a line: that question is asked again
         notice(f"{out}:{len(rows) + 1} was cut in the middle; {len(rows)} answers are kept, this one is asked again.")
+    failed = [row["id"] for row in rows if row["failed"]]
+    changed = [
+        row["id"]
+        for row in rows
+        if not row["failed"] and row.get("recording", recordings[row["id"]]) != recordings[row["id"]]
+    ]
+    if failed:
+        notice(f"{out}: questions that had failed are asked again: {_some(failed)}.")
+    if changed:
+        notice(f"{out}: questions whose recording is another one now are asked again: {_some(changed)}.")
+    if failed or changed:
+        again = {*failed, *changed}
+        rows = [row for row in rows if row["id"] not in again]
+        write_jsonl(out, rows)
     return rows
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:5]) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
+
+
+def recording_hash(example: Example) -> str | None:
+    """Identifies the bytes of the example's recording; None where it has none or the file cannot be read."""
+    try:
+        return None if example.audio is None else hash_file(example.audio)[:16]
+    except OSError:
+        return None
 
 
 def read_finished(out: Path) -> tuple[dict[str, Any], list[SampleRow]]:
@@ -108,7 +162,7 @@ def _rows(out: Path, ids: Set[str] | None = None) -> list[SampleRow]:
     """Every complete line, of a question in `ids`; without `ids` every line, of any question."""
     rows: dict[str, SampleRow] = {}
     for where, row in read_lines(out, REMEDY, finished=ids is None):
-        if not isinstance(row, dict) or row.keys() != SampleRow.__annotations__.keys():
+        if not isinstance(row, dict) or not REQUIRED <= row.keys() <= KNOWN:
             raise UserError(f"{where} is not a row of answers; {REMEDY}.")
         id = row["id"]
         if id in rows or (ids is not None and id not in ids):
@@ -165,10 +219,12 @@ class Answer(NamedTuple):
     prompt: str | None = None
     prompt_tokens: int | None = None
     transcript: str | None = None
+    cut: bool = False
 
 
 Answerer = Callable[[Sequence[Example], Modality], list[Answer]]
-"""One answer per example, in order; UserError, OSError or ValueError where an example cannot be answered."""
+"""One answer per example, in order; UserError, OSError or ValueError where an example cannot be answered,
+NotFiniteError where the model's logits are NaN or infinite."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -181,7 +237,7 @@ def answer_questions(
     *,
     model: str,
     out: Path,
-    max_new_tokens: int = 32,
+    max_new_tokens: int = 64,
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
     notice: Callable[[str], None] | None = None,
@@ -193,18 +249,19 @@ def answer_questions(
     `batch_size`.
 
     An example that cannot be answered (its recording is unreadable, say) is asked again alone, then listed
-    with `failed` and `error` and counted as wrong. Errors other than UserError, OSError and ValueError are
-    defects, or memory running out: they stop the run, and the next call continues where this one stopped.
+    with `failed` and `error` and counted as wrong; the next call asks it again. Errors other than UserError,
+    OSError and ValueError are defects, or memory running out: they stop the run, and the next call continues
+    where this one stopped.
 
     Args:
         model: fingerprint of everything `answer` uses (weights, system prompt); it binds the file to it.
         max_new_tokens: what `answer` was made with; recorded, and part of what a resumed file must match.
         progress: called as progress(answered, total), first with what an earlier run left.
-        notice: gets a sentence when a line cut by a kill was found and is asked again.
+        notice: gets a sentence when questions of an earlier run are asked again, see `resume`.
 
     Raises:
-        UserError: `out` belongs to another evaluation or is damaged (see `resume`), or every single
-            question failed.
+        UserError: `out` belongs to another evaluation or is damaged (see `resume`), every single question
+            failed, or the model gives NaN or infinite logits.
     """
     if batch_size < 1:
         raise UserError(f"A batch size of {batch_size} was given; use 1 or more.")
@@ -218,7 +275,8 @@ def answer_questions(
         "model": model,
         "n": len(task.examples),
     }
-    rows = {row["id"]: row for row in resume(out, binding, {e.id for e in task.examples}, notice)}
+    recordings = {e.id: None if modality == "text" else recording_hash(e) for e in task.examples}
+    rows = {row["id"]: row for row in resume(out, binding, recordings, notice)}
     # Longest first: memory runs out in the first batch or never. Similar lengths together: little padding.
     # A batch that an earlier run left unfinished is answered again as a whole: its padding, and with it the last bits
     # of every logit, depends on who is in it, and a resumed run must end as an uninterrupted one.
@@ -230,6 +288,8 @@ def answer_questions(
         if all(example.id in rows for example in batch):
             continue
         new = {row["id"]: row for row in _answer_batch(answer, batch, modality) if row["id"] not in rows}
+        for id, row in new.items():
+            row["recording"] = recordings[id]
         append_jsonl(out, new.values())
         rows |= new
         if progress is not None:
@@ -239,7 +299,7 @@ def answer_questions(
     if all(row["failed"] for row in ordered):
         raise UserError(
             f"None of the {len(ordered)} questions of {task.name} could be answered, the first because: "
-            f"{ordered[0]['error']} Correct that, delete {out} and run again."
+            f"{ordered[0]['error']} Correct that and run again."
         )
     return ordered
 
@@ -253,6 +313,8 @@ def _answer_batch(answer: Answerer, batch: Sequence[Example], modality: Modality
     started = time.perf_counter()
     try:
         answers = answer(batch, modality)
+    except NotFiniteError:  # no fault of the question: every accuracy of such a model would be a wrong number
+        raise
     except (UserError, OSError, ValueError) as error:
         if len(batch) == 1:
             return [_row(batch[0], Answer("", 0), time.perf_counter() - started, str(error) or repr(error))]
@@ -282,6 +344,7 @@ def _row(example: Example, given: Answer, seconds: float, error: str | None = No
         "failed": failed,
         "error": error,
         "seconds": seconds,
+        "cut": given.cut,
     }
 
 
@@ -291,7 +354,7 @@ def _row(example: Example, given: Answer, seconds: float, error: str | None = No
 def text_answerer(
     language_model: Any,
     tokenizer: Any,
-    max_new_tokens: int = 32,
+    max_new_tokens: int = 64,
     system: str | None = None,
     instruction: str | None = None,
 ) -> Answerer:
@@ -299,9 +362,9 @@ def text_answerer(
 
     The prompt is the tokenizer's chat template with the question (after `instruction`, if any) as the user
     turn and `system` as the system turn; without a template it is "Question: …", a line feed and "Answer:".
-    It is tokenised once and holds exactly one begin-of-text. Generation stops at the tokenizer's
-    end-of-text and at the end ids of the model's generation settings; nothing else is taken from these
-    settings (see GREEDY).
+    It is tokenised once and holds exactly one begin-of-text. An answer ends at the tokenizer's end-of-text and
+    at the end ids of the model's generation settings; nothing else is taken from these settings (see GREEDY).
+    Without a template it also ends where the model begins a line with "Question:" or "Answer:".
 
     In float32 the answers do not depend on the batch. The model is put into eval mode.
     """
@@ -329,11 +392,18 @@ def text_answerer(
             output = language_model.generate(
                 input_ids=input_ids.to(language_model.device),
                 attention_mask=attention_mask.to(language_model.device),
+                logits_processor=finite_logits(language_model, names_of(examples)),
                 **settings,
             )
-        return decoded(tokenizer, output[:, input_ids.shape[1] :], settings, prompts, map(len, ids))
+        new = output[:, input_ids.shape[1] :]
+        return decoded(tokenizer, new, settings, prompts, map(len, ids), further_turn(tokenizer))
 
     return answer
+
+
+def names_of(examples: Sequence[Example]) -> list[str]:
+    """What an error calls the rows of a batch."""
+    return [f"question {example.id!r}" for example in examples]
 
 
 def generation_settings(language_model: Any, tokenizer: Any, max_new_tokens: int) -> dict[str, Any]:
@@ -358,14 +428,32 @@ def pad_left(ids: Sequence[Sequence[int]], pad: int) -> tuple[Int[Tensor, "batch
     return input_ids, attention_mask
 
 
-def decode_new(tokenizer: Any, new: Int[Tensor, "batch new"], end: Sequence[int]) -> list[tuple[str, int]]:
-    """Text and token count of every row of generated tokens, up to and including its first end id."""
+class Decoded(NamedTuple):
+    text: str
+    n_new_tokens: int  # up to the end, the end id included
+    cut: bool  # there was no end: generation stopped at its limit
+
+
+def decode_new(
+    tokenizer: Any, new: Int[Tensor, "batch new"], end: Sequence[int], turn: re.Pattern[str] | None = None
+) -> list[Decoded]:
+    """Every row of generated tokens up to its first end id, or to where its text begins a further `turn`."""
     decoded = []
     for row in new.tolist():
         stop = next((position for position, id in enumerate(row) if id in end), None)
         kept = row if stop is None else row[:stop]
-        n_new = len(row) if stop is None else stop + 1
-        decoded.append((tokenizer.decode(kept, skip_special_tokens=True).strip(), n_new))
+        text, n_new, cut = (
+            tokenizer.decode(kept, skip_special_tokens=True),
+            len(kept) + (stop is not None),
+            stop is None,
+        )
+        if turn is not None and (found := turn.search(text)):
+            # As many tokens as it takes to begin the turn: what generation would have made, had it stopped there.
+            reached = (
+                n for n in range(1, len(kept)) if turn.search(tokenizer.decode(kept[:n], skip_special_tokens=True))
+            )
+            text, n_new, cut = text[: found.start()], next(reached, len(kept)), False
+        decoded.append(Decoded(text.strip(), n_new, cut))
     return decoded
 
 
@@ -375,10 +463,19 @@ def decoded(
     settings: Mapping[str, Any],
     prompts: Iterable[str | None],
     lengths: Iterable[int],
+    turn: re.Pattern[str] | None = None,
 ) -> list[Answer]:
     """The answers in what `generate` made with `settings`, with the prompts and their lengths in tokens."""
-    texts = decode_new(tokenizer, new, settings["eos_token_id"] or ())
-    return [Answer(*text, prompt, n) for text, prompt, n in zip(texts, prompts, lengths, strict=True)]
+    texts = decode_new(tokenizer, new, settings["eos_token_id"] or (), turn)
+    return [
+        Answer(one.text, one.n_new_tokens, prompt, n, cut=one.cut)
+        for one, prompt, n in zip(texts, prompts, lengths, strict=True)
+    ]
+
+
+def further_turn(tokenizer: Any) -> re.Pattern[str] | None:
+    """What ends an answer besides the end ids: without a chat template, the next turn of the plain prompt."""
+    return NEXT_TURN if tokenizer.chat_template is None else None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -413,7 +510,7 @@ def qa_record(
     """The accuracy of `rows` by any metric that gives a verdict per question id: a rule, or a judge."""
     correct = sum(verdicts[row["id"]] for row in rows)
     low, high = wilson(correct, len(rows))
-    return {
+    record: QARecord = {
         "method": method,
         "task": task.name,
         "modality": modality,
@@ -430,6 +527,9 @@ def qa_record(
         "n_loop": sum(row["loop"] for row in rows),
         "source": "measured",
     }
+    if all("cut" in row for row in rows):  # of older rows it is not known
+        record["n_cut"] = sum(row["cut"] for row in rows)
+    return record
 
 
 def verdicts_by_id(rows: Iterable[SampleRow], metric: str) -> dict[str, bool]:

@@ -20,7 +20,8 @@ import jinja2
 import torch
 
 from palimpsest.data.examples import Example
-from palimpsest.evaluation.answers import Answer, Answerer, decoded, generation_settings
+from palimpsest.evaluation.answers import Answer, Answerer, decoded, generation_settings, names_of
+from palimpsest.evaluation.finite import finite_logits
 from palimpsest.evaluation.spoken import recordings
 from palimpsest.files import UserError
 from palimpsest.models import SAMPLE_RATE
@@ -37,7 +38,7 @@ Turns = list[dict[str, Any]]
 def audio_llm_answerer(
     model: Any,
     processor: Any,
-    max_new_tokens: int = 32,
+    max_new_tokens: int = 64,
     system: str | None = None,
     instruction: str = PromptStyle.speech_instruction,
 ) -> Answerer:
@@ -72,7 +73,8 @@ def audio_llm_answerer(
             )
         model.eval()
         with torch.inference_mode():
-            output = model.generate(**_on_device(inputs, model), **settings)
+            finite = finite_logits(model, names_of(examples))
+            output = model.generate(**_on_device(inputs, model), logits_processor=finite, **settings)
         return decoded(tokenizer, output[:, inputs["input_ids"].shape[1] :], settings, prompts, lengths)
 
     return answer

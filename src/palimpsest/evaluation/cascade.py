@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from palimpsest.data.examples import Example
-from palimpsest.evaluation.answers import Answer, Answerer
+from palimpsest.evaluation.answers import Answer, Answerer, names_of
+from palimpsest.evaluation.finite import finite_logits
 from palimpsest.evaluation.scoring import number_words
 from palimpsest.evaluation.spoken import recordings
 from palimpsest.files import UserError
@@ -29,7 +30,7 @@ def transcribe(asr_model: Any, asr_processor: Any, examples: Sequence[Example], 
     """What a `WhisperForConditionalGeneration` understands of the examples' recordings, greedy: id -> English text.
 
     Raises:
-        UserError: an example has no recording, or one that cannot be read.
+        UserError: an example has no recording, or one that cannot be read; the recogniser gives NaN or infinite logits.
     """
     multilingual = asr_model.config.vocab_size >= MULTILINGUAL_VOCABULARY
     arguments = {"language": "en", "task": "transcribe"} if multilingual else {}
@@ -46,6 +47,7 @@ def transcribe(asr_model: Any, asr_processor: Any, examples: Sequence[Example], 
                 attention_mask=features["attention_mask"].to(asr_model.device),
                 do_sample=False,
                 num_beams=1,
+                logits_processor=finite_logits(asr_model, names_of(batch)),
                 **arguments,
             )
         texts = asr_processor.batch_decode(ids, skip_special_tokens=True)

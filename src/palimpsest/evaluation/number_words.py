@@ -6,8 +6,9 @@ Words are joined across blanks and hyphens only, so the list "twenty, thirty" st
     cardinals   "two hundred and five" 205, "a hundred" 100, "1.5 million" 1500000, "1,000" 1000, "zero" 0
     ordinals    up to ninety-ninth: "twenty-first" 21st
     years       read in pairs: "nineteen forty-five" 1945, "nineteen oh five" 1905
+    signs       "minus forty" -40, "negative 40" -40; "ten minus four" stays a subtraction
 
-Not handled: fractions, "dozen", Roman numerals, ordinals above 99, decimals in words, "minus". "one"
+Not handled: fractions, "dozen", Roman numerals, ordinals above 99, decimals in words, "below zero". "one"
 becomes 1 also where it is a pronoun.
 """
 
@@ -23,7 +24,8 @@ def digits(text: str) -> str:
     text = _GROUPED.sub(lambda match: match[0].replace(",", ""), text)
     text = _ORDINAL.sub(_ordinal_digits, text)
     text = _YEAR.sub(_year_digits, text)
-    return _CARDINAL.sub(lambda match: f"{_value(match[0]).normalize():f}", text)
+    text = _CARDINAL.sub(lambda match: f"{_value(match[0]).normalize():f}", text)
+    return _MINUS.sub("-", text)
 
 
 def _table(words: str, first: int, step: int = 1) -> dict[str, int]:
@@ -72,6 +74,7 @@ _ORDINAL = re.compile(
     rf"\b(?:(?:(?P<tens>{_any(_TENS)}){_SEP})?(?P<unit>{_any(_ORDINAL_UNITS)})|(?P<rest>{_any(_ORDINAL_REST)}))"
 )
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!,?\d)")  # "1,000", not "1,00"
+_MINUS = re.compile(r"(?<!\d )\b(?:minus|negative)\s+(?=\d)")
 _PART = re.compile(r"\d+(?:\.\d+)?|[a-z]+")
 
 

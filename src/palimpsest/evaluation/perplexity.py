@@ -17,6 +17,7 @@ import torch
 
 from palimpsest.data.collate import Batch, Collator, batches
 from palimpsest.data.examples import Example
+from palimpsest.evaluation.finite import not_finite
 from palimpsest.files import UserError, hash_value, read_json, write_json, write_jsonl
 from palimpsest.models.loss import supervised_losses
 from palimpsest.records import PerplexityRecord
@@ -71,8 +72,8 @@ def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Perple
     device.
 
     Raises:
-        UserError: a batch without "ids", an id that comes twice, an example without a supervised token, no
-        batch.
+        UserError: a batch without "ids", an id that comes twice, an example without a supervised token or without a
+        finite loss, no batch.
     """
     if model.training:
         raise UserError("Perplexity was asked of a model in training mode; call model.eval() first.")
@@ -90,6 +91,8 @@ def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Perple
                 raise UserError(f"Example {id!r} comes twice; give every example its own id.")
             if count == 0:
                 raise UserError(f"Example {id!r} has no supervised token; leave it out or check its labels.")
+            if not math.isfinite(total):
+                raise not_finite(model, f"example {id!r}")
             samples[id] = SampleLoss(total, count)
     if not samples:
         raise UserError("Perplexity was asked of no examples at all; pass at least one batch.")

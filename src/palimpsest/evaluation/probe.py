@@ -15,6 +15,7 @@ Shapes: batch = rows of tokens, seq = their longest, kept = positions at which s
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -25,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import cross_entropy
 
+from palimpsest.evaluation.finite import not_finite
 from palimpsest.files import UserError, hash_file, read_jsonl
 from palimpsest.intervals import wilson
 from palimpsest.models.anatomy import unwrap
@@ -116,6 +118,8 @@ def pair_losses(
     """The losses of every pair, in order. In float32 they do not depend on `batch_size` beyond rounding.
 
     Where both continuations are one token, as nearly always, one row of tokens serves both.
+
+    Raises UserError for a model that gives NaN or infinite losses.
     """
     if not pairs or batch_size < 1:
         raise UserError("The probe needs at least one pair and a batch size of 1 or more.")
@@ -133,6 +137,8 @@ def pair_losses(
             batch = order[start : start + batch_size]
             wanted = [(row, index) for row, tokens in enumerate(batch) for index in rows[tokens]]
             for index, mean in _losses(model, batch, [(row, index, *spans[index][1:]) for row, index in wanted]):
+                if not math.isfinite(mean):
+                    raise not_finite(model, f"pair {pairs[index // 2].id!r}")
                 means[index] = mean
             if progress is not None:
                 progress(min(start + batch_size, len(order)), len(order))

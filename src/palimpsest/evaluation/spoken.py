@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any
 from palimpsest.data.collate import Batch, Collator, to_device
 from palimpsest.data.examples import Example
 from palimpsest.data.speech import read_audio
-from palimpsest.evaluation.answers import Answer, Answerer, decoded, generation_settings, pad_left
+from palimpsest.evaluation.answers import (
+    Answer,
+    Answerer,
+    decoded,
+    further_turn,
+    generation_settings,
+    names_of,
+    pad_left,
+)
+from palimpsest.evaluation.finite import finite_logits
 from palimpsest.files import UserError
 
 if TYPE_CHECKING:
@@ -19,16 +28,16 @@ if TYPE_CHECKING:
     from palimpsest.models.speech_lm import SpeechLM
 
 
-def speech_answerer(model: SpeechLM, collator: Collator, max_new_tokens: int = 32) -> Answerer:
+def speech_answerer(model: SpeechLM, collator: Collator, max_new_tokens: int = 64) -> Answerer:
     """Greedy answers to questions given as speech.
 
-    `collator` is the speech collator whose features hold the questions' recordings. Generation settings are those of
-    `text_answerer`: nothing but the end ids is taken from the model's own.
+    `collator` is the speech collator whose features hold the questions' recordings. Generation settings and
+    ends of an answer are those of `text_answerer`: nothing but the end ids is taken from the model's own.
     """
     return _answerer(model, collator.processor.tokenizer, collator.prompts, max_new_tokens)
 
 
-def recording_answerer(model: SpeechLM, processor: SpeechLMProcessor, max_new_tokens: int = 32) -> Answerer:
+def recording_answerer(model: SpeechLM, processor: SpeechLMProcessor, max_new_tokens: int = 64) -> Answerer:
     """The same from the examples' recordings, read and encoded batch by batch.
 
     A recording that cannot be decoded fails alone. Encoder frames are rounded to float16, as the cache of a study
@@ -73,7 +82,9 @@ def _answerer(
             raise UserError(f"A speech answerer was asked to answer from {modality}.")
         batch = prompts(examples)
         batch.pop("ids", None)
-        new = model.generate(**to_device(batch, model.language_model.device), **settings).cpu()
-        return decoded(tokenizer, new, settings, [None] * len(new), batch["attention_mask"].sum(1).tolist())
+        finite = finite_logits(model, names_of(examples))
+        new = model.generate(**to_device(batch, model.language_model.device), logits_processor=finite, **settings).cpu()
+        lengths = batch["attention_mask"].sum(1).tolist()
+        return decoded(tokenizer, new, settings, [None] * len(new), lengths, further_turn(tokenizer))
 
     return answer

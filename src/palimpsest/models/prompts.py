@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
+
+# Where a base model, asked without a chat template, has answered and goes on with a further turn of the plain prompt.
+NEXT_TURN = re.compile(r"\n\s*(?:Question|Answer):")
 
 
 @dataclass(frozen=True)

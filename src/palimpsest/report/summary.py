@@ -6,11 +6,12 @@ Every sentence is made of records alone and says so where they do not decide.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from palimpsest.records import ComparisonRecord, QARecord
+from palimpsest.records import MOST_CUT, ComparisonRecord, QARecord
 from palimpsest.report.across_runs import n_runs
 from palimpsest.report.inputs import (
+    MODALITY_NAMES,
     Inputs,
     at,
     having,
@@ -84,10 +85,11 @@ def points_of(inputs: Inputs) -> list[Point]:
         ("Which training keeps the text?", _keeps, "two trained models that answered the same typed questions"),
         ("Do the models understand speech?", _understand, "answers to spoken questions"),
     )
-    return [
+    found = [
         Point(question, tuple(answer(inputs)) or (Finding(f"Not known: the run has no {lacking}."),))
         for question, answer, lacking in questions
     ]
+    return [replace(found[0], findings=(*found[0].findings, *_cut(inputs))), *found[1:]]
 
 
 def _lost(inputs: Inputs) -> Iterator[Finding]:
@@ -103,6 +105,25 @@ def _lost(inputs: Inputs) -> Iterator[Finding]:
             details.append(f"Not compared with the base question by question: {', '.join(alone)}.")
         answered = f"the base answers {_share(base['accuracy'])} of {base['n']} typed questions"
         yield Finding(f"{task_name(task)}: {answered}; the trained models:", tuple(details))
+
+
+def _cut(inputs: Inputs) -> Iterator[Finding]:
+    """A warning where so many answers were cut at the limit that accuracies may say more about it than about models."""
+    details = [
+        f"{method_name(row['method'])}, {task_name(row['task'])}, "
+        f"{MODALITY_NAMES.get(row['modality'], row['modality'])}: {row['n_cut']} of {row['n']}."
+        for row in sorted(
+            having(inputs.results["qa"], metric=main_metric(inputs.results)), key=lambda row: method_key(row["method"])
+        )
+        if row.get("n_cut", 0) > MOST_CUT * row["n"]
+    ]
+    if details:
+        sentence = (
+            f"Warning: of these answers more than {percent(MOST_CUT)}\u00a0% were cut at the limit of new tokens without "
+            "an end. What would have followed was not scored, so their accuracies, and differences between them, may come "
+            "from the limit; raise evaluation.max_new_tokens and run the study again with --changed."
+        )
+        yield Finding(sentence, tuple(details))
 
 
 def _where(inputs: Inputs) -> Iterator[Finding]:

@@ -301,7 +301,7 @@ def lora_rank(records: Rows, metric: str, ranks: Mapping[str, int], model: str =
 
 
 def accuracy_details(records: Rows) -> Table:
-    """Every accuracy of the run, by scoring rule, with how many answers were empty, refused, looping or failed."""
+    """Every accuracy of the run, by scoring rule, with how many answers were empty, refused, looping, failed or cut."""
     return table(
         "accuracy_details",
         "Every accuracy, by scoring rule",
@@ -310,11 +310,12 @@ def accuracy_details(records: Rows) -> Table:
             *(METHOD, TASK, INPUT),
             (Column("Scoring rule"), lambda row: text(f"{row['metric']} {row['metric_version']}")),
             *(N, counts("Correct", "correct"), ranges("Accuracy %", "accuracy", percent)),
-            *(counts(title, f"n_{what}") for title, what in ANSWERS.items()),
+            *(counts(title, f"n_{what}") for title, what in {**ANSWERS, "Cut": "cut"}.items()),
         ),
         in_order(records, "metric", "task", "modality", "method"),
         "Empty and failed answers count as wrong. Refused and looping ones are scored as they are: a refusal opens "
-        "with an apology or not knowing, a loop repeats a run of words three times or more, over at least six words.",
+        "with an apology or not knowing, a loop repeats a run of words three times or more, over at least six words. "
+        "So are answers that were cut at the limit of new tokens: what would have followed is not known.",
     )
 
 
