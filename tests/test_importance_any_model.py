@@ -225,7 +225,7 @@ def with_lora(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[nn.Mo
         config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **options)
         return get_peft_model(tiny_llama().to(dtype), config)
 
-    return adapted(), adapted().merge_and_unload()
+    return adapted(), adapted().float().merge_and_unload().to(dtype)  # summed in float32, rounded once
 
 
 def snapshot(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
@@ -256,6 +256,18 @@ def test_lora_is_scored_on_merged_weights_and_left_as_it_was(dtype: torch.dtype,
     model.disable_adapter_layers()
     unadapted = estimate_importance(model, text_batches())
     assert unadapted.metadata["model"] != scores.metadata["model"]  # a disabled adapter is not part of the weights
+
+
+def test_an_update_that_bfloat16_would_round_away_is_not_scored_without_it() -> None:
+    model, _ = with_lora(torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B" in name:
+                parameter.mul_(1e-3)
+    before = snapshot(model)
+    with pytest.raises(UserError, match=r"Merged into bfloat16 weights, \d+% of a LoRA update would be lost"):
+        estimate_importance(model, text_batches())
+    assert_unchanged(model, before)
 
 
 def test_a_lora_inside_a_speech_lm_comes_back_when_the_block_raises() -> None:
