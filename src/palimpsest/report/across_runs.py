@@ -33,7 +33,7 @@ def by_method(inputs: Inputs) -> Inputs:
     shown["layers"] = _mean_layers(results)
     for table, field in (("deactivation", "model"), ("clustering", "model"), ("delta", "method")):
         rows: Sequence[Mapping[str, Any]] = shown[table]
-        shown[table] = [{**row, field: method_of(row[field])[0]} for row in rows]
+        shown[table] = [{**row, field: method_of(row[field])[0], "run": row[field]} for row in rows]
     for table in ("qa_floors", "perplexity", "probe", "shift", "clustering_summary", "mask_overlap", "training"):
         shown[table] = [row for row in shown[table] if _is_first(row)]
     samples = {key: rows for key, rows in inputs.samples.items() if method_of(key[0])[1] == 0}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -23,7 +25,7 @@ from palimpsest.report.inputs import (
     text_layers,
 )
 from palimpsest.report.style import GREYS, INK, LINE_HEIGHT, WIDTH, Drawing, log_labels, look, model_legend
-from palimpsest.report.table import interval, percent, significant
+from palimpsest.report.table import interval, median_log, percent, significant
 
 CONDITIONS = {"base": "whole", "bottom": "bottom removed", "random": "random removed", "top": "top removed"}
 HATCHES = ("", "....", "////", "")
@@ -128,14 +130,21 @@ def deactivation(inputs: Inputs) -> Drawing | None:
     ]
     figure.legend(bars, list(CONDITIONS.values()), loc="outside lower center", ncols=4)
     example = next((row for row in rows if row["condition"] != "base"), rows[0])
+    several = "" if n_runs(inputs.results) == 1 else " of all runs, the others: mean over runs"
     drawing.caption = (
         f"Perplexity of the held-out answers after setting {100 * example['ratio']:g} % of the weights to "
         f"zero (scope {example['scope']}, scores {example['reduction']}). "
-        f"{'Random: mean over seeds' if n_runs(inputs.results) == 1 else 'Mean over runs and random masks'}, the line "
-        f"spans the smallest and the largest. {example['n_examples']} examples."
+        f"Random: median over {_n_masks(rows)} masks{several}, the line spans the smallest and the largest: what a "
+        f"random mask does varies much. {example['n_examples']} examples."
     )
     drawing.alt = "Bar chart: " + "; ".join(drawing.tips.values()) + "."
     return drawing
+
+
+def _n_masks(rows: Sequence[DeactivationRecord]) -> int:
+    """Random masks of a model and input, the most that any has."""
+    found = Counter((row["model"], row["modality"]) for row in rows if row["condition"] == "random")
+    return max(found.values(), default=0)
 
 
 def _paper_like(records: Sequence[DeactivationRecord]) -> list[DeactivationRecord]:
@@ -175,17 +184,24 @@ def _condition_bars(
             continue
         x = position + (index - 1.5) * 0.2
         label = f"{method_name(model)}, {modality}, {CONDITIONS[condition]}"
-        if any(value is None for value in found):  # beyond float range: no bar can show it
+        middle = math.inf
+        if condition == "random":  # one mask that is beyond float range does not hide the others
+            middle = math.exp(median_log(found)[0])
+        elif None not in found:
+            middle = fmean(found)
+        if math.isinf(middle):  # beyond float range: no bar can show it
             axis.annotate("∞", (x, 1), xytext=(0, 2), textcoords="offset points", ha="center")
             drawing.tips[f"none{len(drawing.tips)}"] = f"{label}: not finite"
             continue
-        mean = fmean(found)
-        bar = axis.bar([x], [mean], width=0.18, color=GREYS[index], edgecolor=INK, linewidth=0.7, hatch=HATCHES[index])
-        drawing.tip(bar.patches[0], f"{label}: {significant(mean)}")
+        found = [value for value in found if value is not None]
+        bar = axis.bar(
+            [x], [middle], width=0.18, color=GREYS[index], edgecolor=INK, linewidth=0.7, hatch=HATCHES[index]
+        )
+        drawing.tip(bar.patches[0], f"{label}: {significant(middle)}")
         if len(found) > 1:
             axis.plot([x, x], [min(found), max(found)], color=INK, linewidth=1)
         axis.annotate(
-            significant(mean),
+            significant(middle),
             (x, max(found)),
             xytext=(0, 2),
             textcoords="offset points",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import cast
@@ -14,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from palimpsest.records import DeactivationRecord, TrainingRecord
 from palimpsest.report.inputs import MAIN_REDUCTION, Inputs, at, method_key, method_name, methods_in
 from palimpsest.report.style import INK, LINE_HEIGHT, WIDTH, Drawing, log_labels, look, model_legend
-from palimpsest.report.table import significant
+from palimpsest.report.table import median_log, significant
 
 REMOVED = {"top": "Most important removed", "random": "Random removed", "bottom": "Least important removed"}
 INPUTS = {"text": "text input", "speech": "speech input"}
@@ -60,7 +61,7 @@ def deletion(inputs: Inputs) -> Drawing | None:
     drawing.caption = (
         f"Perplexity of the held-out answers against the share of the weights set to zero (scope {example['scope']}, "
         f"scores {example['reduction']}), both logarithmic, one scale for all panels; at 0 nothing is removed. "
-        "Random: mean over seeds, the bars span the smallest and the largest."
+        "Random: median over the masks, the bars span the smallest and the largest."
         + (" This run has one ratio, so the lines have no points between." if len(ratios) == 1 else "")
     )
     drawing.alt = "Line charts: " + "; ".join(drawing.tips.values()) + "."
@@ -103,12 +104,17 @@ def _deletion_line(
     for ratio in sorted(by_ratio):
         where = f"{method_name(model)}, {rows[0]['modality']}, {100 * ratio:g} % ({condition}) removed"
         x, values = ratio or nothing, by_ratio[ratio]
-        if any(value is None for value in values):
+        middle = math.inf
+        if condition == "random":  # one mask that is not finite does not hide the others
+            middle = math.exp(median_log(values)[0])
+        elif None not in values:
+            middle = fmean(cast(list[float], values))
+        if math.isinf(middle):
             axis.annotate("∞", (x, 1), xycoords=("data", "axes fraction"), ha="center", va="top", color=mark.color)
             drawing.tips[f"none{len(drawing.tips)}"] = f"{where}: not finite"
             continue
-        finite = cast(list[float], values)
-        points.append((x, fmean(finite)))
+        finite = [value for value in values if value is not None]
+        points.append((x, middle))
         (point,) = axis.plot([x], [points[-1][1]], mark.marker, color=mark.color)
         drawing.tip(point, f"{where}: {significant(points[-1][1])}")
         if len(finite) > 1:

@@ -6,6 +6,7 @@ ours in rows of their own, labelled as published in their first cell, so that th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,8 @@ from palimpsest.report.table import (
     grouped,
     interval,
     mean,
+    median_log,
+    median_perplexity,
     numbers,
     p_value,
     percent,
@@ -146,9 +149,16 @@ def _ranks(inputs: Inputs) -> dict[str, int]:
 def deactivation(records: Sequence[DeactivationRecord]) -> Table:
     """Table 1: perplexity after zeroing the top, bottom or a random share of the weights.
 
-    The random condition is the mean over its seeds, with their smallest and largest value.
+    The random condition is the median over its masks, with median, smallest and largest logarithm of the ratio to the
+    whole model's perplexity.
     """
-    whole = {(row["model"], row["modality"]): [row] for row in records if row["condition"] == "base"}
+    whole: dict[tuple[str, str], list[DeactivationRecord]] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for row in records:  # the whole model stands in every scope; several training runs have one each
+        key = (_run(row), row["modality"], row["perplexity"])
+        if row["condition"] == "base" and key not in seen:
+            seen.add(key)
+            whole.setdefault((row["model"], row["modality"]), []).append(row)
     removed = (row for row in records if row["condition"] != "base")
     groups = grouped(removed, "model", "modality", "ratio", "scope", "reduction")
     groups.sort(
@@ -164,7 +174,7 @@ def deactivation(records: Sequence[DeactivationRecord]) -> Table:
                 "source": OURS,
                 "model": method_name(group["model"]),
                 "selection": f"{group['scope']}, {group['reduction']}",
-                "cells": {name: _perplexity(found) for name, found in of.items()},
+                "cells": {name: _perplexity(found, of["base"], name) for name, found in of.items()},
             }
         )
     rows += [
@@ -190,19 +200,43 @@ def deactivation(records: Sequence[DeactivationRecord]) -> Table:
             *(_given("Whole" if name == "base" else name.capitalize(), name) for name in CONDITIONS),
         ),
         rows,
-        f"Selected by: scope of the selection and reduction of the scores. Random: mean over seeds, with the "
-        f"smallest and largest in brackets. {_sizes(records, 'examples')}{DIGEST_NOTE}",
+        f"Selected by: scope of the selection and reduction of the scores. Random: median over the masks; in brackets "
+        f"the natural logarithm of its ratio to the whole model's perplexity, the smallest and the largest, and the "
+        f"number of masks. {_sizes(records, 'examples')}{DIGEST_NOTE}",
         _from_the_paper(rows),
     )
 
 
-def _perplexity(records: Sequence[DeactivationRecord]) -> Cell:
+def _run(row: DeactivationRecord) -> str:
+    """The training run that a record is of; where the runs of a method stand together, their records say so."""
+    return str(row.get("run", row["model"]))
+
+
+def _perplexity(records: Sequence[DeactivationRecord], whole: Sequence[DeactivationRecord], condition: str) -> Cell:
     if not records:
         return EMPTY
     values = [row["perplexity"] for row in records]
+    if condition == "random":
+        return _over_masks(records, {_run(row): row["perplexity"] for row in whole})
     if len(values) == 1 or None in values:
         return mean(values)
     return mean(values, f"{interval(min(values), max(values), significant)}; {len(values)} seeds")
+
+
+def _over_masks(records: Sequence[DeactivationRecord], whole: Mapping[str, float | None]) -> Cell:
+    values = [row["perplexity"] for row in records]
+    shown = median_perplexity(values)
+    if any(whole.get(_run(row)) is None for row in records):
+        detail = ""  # nothing to compare with
+    else:
+        logs = [
+            "∞" if log == math.inf else significant(log)
+            for log in median_log(values, [whole[_run(row)] for row in records])
+        ]
+        detail = f"ln ratio {logs[0]}, {logs[1]} to {logs[2]}; "
+    if len(values) == 1:
+        return Cell(shown.text, detail.removesuffix("; ").split(",")[0], shown.sort)
+    return Cell(shown.text, f"{detail}{len(values)} masks", shown.sort)
 
 
 def _sizes(records: Sequence[DeactivationRecord] | Sequence[PerplexityRecord], what: str) -> str:
