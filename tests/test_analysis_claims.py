@@ -181,7 +181,8 @@ LORA_SHIFT = {"model": "lora"}
         (1, replace_loss("top", 9.9), "fails"),
         (1, replace_loss("top", 10.1), "holds"),
         (1, replace_loss("bottom", 1.11), "fails"),
-        (1, replace_loss("random", 1.03, seed=1), "fails"),  # one random mask below the bottom one
+        (1, replace_loss("random", 1.03, seed=1), "holds"),  # one of two random masks below the bottom one
+        (1, replace_loss("random", 0.5, seed=1), "fails"),  # their median, √(1.7 · 0.5), below it
         (2, replace_clusters("base", "importance", 1.0), "fails"),
         (2, replace_clusters("base", "importance", 1.11), "undecided"),
         (3, edit("shift", FULL_SHIFT, 0.004, 0.001), "fails"),  # the bar is 0.006

@@ -84,6 +84,13 @@ def test_methods_that_make_no_sense_are_refused(method: dict[str, Any], message:
         parse_config(changed("methods.m", method), "recipe.yaml")
 
 
+def test_lora_is_not_merged_into_bfloat16_weights() -> None:
+    half = {**MINIMAL, "models": {**MINIMAL["models"], "dtype": "bfloat16"}}
+    assert parse_config(half, "r.yaml").models.dtype == "bfloat16"
+    with pytest.raises(UserError, match=r"r.yaml.*models.dtype bfloat16 would round most .* methods.low \(lora\)"):
+        parse_config({**half, "methods": {**MINIMAL["methods"], "low": {"kind": "lora"}}}, "r.yaml")
+
+
 def test_no_method_is_called_base_and_no_task_comes_twice() -> None:
     with pytest.raises(UserError, match="not 'base'"):
         parse_config(changed("methods.base", {"kind": "full"}), "r")

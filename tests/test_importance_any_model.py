@@ -16,6 +16,7 @@ from transformers import (
     VoxtralForConditionalGeneration,
 )
 
+from palimpsest.ablation.exact import exact_changes, signed_products
 from palimpsest.files import UserError
 from palimpsest.importance.deactivate import deactivate
 from palimpsest.importance.estimate import estimate_importance
@@ -23,6 +24,7 @@ from palimpsest.importance.lora import merged_adapters
 from palimpsest.importance.select import select
 from palimpsest.models.anatomy import layer_index, module_kind, scored_parameters
 from palimpsest.models.loss import supervised_losses
+from palimpsest.models.speech_lm import SPEECH_POSITION
 from tiny import tiny_llama, tiny_speech_lm
 
 Batch = dict[str, Any]
@@ -109,6 +111,82 @@ def test_causal_language_models(kind: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Padding: where it stands must not matter, also where positions are absolute
+# ------------------------------------------------------------------------------------------------------------
+def padded_in_front(batch: Batch) -> Batch:
+    """The same rows with their padding (of a right-padded batch) in front."""
+    lengths = batch["attention_mask"].sum(1).tolist()
+    return {
+        key: torch.stack([row.roll(-n) for row, n in zip(value, lengths, strict=True)]) for key, value in batch.items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama", "phi3"])
+def test_padding_in_front_gives_the_scores_of_padding_behind(kind: str) -> None:
+    model, batches = tiny(kind), text_batches()
+    turned = [padded_in_front(batch) for batch in batches]
+    assert not torch.equal(turned[0]["input_ids"], batches[0]["input_ids"])
+    everywhere = ["signed_sum", "per_batch_abs", "per_sequence_abs", "fisher"]
+    expected, found = (estimate_importance(model, items, everywhere) for items in (batches, turned))
+    assert found.metadata["loss"] == expected.metadata["loss"]
+    assert found.metadata["data"] == expected.metadata["data"]
+    for reduction in everywhere:
+        for name, tensor in expected.tensors(reduction).items():
+            assert torch.equal(found.tensors(reduction)[name], tensor), (reduction, name)
+    positions = [(name, 0) for name in expected.names[:3]]
+    assert exact_changes(model, turned, positions).tolist() == exact_changes(model, batches, positions).tolist()
+
+
+def test_padding_in_front_of_speech() -> None:
+    model, _ = tiny_speech_lm(tied=False)
+    row = [5, *[SPEECH_POSITION] * 2, 6, 7, 8]
+    batch = {
+        "input_ids": torch.tensor([[*row, 0, 0, 0, 0], [*row, 9, 4, 6, 7]]),
+        "attention_mask": torch.tensor([[1] * 6 + [0] * 4, [1] * 10]),
+        "labels": torch.tensor([[-100] * 4 + [7, 8] + [-100] * 4, [-100] * 4 + [7, 8, 9, 4, 6, 7]]),
+    }
+    # As many utterances as rows and as many frames as tokens: (2, 10, …) is no reason to take frames for tokens.
+    frames = torch.randn(2, 10, 16, generator=torch.Generator().manual_seed(0))
+    speech = {"encoder_frames": frames, "frame_counts": torch.tensor([10, 10])}
+    expected, rows = supervised_losses(model, {**batch, **speech})
+    found, found_rows = supervised_losses(model, {**padded_in_front(batch), **speech})
+    assert torch.equal(found, expected)
+    assert torch.equal(found_rows, rows)
+
+
+def test_padding_in_front_beside_a_tensor_of_unknown_meaning_is_refused() -> None:
+    batch = padded_in_front(text_batches()[0])
+    batch = {**batch, "ids": ["a", "b", "c"], "segments": torch.zeros_like(batch["input_ids"])}
+    with pytest.raises(UserError, match=r"\(a, b, c\) has padding in front of its tokens and a tensor 'segments'"):
+        supervised_losses(tiny("gpt2"), batch)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is no list of batches
+# ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "measure",
+    [
+        estimate_importance,
+        lambda model, batches: exact_changes(model, batches, []),
+        lambda model, batches: signed_products(model, batches, []),
+    ],
+)
+def test_what_is_no_list_of_batches_is_refused_in_one_sentence(measure: Any) -> None:
+    model, batch = tiny("llama"), {**text_batches()[0], "ids": ["a", "b", "c"]}
+    with pytest.raises(UserError, match=r"One batch was given in the place of a list"):
+        measure(model, batch)
+    with pytest.raises(UserError, match=r"A batch is a dictionary .*, not a Tensor"):
+        measure(model, [batch["input_ids"]])
+    with pytest.raises(UserError, match=r"\(a, b, c\) has no labels, only input_ids, attention_mask, ids"):
+        measure(model, [{key: value for key, value in batch.items() if key != "labels"}])
+    with pytest.raises(UserError, match=r"labels of the batch \(a, b, c\) are a list"):
+        measure(model, [{**batch, "labels": batch["labels"].tolist()}])
+    with pytest.raises(UserError, match=r"\(a, b, c\) has no input_ids"):
+        measure(model, [{key: value for key, value in batch.items() if key != "input_ids"}])
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Mixtures of experts: what is scored
 # ------------------------------------------------------------------------------------------------------------
 def test_an_expert_that_no_token_reached_scores_zero_and_the_router_is_scored() -> None:
@@ -147,7 +225,7 @@ def with_lora(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[nn.Mo
         config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **options)
         return get_peft_model(tiny_llama().to(dtype), config)
 
-    return adapted(), adapted().merge_and_unload()
+    return adapted(), adapted().float().merge_and_unload().to(dtype)  # summed in float32, rounded once
 
 
 def snapshot(model: nn.Module) -> dict[str, tuple[int, Tensor]]:
@@ -178,6 +256,18 @@ def test_lora_is_scored_on_merged_weights_and_left_as_it_was(dtype: torch.dtype,
     model.disable_adapter_layers()
     unadapted = estimate_importance(model, text_batches())
     assert unadapted.metadata["model"] != scores.metadata["model"]  # a disabled adapter is not part of the weights
+
+
+def test_an_update_that_bfloat16_would_round_away_is_not_scored_without_it() -> None:
+    model, _ = with_lora(torch.bfloat16)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B" in name:
+                parameter.mul_(1e-3)
+    before = snapshot(model)
+    with pytest.raises(UserError, match=r"Merged into bfloat16 weights, \d+% of a LoRA update would be lost"):
+        estimate_importance(model, text_batches())
+    assert_unchanged(model, before)
 
 
 def test_a_lora_inside_a_speech_lm_comes_back_when_the_block_raises() -> None:

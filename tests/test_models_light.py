@@ -55,7 +55,10 @@ def trained(models: Path, folder: Path, *, lora: bool, dtype: torch.dtype = torc
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.3)
         model.language_model.save_pretrained(folder / "adapter")
-        merge_lora(model)
+        if dtype == torch.float32:
+            merge_lora(model)
+        else:  # training refuses it now; checkpoints that were merged in bfloat16 before can still be made light
+            model.language_model = model.language_model.merge_and_unload()
     model.save_pretrained(folder)
     style = PromptStyle("Be brief.", "Answer what you hear.")
     SpeechLMProcessor(tokenizer, extractor, 5, "pad_to_30s", style).save_pretrained(folder)

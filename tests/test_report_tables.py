@@ -31,7 +31,7 @@ def _row(table: Table, index: int) -> list[str]:
     return [cell.plain for cell in table.rows[index]]
 
 
-def test_deactivation_averages_the_random_masks_and_shows_their_range() -> None:
+def test_deactivation_shows_the_median_and_the_range_of_the_random_masks() -> None:
     records = [
         _deactivation("base", 4.0),
         _deactivation("top", 120_000.0),
@@ -50,9 +50,25 @@ def test_deactivation_averages_the_random_masks_and_shows_their_range() -> None:
         "4.00",
         "1.20e5",
         "not finite",
-        "9.00 [7.00 to 12.0; 3 seeds]",  # (7 + 8 + 12) / 3
+        "8.00 [ln ratio 0.693, 0.560 to 1.10; 3 masks]",  # ln 2, ln 7/4, ln 3
     ]
+    # Two masks of four orders of magnitude: the middle of the logarithms, not the mean of the perplexities.
+    records = [_deactivation("base", 4.0), _deactivation("random", 4.0, seed=1), _deactivation("random", 4e4, seed=2)]
+    assert _row(tables.deactivation(records), 0)[-1] == "400 [ln ratio 4.61, 0 to 9.21; 2 masks]"
+    records[2] = _deactivation("random", None, seed=2)
+    assert _row(tables.deactivation(records), 0)[-1] == "not finite [ln ratio ∞, 0 to ∞; 2 masks]"
     assert "text: 10 examples, 99 tokens." in table.note
+
+
+def test_random_masks_of_several_training_runs_are_set_against_their_own_whole_model() -> None:
+    by_run = {"full": (4.0, 8.0), "full-seed1": (6.0, 24.0)}
+    records: Any = []
+    for run, (whole, without) in by_run.items():
+        for condition, value in (("base", whole), ("random", without)):
+            records.append({**_deactivation(condition, value, seed=1), "model": "full", "run": run})
+    row = _row(tables.deactivation(records), 0)
+    assert row[5] == "5.00 [4.00 to 6.00; 2 seeds]"
+    assert row[-1] == "13.9 [ln ratio 1.04, 0.693 to 1.39; 2 masks]"  # ln 2 and ln 4; sqrt(8 · 24)
 
 
 def test_published_rows_are_marked_in_the_page_and_in_every_copy() -> None:

@@ -156,3 +156,20 @@ def test_lora_covers_all_projections_and_merges_into_the_same_function() -> None
         after = model(ids).logits
     assert type(model.language_model).__name__ == "LlamaForCausalLM"
     assert torch.allclose(before, after, atol=1e-4)
+
+
+def test_lora_on_bfloat16_weights_is_merged_in_float32_and_none_of_it_is_lost() -> None:
+    model, _ = tiny_speech_lm()
+    add_lora(model.bfloat16(), Method("lora", rank=4))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=1e-3)
+    adapted = {name: module for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
+    expected = {n: m.weight.detach().float() + m.get_delta_weight("default") for n, m in adapted.items()}
+    merge_lora(model)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    for name, weight in expected.items():
+        plain = name.replace("base_model.model.", "")
+        assert torch.equal(model.get_parameter(f"{plain}.weight"), weight)
+    assert len(expected) == 14

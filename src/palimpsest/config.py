@@ -23,7 +23,7 @@ from palimpsest.files import UserError, differences, in_words
 from palimpsest.models.prompts import PromptStyle
 from palimpsest.options import checked
 from palimpsest.records import BASE, Modality, method_of, run_name
-from palimpsest.training.methods import Method
+from palimpsest.training.methods import WIDE, Method
 from palimpsest.training.settings import Settings
 
 
@@ -79,7 +79,7 @@ class Importance:
 class Deactivation:
     ratio: Annotated[float, Gt(0), Lt(1)] = 0.03
     scope: Literal["global", "per_layer", "per_matrix"] = "global"
-    random_seeds: Annotated[int, Ge(1)] = 3
+    random_seeds: Annotated[int, Ge(1)] = 10  # random masks; what one of them does varies by orders of magnitude
     n_examples: Annotated[int, Ge(1)] | None = None  # of the held-out data; None: all
     batch_size: Annotated[int, Ge(1)] = 8
 
@@ -159,6 +159,12 @@ class StudyConfig(BaseModel):
                 raise ValueError(f"the method name {name!r} is that of a run of {method_of(name)[0]!r}; choose another")
         if "importance" not in self.seeds_measure and {"clustering", "deactivation"} & set(self.seeds_measure):
             raise ValueError("seeds_measure names clustering or deactivation, which need importance; add importance")
+        lora = next((name for name, method in self.methods.items() if method.kind == "lora"), None)
+        if lora is not None and self.models.dtype not in WIDE:
+            raise ValueError(
+                f"models.dtype {self.models.dtype} would round most of the update of methods.{lora} (lora) away when "
+                "it is merged; use float32, with training.bf16 to compute in bfloat16"
+            )
         if self.models.adaptor is not None and self.speech.calibrate_adaptor:
             raise ValueError("speech.calibrate_adaptor is for a fresh adaptor; that of models.adaptor brings its own")
         if self.models.adaptor is not None and self.training.align is not None:

@@ -28,7 +28,7 @@ from palimpsest.ablation.restart import base_pass, repeated, starting_at
 from palimpsest.files import UserError
 from palimpsest.importance.estimate import evaluating
 from palimpsest.models.anatomy import decoder_layers, find_language_model, named_parameters
-from palimpsest.models.loss import supervised_losses
+from palimpsest.models.loss import each_batch, supervised_losses
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64
@@ -80,7 +80,8 @@ def exact_changes(
     1e-7 of a token's loss, so use `model.double()` for weights that matter less.
 
     The model is in eval mode meanwhile; weights, modes and hooks are as before afterwards, also after an error.
-    Raises UserError for a position outside the model and for data without supervised tokens.
+    Raises UserError for a position outside the model, for what is no list of batches, and for data without supervised
+    tokens.
     """
     positions = list(positions)
     language_model = find_language_model(model)
@@ -88,6 +89,7 @@ def exact_changes(
     for name, index in positions:
         if name not in parameters or not 0 <= index < parameters[name].numel():
             raise UserError(f"The model has no weight {index} of {name}; choose positions inside it.")
+    batches = list(each_batch(batches))
     if not batches:
         raise UserError("There are no batches to measure ablations on; check the data and its filters.")
     layers = decoder_layers(language_model)
@@ -122,7 +124,7 @@ def signed_products(
     −Σ_b θ_j g_bj / n_tokens is the first-order prediction of `exact_changes`, sign included. Gradients of the
     touched parameters are held all at once. The model is as before afterwards.
     """
-    positions = list(positions)
+    positions, batches = list(positions), list(each_batch(batches))
     parameters = named_parameters(find_language_model(model))
     rows: dict[str, list[int]] = defaultdict(list)
     for row, (name, _) in enumerate(positions):

@@ -4,7 +4,8 @@ The rules and their constants stand here, before any data. Each claim is about t
 level.
 
 1. Deactivation: text perplexity of the base model over its own. With the top 3 % removed it is at least
-   `DESTROYED`, with the bottom 3 % at most `UNHARMED`; every random mask lies between. Where the study has
+   `DESTROYED`, with the bottom 3 % at most `UNHARMED`; the median over the random masks lies between (not every one:
+   what a random mask does varies by orders of magnitude with the few weights it happens to hit). Where the study has
    several reductions or scopes, this is asked of each, and the worst is shown. There is no interval.
 2. Clustering of the base model's importance: the typical ratio (geometric mean over matrices) of the share
    held by the top 5 % of rows over that of shuffled entries exceeds `CLUSTERED`; the same for columns. The
@@ -162,21 +163,26 @@ def _deactivation(results: Results) -> list[Part]:
         raise Missing("deactivation of the base model on text, condition base")
     if any(row["loss"] is None for row in rows):
         raise Missing("a finite loss in every deactivation row of the base model on text")
-    ratios: dict[str, list[float]] = {}
+    rises: dict[str, dict[Any, list[float]]] = {}  # condition → scope and reduction → ln(perplexity / base)
     for condition in ("top", "bottom", "random"):
-        ratios[condition] = [
-            _exp(row["loss"] - base[0])
-            for row in rows
-            if row["condition"] == condition and math.isclose(row["ratio"], RATIO)
-        ]
-        if not ratios[condition]:
+        rises[condition] = {}
+        for row in rows:
+            if row["condition"] == condition and math.isclose(row["ratio"], RATIO):
+                setting = (row.get("scope"), row.get("reduction"))
+                rises[condition].setdefault(setting, []).append(row["loss"] - base[0])
+        if not rises[condition]:
             raise Missing(f"deactivation of the base model on text, condition {condition}, ratio {RATIO}")
-    top, bottom = min(ratios["top"]), max(ratios["bottom"])
-    between = all(bottom < ratio < top for ratio in ratios["random"])
+    top = min(rise for found in rises["top"].values() for rise in found)
+    bottom = max(rise for found in rises["bottom"].values() for rise in found)
+    medians = [float(np.median(found)) for found in rises["random"].values()]
+    masks = [rise for found in rises["random"].values() for rise in found]
+    between = all(bottom < median < top for median in medians)
+    median = next((value for value in medians if not bottom < value < top), medians[0])
+    about = f"random / base, median of {len(masks)} masks from {_exp(min(masks)):.4g} to {_exp(max(masks)):.4g}:"
     return [
-        Part("top / base", top, None, None, _holds(top >= DESTROYED)),
-        Part("bottom / base", bottom, None, None, _holds(bottom <= UNHARMED)),
-        Part("random / base, mean of seeds", float(np.mean(ratios["random"])), None, None, _holds(between)),
+        Part("top / base", _exp(top), None, None, _holds(_exp(top) >= DESTROYED)),
+        Part("bottom / base", _exp(bottom), None, None, _holds(_exp(bottom) <= UNHARMED)),
+        Part(about, _exp(median), None, None, _holds(between)),
     ]
 
 

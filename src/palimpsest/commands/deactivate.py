@@ -33,7 +33,7 @@ class Options:
         "global"
     )
     reduction: Annotated[str, Doc("Which of the scores.")] = "signed_sum"
-    random_seeds: Annotated[int, Ge(0)] = 3
+    random_seeds: Annotated[int, Ge(0), Doc("Random masks; each costs as much as one look at the whole model.")] = 10
     batch_size: Annotated[int, Ge(1)] = 8
 
 

@@ -102,7 +102,7 @@ def _perplexities(run: Path, method: str, runs: Sequence[str], table: Rows) -> l
 
 
 def _deactivations(method: str, runs: Sequence[str], table: Rows) -> list[SeedRecord]:
-    """Perplexity without some weights over that of the same run's whole model; random: mean over the masks."""
+    """Perplexity without some weights over that of the same run's whole model; random: median over the masks."""
     rows = [row for row in table if row["model"] in runs]
     losses: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for row in rows:
@@ -111,7 +111,7 @@ def _deactivations(method: str, runs: Sequence[str], table: Rows) -> list[SeedRe
     for modality, condition in dict.fromkeys((row["modality"], row["condition"]) for row in rows):
         if condition == "base" or any((modality, condition, name) not in losses for name in runs):
             continue
-        ratios = [np.mean(losses[modality, condition, name]) - losses[modality, "base", name][0] for name in runs]
+        ratios = [np.median(losses[modality, condition, name]) - losses[modality, "base", name][0] for name in runs]
         logs = [float(ratio) for ratio in ratios] if np.isfinite(ratios).all() else None
         about = {"task": "heldout", "n": rows[0]["n_examples"], "reference": method, "over": "seeds"}
         measure = f"perplexity_ratio_{condition}"

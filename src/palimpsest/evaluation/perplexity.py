@@ -19,7 +19,7 @@ from palimpsest.data.collate import Batch, Collator, batches
 from palimpsest.data.examples import Example
 from palimpsest.evaluation.finite import not_finite
 from palimpsest.files import UserError, hash_value, read_json, write_json, write_jsonl
-from palimpsest.models.loss import supervised_losses
+from palimpsest.models.loss import each_batch, supervised_losses
 from palimpsest.records import PerplexityRecord
 
 if TYPE_CHECKING:
@@ -72,13 +72,13 @@ def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Perple
     device.
 
     Raises:
-        UserError: a batch without "ids", an id that comes twice, an example without a supervised token or without a
-        finite loss, no batch.
+        UserError: one batch in the place of a list, a batch without labels or "ids", an id that comes twice, an
+        example without a supervised token or without a finite loss, no batch.
     """
     if model.training:
         raise UserError("Perplexity was asked of a model in training mode; call model.eval() first.")
     samples: dict[str, SampleLoss] = {}
-    for batch in batches:
+    for batch in each_batch(batches):
         if "ids" not in batch:
             raise UserError('Perplexity needs the examples\' ids; put a list of strings under "ids" into every batch.')
         ids: list[str] = list(batch["ids"])

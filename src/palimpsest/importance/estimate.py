@@ -32,7 +32,7 @@ from palimpsest.importance.per_sequence import SequenceGradients, require_whole
 from palimpsest.importance.reduce import Accumulators, Offload, chosen_reductions
 from palimpsest.importance.scores import Scores
 from palimpsest.models.anatomy import scored_parameters
-from palimpsest.models.loss import describe_ids, supervised_losses
+from palimpsest.models.loss import describe_ids, each_batch, supervised_losses
 from palimpsest.parallel import local, reshard
 
 if TYPE_CHECKING:
@@ -58,7 +58,8 @@ def estimate_importance(
 ) -> Scores:
     """Importance of the weights of `model`, or of the language model in it, on `batches`.
 
-    batches: dictionaries as `supervised_losses` takes them, on the model's device already; read once.
+    batches: dictionaries as `supervised_losses` takes them, on the model's device already; read once. Padding may stand
+        on either side; the scores are those of the rows padded on the right.
     reductions: names in `reduce.REDUCTIONS`; all of them come from the same pass.
     parameters: what to score; default `scored_parameters(model)`. A parameter that stands there under
         several names is scored once, under the first.
@@ -77,7 +78,8 @@ def estimate_importance(
     modes, gradient flags, gradients, hooks. Gradient checkpointing, where the model has it switched on, is used
     (non-re-entrant).
 
-    Raises UserError: nothing to score, no batches, a batch without supervised tokens, a loss or gradient that
+    Raises UserError: nothing to score, no batches, one batch in the place of a list, a batch without labels or without
+    supervised tokens, a loss or gradient that
     is not finite (naming batch and examples), quantised weights, re-entrant checkpointing.
     """
     reshard(model)
@@ -111,7 +113,7 @@ def _scores(
     mine: list[layouts.BatchRecord] = []
     installed = sequences.installed() if sequences else nullcontext()
     with evaluating(model, weights), _checkpointing_in_eval_mode(model), _hooks(weights, accumulators.fold), installed:
-        for number, batch in enumerate(layouts.in_step(batches, layout, device)):
+        for number, batch in enumerate(layouts.in_step(each_batch(batches), layout, device)):
             where = f"batch {number}{describe_ids(batch)}"
             if sequences:
                 sequences.expect(batch)

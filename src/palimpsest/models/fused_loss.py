@@ -15,7 +15,7 @@ from torch import nn
 
 from palimpsest.files import UserError
 from palimpsest.models.anatomy import find_language_model
-from palimpsest.models.loss import forward_inputs, supervised_losses, supervised_positions
+from palimpsest.models.loss import forward_inputs, right_padded, supervised_losses, supervised_positions
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -61,6 +61,7 @@ def fused_loss(model: nn.Module, batch: Mapping[str, Any], kernel: Kernel) -> tu
 
     Raises UserError for a model whose head is not one linear map of the decoder's output.
     """
+    batch = right_padded(batch)
     decoder, head, softcap = _decoder_and_head(model)
     supervised = supervised_positions(batch)
     labels: Tensor = batch["labels"]

@@ -126,10 +126,14 @@ def compose(
 
 
 def merged(language_model: Any, adapter: Path) -> Any:
-    """The language model with the low-rank updates of a PEFT folder in its weights; changes it in place."""
+    """The language model with the low-rank updates of a PEFT folder in its weights; changes it in place.
+
+    The sum is formed in float32 and rounded once to the model's own type, as if the merged model had been loaded in it.
+    """
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(language_model, str(adapter)).merge_and_unload()
+    dtype = language_model.dtype
+    return PeftModel.from_pretrained(language_model.float(), str(adapter)).merge_and_unload().to(dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

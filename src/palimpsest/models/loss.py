@@ -7,7 +7,7 @@ more than long ones.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 IGNORED = -100  # the label of a position without a loss
+# The tensors of a batch that have one entry per token, (batch, seq, …).
+PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids", "token_type_ids")
 
 
 def supervised_losses(
@@ -32,14 +34,16 @@ def supervised_losses(
     `batch` holds input_ids, attention_mask and labels (batch, seq), any other tensors that forward takes, and
     optionally "ids", the names of the rows. labels[:, t + 1] is the target of position t; −100 is ignored.
     Everything must be on the model's device already: nothing is moved, no mode or gradient flag changed.
+    On which side a row is padded makes no difference: see `right_padded`.
 
     Returns (losses, row), ordered by row, then position: losses in nats, float32 (float64 for a float64
     model); row int64 in [0, batch). Where forward has `logits_to_keep`, the head is computed only at the
     columns in which some row has a target.
 
-    Raises UserError for a batch without any supervised label, for a label where attention_mask is 0, and for
-    a model whose sequence is not as long as the labels.
+    Raises UserError for what is no batch or has no labels, for a batch without any supervised label, for a label where
+    attention_mask is 0, and for a model whose sequence is not as long as the labels.
     """
+    batch = right_padded(batch)
     labels: Tensor = batch["labels"]
     supervised = supervised_positions(batch)
     columns = supervised.any(dim=0).nonzero().squeeze(1)  # (kept,), ascending
@@ -67,6 +71,7 @@ def supervised_losses(
 
 def supervised_positions(batch: Mapping[str, Any]) -> Bool[Tensor, "batch seq_minus_1"]:
     """Where position t has a target. Raises UserError if none has, and for a target where attention_mask is 0."""
+    require_labels(batch)
     labels: Tensor = batch["labels"]
     mask: Tensor | None = batch.get("attention_mask")
     supervised = labels[:, 1:] != IGNORED
@@ -81,6 +86,69 @@ def supervised_positions(batch: Mapping[str, Any]) -> Bool[Tensor, "batch seq_mi
             f"set these labels to {IGNORED}."
         )
     return supervised
+
+
+def right_padded(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The batch with the tokens of every row at its beginning, in their order; as it is where they are there already.
+
+    Without positions of its own, a batch is counted from its first column. With padding in front a model with absolute
+    positions (GPT-2) would see every token in another place than the text has it, and so would one whose positions are
+    scaled by the longest row. Moved are the tensors of `PER_TOKEN`.
+
+    Raises UserError for a batch that has to be moved and holds another tensor (batch, seq).
+    """
+    require_labels(batch)
+    mask: Tensor | None = batch.get("attention_mask")
+    if mask is None or not bool(((mask[:, 1:] != 0) & (mask[:, :-1] == 0)).any()):
+        return batch
+    order = (mask == 0).to(torch.int8).argsort(dim=1, stable=True)  # (batch, seq): real tokens first
+
+    def moved(key: str, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.shape[:2] != mask.shape:
+            return value
+        if key in PER_TOKEN:
+            index = order.view(*order.shape, *[1] * (value.ndim - 2)).expand_as(value)
+            return value.gather(1, index)
+        if value.ndim == 2:
+            raise UserError(
+                f"The batch{describe_ids(batch)} has padding in front of its tokens and a tensor {key!r} that may be "
+                "one entry per token; pad it on the right."
+            )
+        return value
+
+    return {key: moved(key, value) for key, value in batch.items()}
+
+
+def require_labels(batch: Mapping[str, Any]) -> None:
+    """Raise UserError unless `batch` is a dictionary with labels (batch, seq)."""
+    if not isinstance(batch, Mapping):
+        raise UserError(
+            f"A batch is a dictionary with input_ids, attention_mask and labels, not a {type(batch).__name__}; "
+            "give a list of such dictionaries."
+        )
+    labels = batch.get("labels")
+    if labels is None:
+        raise UserError(
+            f"The batch{describe_ids(batch)} has no labels, only {', '.join(map(str, batch)) or 'nothing'}; add labels "
+            f"(batch, seq): the token ids, {IGNORED} where no loss is wanted."
+        )
+    if not isinstance(labels, torch.Tensor) or labels.ndim != 2:
+        shape = f"a tensor {tuple(labels.shape)}" if isinstance(labels, torch.Tensor) else f"a {type(labels).__name__}"
+        raise UserError(f"The labels of the batch{describe_ids(batch)} are {shape}; give a tensor (batch, seq).")
+
+
+def each_batch(batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The batches one after the other, each with input_ids and labels, padded on the right.
+
+    Raises UserError for one batch in the place of a list of them, and for what is no batch.
+    """
+    if isinstance(batches, Mapping):
+        raise UserError("One batch was given in the place of a list of batches; put it into a list: [batch].")
+    for batch in batches:
+        require_labels(batch)
+        if not isinstance(batch.get("input_ids"), torch.Tensor):
+            raise UserError(f"The batch{describe_ids(batch)} has no input_ids; add a tensor (batch, seq) of token ids.")
+        yield right_padded(batch)
 
 
 def forward_inputs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[dict[str, Any], Set[str]]:

@@ -39,7 +39,7 @@ def by_method(inputs: Inputs) -> Inputs:
 
 
 def _under_method(rows: Rows, field: str) -> list[Row]:
-    return [{**row, field: method_of(row[field])[0]} for row in rows]
+    return [{**row, field: method_of(row[field])[0], "run": row[field]} for row in rows]
 
 
 def _is_first(row: Row) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
-from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -26,7 +27,7 @@ from palimpsest.report.inputs import (
     text_layers,
 )
 from palimpsest.report.style import GREYS, INK, LINE_HEIGHT, WIDTH, Drawing, log_labels, look, model_legend
-from palimpsest.report.table import interval, percent, significant
+from palimpsest.report.table import interval, middle, percent, significant
 
 CONDITIONS = {"base": "whole", "bottom": "bottom removed", "random": "random removed", "top": "top removed"}
 HATCHES = ("", "....", "////", "")
@@ -121,14 +122,21 @@ def deactivation(inputs: Inputs) -> Drawing | None:
     bars = [Patch(facecolor=grey, hatch=hatch, **OUTLINE) for grey, hatch in zip(GREYS, HATCHES, strict=True)]
     figure.legend(bars, list(CONDITIONS.values()), loc="outside lower center", ncols=4)
     example = next((row for row in rows if row["condition"] != "base"), rows[0])
+    several = "" if n_runs(inputs.results) == 1 else " of all runs, the others: mean over runs"
     drawing.caption = (
         f"Perplexity of the held-out answers after setting {100 * example['ratio']:g} % of the weights to "
         f"zero (scope {example['scope']}, scores {example['reduction']}). "
-        f"{'Random: mean over seeds' if n_runs(inputs.results) == 1 else 'Mean over runs and random masks'}, the line "
-        f"spans the smallest and the largest. {example['n_examples']} examples."
+        f"Random: median over {_n_masks(rows)} masks{several}, the line spans the smallest and the largest: what a "
+        f"random mask does varies much. {example['n_examples']} examples."
     )
     drawing.describe("Bar chart")
     return drawing
+
+
+def _n_masks(rows: Sequence[DeactivationRecord]) -> int:
+    """Random masks of a model and input, the most that any has."""
+    found = Counter((row["model"], row["modality"]) for row in rows if row["condition"] == "random")
+    return max(found.values(), default=0)
 
 
 def _paper_like(records: Sequence[DeactivationRecord]) -> list[DeactivationRecord]:
@@ -146,20 +154,20 @@ def _paper_like(records: Sequence[DeactivationRecord]) -> list[DeactivationRecor
 def _bar(
     drawing: Drawing, axis: Axes, found: Sequence[float | None], label: str, x: float, index: int, upright: bool
 ) -> None:
-    """The mean of the perplexities `found` and their range, in the look of the condition number `index`."""
+    """The middle of the perplexities `found` and their range, in the look of the condition number `index`."""
     above: dict[str, Any] = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center"}
-    finite = [value for value in found if value is not None]
-    if len(finite) < len(found):  # beyond float range: no bar can show it
+    center = middle(found, list(CONDITIONS)[index])
+    if math.isinf(center):  # beyond float range: no bar can show it
         axis.annotate("∞", (x, 1), **above)
         drawing.nothing(f"{label}: not finite")
         return
-    mean = fmean(finite)
-    bar = axis.bar([x], [mean], width=0.18, color=GREYS[index], hatch=HATCHES[index], **OUTLINE)
-    drawing.tip(bar.patches[0], f"{label}: {significant(mean)}")
+    finite = [value for value in found if value is not None]
+    bar = axis.bar([x], [center], width=0.18, color=GREYS[index], hatch=HATCHES[index], **OUTLINE)
+    drawing.tip(bar.patches[0], f"{label}: {significant(center)}")
     if len(finite) > 1:
         axis.plot([x, x], [min(finite), max(finite)], color=INK, linewidth=1)
     rotation = 0 if upright else 90
-    axis.annotate(significant(mean), (x, max(finite)), va="bottom", fontsize=6.5, rotation=rotation, **above)
+    axis.annotate(significant(center), (x, max(finite)), va="bottom", fontsize=6.5, rotation=rotation, **above)
 
 
 # ----------------------------------------------------------------------------------------------------------

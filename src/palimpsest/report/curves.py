@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from statistics import fmean
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from palimpsest.records import DeactivationRecord, TrainingRecord
 from palimpsest.report.inputs import MAIN_REDUCTION, Inputs, at, having, in_order, method_key, method_name, methods_in
 from palimpsest.report.style import INK, LINE_HEIGHT, WIDTH, Drawing, Look, log_labels, look, model_legend
-from palimpsest.report.table import grouped, significant
+from palimpsest.report.table import grouped, middle, significant
 
 REMOVED = {"top": "Most important removed", "random": "Random removed", "bottom": "Least important removed"}
 INPUTS = {"text": "text input", "speech": "speech input"}
@@ -60,7 +60,7 @@ def deletion(inputs: Inputs) -> Drawing | None:
     drawing.caption = (
         f"Perplexity of the held-out answers against the share of the weights set to zero (scope {example['scope']}, "
         f"scores {example['reduction']}), both logarithmic, one scale for all panels; at 0 nothing is removed. "
-        "Random: mean over seeds, the bars span the smallest and the largest."
+        "Random: median over the masks, the bars span the smallest and the largest."
         + (" This run has one ratio, so the lines have no points between." if len(ratios) == 1 else "")
     )
     drawing.describe("Line charts")
@@ -91,13 +91,15 @@ def _deletion_line(
     points: list[tuple[float, float]] = []
     for ratio, found in sorted(by_ratio.items()):
         where = f"{method_name(rows[0]['model'])}, {rows[0]['modality']}, {100 * ratio:g} % ({condition}) removed"
-        x, finite = ratio or nothing, [row["perplexity"] for row in found if row["perplexity"] is not None]
-        if len(finite) < len(found):
+        x, values = ratio or nothing, [row["perplexity"] for row in found]
+        center = middle(values, condition)
+        if math.isinf(center):
             axis.annotate("∞", (x, 1), xycoords=("data", "axes fraction"), ha="center", va="top", color=mark.color)
             drawing.nothing(f"{where}: not finite")
             continue
-        points.append((x, fmean(finite)))
-        drawing.point(axis, *points[-1], mark, f"{where}: {significant(points[-1][1])}")
+        points.append((x, center))
+        drawing.point(axis, *points[-1], mark, f"{where}: {significant(center)}")
+        finite = [value for value in values if value is not None]
         if len(finite) > 1:
             axis.plot([x, x], [min(finite), max(finite)], color=mark.color, linewidth=1)
     if points:

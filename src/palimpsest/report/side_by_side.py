@@ -38,6 +38,7 @@ from palimpsest.report.table import (
     count,
     interval,
     mean,
+    median_perplexity,
     number,
     numbers,
     percent,
@@ -166,7 +167,7 @@ def tables_of(runs: Sequence[Run], paired: Paired) -> list[Table]:
             "Perplexity with weights set to zero, by run",
             ("Model", "Input", "Removed", "Removed %", "Scope"),
             _deactivations,
-            "Random: mean over seeds. In brackets the number of tokens and the scores that chose the weights.",
+            "Random: median over the masks. In brackets the number of tokens and the scores that chose the weights.",
         ),
         _side_by_side(runs, "differences", "What the recipes differ in", ("Key",), _config, "", only_different=True),
         _side_by_side(runs, "provenance", "Versions, hardware, models, data of each run", ("Key",), _provenance, ""),
@@ -244,7 +245,7 @@ def _deactivations(inputs: Inputs) -> Cells:
         key = (method_name(row["model"]), row["modality"], removed, f"{100 * row['ratio']:g}", scope)
         groups.setdefault(key, []).append(row)
     return {
-        key: mean(
+        key: (median_perplexity if key[2] == "random" else mean)(
             [row["perplexity"] for row in rows],
             f"{rows[0]['n_tokens']} tokens" + (f"; {rows[0]['reduction']}" if key[2] != "nothing" else ""),
         )

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from markupsafe import Markup
@@ -121,6 +121,31 @@ def mean(values: Sequence[float | None], detail: str = "") -> Cell:
     """The mean of perplexities; None stands for one that is not finite."""
     finite = [value for value in values if value is not None]
     return number(fmean(finite), detail=detail) if len(finite) == len(values) else Cell(NOT_FINITE, detail, math.inf)
+
+
+def median_log(values: Sequence[float | None], wholes: Sequence[float | None] = (1.0,)) -> tuple[float, float, float]:
+    """(median, smallest, largest) of ln(value / whole), the wholes repeated as needed; None: beyond a float, so ∞.
+
+    What random masks do varies by orders of magnitude, so a mean would be that of the worst one.
+    """
+    whole = [math.inf if value is None else math.log(value) for value in wholes]
+    logs = [math.inf if value is None else math.log(value) for value in values]
+    ratios = [log - whole[i % len(whole)] for i, log in enumerate(logs)]
+    return median(ratios), min(ratios), max(ratios)
+
+
+def middle(values: Sequence[float | None], condition: str) -> float:
+    """Of perplexities: the mean, ∞ where one is not finite; of random masks the median, which one of many is not."""
+    if condition == "random":
+        return math.exp(median_log(values)[0])
+    finite = [value for value in values if value is not None]
+    return fmean(finite) if len(finite) == len(values) else math.inf
+
+
+def median_perplexity(values: Sequence[float | None], detail: str = "") -> Cell:
+    """The median (of the logarithms) of perplexities; None stands for one that is not finite."""
+    log = median_log(values)[0]
+    return number(math.exp(log), detail=detail) if math.isfinite(log) else Cell(NOT_FINITE, detail, math.inf)
 
 
 def count(value: int) -> Cell:

@@ -6,7 +6,9 @@ ours in rows of their own, labelled as published in their first cell, so that th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from palimpsest.report import paper, structure_tables
 from palimpsest.report.across_runs import n_runs
@@ -42,6 +44,8 @@ from palimpsest.report.table import (
     grouped,
     interval,
     mean,
+    median_log,
+    median_perplexity,
     numbers,
     p_value,
     percent,
@@ -59,7 +63,7 @@ PUBLISHED = {"source": paper.SOURCE_LABEL, "published": True}
 DIGEST_NOTE = "* from a secondary digest of the paper, not checked against it."
 CONDITIONS = ("base", "top", "bottom", "random")
 VERDICTS = {"holds": "✓ holds", "fails": "✗ fails", "undecided": "? undecided"}
-ANSWERS = {"Empty": "empty", "Refused": "refusal", "Looping": "loop", "Failed": "failed"}
+ANSWERS = {"Empty": "empty", "Refused": "refusal", "Looping": "loop", "Failed": "failed", "Cut": "cut"}
 FLOORS = {
     "unrelated": "Answers to other questions %",
     "echo": "Question repeated %",
@@ -137,9 +141,16 @@ def _ranks(inputs: Inputs) -> dict[str, int]:
 def deactivation(records: Rows) -> Table:
     """Table 1: perplexity after zeroing the top, bottom or a random share of the weights.
 
-    The random condition is the mean over its seeds, with their smallest and largest value.
+    The random condition is the median over its masks, with median, smallest and largest logarithm of the ratio to the
+    whole model's perplexity.
     """
-    whole = {(row["model"], row["modality"]): [row] for row in having(records, condition="base")}
+    whole: dict[tuple[str, str], list[Row]] = {}
+    seen: set[tuple[Any, ...]] = set()
+    for row in having(records, condition="base"):  # the whole model stands in every scope; training runs have one each
+        key = (_run(row), row["modality"], row["perplexity"])
+        if key not in seen:
+            seen.add(key)
+            whole.setdefault((row["model"], row["modality"]), []).append(row)
     removed = (row for row in records if row["condition"] != "base")
     setting = ("model", "modality", "ratio", "scope", "reduction")
     rows: list[Row] = []
@@ -147,7 +158,7 @@ def deactivation(records: Rows) -> Table:
         of = {name: having(group["rows"], condition=name) for name in CONDITIONS}
         of["base"] = whole.get((group["model"], group["modality"]), [])
         shown = {"model": method_name(group["model"]), "selection": f"{group['scope']}, {group['reduction']}"}
-        cells_of = {name: _perplexity(found) for name, found in of.items()}
+        cells_of = {name: _perplexity(found, of["base"], name) for name, found in of.items()}
         rows.append({**group, **shown, "source": OURS, "cells": cells_of})
     rows += [
         {
@@ -169,18 +180,42 @@ def deactivation(records: Rows) -> Table:
             *(_given("Whole" if name == "base" else name.capitalize(), name) for name in CONDITIONS),
         ),
         rows,
-        f"Selected by: scope of the selection and reduction of the scores. Random: mean over seeds, with the "
-        f"smallest and largest in brackets. {_sizes(records, 'examples')}{DIGEST_NOTE}",
+        f"Selected by: scope of the selection and reduction of the scores. Random: median over the masks; in brackets "
+        f"the natural logarithm of its ratio to the whole model's perplexity, the smallest and the largest, and the "
+        f"number of masks. {_sizes(records, 'examples')}{DIGEST_NOTE}",
     )
 
 
-def _perplexity(records: Rows) -> Cell:
+def _run(row: Row) -> str:
+    """The training run that a record is of; where the runs of a method stand together, their records say so."""
+    return str(row.get("run", row["model"]))
+
+
+def _perplexity(records: Rows, whole: Rows, condition: str) -> Cell:
     if not records:
         return EMPTY
     values = [row["perplexity"] for row in records]
+    if condition == "random":
+        return _over_masks(records, {_run(row): row["perplexity"] for row in whole})
     if len(values) == 1 or None in values:
         return mean(values)
     return mean(values, f"{interval(min(values), max(values), significant)}; {len(values)} seeds")
+
+
+def _over_masks(records: Rows, whole: Mapping[str, float | None]) -> Cell:
+    values = [row["perplexity"] for row in records]
+    shown = median_perplexity(values)
+    if any(whole.get(_run(row)) is None for row in records):
+        detail = ""  # nothing to compare with
+    else:
+        logs = [
+            "∞" if log == math.inf else significant(log)
+            for log in median_log(values, [whole[_run(row)] for row in records])
+        ]
+        detail = f"ln ratio {logs[0]}, {logs[1]} to {logs[2]}; "
+    if len(values) == 1:
+        return Cell(shown.text, detail.removesuffix("; ").split(",")[0], shown.sort)
+    return Cell(shown.text, f"{detail}{len(values)} masks", shown.sort)
 
 
 def _sizes(records: Rows, what: str) -> str:
@@ -310,7 +345,7 @@ def accuracy_details(records: Rows) -> Table:
             *(METHOD, TASK, INPUT),
             (Column("Scoring rule"), lambda row: text(f"{row['metric']} {row['metric_version']}")),
             *(N, counts("Correct", "correct"), ranges("Accuracy %", "accuracy", percent)),
-            *(counts(title, f"n_{what}") for title, what in {**ANSWERS, "Cut": "cut"}.items()),
+            *(counts(title, f"n_{what}") for title, what in ANSWERS.items()),
         ),
         in_order(records, "metric", "task", "modality", "method"),
         "Empty and failed answers count as wrong. Refused and looping ones are scored as they are: a refusal opens "

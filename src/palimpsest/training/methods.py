@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from palimpsest.models.speech_lm import SpeechLM
 
 MethodKind = Literal["adaptor", "full", "layer_lr", "lora"]
+WIDE = ("float32", "float64")  # weights that a low-rank update is merged into without losing much of it
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,26 @@ def add_lora(model: SpeechLM, method: Method) -> None:
     model.language_model = get_peft_model(model.language_model, config)
 
 
+def require_mergeable(method: Method, model: SpeechLM) -> None:
+    """Raise UserError for LoRA on weights whose bits are too few to take its update in."""
+    dtype = _dtype(model)
+    if method.kind == "lora" and dtype not in WIDE:
+        raise UserError(
+            f"LoRA would be merged into {dtype} weights, which loses most of a small update to "
+            "rounding; load the model in float32 (models.dtype) and compute in bfloat16 (training.bf16)."
+        )
+
+
 def merge_lora(model: SpeechLM) -> None:
-    """Fold the low-rank updates into the weights, in place: from here on a plain language model."""
+    """Fold the low-rank updates into the weights, in place: from here on a plain language model.
+
+    In float32: of a 16-bit model all weights become float32 and stay so, because rounding the sum to 16 bits again
+    would take most of a small update.
+    """
+    if _dtype(model) not in WIDE:
+        model.float()
     model.language_model = model.language_model.merge_and_unload()
+
+
+def _dtype(model: SpeechLM) -> str:
+    return str(model.language_model.dtype).removeprefix("torch.")

@@ -23,7 +23,7 @@ from palimpsest.training import distributed
 from palimpsest.training.align import align_phase, align_steps
 from palimpsest.training.callbacks import require_loggers
 from palimpsest.training.held_out import HeldOut
-from palimpsest.training.methods import Method, add_lora, merge_lora
+from palimpsest.training.methods import Method, add_lora, merge_lora, require_mergeable
 from palimpsest.training.phases import phases_of
 from palimpsest.training.resume import adaptor_phase, describe_run, keep_logs, require_same_run
 from palimpsest.training.settings import AdaptorFirst, Align, Settings, n_steps
@@ -68,6 +68,7 @@ def train(
         raise UserError("There are no training examples; check the data section of the study.")
     if settings.eval_every is not None and not (held_out and all(group for _, group in held_out.values())):
         raise UserError("training.eval_every is set, but there are no held-out examples to evaluate on; give some.")
+    require_mergeable(method, model)
     kernel = require_options(settings, model.device, sharded=sharded)
     phases = phases_of(method, settings, examples, collator, scales)
     n_align = align_steps(examples, collator, settings)
