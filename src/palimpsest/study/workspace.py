@@ -359,7 +359,10 @@ class Workspace:
                 },
                 "encoder": {"name": without_folders(models.encoder), "hash": self.encoder_hash},
                 "asr": {"name": models.asr and without_folders(models.asr)},
-                "adaptor": {"name": models.adaptor and without_folders(models.adaptor), "hash": self.adaptor and self.adaptor.fingerprint},
+                "adaptor": {
+                    "name": models.adaptor and without_folders(models.adaptor),
+                    "hash": self.adaptor and self.adaptor.fingerprint,
+                },
             },
             "data": {
                 name: {
