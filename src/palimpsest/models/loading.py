@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from pickle import PickleError
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from safetensors import SafetensorError, safe_open
 
@@ -300,6 +300,23 @@ def load_feature_extractor(name: str) -> Any:
     from transformers import WhisperFeatureExtractor
 
     return _from_pretrained(WhisperFeatureExtractor, resolve(name))
+
+
+Role = Literal["language_model", "encoder", "asr"]
+ROLES: tuple[Role, ...] = get_args(Role)  # of a study's models
+
+
+def require_loadable(role: Role, name: str) -> None:
+    """Raise UserError for a model that would not load as what it is in a study: files, config, names and shapes.
+
+    No weight is read; of a SpeechLM as the language model only the files are looked at.
+    """
+    if role == "encoder":
+        load_encoder(name, device="meta")
+    elif role == "asr":
+        load_asr(name, device="meta")
+    elif not is_speech_lm(resolve(name)):
+        load_language_model(name, device="meta")
 
 
 def load_speech_lm(
