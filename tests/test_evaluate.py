@@ -57,7 +57,9 @@ def test_a_speech_llm_is_asked_in_text_with_its_own_system_turn(setup: tuple[str
     processor.save_pretrained(tmp_path / "model")
     language_model, tokenizer = model.language_model, processor.tokenizer
     examples = load_examples(setup[1], "test")
-    wanted = [a.response for a in text_answerer(language_model, tokenizer, 4, "Be brief.")(examples, "text")]
+    wanted = [
+        a.response for a in text_answerer(language_model, tokenizer, 4, PromptStyle("Be brief."))(examples, "text")
+    ]
     assert wanted != [a.response for a in text_answerer(language_model, tokenizer, 4)(examples, "text")]
 
     evaluated((str(tmp_path / "model"), setup[1]), tmp_path / "out", perplexity=True)

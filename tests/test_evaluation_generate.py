@@ -31,6 +31,7 @@ from palimpsest.evaluation.scoring import METRIC_VERSION, METRICS
 from palimpsest.evaluation.tasks import Task
 from palimpsest.files import UserError, read_json, read_jsonl
 from palimpsest.models.embedded import checkpoint
+from palimpsest.models.prompts import PromptStyle
 from tiny import tiny_llama, tiny_tokenizer
 
 CITIES = ["Paris", "Rome", "Madrid", "Lisbon", "Vienna", "Bern", "Oslo"]
@@ -387,7 +388,9 @@ def test_a_model_s_answer_is_the_greedy_continuation_of_its_template() -> None:
     model, tokenizer = tiny_llama(eos_token_id=3), tiny_tokenizer()
     model.generation_config.repetition_penalty = 5.0  # a checkpoint's own taste must not leak in
     model.generation_config.do_sample = True
-    (given,) = text_answerer(model, tokenizer, max_new_tokens=6, system="Be short.")(TASK.examples[:1], "text")
+    (given,) = text_answerer(model, tokenizer, max_new_tokens=6, style=PromptStyle("Be short."))(
+        TASK.examples[:1], "text"
+    )
     prompt = "<s><system>Be short.<end>\n<user>Capital 0?<end>\n<assistant>"
     assert given.prompt == prompt
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]

@@ -252,6 +252,7 @@ def test_the_code_of_the_cards_runs(
 ) -> None:
     model, processor = tiny_speech_lm()
     processor.style = PromptStyle(system)
+    processor.tokenizer.chat_template = "{{ date_string }}{{ enable_thinking }}" + processor.tokenizer.chat_template
     checkpoint = save(model, processor, tmp_path / "checkpoint")
     export.export(checkpoint, **{kind: tmp_path / "out"})
     soundfile.write(tmp_path / "question.wav", np.random.default_rng(0).normal(0, 0.1, 8_000), 16_000)

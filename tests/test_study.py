@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import soundfile
 import yaml
+from safetensors.torch import load_file, save_file
 
 from audio_files import BROKEN, voice_assistant, wav
 from palimpsest.commands import compare
@@ -135,6 +137,12 @@ def test_the_run_directory_is_complete(finished: Path) -> None:
     provenance = json.loads((finished / "provenance.json").read_text())
     assert provenance["data"]["train"]["n"] == 24
     assert provenance["models"]["language_model"]["n_parameters"] > 0
+    assert provenance["prompts"] == {
+        "text": "<s><user>What is the capital of France?<end>\n<assistant>",
+        "speech": "<s><user>[speech]\nAnswer the question asked in the speech.<end>\n<assistant>",
+        "answer": "Paris.<end>",
+    }
+    assert all(text in html.unescape((finished / "report.html").read_text()) for text in provenance["prompts"].values())
     scales = json.loads((finished / "methods/layer_lr/checkpoint/layer_scales.json").read_text())
     assert sorted(scales.values()) == pytest.approx([0.6, 1.0])
 
@@ -419,9 +427,59 @@ def test_two_processes_give_the_study_of_one(finished: Path, inputs: Path, tmp_p
         ({"data": {key: {"source": "none.jsonl", "split": key} for key in ("train", "heldout")}}, r"none\.jsonl"),
         ({"models": {"language_model": "./nowhere", "encoder": "./nowhere"}}, "nowhere is not a folder"),
         ({"models": {"language_model": "embedded:none", "encoder": "embedded:none"}}, "no embedded model"),
+        ({"prompt": {"template_arguments": {"reasoning": "low"}}}, "does not use 'reasoning'"),
     ],
 )  # fmt: skip
 def test_bad_input_is_told_before_the_work_starts(inputs: Path, tmp_path: Path, change: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         run_study(parse_config(recipe(inputs, **change), "test"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def _rename_weights(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    save_file({f"module.{key}": t for key, t in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def _refuse_system_turns(folder: Path) -> None:
+    file = folder / "chat_template.jinja"
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+    file.write_text(refusal + file.read_text())
+
+
+@pytest.mark.parametrize(
+    ("part", "spoil", "message"),
+    [
+        ("llm", _rename_weights, r"llm is no checkpoint of LlamaForCausalLM .*module\.model"),
+        ("whisper", _rename_weights, "whisper is no checkpoint of WhisperModel"),
+        ("llm", _refuse_system_turns, r"refuses the prompt \(No system role\); leave out prompt\.system"),
+        ("llm", lambda folder: (folder / "tokenizer.json").write_text("{"), "llm could not be loaded as AutoTokenizer"),
+        ("whisper", lambda folder: (folder / "preprocessor_config.json").unlink(), "WhisperFeatureExtractor"),
+    ],
+)
+def test_models_and_prompts_are_looked_at_before_the_work_starts(
+    inputs: Path, tmp_path: Path, part: str, spoil: Any, message: str
+) -> None:
+    for name in ("llm", "whisper"):
+        shutil.copytree(inputs / name, tmp_path / name)
+    spoil(tmp_path / part)
+    models = {"language_model": str(tmp_path / "llm"), "encoder": str(tmp_path / "whisper")}
+    with pytest.raises(UserError, match=message):
+        run_study(parse_config(recipe(inputs, models=models, prompt={"system": "Be brief."}), "test"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_another_chat_template_is_another_study(finished: Path, inputs: Path, tmp_path: Path) -> None:
+    """Everything that is asked or trained with a prompt is made again, and nothing else."""
+    copy, template = tmp_path / "run", inputs / "llm" / "chat_template.jinja"
+    shutil.copytree(finished, copy)
+    steps = {path.relative_to(copy): path.read_text() for path in copy.rglob("step.json")}
+    before = template.read_text()
+    template.write_text(before.replace("<end>", "<end> "))
+    try:
+        run_study(parse_config(recipe(inputs), "test"), copy)
+    finally:
+        template.write_text(before)
+    again = {path.relative_to(copy): path.read_text() for path in copy.rglob("step.json")}
+    assert {str(path.parent) for path in steps if steps[path] == again[path]} == {"data", "features"}

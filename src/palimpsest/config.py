@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -137,6 +138,13 @@ class StudyConfig(BaseModel):
     deactivation: Deactivation = Deactivation()
     analysis: Analysis = Analysis()
     evaluation: Evaluation
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _date_as_text(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and isinstance(value.get("date"), date):  # YAML reads one without quotes
+            return {**value, "date": value["date"].isoformat()}
+        return value
 
     @field_validator("training", mode="before")
     @classmethod

@@ -52,7 +52,7 @@ def answer(options: Options) -> str:
         if not options.text.strip():
             raise UserError("The question given with --text is empty.")
         language_model, processor = load_text_model(model)
-        asked = text_answerer(language_model, processor.tokenizer, limit, processor.style.system)
+        asked = text_answerer(language_model, processor.tokenizer, limit, processor.style)
         return asked([Example("question", options.text, ("",), "")], "text")[0].response
 
     assert options.audio is not None

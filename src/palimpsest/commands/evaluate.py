@@ -180,7 +180,7 @@ def _answerer(options: Options, where: str, device: str) -> Answerer:
         answer = audio_llm_answerer(*load_audio_llm(where, dtype="auto", device=device), limit)
     else:
         language_model, processor = load_text_model(where, device=device)
-        answer = text_answerer(language_model, processor.tokenizer, limit, processor.style.system)
+        answer = text_answerer(language_model, processor.tokenizer, limit, processor.style)
     if options.modality in ("text", "speech"):
         return answer
     from palimpsest.evaluation.cascade import cascade_answerer, transcribe

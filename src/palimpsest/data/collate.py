@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from palimpsest.data.examples import Example
 from palimpsest.models.loss import IGNORED
+from palimpsest.models.prompts import pad_id
 
 if TYPE_CHECKING:
     from palimpsest.data.features import Features
@@ -46,13 +47,24 @@ class Collator:
         return self._batch(examples, answers=False)
 
     def prompt(self, example: Example) -> list[int]:
+        question = self._question(example)
+        if isinstance(question, str):
+            return self.processor.text_prompt(question)
+        return self.processor.speech_prompt(question)
+
+    def sequence(self, example: Example) -> tuple[list[int], list[int]]:
+        """Token ids of (prompt, answer with its end of turn)."""
+        return self.processor.sequence(self._question(example), example.answer)
+
+    def _question(self, example: Example) -> str | int:
+        """As text, or how many positions its speech takes."""
         if self.modality == "text":
-            return self.processor.text_prompt(example.question)
-        return self.processor.speech_prompt(self._features.count(example.id) // self.processor.stack_factor)
+            return example.question
+        return self._features.count(example.id) // self.processor.stack_factor
 
     def length(self, example: Example) -> int:
         """Tokens of the whole training sequence."""
-        return len(self.prompt(example)) + len(self.processor.answer(example.answer))
+        return sum(map(len, self.sequence(example)))
 
     @property
     def _features(self) -> Features:
@@ -61,17 +73,14 @@ class Collator:
         return self.features
 
     def _batch(self, examples: Sequence[Example], *, answers: bool) -> Batch:
-        prompts = [self.prompt(example) for example in examples]
-        targets = [self.processor.answer(example.answer) if answers else [] for example in examples]
-        pairs = list(zip(prompts, targets, strict=True))
+        pairs = [self.sequence(example) if answers else (self.prompt(example), []) for example in examples]
 
         def padded(rows: Iterable[list[int]], value: int) -> Tensor:
             tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
             return pad_sequence(tensors, True, value, padding_side="right" if answers else "left")
 
-        pad_id = self.processor.tokenizer.pad_token_id
         batch: Batch = {
-            "input_ids": padded((prompt + target for prompt, target in pairs), 0 if pad_id is None else pad_id),
+            "input_ids": padded((prompt + target for prompt, target in pairs), pad_id(self.processor.tokenizer)),
             "attention_mask": padded(([1] * len(prompt + target) for prompt, target in pairs), 0),
             "ids": [example.id for example in examples],
         }

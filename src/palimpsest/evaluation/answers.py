@@ -39,7 +39,7 @@ from palimpsest.files import (
     write_jsonl,
 )
 from palimpsest.intervals import wilson
-from palimpsest.models.prompts import NEXT_TURN, encode, render
+from palimpsest.models.prompts import NEXT_TURN, PromptStyle, encode, render
 from palimpsest.records import Modality, QARecord
 
 if TYPE_CHECKING:
@@ -355,19 +355,21 @@ def text_answerer(
     language_model: Any,
     tokenizer: Any,
     max_new_tokens: int = 64,
-    system: str | None = None,
+    style: PromptStyle | None = None,
     instruction: str | None = None,
 ) -> Answerer:
     """Greedy answers of a Hugging Face causal language model to questions given as text.
 
     The prompt is the tokenizer's chat template with the question (after `instruction`, if any) as the user
-    turn and `system` as the system turn; without a template it is "Question: …", a line feed and "Answer:".
-    It is tokenised once and holds exactly one begin-of-text. An answer ends at the tokenizer's end-of-text and
-    at the end ids of the model's generation settings; nothing else is taken from these settings (see GREEDY).
-    Without a template it also ends where the model begins a line with "Question:" or "Answer:".
+    turn, and the system turn, date and arguments of `style`; without a template it is "Question: …", a line
+    feed and "Answer:". It is tokenised once and holds exactly one begin-of-text. An answer ends at the
+    tokenizer's end-of-text and at the end ids of the model's generation settings; nothing else is taken from
+    these settings (see GREEDY). Without a template it also ends where the model begins a line with "Question:"
+    or "Answer:".
 
     In float32 the answers do not depend on the batch. The model is put into eval mode.
     """
+    style = style or PromptStyle()
     settings = generation_settings(language_model, tokenizer, max_new_tokens)
     longest = getattr(language_model.config, "max_position_embeddings", None)
 
@@ -378,7 +380,7 @@ def text_answerer(
         for example in examples:
             question = example.question.strip()
             user = question if instruction is None else f"{instruction}\n{question}"
-            prompt, templated = render(tokenizer, user, system)
+            prompt, templated = render(tokenizer, user, style)
             prompts.append(prompt)
             ids.append(encode(tokenizer, prompt, start=not templated))
             if longest is not None and len(ids[-1]) + max_new_tokens > longest:
@@ -409,7 +411,9 @@ def names_of(examples: Sequence[Example]) -> list[str]:
 def generation_settings(language_model: Any, tokenizer: Any, max_new_tokens: int) -> dict[str, Any]:
     """What `generate` is given besides the prompts: greedy, to the first of `end_ids`."""
     end = end_ids(language_model, tokenizer)
-    pad = next((id for id in (tokenizer.pad_token_id, *end) if id is not None), 0)
+    # The pad token may have been added to the tokenizer alone: under the mask any id of the embedding will do.
+    n_ids = len(language_model.get_input_embeddings().weight)
+    pad = next((id for id in (tokenizer.pad_token_id, *end) if id is not None and id < n_ids), 0)
     return {**GREEDY, "max_new_tokens": max_new_tokens, "eos_token_id": end or None, "pad_token_id": pad}
 
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import jinja2
 import torch
 
 from palimpsest.data.examples import Example
@@ -25,7 +24,7 @@ from palimpsest.evaluation.finite import finite_logits
 from palimpsest.evaluation.spoken import recordings
 from palimpsest.files import UserError
 from palimpsest.models import SAMPLE_RATE
-from palimpsest.models.prompts import PromptStyle
+from palimpsest.models.prompts import PromptStyle, apply_template, fixed_date
 from palimpsest.records import Modality
 
 # Their encoders have no mask for padded audio: in a batch an answer would depend on its neighbours.
@@ -116,7 +115,8 @@ def _inside_the_template(
         recordings(examples)  # its errors name the file; the processor's do not
         text = {"type": "text", "text": instruction}
         contents = [[{"type": "audio", "path": str(example.audio)}, text] for example in examples]
-    inputs = processor.apply_chat_template([_turns(one, system) for one in contents], return_tensors="pt")
+    with fixed_date(PromptStyle()):
+        inputs = processor.apply_chat_template([_turns(one, system) for one in contents], return_tensors="pt")
     return [None] * len(examples), inputs
 
 
@@ -138,7 +138,7 @@ def _content_form(processor: Any) -> Callable[[str, bool], Any]:
     for form in (parts, string):
         try:
             rendered = _render(processor, form("QUESTION", True), None)
-        except (TypeError, jinja2.TemplateError):  # a template of strings, given parts
+        except UserError:  # a template of strings, given parts
             continue
         if rendered.count(mark) == 1 and "QUESTION" in rendered and "'type'" not in rendered:
             return form
@@ -150,7 +150,7 @@ def _content_form(processor: Any) -> Callable[[str, bool], Any]:
 
 def _render(processor: Any, content: Any, system: str | None) -> str:
     writer = processor if getattr(processor, "chat_template", None) is not None else processor.tokenizer
-    return str(writer.apply_chat_template(_turns(content, system), tokenize=False, add_generation_prompt=True))
+    return apply_template(writer, _turns(content, system), PromptStyle(), add_generation_prompt=True)
 
 
 def _turns(content: Any, system: str | None) -> Turns:

@@ -19,6 +19,7 @@ from palimpsest.evaluation.answers import (
 )
 from palimpsest.evaluation.finite import finite_logits
 from palimpsest.files import UserError
+from palimpsest.models.prompts import pad_id
 
 if TYPE_CHECKING:
     from jaxtyping import Float32
@@ -45,13 +46,11 @@ def recording_answerer(model: SpeechLM, processor: SpeechLMProcessor, max_new_to
     """
     from palimpsest.models.speech_lm import encode_speech
 
-    pad = processor.tokenizer.pad_token_id
-
     def prompts(examples: Sequence[Example]) -> Batch:
         mels, counts = processor.features(recordings(examples))
         frames = encode_speech(model.encoder, mels.to(model.encoder.device), counts, processor.speech_length)
         ids = [processor.speech_prompt(int(count) // processor.stack_factor) for count in counts]
-        input_ids, attention_mask = pad_left(ids, 0 if pad is None else pad)
+        input_ids, attention_mask = pad_left(ids, pad_id(processor.tokenizer))
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

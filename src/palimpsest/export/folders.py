@@ -27,6 +27,7 @@ from palimpsest.models.loading import (
     resolve,
     weight_bytes,
 )
+from palimpsest.models.prompts import used_arguments
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -296,4 +297,5 @@ def _facts(model: PreTrainedModel, processor: SpeechLMProcessor) -> Facts:
         type(model).__name__,
         chat=processor.tokenizer.chat_template is not None,
         system=processor.style.system,
+        arguments=used_arguments(processor.tokenizer, processor.style),
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +49,7 @@ class Facts:
     architecture: str
     chat: bool  # the tokenizer has a chat template
     system: str | None  # the system turn of the study's prompts
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # what its chat template was given besides the turns
     # What it was trained on, of a checkpoint outside a run.
     language_model: str | None = None
     encoder: str | None = None
@@ -239,7 +240,9 @@ def _loading(kind: Kind, facts: Facts) -> str:
     elif kind == "text_llm":
         system = {"role": "system", "content": facts.system}
         turn = "" if facts.system is None else f"{json.dumps(system, ensure_ascii=False)}, "
-        code = LOAD_TEXT + (CHAT.replace("[", f"[{turn}", 1) if facts.chat else PLAIN) + ANSWER_TEXT
+        given = "".join(f"{name}={value!r}, " for name, value in facts.arguments.items())
+        chat = CHAT.replace("[", f"[{turn}", 1).replace("return_tensors", f"{given}return_tensors", 1)
+        code = LOAD_TEXT + (chat if facts.chat else PLAIN) + ANSWER_TEXT
     else:
         code = (LOAD_SPEECH if kind == "speech_lm" else LOAD_LIGHT) + ANSWER_SPEECH
     return f"## How to load it\n\n```python\n{code}```"

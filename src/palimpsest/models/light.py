@@ -13,11 +13,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from palimpsest.files import UserError, hash_file, read_json, write_json
+from palimpsest.models.prompts import PromptStyle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,6 +51,8 @@ class Light:
     speech_instruction: str
     files: Mapping[str, str]  # name → SHA-256
     trained: Mapping[str, Any]  # method and fingerprint of the training step, where they are known
+    date: str = PromptStyle.date  # of the prompts; folders of earlier versions do not name it
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def is_light(folder: Path) -> bool:
@@ -100,7 +103,6 @@ def compose(
     from safetensors.torch import load_file
 
     from palimpsest.models.processor import SpeechLMProcessor
-    from palimpsest.models.prompts import PromptStyle
     from palimpsest.models.speech_lm import SpeechLM
 
     light = read_light(folder)
@@ -121,7 +123,7 @@ def compose(
         speech_length=light.speech_length,
     )
     model.adaptor.load_state_dict(adaptor)
-    style = PromptStyle(light.system, light.speech_instruction)
+    style = PromptStyle(light.system, light.speech_instruction, light.date, light.template_arguments)
     return model, SpeechLMProcessor(tokenizer, feature_extractor, light.stack_factor, light.speech_length, style)
 
 
@@ -182,6 +184,8 @@ def write_light(
         speech_length=model.config.speech_length,
         system=processor.style.system,
         speech_instruction=processor.style.speech_instruction,
+        date=processor.style.date,
+        template_arguments=dict(processor.style.template_arguments),
         files={file: hash_file(folder / file) for file in files},
         trained=trained,
     )

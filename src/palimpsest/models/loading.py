@@ -5,11 +5,14 @@ A SpeechLM's folder is a whole checkpoint or a light one (light.py); both are ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from pickle import PickleError
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from palimpsest.files import UserError, hash_file, hash_value, read_json
 from palimpsest.models import embedded, light
@@ -25,12 +28,26 @@ if TYPE_CHECKING:
     from palimpsest.models.speech_lm import SpeechLM
 
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+# What a model, its tokenizer, chat template, generation settings and processor are read from, by suffix …
+READ = {".json", ".safetensors", ".bin", ".jinja", ".model", ".txt", ".tiktoken", ".py"}
+# … and what has such a suffix and is a record of how a checkpoint came to be: times differ, results do not.
+RECORDS = {"step.json", "files.json", "training.json", "layer_scales.json", "trainer_state.json", "training_args.bin"}
+# Keys that a checkpoint may have beside those of a language model, which change nothing that it computes: buffers that
+# older versions of transformers stored, heads of other tasks, and the encoders of models that see or listen.
+UNUSED = re.compile(
+    r"(^|\.)(rotary_emb\.inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids)$"
+    r"|^(score|classifier|v_head|value_head|reward_head|mtp)\."
+    r"|(^|\.)(vision|visual|image|audio|speech)(_?(tower|model|encoder|embed|projector|projection))?\."
+    r"|(^|\.)(multi_modal_projector|mm_projector|embed_vision|embed_audio)\."
+)
+LFS_POINTER = b"version https://git-lfs"
 
 
 def resolve(name: str) -> str:
     """A local folder's path or a hub name, checked as far as it can be without loading.
 
-    Raises UserError for an unknown embedded model, or a folder without a config or weights.
+    Raises UserError for an unknown embedded model, a folder without a config or weights, and a file in it that is cut
+    short or only a pointer to one (git-lfs).
     """
     if name.startswith(embedded.PREFIX):
         return str(embedded.checkpoint(name))
@@ -42,6 +59,7 @@ def resolve(name: str) -> str:
             raise UserError(f"{path} has no config.json; give the folder of a Hugging Face checkpoint.")
         if not any(file for pattern in WEIGHT_FILES for file in path.glob(pattern)):
             raise UserError(f"{path} has a config but no weights (*.safetensors); the checkpoint is incomplete.")
+        _require_whole_files(path)
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
         raise UserError(
@@ -58,16 +76,70 @@ def choose_device(wanted: str) -> str:
 
 
 def fingerprint(name: str) -> str:
-    """Identifies the model's weights and config: hashes of the local files, or the hub's commit."""
+    """Identifies all that a model's results depend on: hashes of the local files, or the hub's commit.
+
+    The files are weights, config, tokenizer, chat template, generation settings and processor (`READ`).
+    Raises UserError for what `resolve` refuses, and for a hub name whose commit is not known.
+    """
     where = resolve(name)
     folder = Path(where)
     if folder.is_dir():
-        if light.is_light(folder):  # which names its files and the models under it by their hashes
-            light.read_light(folder)
-            return hash_file(folder / light.FILE)
-        files = sorted(f for pattern in ("config.json", *WEIGHT_FILES) for f in folder.glob(pattern))
-        return hash_value([[file.name, hash_file(file)] for file in files])
-    return hash_value([where, _config(where)._commit_hash])
+        if light.is_light(folder):  # which names the weights under it by their hashes, but not tokenizer and template
+            parts = light.read_light(folder)
+            under = [fingerprint(part.name) for part in (parts.language_model, parts.encoder)]
+            return hash_value([hash_file(folder / light.FILE), *under])
+        return hash_value([[file.relative_to(folder).as_posix(), hash_file(file)] for file in _files_read(folder)])
+    commit = _config(where)._commit_hash
+    if commit is None:
+        raise UserError(
+            f"The hub does not say which version of {name} this is, so results could not be told apart from those of "
+            "another; download it and give the folder."
+        )
+    return hash_value([where, commit])
+
+
+def _files_read(folder: Path) -> list[Path]:
+    """The files of a checkpoint that can change a result, in order of their names."""
+    templates = (folder / "additional_chat_templates").glob("*.jinja")
+    return sorted(
+        file
+        for file in (*folder.iterdir(), *templates)
+        if file.suffix in READ and file.name not in RECORDS and not file.name.startswith(".") and file.is_file()
+    )
+
+
+def _require_whole_files(folder: Path) -> None:
+    """Raise UserError for a pointer of git-lfs, a safetensors file that is cut short, and a part that is not there."""
+    for file in _files_read(folder):
+        with file.open("rb") as opened:
+            start = opened.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
+            raise UserError(f"{file} is only the pointer that git-lfs leaves; run `git lfs pull` in its folder.")
+        if file.suffix == ".safetensors":
+            _require_whole(file)
+    for index in folder.glob("*.index.json"):
+        absent = sorted({part for part in read_json(index)["weight_map"].values() if not (folder / part).is_file()})
+        if absent:
+            raise UserError(
+                f"{folder} lacks {', '.join(absent[:3])}, which {index.name} names ({len(absent)} in all); "
+                "copy or download the checkpoint again."
+            )
+
+
+def _require_whole(file: Path) -> None:
+    """A safetensors file has as many bytes as its header says: 8 for the header's length, the header, the tensors."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        try:
+            header: Any = json.loads(opened.read(length)) if 0 < length <= size - 8 else None
+            ends = [about["data_offsets"][1] for key, about in header.items() if key != "__metadata__"]
+            wanted = 8 + length + max(ends, default=0)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            wanted = None
+    if wanted != size:
+        said = "its header cannot be read" if wanted is None else f"{size:,} bytes where its header names {wanted:,}"
+        raise UserError(f"{file} is cut short or damaged ({said}); copy or download it again.")
 
 
 def text_source(name: str) -> str:
@@ -177,8 +249,7 @@ def load_text_model(
         audio_llm, audio_processor = load_audio_llm(where, dtype=dtype, device=device)
         return audio_llm, SpeechLMProcessor(audio_processor.tokenizer, None)
     tokenizer = _from_pretrained(AutoTokenizer, where)
-    model = _from_pretrained(AutoModelForCausalLM, where, dtype=dtype)
-    return model.to(device).eval(), SpeechLMProcessor(tokenizer, None)
+    return _load(AutoModelForCausalLM, where, device, dtype=dtype), SpeechLMProcessor(tokenizer, None)
 
 
 def load_audio_llm(
@@ -202,12 +273,8 @@ def load_audio_llm(
             f"{name} names the class {architecture}, which transformers {transformers.__version__} cannot answer with; "
             "use another version of transformers, or another checkpoint."
         )
-    try:
-        processor = _from_pretrained(transformers.AutoProcessor, where)
-    except ImportError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"The processor of {name} needs a package that is not installed: {reason}") from error
-    return _from_pretrained(kind, where, dtype=dtype).to(device).eval(), processor
+    processor = _from_pretrained(transformers.AutoProcessor, where)
+    return _load(kind, where, device, dtype=dtype), processor
 
 
 def load_asr(name: str, *, device: str = "cpu") -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
@@ -215,18 +282,41 @@ def load_asr(name: str, *, device: str = "cpu") -> tuple[WhisperForConditionalGe
     from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
     where = resolve(name)
-    model = _from_pretrained(WhisperForConditionalGeneration, where, dtype="float32").to(device).eval()
+    model = _load(WhisperForConditionalGeneration, where, device, dtype="float32")
     return model, _from_pretrained(WhisperProcessor, where)
 
 
 def load_encoder(name: str, *, dtype: torch.dtype | str = "float32", device: str = "cpu") -> tuple[WhisperEncoder, Any]:
     """(Whisper encoder in eval mode without gradients, its feature extractor)."""
-    from transformers import WhisperFeatureExtractor, WhisperModel
+    from transformers import WhisperModel
 
-    where = resolve(name)
-    encoder = _from_pretrained(WhisperModel, where, dtype=dtype).get_encoder()
+    encoder = _load(WhisperModel, resolve(name), device, part="encoder", dtype=dtype)
     encoder.requires_grad_(False)
-    return encoder.to(device).eval(), _from_pretrained(WhisperFeatureExtractor, where)
+    return encoder, load_feature_extractor(name)
+
+
+def load_feature_extractor(name: str) -> Any:
+    """Whisper's, of the encoder `name`."""
+    from transformers import WhisperFeatureExtractor
+
+    return _from_pretrained(WhisperFeatureExtractor, resolve(name))
+
+
+Role = Literal["language_model", "encoder", "asr"]
+ROLES: tuple[Role, ...] = get_args(Role)  # of a study's models
+
+
+def require_loadable(role: Role, name: str) -> None:
+    """Raise UserError for a model that would not load as what it is in a study: files, config, names and shapes.
+
+    No weight is read; of a SpeechLM as the language model only the files are looked at.
+    """
+    if role == "encoder":
+        load_encoder(name, device="meta")
+    elif role == "asr":
+        load_asr(name, device="meta")
+    elif not is_speech_lm(resolve(name)):
+        load_language_model(name, device="meta")
 
 
 def load_speech_lm(
@@ -249,10 +339,10 @@ def load_speech_lm(
             *load_language_model(parts.language_model.name, dtype=dtype),
             *load_encoder(parts.encoder.name, dtype=dtype),
         )
-    else:
-        model = _from_pretrained(SpeechLM, str(where), dtype=dtype)
-        processor = _from_pretrained(SpeechLMProcessor, str(where))
-    return model.to(device).eval(), processor
+        require_finite(model.adaptor.state_dict().items(), str(where))
+        return model.to(device).eval(), processor
+    model = _load(SpeechLM, str(where), device, dtype=dtype)
+    return model, _from_pretrained(SpeechLMProcessor, str(where))
 
 
 def _config(where: str) -> Any:
@@ -261,9 +351,104 @@ def _config(where: str) -> Any:
     return _from_pretrained(AutoConfig, where)
 
 
+def _load(kind: Any, where: str, device: str, *, part: str | None = None, **options: Any) -> Any:
+    """The model in eval mode on `device`, every parameter from the files of `where`; `part`: only this module of it.
+
+    On the device "meta" names and shapes are checked and no weight is read.
+    Raises UserError for a checkpoint whose keys are not the model's, one of quantised weights, and a weight that is not
+    finite.
+    """
+    _require_plain_weights(where)
+    placed = {"device_map": "meta"} if device == "meta" else {}
+    model, found = _from_pretrained(
+        kind, where, output_loading_info=True, ignore_mismatched_sizes=True, **placed, **options
+    )
+    _require_same_keys(model, found, where, part)
+    if part is not None:
+        model = model.get_submodule(part)
+    if device != "meta":
+        model = model.to(device)
+        require_finite(model.state_dict().items(), where)
+    return model.eval()
+
+
+def _require_same_keys(model: Any, found: Mapping[str, Any], where: str, part: str | None) -> None:
+    """Raise UserError unless the files have every parameter of the model (or of `part`), and no others that matter.
+
+    transformers leaves out of `found` what is absent by design, such as a head tied to the embedding, and draws at
+    random what is missing otherwise. Parts that the model does not have may stand beside it: `UNUSED`, and modules of
+    another name at the top, unless they are layers.
+    """
+    modules = {name for name, _ in model.named_children()}
+
+    def matters(key: str) -> bool:
+        if part is not None:
+            return re.search(rf"(^|\.){part}\.", key) is not None
+        return UNUSED.search(key) is None and (layer_index(key) is not None or key.partition(".")[0] in modules)
+
+    missing = sorted(key for key in found["missing_keys"] if part is None or key.startswith(f"{part}."))
+    extra = sorted(filter(matters, found["unexpected_keys"]))
+    if missing and not extra:
+        extra = sorted(found["unexpected_keys"])  # how the missing ones may be called there
+    other = sorted(key for key, *_ in found["mismatched_keys"] if part is None or key.startswith(f"{part}."))
+    faults = [
+        f"{text} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+        for text, keys in (
+            (f"it lacks {len(missing)} of the model's weights", missing),
+            (f"it has {len(extra)} that the model does not have", extra),
+            (f"{len(other)} have another shape", other),
+        )
+        if keys
+    ]
+    if faults:
+        raise UserError(
+            f"{where} is no checkpoint of {type(model).__name__} as its config describes it: {'; '.join(faults)}. Give "
+            "one that is complete, with its own config and the names that transformers writes."
+        )
+
+
+def _require_plain_weights(where: str) -> None:
+    config = _config(where).to_dict()
+    settings = next((c["quantization_config"] for c in (config, config.get("text_config")) if _quantised(c)), None)
+    if settings is not None:
+        method = settings.get("quant_method", "unnamed") if isinstance(settings, Mapping) else settings
+        raise UserError(
+            f"{where} holds quantised weights ({method}), which can be neither measured nor trained as they are; give "
+            "the checkpoint that it was made from."
+        )
+
+
+def _quantised(config: Any) -> bool:
+    return isinstance(config, Mapping) and bool(config.get("quantization_config"))
+
+
+def require_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """Raise UserError, naming the first of the tensors that holds NaN or infinity."""
+    import torch
+
+    for name, tensor in tensors:
+        # A sum costs no memory; only if it is not finite, which large numbers can do too, each is looked at.
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.sum())):
+            bad = int(tensor.numel() - torch.isfinite(tensor).sum())
+            if bad:
+                raise UserError(
+                    f"{where}: the weight {name} is not finite ({bad:,} of {tensor.numel():,} numbers are NaN or "
+                    "infinite), so nothing can be measured; use a checkpoint from before it diverged."
+                )
+
+
 def _from_pretrained(kind: Any, where: str, **options: Any) -> Any:
+    import torch
+
     try:
         return kind.from_pretrained(where, **options)
-    except (OSError, ValueError) as error:  # ValueError: a model type that transformers does not know
-        reason = str(error).strip().splitlines()[0]
+    except torch.OutOfMemoryError:
+        raise
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        what = kind.__name__.removeprefix("Auto").lower()
+        raise UserError(f"The {what} of {where} needs a package that is not installed: {reason}") from error
+    # ValueError: a model type that transformers does not know; the others: files that are not what their names promise.
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, EOFError, PickleError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{where} could not be loaded as {kind.__name__}: {reason}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from transformers import AutoProcessor
 
 from palimpsest.files import UserError, read_json, write_json
 from palimpsest.models import SAMPLE_RATE
-from palimpsest.models.prompts import PromptStyle, encode, messages, render
+from palimpsest.models.prompts import PromptStyle, pad_id, tokenise
 from palimpsest.models.speech_lm import SPEECH_POSITION, SpeechLength, SpeechLMConfig
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import BatchFeature
 
-SPEECH_MARK = "<speech>"  # only inside this module: where the chat template puts the speech; never tokenised
 SAMPLES_PER_FRAME = 320  # one encoder frame, 20 ms
 MAX_FRAMES = 1500  # 30 s
 FILE = "speech_processor.json"
@@ -82,7 +82,7 @@ class SpeechLMProcessor:
             speech = {"input_features": mels, "frame_counts": counts}
             prompts = [self.speech_prompt(int(count) // self.stack_factor) for count in counts]
         width = max(map(len, prompts))
-        pad = self.tokenizer.pad_token_id or 0
+        pad = pad_id(self.tokenizer)
         input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
         attention_mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         return BatchFeature({"input_ids": input_ids, "attention_mask": attention_mask, **speech})
@@ -90,36 +90,39 @@ class SpeechLMProcessor:
     # -- prompts ------------------------------------------------------------------------------------------------------
     def text_prompt(self, question: str) -> list[int]:
         """Token ids of the prompt with `question` as text, up to where the answer begins."""
-        text, templated = render(self.tokenizer, question, self.style.system)
-        return encode(self.tokenizer, text, start=not templated)
+        return tokenise(self.tokenizer, question, self.style)[0]
 
     def speech_prompt(self, n_positions: int) -> list[int]:
         """The same with `n_positions` speech positions and the instruction in place of the question's text."""
-        user = f"{SPEECH_MARK}\n{self.style.speech_instruction}"
-        text, templated = render(self.tokenizer, user, self.style.system)
-        before, found, after = text.partition(SPEECH_MARK)
-        if not found:
-            raise UserError(
-                "The tokenizer's chat template drops the user's text, so speech has no place in it; use another one."
-            )
-        return [
-            *encode(self.tokenizer, before, start=not templated),
-            *[SPEECH_POSITION] * n_positions,
-            *encode(self.tokenizer, after),
-        ]
+        return tokenise(self.tokenizer, self.style.speech_instruction, self.style, speech=_speech(n_positions))[0]
+
+    def sequence(self, question: str | int, answer: str) -> tuple[list[int], list[int]]:
+        """(token ids of the prompt, of the answer and its end of turn), tokenised as the one text that they are.
+
+        Args:
+            question: as text, or how many speech positions it takes.
+
+        Raises UserError where the tokenizer joins the two.
+        """
+        if isinstance(question, str):
+            return tokenise(self.tokenizer, question, self.style, answer=answer)
+        instruction, speech = self.style.speech_instruction, _speech(question)
+        return tokenise(self.tokenizer, instruction, self.style, answer=answer, speech=speech)
 
     def answer(self, answer: str) -> list[int]:
-        """Token ids of the answer and its end-of-turn token: all that is ever supervised."""
-        prompt, templated = render(self.tokenizer, "q", self.style.system)
-        if not templated:
-            return [*encode(self.tokenizer, " " + answer), self.tokenizer.eos_token_id]
-        turns = messages("q", self.style.system)
-        turns.append({"role": "assistant", "content": answer})
-        whole = self.tokenizer.apply_chat_template(turns, tokenize=False)
-        if whole.startswith(prompt):
-            return encode(self.tokenizer, whole[len(prompt) :].rstrip("\n"))
-        # Templates that render a finished assistant turn unlike an open one (reasoning models): the plain form.
-        return [*encode(self.tokenizer, answer), self.tokenizer.eos_token_id]
+        """Token ids of the answer and its end-of-turn token, all that is ever supervised, after a question as text."""
+        return self.sequence("q", answer)[1]
+
+    def example_prompts(self) -> dict[str, str]:
+        """What a model is given, with its special tokens: a question as text, one as speech, a supervised answer."""
+        text, answer = self.sequence("What is the capital of France?", "Paris.")
+        speech = self.speech_prompt(1)
+        at = speech.index(SPEECH_POSITION)
+        before, after = self._decode(speech[:at]), self._decode(speech[at + 1 :])
+        return {"text": self._decode(text), "speech": f"{before}[speech]{after}", "answer": self._decode(answer)}
+
+    def _decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     # -- speech -------------------------------------------------------------------------------------------------------
     def n_frames(self, n_samples: int) -> int:
@@ -161,6 +164,8 @@ class SpeechLMProcessor:
                 "speech_length": self.speech_length,
                 "system": self.style.system,
                 "speech_instruction": self.style.speech_instruction,
+                "date": self.style.date,
+                "template_arguments": dict(self.style.template_arguments),
             },
         )
 
@@ -172,9 +177,14 @@ class SpeechLMProcessor:
 
         hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
         settings = read_json(Path(cached_file(folder, FILE, **hub)))
-        style = PromptStyle(settings.pop("system"), settings.pop("speech_instruction"))
+        # Folders of earlier versions name neither date nor arguments.
+        style = PromptStyle(**{key.name: settings.pop(key.name) for key in fields(PromptStyle) if key.name in settings})
         tokenizer = AutoTokenizer.from_pretrained(folder, **hub)
         return cls(tokenizer, WhisperFeatureExtractor.from_pretrained(folder, **hub), style=style, **settings)
+
+
+def _speech(n_positions: int) -> list[int]:
+    return [SPEECH_POSITION] * n_positions
 
 
 AutoProcessor.register(SpeechLMConfig, SpeechLMProcessor, exist_ok=True)

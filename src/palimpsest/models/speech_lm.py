@@ -193,9 +193,10 @@ class SpeechLM(PreTrainedModel):  # type: ignore[misc]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> SpeechLM:
-        model = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
         model.language_model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path)
-        return model  # type: ignore[no-any-return]
+        return loaded  # type: ignore[no-any-return]
 
     def _init_weights(self, module: nn.Module) -> None:
         # Parts bring their own weights; what from_pretrained does not find in a checkpoint must not pass silently.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from palimpsest.files import UserError, hash_value, read_json
 from palimpsest.models import light
-from palimpsest.models.loading import embedding_width, is_speech_lm, load_encoder, resolve
+from palimpsest.models.loading import embedding_width, is_speech_lm, load_encoder, require_finite, resolve
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,6 +55,7 @@ def read_adaptor(source: str) -> TrainedAdaptor:
     if light.is_light(folder):
         settings = light.read_light(folder)
         tensors = {name: tensor.float() for name, tensor in load_file(folder / light.ADAPTOR).items()}
+        require_finite(tensors.items(), source)
         return TrainedAdaptor(source, tensors, settings.stack_factor, settings.speech_length, settings.encoder.content)
     stored: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
@@ -65,6 +66,7 @@ def read_adaptor(source: str) -> TrainedAdaptor:
         {key.removeprefix(part): tensor for key, tensor in stored.items() if key.startswith(part)}
         for part in ("adaptor.", "encoder.")
     )
+    require_finite(stored.items(), source)
     config = read_json(folder / "config.json")
     return TrainedAdaptor(
         source,

@@ -289,9 +289,8 @@ def _counter(config: StudyConfig) -> tuple[Callable[[Example], tuple[int, int, f
     The model's tokenizer, if that is on this machine.
     """
     import soundfile
-    from transformers import AutoTokenizer
 
-    from palimpsest.models.loading import text_source
+    from palimpsest.models.loading import load_tokenizer, text_source
     from palimpsest.models.processor import SpeechLMProcessor
 
     def seconds(example: Example) -> float:
@@ -305,7 +304,7 @@ def _counter(config: StudyConfig) -> tuple[Callable[[Example], tuple[int, int, f
         return lambda e: (
             PROMPT_TOKENS, -(-len(e.question) // per), seconds(e), -(-len(e.answer) // per) + 1
         ), f"as {per} characters a token, without the tokenizer"  # fmt: skip
-    processor = SpeechLMProcessor(AutoTokenizer.from_pretrained(where), None, style=config.prompt)
+    processor = SpeechLMProcessor(load_tokenizer(where), None, style=config.prompt)
     frame = len(processor.speech_prompt(0))
     return lambda e: (
         frame, len(processor.text_prompt(e.question)) - frame, seconds(e), len(processor.answer(e.answer))

@@ -109,14 +109,21 @@ def render(inputs: Inputs, *, audio: bool = True, samples: bool = True) -> str:
         audio=audio,
         max_questions=MAX_QUESTIONS,
         metric=main_metric(inputs.results),
+        prompts=_prompts(inputs),
         provenance=_provenance(inputs),
         config=inputs.config_text,
     )
 
 
+def _prompts(inputs: Inputs) -> list[tuple[str, str]]:
+    """What a model is given, as text and as speech, and what is supervised; none in runs of earlier versions."""
+    prompts = inputs.provenance.get("prompts")
+    return [(str(kind), str(text)) for kind, text in prompts.items()] if isinstance(prompts, dict) else []
+
+
 def _provenance(inputs: Inputs) -> list[tuple[str, list[tuple[str, str]]]]:
     """Titled groups of rows: the many fingerprints of the steps apart from the rest."""
-    rows = list(flat(inputs.provenance, MAX_VALUE))
+    rows = [row for row in flat(inputs.provenance, MAX_VALUE) if not row[0].startswith("prompts.")]
     steps = [row for row in rows if row[0].startswith("steps.")]
     return [
         ("Versions, hardware, models, data", [row for row in rows if row not in steps]),

@@ -119,8 +119,8 @@ def _cut(inputs: Inputs) -> Iterator[Finding]:
     ]
     if details:
         sentence = (
-            f"Warning: of these answers more than {percent(MOST_CUT)}\u00a0% were cut at the limit of new tokens without "
-            "an end. What would have followed was not scored, so their accuracies, and differences between them, may "
+            f"Warning: of these answers more than {percent(MOST_CUT)}\u00a0% were cut at the limit of new tokens "
+            "without an end. What would have followed was not scored, so their accuracies, and differences between them, may "
             "come from the limit; raise evaluation.max_new_tokens and run the study again with --changed."
         )
         yield Finding(sentence, tuple(details))

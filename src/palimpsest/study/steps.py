@@ -29,8 +29,11 @@ from palimpsest.study.workspace import Workspace
 
 
 def check(ws: Workspace) -> None:
-    """What can be known to be wrong before the long work: options, sources, audio, models, disk; then study.yaml."""
-    from palimpsest.models.loading import resolve
+    """What can be known to be wrong before the long work, then study.yaml.
+
+    Options, sources, audio, the prompt, disk; of every model its files, config and the names and shapes of its weights.
+    """
+    from palimpsest.models.loading import ROLES, require_loadable
     from palimpsest.training.train import require_options
 
     require_options(ws.settings, ws.device, sharded=sharded())
@@ -39,11 +42,12 @@ def check(ws: Workspace) -> None:
     if not ws.is_done("data", data, _data_inputs(ws)):
         ws.sources.check()
     models = ws.config.models
-    used = [name for name in (models.language_model, models.encoder, models.asr) if name is not None]
     with ws.reporter.step("models") as advance:
-        for i, name in enumerate(used):
-            resolve(name)  # converts an embedded model on its first use
-            advance(i + 1, len(used))
+        for i, role in enumerate(ROLES):
+            if (name := getattr(models, role)) is not None:
+                require_loadable(role, name)  # converts an embedded model on its first use
+            advance(i + 1, len(ROLES))
+    ws.processor.example_prompts()
     ws.require_adaptor()
     ws.require_disk()
     write_text(ws.path / STUDY, dump_config(ws.config))
@@ -124,7 +128,7 @@ def train(ws: Workspace, model: str) -> None:
         "dtype": ws.config.models.dtype,
         "data": ws.fingerprint("features" if ws.config.takes_speech(model) else "data"),
         "speech": {**asdict(ws.config.speech), "feature_cache": None},
-        "prompt": asdict(ws.config.prompt),
+        "prompt": ws.prompt_inputs,
         "method": asdict(method),
         "training": asdict(ws.config.training),
         "seeds": [ws.seed("adaptor", model), ws.seed("train", model)],
@@ -183,7 +187,7 @@ def importance(ws: Workspace, model: str, other: bool = False) -> None:
         "model": ws.model_inputs(model),
         "data": ws.fingerprint("data"),
         "options": [options.n_examples, options.batch_size],
-        "prompt": asdict(ws.config.prompt),
+        "prompt": ws.prompt_inputs,
         "seed": ws.seed("importance"),
         "other": other,
     }
@@ -225,7 +229,7 @@ def deactivation(ws: Workspace, model: str) -> None:
         "reduction": reduction,
         "features": ws.fingerprint("features"),
         "options": asdict(options),
-        "prompt": asdict(ws.config.prompt),
+        "prompt": ws.prompt_inputs,
         "seed": ws.seed("deactivation"),
     }
 
@@ -258,7 +262,7 @@ def perplexity(ws: Workspace, model: str) -> None:
     inputs = {
         "model": ws.model_inputs(model, in_speech=True),
         "features": ws.fingerprint("features"),
-        "prompt": asdict(ws.config.prompt),
+        "prompt": ws.prompt_inputs,
         "batch_size": size,
     }
 
@@ -300,7 +304,7 @@ def answers(ws: Workspace, model: str, task: str, modality: Modality) -> None:
         "data": ws.fingerprint("data"),
         "task": task,
         "options": [options.max_new_tokens, options.batch_size],
-        "prompt": asdict(ws.config.prompt),
+        "prompt": ws.prompt_inputs,
     }
     if modality == "cascade":
         inputs["asr"] = ws.model_hash(str(ws.config.models.asr))
@@ -337,7 +341,7 @@ def _answerer(ws: Workspace, model: str, task: str, modality: Modality) -> Any:
     limit = ws.config.evaluation.max_new_tokens
     if modality == "speech":
         return speech_answerer(ws.speech_lm(model), ws.collator("speech", f"task-{task}"), limit)
-    by_text = text_answerer(ws.language_model(model), ws.processor.tokenizer, limit, ws.config.prompt.system)
+    by_text = text_answerer(ws.language_model(model), ws.processor.tokenizer, limit, ws.config.prompt)
     if modality == "cascade":
         return cascade_answerer(partial(transcribe, *load_asr(str(ws.config.models.asr), device=ws.device)), by_text)
     if modality == "text_asr":

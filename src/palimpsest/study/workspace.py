@@ -6,7 +6,7 @@ import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -198,15 +198,13 @@ class Workspace:
 
     @cached_property
     def processor(self) -> SpeechLMProcessor:
-        from transformers import WhisperFeatureExtractor
-
-        from palimpsest.models.loading import load_tokenizer, resolve
+        from palimpsest.models.loading import load_feature_extractor, load_tokenizer
         from palimpsest.models.processor import SpeechLMProcessor
 
         speech, prompt = self.config.speech, self.config.prompt
         return SpeechLMProcessor(
             load_tokenizer(self.config.models.language_model),
-            WhisperFeatureExtractor.from_pretrained(resolve(self.config.models.encoder)),
+            load_feature_extractor(self.config.models.encoder),
             stack_factor=speech.stack_factor,
             speech_length=speech.length,
             style=prompt,
@@ -333,6 +331,11 @@ class Workspace:
         """Nothing without models.adaptor, so that what was made before there was the key keeps its fingerprint."""
         return {} if self.adaptor is None else {"adaptor": self.adaptor.fingerprint, "encoder": self.encoder_hash}
 
+    @cached_property
+    def prompt_inputs(self) -> dict[str, Any]:
+        """The recipe's prompt, and what becomes of it: other versions of transformers may render it otherwise."""
+        return {**asdict(self.config.prompt), "rendered": self.processor.example_prompts()}
+
     @staticmethod
     def model_hash(name: str) -> str:
         from palimpsest.models.loading import fingerprint
@@ -365,6 +368,7 @@ class Workspace:
                     "hash": self.adaptor and self.adaptor.fingerprint,
                 },
             },
+            "prompts": self.processor.example_prompts(),
             "data": {
                 name: {
                     "n": len(group),

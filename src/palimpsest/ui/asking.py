@@ -152,18 +152,18 @@ def _load(panel: Panel, model: str, transcript: str | None, limit: int) -> dict[
     from palimpsest.progress import Reporter
     from palimpsest.study.workspace import Workspace
 
-    models, system = panel.config.models, panel.config.prompt.system
+    models, style = panel.config.models, panel.config.prompt
     ws = Workspace(panel.config, panel.run, Reporter(0, quiet=True))
     answerers: dict[Input, Answerer] = {}
     if model == BASE:
-        by_text = text_answerer(ws.base, load_tokenizer(models.language_model), limit, system)
+        by_text = text_answerer(ws.base, load_tokenizer(models.language_model), limit, style)
         answerers["cascade"] = cascade_answerer(transcribed_before({"question": transcript}), by_text)
         if models.adaptor is not None:  # the recipe puts the base behind this adaptor
             answerers["speech"] = recording_answerer(ws.speech_lm(BASE), ws.processor, limit)
     else:
         checkpoint = checkpoint_of(panel.run, model)
         speech_lm, processor = load_speech_lm(checkpoint, dtype=models.dtype, device=ws.device)
-        by_text = text_answerer(speech_lm.language_model, processor.tokenizer, limit, system)
+        by_text = text_answerer(speech_lm.language_model, processor.tokenizer, limit, style)
         answerers["speech"] = recording_answerer(speech_lm, processor, limit)
     return {"text": by_text, **answerers}
 
