@@ -14,6 +14,7 @@ from typing import Any
 from palimpsest.files import UserError
 from palimpsest.records import ClaimRecord, Paired
 from palimpsest.report import summary
+from palimpsest.report.across_runs import by_method
 from palimpsest.report.inputs import (
     MODALITY_NAMES,
     Inputs,
@@ -101,7 +102,7 @@ def render(runs: Sequence[Run], paired: Paired, out: Path) -> str:
 # ----------------------------------------------------------------------------------------------------------
 def _summaries(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, tuple[summary.Finding, ...]]]]]:
     """Each question of the summary with every run's findings."""
-    points = zip(*(summary.points_of(run.inputs) for run in runs), strict=True)
+    points = zip(*(summary.points_of(by_method(run.inputs)) for run in runs), strict=True)
     labels = [run.label for run in runs]
     return [(of[0].question, list(zip(labels, (point.findings for point in of), strict=True))) for of in points]
 
@@ -158,7 +159,8 @@ def tables_of(runs: Sequence[Run], paired: Paired) -> list[Table]:
             "Shift of the text importance over the layers by run (Jensen–Shannon divergence, bits)",
             ("Method",),
             _shifts,
-            "From the base of the same run; in brackets the 95 % interval, and what two halves of the data differ by.",
+            "From the base of the same run; in brackets the 95 % interval, and the noise: what the base itself differs "
+            "by between these questions and others.",
         ),
         _side_by_side(
             runs,
