@@ -24,6 +24,7 @@ from typing_extensions import TypedDict
 from palimpsest import records
 from palimpsest.files import UserError
 from palimpsest.records import MODALITIES, Results, method_of
+from palimpsest.report.public import public, without_paths
 from palimpsest.rundir import STEP_FILE, models_in
 
 METHOD_NAMES = {"base": "Base", "full": "Full-FT", "layer_lr": "Layer-LR", "lora": "LoRA"}
@@ -58,7 +59,7 @@ class Sample(_Scalars):
 
 @dataclass(frozen=True)
 class Inputs:
-    """A run directory as read. `samples` is keyed (method, task, modality)."""
+    """A run directory as read, without the folders of the machine. `samples` is keyed (method, task, modality)."""
 
     path: Path
     results: Results
@@ -90,13 +91,13 @@ def read_inputs(run: Path) -> Inputs:
     return Inputs(
         path=run,
         results=results,
-        provenance=provenance or {},
-        config=config or {},
-        config_text=(run / "study.yaml").read_text(encoding="utf-8") if config else "",
+        provenance=public(provenance or {}),
+        config=public(config or {}),
+        config_text=yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True) if config else "",
         importance_maps=_read_maps(run / "maps" / "importance.npz", missing),
         delta_maps=_read_maps(run / "maps" / "delta.npz", missing),
         samples=_read_samples(run, results, missing),
-        missing=tuple(missing),
+        missing=tuple(without_paths(line, run) for line in missing),
     )
 
 

@@ -225,26 +225,38 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _markdown(value: str) -> str:
-    return re.sub(r"[\\`*_|<>\[\]]", r"\\\g<0>", " ".join(value.split()))
+    return re.sub(r"[\\`*_|<>\[\]]", r"\\\g<0>", " ".join(_printable(value).split()))
+
+
+def inline_markdown(value: str) -> str:
+    """A text that stays text inside Markdown, and readable: escaped only where it would be taken for markup."""
+    return re.sub(r"[\\`*|]|<(?=[A-Za-z/!?])|(?<!\w)_|_(?!\w)|(?<=\])\(", r"\\\g<0>", _printable(value))
+
+
+def _printable(value: str) -> str:
+    """On one line and without control characters, of which terminals make commands."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", value)
 
 
 def to_plain(table: Table) -> str:
     """Columns that line up in a terminal; without title and note, and without a head where no column has a title."""
-    lines = _aligned(table, [[cell.plain for cell in row] for row in table.rows])
+    lines = _aligned(table, [[_printable(cell.plain) for cell in row] for row in table.rows], _printable)
     untitled = not any(column.title for column in table.columns)
     return "\n".join("  " + "  ".join(line).rstrip() for line in lines[untitled:])
 
 
 def to_aligned_markdown(table: Table) -> str:
     """Markdown that lines up as plain text too; without title and note."""
-    head, *rows = _aligned(table, [[cell.plain.replace("|", "\\|") for cell in row] for row in table.rows])
+    head, *rows = _aligned(
+        table, [[inline_markdown(cell.plain) for cell in row] for row in table.rows], inline_markdown
+    )
     rule = "|" + "|".join("-" * (len(title) + 2) for title in head) + "|"
     return "\n".join([_line(head), rule, *map(_line, rows)])
 
 
-def _aligned(table: Table, rows: Sequence[Sequence[str]]) -> list[list[str]]:
+def _aligned(table: Table, rows: Sequence[Sequence[str]], title: Callable[[str], str]) -> list[list[str]]:
     """The titles and `rows`, every text as wide as its column, words to the left and numbers to the right."""
-    lines = [[column.title for column in table.columns], *rows]
+    lines = [[title(column.title) for column in table.columns], *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         [
@@ -292,7 +304,7 @@ def to_csv(table: Table) -> str:
     with_detail = [any(row[i].detail for row in table.rows) for i in range(len(table.columns))]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    head = [(column.title, f"{column.title}, range") for column in table.columns]
+    head = [(_csv(column.title), _csv(f"{column.title}, range")) for column in table.columns]
     for row in (head, *([(_csv(cell.text), _csv(cell.detail)) for cell in row] for row in table.rows)):
         pairs = zip(row, with_detail, strict=True)
         writer.writerow([part for of, detailed in pairs for part in of[: 1 + detailed]])
@@ -300,5 +312,14 @@ def to_csv(table: Table) -> str:
 
 
 def _csv(value: str) -> str:
-    """Plain digits for programs: true minus, dash and thin space are for readers."""
-    return "" if value == DASH else value.replace("−", "-").replace("\u202f", "")
+    """Plain digits for programs: true minus, dash and thin space are for readers.
+
+    Words that a spreadsheet would take for a formula have an apostrophe in front; numbers and ranges of them have not.
+    """
+    value = "" if value == DASH else value.replace("−", "-").replace("\u202f", "")
+    formula = value.startswith(("=", "+", "-", "@", "\t", "\r")) and not _NUMBERS.fullmatch(value)
+    value = value.replace("\r", " ")  # which csv does not quote before Python 3.13
+    return f"'{value}" if formula else value
+
+
+_NUMBERS = re.compile(r"[+-]?[\d.]+(e[+-]?\d+)?( to [+-]?[\d.]+(e[+-]?\d+)?)?")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from palimpsest.files import without_folders
 from palimpsest.report import paper, structure_tables
 from palimpsest.report.across_runs import OF_FIRST_RUNS, n_runs
 from palimpsest.report.inputs import (
@@ -366,7 +367,7 @@ def voices(records: Rows) -> Table:
         "voices",
         "Accuracy by the voice of the question",
         (
-            *(TASK, INPUT, METHOD, words("Voice", "voice")),
+            *(TASK, INPUT, METHOD, words("Voice", "voice", without_folders)),
             words("Trained on", "trained_on", lambda known: "yes" if known else "no"),
             counts("Questions", "n"),
             ranges("Accuracy %", "accuracy", percent),
