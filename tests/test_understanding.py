@@ -46,9 +46,9 @@ def test_holm_is_over_the_rows_of_a_reference() -> None:
     verdicts = {
         ("facts", modality): {"a": right("11111110"), "b": right("00000001")} for modality in ("text", "speech")
     }
-    verdicts["facts", "text"]["b"] = right("11111111")
+    verdicts["facts", "text"] = {"a": right("10000000"), "b": right("11111111")}
     rows = [row for row in speech_tests(["a", "b"], 1, verdicts, {}, 0) if row["reference"] == "text"]
-    assert [(row["p_value"], row["p_holm"]) for row in rows] == [(1.0, 1.0), (2 / 128, 4 / 128)]
+    assert [(row["p_value"], row["p_holm"]) for row in rows] == [(2 / 64, 2 / 64), (2 / 128, 4 / 128)]
 
 
 def test_several_runs_are_paired_by_run() -> None:

@@ -387,7 +387,8 @@ def comparisons(records: Rows) -> Table:
         "Paired comparisons on the same questions",
         (TASK, INPUT, words("Scoring rule", "metric"), A, B, N, *only, DIFFERENCE, P, P_HOLM),
         records,
-        "p: exact McNemar test; Holm: corrected for all rows of this table. Brackets: 95 % interval.",
+        "p: exact McNemar test; Holm: corrected for all rows of this table in which a question separates "
+        "the two. Brackets: 95 % interval.",
     )
 
 
