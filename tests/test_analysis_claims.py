@@ -11,15 +11,20 @@ import pytest
 
 from palimpsest.analysis.claims import claim_records
 from palimpsest.records import ClaimRecord
+from palimpsest.report import paper
+from palimpsest.study.results import rank_series
+from palimpsest.training.methods import Method
 
 Tables = dict[str, list[dict[str, Any]]]
 
 
-def deactivated(condition: str, factor: float, seed: int | None = None) -> dict[str, Any]:
+def deactivated(
+    condition: str, factor: float, seed: int | None = None, model: str = "base", modality: str = "text"
+) -> dict[str, Any]:
     loss = 1.0 + math.log(factor)
     return {
-        "model": "base",
-        "modality": "text",
+        "model": model,
+        "modality": modality,
         "condition": condition,
         "ratio": 0.0 if condition == "base" else 0.03,
         "scope": "global",
@@ -81,11 +86,9 @@ def results() -> Tables:
     difference = "jensen_shannon_difference"
     return {
         "deactivation": [
-            deactivated("base", 1.0),
-            deactivated("top", 1e5),
-            deactivated("bottom", 1.04),
-            deactivated("random", 1.7, seed=0),
-            deactivated("random", 1.9, seed=1),
+            deactivated(*of, model=model, modality=modality)
+            for model, modality in (("base", "text"), ("full", "text"), ("full", "speech"))
+            for of in (("base", 1.0), ("top", 1e5), ("bottom", 1.04), ("random", 1.7, 0), ("random", 1.9, 1))
         ],
         "comparisons": [
             compared("text", "base", "full", -0.06),
@@ -99,6 +102,7 @@ def results() -> Tables:
         ],
         "shift": [
             shifted("full", "base", "jensen_shannon", 0.02, 0.004, 0.003),
+            shifted("full", "base", "centre_shift", -0.1, 0.02, 0.01),
             shifted("layer_lr", "full", difference, -0.01, 0.004, None),
             shifted("lora", "full", difference, -0.015, 0.004, None),
         ],
@@ -157,9 +161,13 @@ def edit(table: str, where: dict[str, Any], value: float, half: float) -> Change
 
 
 def replace_loss(condition: str, factor: float, seed: int | None = None) -> Change:
-    return lambda tables: find(tables, "deactivation", condition=condition, seed=seed).update(
-        loss=1.0 + math.log(factor)
-    )
+    where = {"model": "base", "condition": condition, "seed": seed}
+    return lambda tables: find(tables, "deactivation", **where).update(loss=1.0 + math.log(factor))
+
+
+def replace_tuned_loss(modality: str, condition: str, factor: float, seed: int | None = None) -> Change:
+    where = {"model": "full", "modality": modality, "condition": condition, "seed": seed}
+    return lambda tables: find(tables, "deactivation", **where).update(loss=1.0 + math.log(factor))
 
 
 def replace_clusters(model: str, of: str, ratio: float) -> Change:
@@ -171,7 +179,8 @@ def replace_clusters(model: str, of: str, ratio: float) -> Change:
 
 
 TEXT, SPEECH = {"modality": "text"}, {"modality": "speech"}
-FULL_SHIFT = {"model": "full"}
+FULL_SHIFT = {"model": "full", "measure": "jensen_shannon"}
+DIRECTION = {"model": "full", "measure": "centre_shift"}
 LORA_SHIFT = {"model": "lora"}
 
 
@@ -183,10 +192,15 @@ LORA_SHIFT = {"model": "lora"}
         (1, replace_loss("bottom", 1.11), "fails"),
         (1, replace_loss("random", 1.03, seed=1), "holds"),  # one of two random masks below the bottom one
         (1, replace_loss("random", 0.5, seed=1), "fails"),  # their median, √(1.7 · 0.5), below it
+        (1, replace_tuned_loss("text", "top", 9.9), "fails"),  # the paper's Table 1 is of a tuned model
+        (1, replace_tuned_loss("speech", "bottom", 1.11), "fails"),
+        (1, replace_tuned_loss("speech", "random", 1e11, seed=0), "fails"),  # their median above the top one
         (2, replace_clusters("base", "importance", 1.0), "fails"),
         (2, replace_clusters("base", "importance", 1.11), "undecided"),
         (3, edit("shift", FULL_SHIFT, 0.004, 0.001), "fails"),  # the bar is 0.006
         (3, edit("shift", FULL_SHIFT, 0.007, 0.002), "undecided"),
+        (3, edit("shift", DIRECTION, 0.1, 0.02), "fails"),  # as far, but toward the output
+        (3, edit("shift", DIRECTION, -0.01, 0.02), "undecided"),
         (4, edit("shift", LORA_SHIFT, 0.01, 0.004), "fails"),
         (4, edit("shift", LORA_SHIFT, -0.001, 0.004), "undecided"),
         (4, edit("shift", LORA_SHIFT, 0.001, 0.004), "undecided"),
@@ -248,6 +262,75 @@ def test_a_rank_that_only_the_recipe_knows_takes_part() -> None:
     assert "r 4 − r 24" in claim_records({"comparisons": rows})[7]["note"]
 
 
+def test_claim_1_asks_every_measured_training_run_of_full() -> None:
+    tables = results()
+    tables["deactivation"] += [
+        {**row, "model": "full-seed1"} for row in tables["deactivation"] if row["model"] == "full"
+    ]
+    assert claim(1, tables)["verdict"] == "holds"
+    find(tables, "deactivation", model="full-seed1", modality="speech", condition="bottom")["loss"] = 1 + math.log(1.2)
+    record = claim(1, tables)
+    assert record["verdict"] == "fails"
+    assert "bottom / whole full, speech, 1.2: fails" in record["note"]
+
+
+def test_claim_1_of_the_base_alone_is_not_the_papers() -> None:
+    tables = results()
+    tables["deactivation"] = [row for row in tables["deactivation"] if row["model"] == "base"]
+    assert claim(1, tables)["note"] == "Missing: deactivation of full on text."
+
+
+def test_two_loras_of_one_rank_decide_nothing() -> None:
+    """The last of them would have stood for the rank, whatever it differs in besides."""
+    rows = [compared(m, "lora", "lora_r24", -0.2) for m in ("text", "speech")]
+    rows += [compared(m, "lora_slow", "lora_r24", 0.2) for m in ("text", "speech")]
+    record = claim_records({"comparisons": rows}, {"lora": 8, "lora_slow": 8})[7]
+    assert record["verdict"] == "undecided"
+    assert record["note"] == "Missing: one LoRA method of each rank (lora and lora_slow both have rank 8)."
+    assert claim_records({"comparisons": rows}, {"lora": 8, "lora_slow": None})[7]["verdict"] == "holds"
+
+
+def test_the_rank_series_differs_in_rank_alone() -> None:
+    lora = Method("lora", rank=8)
+    methods = {
+        "full": Method("full"),
+        "lora_slow": Method("lora", rank=8, learning_rate=1e-6),
+        "lora": lora,
+        "lora_r16": Method("lora", rank=16, alpha=32),  # 2 · rank, as where it is left out
+        "lora_text": Method("lora", rank=16, modality="text"),
+        "again": lora,
+        "lora_r24": Method("lora", rank=48),  # a name that says another rank
+    }
+    of_none = dict.fromkeys(("full", "lora_slow", "lora_text", "again"))
+    assert rank_series(methods) == {**of_none, "lora": 8, "lora_r16": 16, "lora_r24": 48}
+    assert rank_series({"full": Method("full")}) == {"full": None}
+    assert rank_series({"a": Method("lora", rank=8, dropout=0.1), "lora": lora}) == {"a": None, "lora": 8}
+
+
+def paper_row(size: str, modality: str, a: str, b: str) -> list[dict[str, Any]]:
+    """What the paper's Table 2 would have said with 300 and 2,032 questions, on a tenth of which two methods differ."""
+    rows = []
+    for task, n in (("llama_questions", 300), ("web_questions", 2032)):
+        share = {}
+        for row in paper.TABLE_2:
+            published = row.t2t if modality == "text" else row.s2t
+            if (row.system, row.size, row.task) == ("LLaMA-Omni", size, task) and published is not None:
+                share[row.method] = published.value / 100
+        difference = share[b] - share[a]
+        half = 1.96 * math.sqrt((0.1 - difference**2) / n)
+        rows.append(compared(modality, a, b, difference, half, task, n))
+    return rows
+
+
+@pytest.mark.parametrize("size", ["1B", "8B"])
+def test_the_rules_leave_5_and_6_undecided_on_the_papers_own_table(size: str) -> None:
+    pairs = [("text", "base", "full"), ("text", "full", "layer_lr"), ("text", "full", "lora")]
+    pairs += [("text", "layer_lr", "lora"), ("speech", "layer_lr", "lora"), ("speech", "full", "layer_lr")]
+    records = claim_records({"comparisons": [row for pair in pairs for row in paper_row(size, *pair)]})
+    assert [records[number - 1]["verdict"] for number in (5, 6)] == ["undecided", "undecided"]
+    assert records[4]["note"].count(": holds") == 2  # Full-FT loses text, Layer-LR less; not so surely LoRA
+
+
 def test_nothing_at_all() -> None:
     assert {record["verdict"] for record in claim_records({})} == {"undecided"}
 
@@ -264,7 +347,7 @@ def test_missing_interval_noise_floor_and_ratio() -> None:
         row["ratio"] = 0.05
     assert "ratio 0.03" in claim(1, tables)["note"]
     tables = results()
-    find(tables, "deactivation", condition="top")["loss"] = None  # not a number when it was written
+    find(tables, "deactivation", model="base", condition="top")["loss"] = None  # not a number when it was written
     assert "finite loss" in claim(1, tables)["note"]
 
 

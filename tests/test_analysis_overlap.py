@@ -11,6 +11,7 @@ from torch import Tensor
 from palimpsest.analysis.correlation import correlation_records
 from palimpsest.analysis.overlap import overlap_records
 from palimpsest.files import UserError
+from palimpsest.records import run_name
 
 Q0, Q1 = (f"model.layers.{layer}.self_attn.q_proj.weight" for layer in (0, 1))
 
@@ -66,6 +67,17 @@ def test_correlation_with_ties_counts_orders() -> None:
     qa = [answered("base", 60), answered("full", 40), answered("layer_lr", 50), answered("lora", 50)]
     (row,) = correlation_records(shift, qa, metric="m")
     assert (row["kendall_tau"], row["p_value"]) == pytest.approx((2 / 6**0.5, 2 / 3))
+
+
+def test_runs_of_one_method_are_one_model() -> None:
+    """Nine runs of three methods that lose in their order: p of three models, which is 1/3 at best."""
+    of_method = {"full": (0.3, 40), "layer_lr": (0.2, 50), "lora": (0.1, 55)}
+    runs = [(run_name(m, k), x + 0.01 * k, c - (k == 2)) for m, (x, c) in of_method.items() for k in range(3)]
+    shift = [shifted(run, x) for run, x, _ in runs]
+    qa = [answered("base", 60), *(answered(run, correct) for run, _, correct in runs)]
+    (row,) = correlation_records(shift, qa, metric="m")
+    assert row["models"] == ["full", "layer_lr", "lora"]
+    assert (row["kendall_tau"], row["p_value"]) == pytest.approx((1.0, 1 / 3))
 
 
 def test_correlation_pools_tasks_and_says_what_is_missing() -> None:

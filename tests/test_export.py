@@ -231,6 +231,32 @@ def test_the_card_says_what_the_run_says(run: Path) -> None:
     assert yaml.safe_load(recipe)["methods"]["low"]["rank"] == 2
 
 
+def test_a_card_takes_no_text_for_markup_and_names_no_folder() -> None:
+    study = {
+        "name": "my `study`",
+        "method": "low",
+        "methods": {"low": {"kind": "lora", "rank": 2}},
+        "models": {"language_model": "/home/ada lovelace/llm", "encoder": "~/whisper", "adaptor": None},
+        "data": {"train": {"source": "/home/ada/a.jsonl + alpaca:/home/ada/b", "split": "train"}},
+        "prompt": {"system": "```\n<script>"},
+        "speech": {"voice": ["own:/home/ada lovelace/voice"]},
+        "voices": ["own:/home/ada lovelace/voice"],
+        "n_train": 7,
+    }
+    facts = model_card.Facts(1, "float32", "X", chat=True, system="| a <b> |\n# b")
+    card = model_card.model_card("speech_lm", facts, study)
+    assert "home" not in card
+    assert "lovelace" not in card
+    for line in (
+        r"# my \`study\`: low",
+        r"| System turn | \| a \<b> \| # b |",
+        "| Voice of the questions | own:…/voice |",
+        "7 questions of a.jsonl + alpaca:b, split train",
+    ):
+        assert line in card
+    assert "````yaml" in card  # its own text has a fence of three
+
+
 def test_the_card_of_a_language_model_claims_no_hearing(run: Path) -> None:
     card = card_of(run, "text_llm")
     assert "| low | facts | text | 23 of 40 |" in card

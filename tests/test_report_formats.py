@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -15,6 +16,7 @@ from palimpsest.report.table import (
     Cell,
     Column,
     Table,
+    inline_markdown,
     interval,
     p_value,
     percent,
@@ -142,6 +144,36 @@ def test_latex_escapes() -> None:
 def test_csv_is_read_back_with_ranges_in_their_own_column() -> None:
     rows = list(csv.reader(io.StringIO(to_csv(_table((Cell('say "a", b'), Cell("−1.0", "−2.0 to 0.0")))))))
     assert rows == [["A|B", "x %", "x %, range"], ['say "a", b', "-1.0", "-2.0 to 0.0"]]
+
+
+@pytest.mark.parametrize("text", ["=cmd|' /C calc'!A0", "+1+1", "-2+3", "@SUM(A1)", "\tx", "\r=x", "- 5", "−x"])
+def test_a_csv_cell_is_no_formula(text: str) -> None:
+    table = Table("t", "T", (Column(text),), ((Cell(text, text),),))
+    rows = list(csv.reader(io.StringIO(to_csv(table))))
+    shown = text.replace("−", "-").replace("\r", " ")
+    assert rows == [[f"'{shown}", f"'{shown}, range"], [f"'{shown}", f"'{shown}"]]
+
+
+@pytest.mark.parametrize("text", ["-1.5", "+4.1", "−20.0", "-1.2e-5", "−2.0 to 0.0", "+0.1 to +0.2", "1.14e5"])
+def test_numbers_of_a_csv_stay_numbers(text: str) -> None:
+    assert list(csv.reader(io.StringIO(to_csv(_table((Cell("a"), Cell(text)))))))[1] == ["a", text.replace("−", "-")]
+
+
+def test_a_terminal_gets_no_commands() -> None:
+    table = Table("t", "T", (Column("\x1b[2JA"),), ((Cell("\x1b]0;title\x07 x\r\x9b31mred"),),))
+    for written in (to_plain(table), to_markdown(table), to_aligned_markdown(table)):
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", written)
+    assert to_plain(table) == "   [2JA\n   ]0;title  x 31mred"
+
+
+def test_text_in_markdown_is_no_markup() -> None:
+    hostile = "<img src=x> `code` **bold** [x](http://y) ![i](z) _a_ a|b \\ \n# head"
+    words = Table("", "", (Column("A"),), ((Cell(hostile),),))
+    row = to_aligned_markdown(words).split("\n")[2]
+    assert row == r"| \<img src=x> \`code\` \*\*bold\*\* [x]\(http://y) ![i]\(z) \_a\_ a\|b \\  # head |"
+    assert inline_markdown("layer_lr_inverted: +4.1 [0.2, 8.0], p < 0.001") == (
+        "layer_lr_inverted: +4.1 [0.2, 8.0], p < 0.001"
+    )
 
 
 def test_a_row_of_the_wrong_length_is_an_error() -> None:

@@ -94,6 +94,7 @@ def test_every_table_is_there_for_every_model(finished: Path) -> None:
         "voices",
         "seeds",
         "seed_comparisons",
+        "pooled_comparisons",
     ]  # one run each
     models = {"base", *METHODS}
     assert {r["model"] for r in found["deactivation"]} == models

@@ -11,7 +11,8 @@ import pytest
 import soundfile
 import torch
 
-from palimpsest.config import parse_config
+from palimpsest.config import Importance, parse_config
+from palimpsest.data.examples import Example
 from palimpsest.data.features import Features
 from palimpsest.data.voices import VOICES, Voice
 from palimpsest.files import UserError
@@ -127,3 +128,21 @@ def test_wrong_voices_and_augmentations_are_told_first(
     with pytest.raises(UserError, match=message):
         begin({**recipe, "speech": section}, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_importance_is_measured_on_the_questions_that_the_recipe_names() -> None:
+    def example(group: str, i: int) -> Example:
+        return Example(id=f"{group}{i}", question="What?", answers=("It",), answer="It.")
+
+    groups = {"train": [example("t", i) for i in range(10)], "heldout": [example("h", i) for i in range(6)]}
+
+    def ids(other: bool = False, **options: Any) -> list[str]:
+        return [example.id for example in steps.importance_questions(groups, Importance(**options), 0, other=other)]
+
+    assert {name[0] for name in ids(n_examples=4)} == {"t"}
+    assert {name[0] for name in ids(n_examples=4, questions="heldout")} == {"h"}
+    assert len(ids(questions="heldout")) == len(ids()) == 2  # at least two; else 1/30 of the training data
+    for questions, n, others in (("train", 4, ["t"] * 4), ("train", 8, ["h"] * 6), ("heldout", 4, ["t"] * 4)):
+        chosen, other = (ids(which, n_examples=n, questions=questions) for which in (False, True))
+        assert [name[0] for name in other] == others
+        assert not set(chosen) & set(other)

@@ -71,7 +71,9 @@ class Data:
 
 @dataclass(frozen=True)
 class Importance:
-    n_examples: Annotated[int, Ge(2)] | None = None  # of the training data; None: 1/30 of it (the paper)
+    n_examples: Annotated[int, Ge(2)] | None = None  # questions; None: as many as 1/30 of the training data (the paper)
+    # On which questions: the paper's are training questions, on which the loss of a tuned model may have collapsed.
+    questions: Literal["train", "heldout"] = "train"
     batch_size: Annotated[int, Ge(1)] = 8
     reduction: Literal["signed_sum", "per_batch_abs"] = "signed_sum"  # the one Eq. 3 and deactivation use
 

@@ -108,6 +108,8 @@ class ShiftRecord(TypedDict):
     ci_low: float | None
     ci_high: float | None
     noise_floor: float | None  # the same measure between the reference and itself scored on other data
+    n_batches: NotRequired[int | None]  # that both models were scored on; None: the reduction does not keep them
+    n_batches_other: NotRequired[int | None]  # of the other data; None: the floor is of even and odd batches, or none
 
 
 class ClusteringRecord(TypedDict):
@@ -248,6 +250,25 @@ class FloorRecord(TypedDict):
     value: float  # in [0, 1]
     ci_low: float
     ci_high: float
+
+
+class SpeechTestRecord(TypedDict):
+    """S2T against a reference on the same questions, paired; `difference` = accuracy − reference_accuracy."""
+
+    method: str
+    task: str
+    metric: str
+    metric_version: str
+    reference: str  # unrelated (the answers, for other questions) | text (the same model) | cascade (the base)
+    n: int  # questions
+    n_seeds: int
+    accuracy: float  # from speech
+    reference_accuracy: float
+    difference: float
+    ci_low: float
+    ci_high: float
+    p_value: float
+    p_holm: float  # Holm-corrected over the rows of a reference
 
 
 class VoiceRecord(TypedDict):
@@ -403,6 +424,7 @@ class Results(TypedDict):
     deactivation: list[DeactivationRecord]
     qa: list[QARecord]
     qa_floors: list[FloorRecord]
+    speech_tests: list[SpeechTestRecord]
     voices: list[VoiceRecord]
     perplexity: list[PerplexityRecord]
     comparisons: list[ComparisonRecord]
@@ -417,6 +439,7 @@ class Results(TypedDict):
     training: list[TrainingRecord]
     seeds: list[SeedRecord]
     seed_comparisons: list[PairRecord]
+    pooled_comparisons: list[PairRecord]  # over several tasks, whose names stand in `task`, parted by ", "
     claims: list[ClaimRecord]
     timings: list[TimingRecord]
 

@@ -14,7 +14,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
@@ -38,6 +38,12 @@ DROPPED = "dropped"  # data/dropped.jsonl: what was left out of training and hel
 def folder_of(model: str) -> str:
     """Where a model's steps live inside the run directory: the base's, or those of one training run."""
     return BASE if model == BASE else f"methods/{model}"
+
+
+def run_labels(runs: Sequence[Path]) -> list[str]:
+    """A name for each of several run directories: the folder's, numbered in their order where two have the same."""
+    names = [run.resolve().name for run in runs]
+    return [name if names.count(name) == 1 else f"{name} ({1 + names[:i].count(name)})" for i, name in enumerate(names)]
 
 
 def models_in(run: Path) -> dict[str, Path]:

@@ -3,15 +3,18 @@
 The rules and their constants stand here, before any data. Each claim is about the study at hand, at the 95 %
 level.
 
-1. Deactivation: text perplexity of the base model over its own. With the top 3 % removed it is at least
+1. Deactivation: perplexity of a model over its own whole, for the base from text and for Full-FT from text and from
+   speech (the rows of the paper's Table 1 are a tuned model's). With the top 3 % removed it is at least
    `DESTROYED`, with the bottom 3 % at most `UNHARMED`; the median over the random masks lies between (not every one:
    what a random mask does varies by orders of magnitude with the few weights it happens to hit). Where the study has
-   several reductions or scopes, this is asked of each, and the worst is shown. There is no interval.
+   several reductions, scopes or training runs, this is asked of each, and the worst is shown. There is no interval.
 2. Clustering of the base model's importance: the typical ratio (geometric mean over matrices) of the share
    held by the top 5 % of rows over that of shuffled entries exceeds `CLUSTERED`; the same for columns. The
    interval is over matrices, `MIN_MATRICES` of them.
-3. Full-FT shifts importance over the layers: the Jensen–Shannon divergence from the base exceeds
-   `NOISE_FACTOR` times its noise floor (which is one split of the data, hence the factor).
+3. Full-FT shifts importance over the layers, toward earlier ones. Size: the Jensen–Shannon divergence from the base
+   exceeds `NOISE_FACTOR` times its noise floor (which is one split of the data, hence the factor). Direction: the
+   centre of mass moves toward the input, by a change below 0. The paper shows this direction at 1B; at 8B the shape
+   of its curves stays.
 4. Layer-LR and LoRA each shift it less than Full-FT: the paired difference of divergences is below 0.
 5. Text accuracy: Full-FT is below the base; Layer-LR and LoRA are each above Full-FT.
 6. Speech accuracy: LoRA above Layer-LR, Layer-LR above Full-FT. Text accuracy: Layer-LR below LoRA by no more
@@ -19,8 +22,9 @@ level.
 7. Clustering of the weight change: the ratio of claim 2 is larger for LoRA than for Layer-LR on the same
    matrices, for rows and for columns; and it still is when both changes are cut to LoRA's rank and set against
    random singular vectors (low_rank.py), since LoRA's change has a low rank by construction.
-8. LoRA rank (methods named lora_r8, lora_r16, …, and those whose rank the recipe gives): the middle rank (of an
-   even number, the lower of the two) is above the largest in accuracy, averaged over text and speech.
+8. LoRA rank (methods named lora_r8, lora_r16, …, and those whose rank the recipe gives, one of each rank): the
+   middle rank (of an even number, the lower of the two) is above the largest in accuracy, averaged over text and
+   speech.
 
 A part with an interval holds if all of the interval is on the claimed side, fails if all of it is on the
 other, and is undecided otherwise. A claim holds if all its parts hold, fails if one fails, and is undecided
@@ -29,18 +33,20 @@ the first part. A claim that does not hold is thus called holding in at most 2.5
 it has; one of k parts that each lie just on the right side is called failing in up to k times that. Nothing is
 corrected for there being eight claims.
 
-Accuracies are paired differences in the metric `METRIC`, pooled over tasks by their number of questions; the
-tasks' intervals are combined as those of independent normal estimates (root of summed squares).
+Accuracies are paired differences in the metric `METRIC`, pooled over tasks by their number of questions. With one
+training run of each method the tasks' intervals, each over its own questions, are combined as those of independent
+normal estimates (root of summed squares). With several they are not independent, since the same runs answer every
+task: there the questions of all tasks are pooled run by run, and clustered then (table pooled_comparisons).
 
-Where every method was trained several times (`seeds` in the recipe), claims 3 to 8 are about the methods' means
-over their runs, and the intervals are over seeds and questions (claims 5, 6, 8: table seed_comparisons), over
-seeds and batches (3, 4: table seeds), over seeds and matrices (7); the rules and bounds stay as they are. Not each
-run is judged by itself, with a vote: a run's own interval holds nothing of what another seed would give, all runs
-share their questions and so err together, and a vote of three forgets how close they were. Claims 1 and 2 are
-about the base, which is trained in none. A run's number pairs it with that of another method in claims 4 and 7
-(same adaptor, same order of examples); accuracies are not paired by run, only by question. Claim 7 is about the
-first runs where the recipe spares the others the measurement (`seeds_measure`), and its note says so; likewise
-claims 3 and 4.
+Where every method was trained several times (`seeds` in the recipe), claims 3 to 8 are about the methods' means over
+their runs, and the intervals are over seeds and questions (claims 5, 6, 8: table seed_comparisons, and of several
+tasks pooled_comparisons), over seeds and batches (3, 4: table seeds), over seeds and matrices (7); the rules and
+bounds stay as they are. Not each run is judged by itself, with a vote: a run's own interval holds nothing of what
+another seed would give, all runs share their questions and so err together, and a vote of three forgets how close
+they were. Claim 1 asks every run of Full-FT that was measured; claim 2 is about the base, which is trained in none. A
+run's number pairs it with that of another method in claims 4 and 7 (same adaptor, same order of examples); accuracies
+are not paired by run, only by question. Claim 7 is about the first runs where the recipe spares the others the
+measurement (`seeds_measure`), and its note says so; likewise claims 3 and 4.
 """
 
 from __future__ import annotations
@@ -56,7 +62,7 @@ import numpy as np
 
 from palimpsest.analysis.clustering import bootstrap_mean, log_ratios
 from palimpsest.intervals import over_runs
-from palimpsest.records import ClaimRecord, run_name
+from palimpsest.records import BASE, ClaimRecord, method_of, run_name
 
 RATIO = 0.03
 REDUCTION = "per_batch_abs"  # of claims 3 and 4: the one whose layer totals have an interval
@@ -66,6 +72,7 @@ UNHARMED = 1.10
 CLUSTERED = 1.10
 NOISE_FACTOR = 2.0
 MARGIN = 0.01  # one point of accuracy
+REMOVED_FROM = ((BASE, "text"), ("full", "text"), ("full", "speech"))  # claim 1
 MIN_MATRICES = 10  # a percentile interval from fewer is far too narrow (from two it holds the truth half the time)
 
 Row = Mapping[str, Any]
@@ -111,14 +118,14 @@ class Claim:
     test: Callable[[Results], list[Part]]  # raises Missing; the first part is the record's value
 
 
-def claim_records(results: Results, ranks: Mapping[str, int] | None = None) -> list[ClaimRecord]:
+def claim_records(results: Results, ranks: Mapping[str, int | None] | None = None) -> list[ClaimRecord]:
     """The eight claims, in order.
 
     results: tables of `results.json` by name (deactivation, comparisons, shift, clustering, and of several runs
-    seeds and seed_comparisons; others are ignored), as written or as read back. Methods are expected under the
-    names base, full, layer_lr, lora and lora_r<rank>. A table or row that is not there makes the claim undecided,
-    with a note that names it.
-    ranks: of LoRA methods whose name does not say it.
+    seeds, seed_comparisons and pooled_comparisons; others are ignored), as written or as read back. Methods are
+    expected under the names base, full, layer_lr, lora and lora_r<rank>. A table or row that is not there makes the
+    claim undecided, with a note that names it.
+    ranks: of LoRA methods, where the name does not say it or says it wrongly; None: takes no part in claim 8.
     """
     of_rank = replace(CLAIMS[-1], test=partial(_moderate_rank, known=ranks or {}))
     return [_record(number, claim, results) for number, claim in enumerate((*CLAIMS[:-1], of_rank), start=1)]
@@ -157,32 +164,47 @@ def _combine(parts: Sequence[Part]) -> str:
 # One function per claim
 # ------------------------------------------------------------------------------------------------------------
 def _deactivation(results: Results) -> list[Part]:
-    rows = [row for row in results.get("deactivation", []) if row["model"] == "base" and row["modality"] == "text"]
-    base = [row["loss"] for row in rows if row["condition"] == "base"]
-    if not base:
-        raise Missing("deactivation of the base model on text, condition base")
-    if any(row["loss"] is None for row in rows):
-        raise Missing("a finite loss in every deactivation row of the base model on text")
-    rises: dict[str, dict[Any, list[float]]] = {}  # condition → scope and reduction → ln(perplexity / base)
-    for condition in ("top", "bottom", "random"):
-        rises[condition] = {}
-        for row in rows:
-            if row["condition"] == condition and math.isclose(row["ratio"], RATIO):
-                setting = (row.get("scope"), row.get("reduction"))
-                rises[condition].setdefault(setting, []).append(row["loss"] - base[0])
-        if not rises[condition]:
-            raise Missing(f"deactivation of the base model on text, condition {condition}, ratio {RATIO}")
-    top = min(rise for found in rises["top"].values() for rise in found)
-    bottom = max(rise for found in rises["bottom"].values() for rise in found)
-    medians = [float(np.median(found)) for found in rises["random"].values()]
-    masks = [rise for found in rises["random"].values() for rise in found]
-    between = all(bottom < median < top for median in medians)
-    median = next((value for value in medians if not bottom < value < top), medians[0])
-    about = f"random / base, median of {len(masks)} masks from {_exp(min(masks)):.4g} to {_exp(max(masks)):.4g}:"
+    return [part for model, modality in REMOVED_FROM for part in _removed(results, model, modality)]
+
+
+def _removed(results: Results, method: str, modality: str) -> list[Part]:
+    what = f"deactivation of {'the base model' if method == BASE else method} on {modality}"
+    by_run: dict[str, list[Row]] = {}
+    for row in results.get("deactivation", []):
+        if method_of(row["model"])[0] == method and row["modality"] == modality:
+            by_run.setdefault(row["model"], []).append(row)
+    if not by_run:
+        raise Missing(what)
+    rises: dict[str, list[float]] = {"top": [], "bottom": [], "random": []}  # ln(perplexity / that of the whole model)
+    medians: list[tuple[float, bool]] = []  # over random masks, of each run, scope and reduction; lies it between?
+    for rows in by_run.values():
+        whole = [row["loss"] for row in rows if row["condition"] == "base"]
+        if not whole:
+            raise Missing(f"{what}, condition base")
+        if any(row["loss"] is None for row in rows):
+            raise Missing(f"a finite loss in every row of the {what}")
+        of_run: dict[str, dict[Any, list[float]]] = {}  # condition → scope and reduction → rises
+        for condition in rises:
+            of_run[condition] = {}
+            for row in rows:
+                if row["condition"] == condition and math.isclose(row["ratio"], RATIO):
+                    setting = (row.get("scope"), row.get("reduction"))
+                    of_run[condition].setdefault(setting, []).append(row["loss"] - whole[0])
+            if not of_run[condition]:
+                raise Missing(f"{what}, condition {condition}, ratio {RATIO}")
+            rises[condition] += [rise for found in of_run[condition].values() for rise in found]
+        low = max(rise for found in of_run["bottom"].values() for rise in found)
+        high = min(rise for found in of_run["top"].values() for rise in found)
+        middles = [float(np.median(found)) for found in of_run["random"].values()]
+        medians += [(middle, low < middle < high) for middle in middles]
+    top, bottom, masks = _exp(min(rises["top"])), _exp(max(rises["bottom"])), rises["random"]
+    middle, between = min(medians, key=lambda found: found[1])  # one that does not lie between, if there is one
+    of = f"whole {method}, {modality},"
+    about = f"random / {of} median of {len(masks)} masks from {_exp(min(masks)):.4g} to {_exp(max(masks)):.4g}:"
     return [
-        Part("top / base", _exp(top), None, None, _holds(_exp(top) >= DESTROYED)),
-        Part("bottom / base", _exp(bottom), None, None, _holds(_exp(bottom) <= UNHARMED)),
-        Part(about, _exp(median), None, None, _holds(between)),
+        Part(f"top / {of}", top, None, None, _holds(top >= DESTROYED)),
+        Part(f"bottom / {of}", bottom, None, None, _holds(bottom <= UNHARMED)),
+        Part(about, _exp(middle), None, None, _holds(between)),
     ]
 
 
@@ -203,7 +225,11 @@ def _full_shifts(results: Results) -> list[Part]:
         raise Missing("noise floor of the shift of full (needs the scores of each batch)")
     bound = NOISE_FACTOR * row["noise_floor"]
     divergence, runs = _shifted(results, row)
-    return [divergence.above(bound, f"divergence against {NOISE_FACTOR:g} × noise floor = {bound:.4g}{runs}")]
+    centre, centre_runs = _shifted(results, _shift(results, "full", "base", "centre_shift"))
+    return [
+        divergence.above(bound, f"divergence against {NOISE_FACTOR:g} × noise floor = {bound:.4g}{runs}"),
+        centre.below(0.0, f"centre of mass in depth, below 0 toward the input{centre_runs}"),
+    ]
 
 
 def _others_shift_less(results: Results) -> list[Part]:
@@ -249,10 +275,16 @@ def _change_clusters(results: Results) -> list[Part]:
     return parts
 
 
-def _moderate_rank(results: Results, known: Mapping[str, int] | None = None) -> list[Part]:
+def _moderate_rank(results: Results, known: Mapping[str, int | None] | None = None) -> list[Part]:
     compared = {row[side] for row in results.get("comparisons", []) for side in ("method_a", "method_b")}
     named = {name: int(found[1]) for name in compared if (found := re.fullmatch(r"lora_r(\d+)", name))}
-    methods = {rank: name for name, rank in sorted({**(known or {}), **named}.items()) if name in compared}
+    methods: dict[int, str] = {}
+    for name, rank in sorted({**named, **(known or {})}.items()):
+        if name not in compared or rank is None:
+            continue
+        if rank in methods:
+            raise Missing(f"one LoRA method of each rank ({methods[rank]} and {name} both have rank {rank})")
+        methods[rank] = name
     if len(methods) < 2:
         raise Missing("comparisons of LoRA methods of at least two ranks, named lora_r<rank>")
     ranks = sorted(methods)
@@ -332,11 +364,14 @@ def _ratio(log_values: Any, what: str) -> Interval:
 
 def _gain(results: Results, modality: str, before: str, after: str) -> Interval:
     """accuracy(after) − accuracy(before), pooled over tasks by number of questions; of several runs, their means."""
-    table = "seed_comparisons" if _n_runs(results) > 1 else "comparisons"
-    rows = [row for row in results.get(table, []) if (row["modality"], row["metric"]) == (modality, METRIC)]
-    rows = [row for row in rows if {row["method_a"], row["method_b"]} == {before, after}]
+    several = _n_runs(results) > 1
+    rows = _compared(results, "seed_comparisons" if several else "comparisons", modality, before, after)
     if not rows:
         raise Missing(f"comparison of {before} with {after}, {modality}, metric {METRIC}")
+    if several and len(rows) > 1:
+        rows = _compared(results, "pooled_comparisons", modality, before, after)
+        if len(rows) != 1:
+            raise Missing(f"comparison of {before} with {after} over all tasks, {modality}, metric {METRIC}")
     n = sum(row["n"] for row in rows)
     signs = [1 if row["method_a"] == before else -1 for row in rows]
     value = sum(sign * row["n"] * row["difference"] for sign, row in zip(signs, rows, strict=True)) / n
@@ -344,11 +379,16 @@ def _gain(results: Results, modality: str, before: str, after: str) -> Interval:
     return Interval(value, value - half, value + half)
 
 
+def _compared(results: Results, table: str, modality: str, before: str, after: str) -> list[Row]:
+    rows = [row for row in results.get(table, []) if (row["modality"], row["metric"]) == (modality, METRIC)]
+    return [row for row in rows if {row["method_a"], row["method_b"]} == {before, after}]
+
+
 CLAIMS = (
     Claim(
         "Without its most important 3 % of weights the model is destroyed, without the least important "
         "3 % it is unharmed, and without a random 3 % it is in between.",
-        "text perplexity over the unchanged model's, top 3 % removed",
+        "text perplexity of the base over the unchanged base's, top 3 % removed",
         _deactivation,
     ),
     Claim(
@@ -357,7 +397,7 @@ CLAIMS = (
         _importance_clusters,
     ),
     Claim(
-        "Full fine-tuning on speech changes how textual importance is spread over the layers.",
+        "Full fine-tuning on speech changes how textual importance is spread over the layers, toward earlier ones.",
         "Jensen–Shannon divergence of the layer shares from the base, bits",
         _full_shifts,
     ),

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import permutations
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 from scipy import stats
 
-from palimpsest.records import CorrelationRecord
+from palimpsest.records import CorrelationRecord, method_of
 
 MEASURES = ("jensen_shannon", "wasserstein_1")
 MIN_MODELS = 3
@@ -24,17 +25,18 @@ def correlation_records(
     """Kendall's τ_b between a model's shift from the base and its loss of text accuracy, exact two-sided p.
 
     shift, qa: tables of results.json. The loss is the base's accuracy from text minus the model's, pooled over tasks by
-    number of questions; models may lose the same (ties). Models are methods, and seeds of methods where there are
-    several: these are not independent of each other, so p is a guide. With `MIN_MODELS` models the
-    smallest possible p is 1/3, with 5 models 1/60.
+    number of questions; models may lose the same (ties). A method trained several times is one model, the mean of those
+    of its runs that have both: runs of one method resemble each other, and p counts every model as a new one. With
+    `MIN_MODELS` models the smallest possible p is 1/3, with 5 models 1/60.
     """
-    loss = _text_loss(qa, metric, base)
-    by_measure: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    loss_of_run = _text_loss(qa, metric, base)
+    by_run: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     for row in shift:
-        if row["reference"] == base and row["measure"] in MEASURES and row["model"] in loss:
-            by_measure[row["measure"], row["reduction"]][row["model"]] = row["value"]
+        if row["reference"] == base and row["measure"] in MEASURES and row["model"] in loss_of_run:
+            by_run[row["measure"], row["reduction"]][row["model"]] = row["value"]
     records: list[CorrelationRecord] = []
-    for (measure, reduction), values in by_measure.items():
+    for (measure, reduction), of_run in by_run.items():
+        values, loss = _means(of_run), _means({run: loss_of_run[run] for run in of_run})
         models = sorted(values)
         enough = len(models) >= MIN_MODELS
         tau, p = _kendall([values[m] for m in models], [loss[m] for m in models]) if enough else (None, None)
@@ -54,6 +56,14 @@ def correlation_records(
             }
         )
     return records
+
+
+def _means(of_run: Mapping[str, float]) -> dict[str, float]:
+    """Of each method, over its runs."""
+    runs: dict[str, list[float]] = defaultdict(list)
+    for run, value in of_run.items():
+        runs[method_of(run)[0]].append(value)
+    return {method: fmean(values) if len(values) > 1 else values[0] for method, values in runs.items()}
 
 
 def _kendall(x: Sequence[float], y: Sequence[float]) -> tuple[float | None, float | None]:

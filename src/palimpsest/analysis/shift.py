@@ -10,7 +10,8 @@ interval. It covers the choice of data, not the choice of training seed.
 What the interval is not. `jensen_shannon` and `wasserstein_1` cannot be negative: sampling noise pushes the
 estimate up, and resampling pushes it up once more, so the interval lies too high and never holds 0. "Excludes
 0" therefore says nothing; compare the lower end with the noise floor, which is the same measure between the
-reference model's scores and its scores on other data. Where there are none, the even and the odd batches of
+reference model's scores and its scores on other data (of fewer batches, where there was less of it: then the floor
+is on the high side; the records say how many). Where there are none, the even and the odd batches of
 the reference stand for the two (half the data each, hence on the high side). Either is a single draw, hence
 noisy. In simulations with 10 to 60 batches the 95 % intervals held the true value 85 to 95 % of the time (99 %
 for the peak) when there was a shift; with none, those of `centre_shift` and `magnitude_ratio` did so 90 to 95 %
@@ -161,6 +162,8 @@ def shift_records(
                 "ci_low": low,
                 "ci_high": high,
                 "noise_floor": float(measure(*floor)) if floor else None,
+                "n_batches": _n_batches(reference),
+                "n_batches_other": None if other is None else _n_batches(other),
             }
         )
     return records
@@ -205,9 +208,15 @@ def contrast_records(
                 "ci_low": low,
                 "ci_high": high,
                 "noise_floor": None,
+                "n_batches": _n_batches(base),
+                "n_batches_other": None,
             }
         )
     return records
+
+
+def _n_batches(scored: ModelLayers) -> int | None:
+    return None if scored.batches is None else len(scored.batches)
 
 
 def _check_comparable(reference: ModelLayers, model: ModelLayers) -> None:

@@ -185,15 +185,26 @@ def pair_record(
 
 
 def corrected(rows: Sequence[Any], better: int = 1) -> list[Any]:
-    """The rows of one table with Holm's correction over all, and the verdict that follows where they have one.
+    """The rows of one table with Holm's correction over all that can differ, and the verdict where they have one.
 
     better: the sign of a difference that is good for b.
+
+    Rows in which nothing separates the two sides are not counted, such as a model whose language model stayed frozen
+    beside its base, from text: their p is 1 whatever the others are, so they can be no false discovery (Tarone 1990).
     """
+    counted = [i for i, row in enumerate(rows) if not _inseparable(row)]
+    by_row = dict(zip(counted, holm([rows[i]["p_value"] for i in counted]), strict=True))
     made = []
-    for row, p in zip(rows, holm([row["p_value"] for row in rows]), strict=True):
+    for i, row in enumerate(rows):
+        p = by_row.get(i, 1.0)
         verdict = ALIKE if p > LEVEL else BETTER if better * row.get("difference", 0) > 0 else WORSE
         made.append({**row, "p_holm": p, **({"verdict": verdict} if "verdict" in row else {})})
     return made
+
+
+def _inseparable(row: Mapping[str, Any]) -> bool:
+    difference = row["difference"] if "difference" in row else row["value"]
+    return bool(difference == 0 and row["ci_low"] == 0 and row["ci_high"] == 0)
 
 
 def compare(

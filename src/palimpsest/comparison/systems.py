@@ -16,7 +16,7 @@ from palimpsest.evaluation.perplexity import Perplexity, read_losses
 from palimpsest.evaluation.scoring import METRICS
 from palimpsest.evaluation.tasks import text_version
 from palimpsest.files import UserError, read_json
-from palimpsest.rundir import models_in
+from palimpsest.rundir import models_in, run_labels
 
 Key = tuple[str, str]  # (task, modality)
 Matrix = NDArray[np.float64]  # (training runs, questions)
@@ -64,10 +64,8 @@ def read_systems(runs: Sequence[Path], metric: str, methods: Sequence[str] | Non
         raise UserError(f"There is no metric {metric!r}; use one of {', '.join((*METRICS, judge.METRIC))}.")
     if len({run.resolve() for run in runs}) < len(runs):
         raise UserError("The same run is given twice; give each run once.")
-    names = [run.resolve().name for run in runs]
     systems: list[System] = []
-    for run, name in zip(runs, names, strict=True):
-        prefix = name if names.count(name) == 1 else str(run)
+    for run, prefix in zip(runs, run_labels(runs), strict=True):
         found = _folders(run)
         if not found:
             raise UserError(f"{run} holds no answers; give the run directory of a study or the --out of evaluate.")

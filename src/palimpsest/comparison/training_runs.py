@@ -1,4 +1,6 @@
-"""What several training runs of every method say together: the tables `seeds` and `seed_comparisons` of results.json.
+"""What several training runs of every method say together: tables of results.json.
+
+`seeds`, `seed_comparisons` by task, `pooled_comparisons` over all tasks.
 
 The runs of a method differ in the adaptor's first weights, LoRA's, the order of the examples and dropout; they share
 the base, the data and what is measured on. Accuracies are clustered by question and by seed as in `palimpsest compare
@@ -63,6 +65,31 @@ def seed_comparisons(
                 right = matrix([verdicts[key][name] for name in (*runs_a, *runs_b)])
                 sides = (a, right[: len(runs_a)]), (b, right[len(runs_a) :])
                 rows.append(pair_record(*sides, key, PRIMARY, METRIC_VERSION, seed))
+    return corrected(rows)
+
+
+def pooled_comparisons(
+    methods: Sequence[str], n_seeds: int, verdicts: Mapping[tuple[str, str], Verdicts], seed: int
+) -> list[PairRecord]:
+    """As `seed_comparisons`, over the questions of all tasks of a modality at once, where there are two tasks or more.
+
+    The same training runs answer every task, so what a seed does to one it does to the others: intervals of the tasks
+    must not be combined as independent ones. Pooled per run first, each run's luck is counted once.
+    """
+    rows: list[PairRecord] = []
+    for a, b in combinations((BASE, *methods), 2):
+        runs_a, runs_b = runs_of(a, n_seeds), runs_of(b, n_seeds)
+        of_modality: dict[str, list[str]] = defaultdict(list)
+        for task, modality in sorted(verdicts, key=order):
+            if all(name in verdicts[task, modality] for name in (*runs_a, *runs_b)):
+                of_modality[modality].append(task)
+        for modality, tasks in of_modality.items():
+            if len(tasks) < 2:
+                continue
+            by_task = [matrix([verdicts[task, modality][name] for name in (*runs_a, *runs_b)]) for task in tasks]
+            right = np.concatenate(by_task, axis=1)
+            sides = (a, right[: len(runs_a)]), (b, right[len(runs_a) :])
+            rows.append(pair_record(*sides, (", ".join(tasks), modality), PRIMARY, METRIC_VERSION, seed))
     return corrected(rows)
 
 

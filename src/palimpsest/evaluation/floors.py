@@ -11,6 +11,7 @@ often) and so belongs to one model, task and modality; the other two belong to t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,11 +47,31 @@ def unrelated_floor(
             f"A false-positive floor needs two or more questions with a response each but got {n} responses "
             f"for {len(answers)} questions; pass one response per question."
         )
-    pairs = _unrelated_pairs(answers, seed, draws)
-    if not pairs:
+    scored = _unrelated_verdicts(tuple(responses), tuple(map(tuple, answers)), seed, draws)
+    if not scored:
         raise UserError("A false-positive floor needs questions with different gold answers; all share one.")
-    verdicts = [score(responses[i], answers[j]) for i, j in pairs]
-    return {name: sum(verdict[name] for verdict in verdicts) / len(verdicts) for name in METRICS}
+    return {name: sum(verdict[name] for _, verdict in scored) / len(scored) for name in METRICS}
+
+
+def unrelated_by_question(
+    responses: Sequence[str], answers: Sequence[Sequence[str]], metric: str, seed: int = 0, draws: int = DRAWS
+) -> dict[int, float]:
+    """How often each response is right for other questions, by its place; the draws of `unrelated_floor`.
+
+    A response that no draw paired with a question of another gold is left out.
+    """
+    verdicts: dict[int, list[bool]] = {}
+    for i, verdict in _unrelated_verdicts(tuple(responses), tuple(map(tuple, answers)), seed, draws):
+        verdicts.setdefault(i, []).append(verdict[metric])
+    return {i: sum(of) / len(of) for i, of in sorted(verdicts.items())}
+
+
+@lru_cache(maxsize=1)  # a study asks for both of the above, one after the other
+def _unrelated_verdicts(
+    responses: tuple[str, ...], answers: tuple[tuple[str, ...], ...], seed: int, draws: int
+) -> list[tuple[int, dict[str, bool]]]:
+    """(place of the response, its verdicts against the golds of another question) of all draws."""
+    return [(i, score(responses[i], answers[j])) for i, j in _unrelated_pairs(answers, seed, draws)]
 
 
 def _unrelated_pairs(answers: Sequence[Sequence[str]], seed: int, draws: int) -> list[tuple[int, int]]:

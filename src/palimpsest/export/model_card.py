@@ -6,6 +6,7 @@ Everything comes from the run directory; what the run does not say, the card doe
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,8 +16,10 @@ import yaml
 
 import palimpsest
 from palimpsest.evaluation.scoring import PRIMARY
-from palimpsest.files import read_json, read_jsonl
+from palimpsest.files import read_json, read_jsonl, without_folders
 from palimpsest.models.embedded import MODELS, PREFIX, SHIPPED
+from palimpsest.report.public import JOIN, public
+from palimpsest.report.table import inline_markdown
 
 Kind = Literal["text_llm", "speech_lm", "adapter", "light"]
 Study = dict[str, Any]
@@ -97,7 +100,7 @@ def model_card(kind: Kind, facts: Facts, study: Study, more: Additions = NOTHING
     if study:
         models = study["models"]
         facts = replace(facts, language_model=models["language_model"], encoder=models["encoder"])
-    title = f"{study['name']}: {study['method']}" if study else "Speech LLM"
+    title = inline_markdown(f"{study['name']}: {study['method']}") if study else "Speech LLM"
     sections = [
         _front_matter(kind, facts),
         f"# {title}",
@@ -135,18 +138,21 @@ def part(name: str) -> Part:
         label = f"{model.origin} (`{name}`: {model.file} of the PyPI wheel {model.package.replace('_', '-')})"
         return Part(label, model.origin, model.licence)
     if _is_path(name):
-        return Part(f"a local folder named {Path(name).name}", None, None)
-    return Part(name, name, None)
+        return Part(f"a local folder named {inline_markdown(Path(name).name)}", None, None)
+    return Part(inline_markdown(name), name, None)
 
 
 def _is_path(name: str) -> bool:
     return name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name or Path(name).exists()
 
 
-def _without_path(source: str) -> str:
-    """A question set's name; of a local path only its last part."""
-    prefix, colon, rest = source.rpartition(":")
-    return f"{prefix}{colon}{Path(rest).name if _is_path(rest) else rest}"
+def _without_path(sources: str) -> str:
+    """A question set's name, or those of several; of a local path only its last part."""
+    names = []
+    for source in sources.split(JOIN):
+        prefix, colon, rest = source.rpartition(":")
+        names.append(f"{prefix}{colon}{Path(rest).name if _is_path(rest) else rest}")
+    return inline_markdown(JOIN.join(names))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,10 +184,10 @@ def _made_of(facts: Facts, study: Study) -> str:
             ("Adaptor started from", "" if start is None else part(start).label),
             ("Method", f"`{study['method']}`: {METHODS.get(method['kind'], method['kind'])}"),
             ("Training data", f"{count}{_without_path(train['source'])}, split {train['split']}"),
-            ("Voice of the questions", ", ".join(study["voices"])),
+            ("Voice of the questions", inline_markdown(", ".join(map(without_folders, study["voices"])))),
         ]
     if facts.system is not None:
-        rows.append(("System turn", facts.system))
+        rows.append(("System turn", inline_markdown(facts.system)))
     lines = [f"| {name} | {value} |" for name, value in rows if value]
     return "\n".join(["| | |", "|---|---|", *lines])
 
@@ -201,9 +207,11 @@ def _training(study: Study, notes: str) -> str:
         "methods": {study["method"]: method},
         "training": study.get("training"),
     }
-    text = yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(public(recipe), sort_keys=False, allow_unicode=True)
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     lead = f"{notes.strip()}\n\n" if notes else ""
-    return f"## Training\n\n{lead}From the resolved recipe of the study `{study['name']}`:\n\n```yaml\n{text}```"
+    name = inline_markdown(study["name"])
+    return f"## Training\n\n{lead}From the resolved recipe of the study {name}:\n\n{fence}yaml\n{text}{fence}"
 
 
 def _measured(kind: Kind, study: Study, more: Sequence[Mapping[str, Any]]) -> str:

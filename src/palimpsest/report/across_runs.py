@@ -10,6 +10,8 @@ from palimpsest.records import Results, method_of
 from palimpsest.report.inputs import Inputs, main_metric
 from palimpsest.report.table import Row, Rows, grouped
 
+OF_FIRST_RUNS = ("qa_floors", "probe", "clustering_summary", "mask_overlap", "training")
+
 
 def n_runs(results: Results) -> int:
     """Training runs of every method."""
@@ -19,9 +21,10 @@ def n_runs(results: Results) -> int:
 def by_method(inputs: Inputs) -> Inputs:
     """What summary, figures and main tables show where there are several runs: one entry per method.
 
-    Accuracies by the main scoring rule and layers are means over the runs, comparisons those of the means; records of
-    deactivation, clustering and change of all runs stand under their method; of everything else (and of the accuracies
-    by other rules) the first run stays. With one run of each method nothing changes.
+    Accuracies by the main scoring rule, perplexities, shifts and layers are means over the runs, comparisons those of
+    the means; records of deactivation, clustering and change of all runs stand under their method; of everything else
+    (`OF_FIRST_RUNS`, accuracies by other rules, and what the recipe spares the further runs) the first run stays. With
+    one run of each method nothing changes.
     """
     results = inputs.results
     if n_runs(results) == 1:
@@ -32,7 +35,9 @@ def by_method(inputs: Inputs) -> Inputs:
     shown["layers"] = _mean_layers(results)
     for table, field in (("deactivation", "model"), ("clustering", "model"), ("delta", "method")):
         shown[table] = _under_method(shown[table], field)
-    for table in ("qa_floors", "perplexity", "probe", "shift", "clustering_summary", "mask_overlap", "training"):
+    shown["shift"] = _mean_shifts(results)
+    shown["perplexity"] = _mean_perplexities(results)
+    for table in OF_FIRST_RUNS:
         shown[table] = [row for row in shown[table] if _is_first(row)]
     samples = {key: rows for key, rows in inputs.samples.items() if method_of(key[0])[1] == 0}
     return dataclasses.replace(inputs, results=cast(Results, shown), samples=samples)
@@ -59,6 +64,29 @@ def _mean_accuracies(results: Results) -> list[Any]:
         else:
             rows.append(row)
     return rows
+
+
+def _mean_shifts(results: Results) -> list[Any]:
+    """Of each method's runs, by table `seeds`; a row of the first run alone says so in `n_seeds`, which is 1 there."""
+    means = {(r["method"], r["reference"], r["measure"], r["modality"], r["basis"]): r for r in results["seeds"]}
+    rows: list[Any] = []
+    for row in filter(_is_first, results["shift"]):
+        mean = means.get((row["model"], row["reference"], row["measure"], row["modality"], row["reduction"]))
+        if mean is None:
+            rows.append({**row, "n_seeds": 1})
+        else:
+            interval = {"ci_low": mean["ci_low"], "ci_high": mean["ci_high"]}
+            rows.append({**row, "value": mean["mean"], **interval, "n_seeds": mean["n_seeds"]})
+    return rows
+
+
+def _mean_perplexities(results: Results) -> list[Any]:
+    means = {(r["method"], r["modality"]): r["mean"] for r in results["seeds"] if r["measure"] == "perplexity"}
+    return [
+        {**row, "perplexity": means.get((row["method"], row["modality"]), row["perplexity"])}
+        for row in results["perplexity"]
+        if _is_first(row)
+    ]
 
 
 def _mean_layers(results: Results) -> list[Any]:

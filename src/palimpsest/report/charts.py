@@ -26,10 +26,21 @@ from palimpsest.report.inputs import (
     task_name,
     text_layers,
 )
-from palimpsest.report.style import GREYS, INK, LINE_HEIGHT, WIDTH, Drawing, log_labels, look, model_legend
+from palimpsest.report.style import (
+    GREYS,
+    INK,
+    LINE_HEIGHT,
+    WIDTH,
+    Drawing,
+    legend_below,
+    log_labels,
+    look,
+    model_legend,
+)
 from palimpsest.report.table import interval, middle, percent, significant
 
 CONDITIONS = {"base": "whole", "bottom": "bottom removed", "random": "random removed", "top": "top removed"}
+MANY_MODELS = 6  # more have no room for bars side by side, names and values in half the width
 HATCHES = ("", "....", "////", "")
 PAPER_RATIO = 0.03
 OUTLINE: dict[str, Any] = {"edgecolor": INK, "linewidth": 0.7}
@@ -98,11 +109,15 @@ def deactivation(inputs: Inputs) -> Drawing | None:
     if not rows:
         return None
     models = sorted({row["model"] for row in rows}, key=method_key)
-    figure = Figure(figsize=(WIDTH, LINE_HEIGHT + 0.2), layout="constrained")
     measured = {name: {row["model"] for row in having(rows, modality=name)} for name in ("text", "speech")}
     shown = {modality: [model for model in models if model in found] for modality, found in measured.items() if found}
     widths = [len(names) for names in shown.values()]
-    panels = figure.subplots(1, len(shown), squeeze=False, sharey=True, width_ratios=widths)[0]
+    many = max(widths) > MANY_MODELS  # then a panel is as wide as the figure, and the values stand in the tips alone
+    figure = Figure(figsize=(WIDTH, LINE_HEIGHT * (len(shown) if many else 1) + 0.2), layout="constrained")
+    if many:
+        panels = figure.subplots(len(shown), 1, squeeze=False, sharey=True)[:, 0]
+    else:
+        panels = figure.subplots(1, len(shown), squeeze=False, sharey=True, width_ratios=widths)[0]
     drawing = Drawing("deactivation", "Perplexity with weights set to zero", figure)
     for axis, (modality, names) in zip(panels, shown.items(), strict=True):
         for index, condition in enumerate(CONDITIONS):
@@ -110,15 +125,17 @@ def deactivation(inputs: Inputs) -> Drawing | None:
                 found = [row["perplexity"] for row in having(rows, model=model, modality=modality, condition=condition)]
                 label = f"{method_name(model)}, {modality}, {CONDITIONS[condition]}"
                 if found:
-                    _bar(drawing, axis, found, label, position + (index - 1.5) * 0.2, index, upright=len(names) == 1)
+                    x, upright = position + (index - 1.5) * 0.2, len(names) == 1
+                    _bar(drawing, axis, found, label, x, index, upright=upright, written=not many)
         axis.set(title=f"{modality.capitalize()} input", xticks=range(len(names)), xlim=(-0.5, len(names) - 0.5))
-        axis.set_xticklabels([method_name(model) for model in names])
+        axis.set_xticklabels([method_name(model) for model in names], rotation=90 if many else 0)
         axis.set_yscale("log")
         axis.grid(visible=False, axis="x")
         axis.margins(y=0.18)
         axis.set_ylim(bottom=1)  # the least a perplexity can be
         log_labels(axis)
-    panels[0].set_ylabel("perplexity (logarithmic)")
+    for axis in panels if many else panels[:1]:
+        axis.set_ylabel("perplexity (logarithmic)")
     bars = [Patch(facecolor=grey, hatch=hatch, **OUTLINE) for grey, hatch in zip(GREYS, HATCHES, strict=True)]
     figure.legend(bars, list(CONDITIONS.values()), loc="outside lower center", ncols=4)
     example = next((row for row in rows if row["condition"] != "base"), rows[0])
@@ -152,7 +169,15 @@ def _paper_like(records: Sequence[DeactivationRecord]) -> list[DeactivationRecor
 
 
 def _bar(
-    drawing: Drawing, axis: Axes, found: Sequence[float | None], label: str, x: float, index: int, upright: bool
+    drawing: Drawing,
+    axis: Axes,
+    found: Sequence[float | None],
+    label: str,
+    x: float,
+    index: int,
+    *,
+    upright: bool,
+    written: bool,
 ) -> None:
     """The middle of the perplexities `found` and their range, in the look of the condition number `index`."""
     above: dict[str, Any] = {"xytext": (0, 2), "textcoords": "offset points", "ha": "center"}
@@ -166,8 +191,9 @@ def _bar(
     drawing.tip(bar.patches[0], f"{label}: {significant(center)}")
     if len(finite) > 1:
         axis.plot([x, x], [min(finite), max(finite)], color=INK, linewidth=1)
-    rotation = 0 if upright else 90
-    axis.annotate(significant(center), (x, max(finite)), va="bottom", fontsize=6.5, rotation=rotation, **above)
+    if written:
+        rotation = 0 if upright else 90
+        axis.annotate(significant(center), (x, max(finite)), va="bottom", fontsize=6.5, rotation=rotation, **above)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -188,7 +214,7 @@ def plane(inputs: Inputs) -> Drawing | None:
     for axis, task in zip(panels, tasks, strict=True):
         _plane_panel(drawing, axis, task, rows, inputs)
     handles = {label: mark for axis in panels for mark, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4)
+    legend_below(figure, list(handles.values()), list(handles), most=4)
     runs = n_runs(inputs.results)
     several = f"95 % intervals over seeds and questions of {runs} training runs"
     intervals = "95 % Wilson intervals" if runs == 1 else several

@@ -10,6 +10,7 @@ from palimpsest.report.table import (
     Column,
     Field,
     Row,
+    inline_markdown,
     p_value,
     percent,
     table,
@@ -60,7 +61,7 @@ def markdown(compared: Comparison) -> str:
         if rows:
             parts += [f"## {title}", "", to_aligned_markdown(table("", title, fields, rows)), "", note, ""]
     if compared["not_compared"]:
-        parts += ["## Not compared", "", *(f"- {sentence}" for sentence in compared["not_compared"]), ""]
+        parts += ["## Not compared", "", *(f"- {inline_markdown(line)}" for line in compared["not_compared"]), ""]
     return "\n".join(parts)
 
 

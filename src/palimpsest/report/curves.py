@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from palimpsest.records import DeactivationRecord, TrainingRecord
+from palimpsest.report.across_runs import n_runs
 from palimpsest.report.inputs import MAIN_REDUCTION, Inputs, at, having, in_order, method_key, method_name, methods_in
 from palimpsest.report.style import INK, LINE_HEIGHT, WIDTH, Drawing, Look, log_labels, look, model_legend
 from palimpsest.report.table import grouped, middle, significant
@@ -132,7 +133,8 @@ def training(inputs: Inputs) -> Drawing | None:
     axis.set(xlabel="step", ylabel="loss, nats per supervised token")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     model_legend(figure, methods, methods_in(inputs.results))
-    drawing.caption = f"Training loss, mean of each window of steps: {'; '.join(ends)}.{_phases(axis, records)}"
+    first = " First training run of each method." if n_runs(inputs.results) > 1 else ""
+    drawing.caption = f"Training loss, mean of each window of steps: {'; '.join(ends)}.{first}{_phases(axis, records)}"
     drawing.alt = f"Line chart of the training loss: {'; '.join(ends)}."
     return drawing
 
@@ -170,6 +172,7 @@ def retention(inputs: Inputs) -> Drawing | None:
     drawing.caption = (
         f"Perplexity of the held-out answers between the steps of training: {'; '.join(ends)}."
         + (" Level line: the base model, before training." if with_base else "")
+        + (" First training run of each method." if n_runs(inputs.results) > 1 else "")
         + _phases(panels[0], records)
     )
     drawing.alt = f"Line charts of the held-out perplexity: {'; '.join(ends)}."

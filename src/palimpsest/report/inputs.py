@@ -24,6 +24,7 @@ from typing_extensions import TypedDict
 from palimpsest import records
 from palimpsest.files import UserError
 from palimpsest.records import MODALITIES, Results, method_of
+from palimpsest.report.public import public, without_paths
 from palimpsest.rundir import STEP_FILE, models_in
 
 METHOD_NAMES = {"base": "Base", "full": "Full-FT", "layer_lr": "Layer-LR", "lora": "LoRA"}
@@ -33,7 +34,8 @@ MODALITY_NAMES = {"text": "T2T", "speech": "S2T", "cascade": "Cascade", "text_as
 MAIN_METRIC = "token_sequence_numbers"  # the scoring rule and the reduction that the claims are decided on;
 MAIN_REDUCTION = "per_batch_abs"  # a run without them is shown by the first it has
 OF_SEVERAL_RUNS = {"seeds", "seed_comparisons"}  # empty where every method was trained once
-MAY_BE_EMPTY = OF_SEVERAL_RUNS | {"voices"}  # empty where no task is spoken in several voices
+POOLED = "pooled_comparisons"  # empty with one run of each method, or one task
+MAY_BE_EMPTY = OF_SEVERAL_RUNS | {POOLED, "voices"}  # no voices where no task is spoken in several
 MAX_SAMPLES_BYTES = 64 * 2**20  # of one samples.jsonl
 R = TypeVar("R", bound=Mapping[str, Any])  # a record
 
@@ -57,7 +59,7 @@ class Sample(_Scalars):
 
 @dataclass(frozen=True)
 class Inputs:
-    """A run directory as read. `samples` is keyed (method, task, modality)."""
+    """A run directory as read, without the folders of the machine. `samples` is keyed (method, task, modality)."""
 
     path: Path
     results: Results
@@ -84,17 +86,18 @@ def read_inputs(run: Path) -> Inputs:
     config = _read_mapping(run / "study.yaml", missing)
     several = at(config, "seeds")
     if isinstance(several, int) and several > 1:
-        missing += [f"results.json has no records in “{t}”." for t in sorted(OF_SEVERAL_RUNS) if not dict(results)[t]]
+        expected = {*OF_SEVERAL_RUNS, *({POOLED} if len({row["task"] for row in results["qa"]}) > 1 else ())}
+        missing += [f"results.json has no records in “{t}”." for t in sorted(expected) if not dict(results)[t]]
     return Inputs(
         path=run,
         results=results,
-        provenance=provenance or {},
-        config=config or {},
-        config_text=(run / "study.yaml").read_text(encoding="utf-8") if config else "",
+        provenance=public(provenance or {}),
+        config=public(config or {}),
+        config_text=yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True) if config else "",
         importance_maps=_read_maps(run / "maps" / "importance.npz", missing),
         delta_maps=_read_maps(run / "maps" / "delta.npz", missing),
         samples=_read_samples(run, results, missing),
-        missing=tuple(missing),
+        missing=tuple(without_paths(line, run) for line in missing),
     )
 
 
@@ -255,7 +258,8 @@ def _read_results(path: Path, missing: list[str]) -> Results:
         rows = None if raw is None else raw.get(table)
         tables[table] = []
         if rows is None or rows == []:
-            if raw is not None and table not in MAY_BE_EMPTY:
+            spoken = any(row["modality"] == "speech" for row in tables.get("qa", []))
+            if raw is not None and table not in MAY_BE_EMPTY and (spoken or table != "speech_tests"):
                 missing.append(f"{path.name} has no records in “{table}”.")
             continue
         if not isinstance(rows, list):

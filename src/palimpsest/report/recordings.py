@@ -18,7 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from palimpsest.files import without_folders
 from palimpsest.report.inputs import Inputs, at, task_name
+from palimpsest.report.public import without_paths
 from palimpsest.report.samples import Question
 
 MAX_BYTES = 6 * 10**6  # of all recordings in a page, as they stand in it (base64)
@@ -65,7 +67,7 @@ def read_recordings(inputs: Inputs, questions: Mapping[str, Sequence[Question]],
         found |= {(task, identifier): recording for identifier, recording in recordings.items()}
         inside = [identifier for identifier, recording in recordings.items() if recording.uri]
         if inside:
-            voices = sorted({str(rows[i]["voice"]) for i in inside if rows[i].get("voice")})
+            voices = sorted({without_folders(str(rows[i]["voice"])) for i in inside if rows[i].get("voice")})
             source = _source(inputs, task)
             details = [f"source {source}"] if source else []
             details += [f"voice {', '.join(voices)}"] if voices else []
@@ -92,7 +94,7 @@ def _read_manifest(path: Path, missing: list[str]) -> dict[str, dict[str, Any]] 
         missing.append(f"{where} is not there, so the spoken questions cannot be played.")
         return None
     except (OSError, ValueError) as error:
-        missing.append(f"{where} cannot be read ({' '.join(str(error).split())[:160]}); no spoken question is played.")
+        missing.append(f"{where} cannot be read ({_reason(error, path)}); no spoken question is played.")
         return None
     return {str(row["id"]): row for row in rows if isinstance(row, dict) and "id" in row}
 
@@ -131,13 +133,17 @@ def _encoded(path: Path, audio: str, voice: object) -> Recording:
         return Recording(where, "", why_not="the file is not there")
     try:
         header = soundfile.info(path)
-        about = f"{header.duration:.1f} s" + (f", voice {voice}" if voice else "")
+        about = f"{header.duration:.1f} s" + (f", voice {without_folders(str(voice))}" if voice else "")
         if header.duration > MAX_SECONDS:
             return Recording(where, about, why_not=f"longer than {MAX_SECONDS:.0f} s")
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, OSError) as error:
-        return Recording(where, "", why_not=f"the file cannot be read ({' '.join(str(error).split())[:80]})")
+        return Recording(where, "", why_not=f"the file cannot be read ({_reason(error, path)})")
     return Recording(where, about, uri=to_uri(samples.mean(axis=1), rate))
+
+
+def _reason(error: Exception, path: Path) -> str:
+    return without_paths(" ".join(str(error).split()), path)[:80]
 
 
 def to_uri(samples: npt.NDArray[np.float32], rate: int) -> str:

@@ -1,4 +1,8 @@
-"""The commands that make each part of a page again, as they are typed where the report was made."""
+"""The commands that make each part of a page again, as they are typed where the report was made.
+
+A run outside that folder stands with its name alone, as it is typed in the folder that holds it: a page that others
+read does not say where on a machine it lay.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +23,9 @@ STEPS: dict[str, tuple[str, ...]] = {
 
 
 def shown(run: Path) -> str:
-    """`run` as one word of a shell: below the working folder relative to it, else as it was given."""
-    here = Path.cwd()
-    path = run.absolute()
-    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else run))
+    """`run` as one word of a shell: below the working folder relative to it, else its name alone."""
+    here, path = Path.cwd(), run.absolute()
+    return shlex.quote(str(path.relative_to(here)) if path.is_relative_to(here) else run.resolve().name)
 
 
 def report(run: Path, audio: bool = True, samples: bool = True) -> str:

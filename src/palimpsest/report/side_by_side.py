@@ -14,6 +14,7 @@ from typing import Any
 from palimpsest.files import UserError
 from palimpsest.records import ClaimRecord, Paired
 from palimpsest.report import summary
+from palimpsest.report.across_runs import by_method
 from palimpsest.report.inputs import (
     MODALITY_NAMES,
     Inputs,
@@ -28,6 +29,7 @@ from palimpsest.report.inputs import (
     text_shifts,
 )
 from palimpsest.report.page import render_page, write_page
+from palimpsest.report.public import without_paths
 from palimpsest.report.table import (
     DASH,
     EMPTY,
@@ -49,6 +51,7 @@ from palimpsest.report.table import (
     words,
 )
 from palimpsest.report.tables import DIFFERENCE, INPUT, P_HOLM, TASK, VERDICTS, N, P, accuracy_cell
+from palimpsest.rundir import run_labels
 
 MAX_VALUE = 120  # characters of one value of a configuration or provenance
 UNCOMMON = ("steps.", "started", "finished", "seconds")  # provenance that differs between any two runs
@@ -73,9 +76,7 @@ def write_comparison(runs: Sequence[Path], paired: Paired, out: Path) -> Path:
         raise UserError("The same run is given twice; give each run once.")
     if out.is_dir():
         raise UserError(f"{out} is a folder; give a file for the page with --out.")
-    names = [run.resolve().name for run in runs]
-    labels = [name if names.count(name) == 1 else str(run) for run, name in zip(runs, names, strict=True)]
-    read = [Run(label, read_inputs(run)) for label, run in zip(labels, runs, strict=True)]
+    read = [Run(label, read_inputs(run)) for label, run in zip(run_labels(runs), runs, strict=True)]
     write_page(out, render(read, paired, out))
     return out
 
@@ -90,7 +91,7 @@ def render(runs: Sequence[Run], paired: Paired, out: Path) -> str:
         out=out,
         questions=_summaries(runs),
         scales=[(run.label, summary.scale(run.inputs)) for run in runs],
-        not_compared=[*_unlike(runs, paired["metric"]), *paired["not_compared"]],
+        not_compared=[*_unlike(runs, paired["metric"]), *(_public(runs, line) for line in paired["not_compared"])],
         missing=[(run.label, run.inputs.missing) for run in runs if run.inputs.missing],
         tables={table.name: table for table in tables_of(runs, paired) if table.rows},
         metric=paired["metric"],
@@ -102,9 +103,13 @@ def render(runs: Sequence[Run], paired: Paired, out: Path) -> str:
 # ----------------------------------------------------------------------------------------------------------
 def _summaries(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, tuple[summary.Finding, ...]]]]]:
     """Each question of the summary with every run's findings."""
-    points = zip(*(summary.points_of(run.inputs) for run in runs), strict=True)
+    points = zip(*(summary.points_of(by_method(run.inputs)) for run in runs), strict=True)
     labels = [run.label for run in runs]
     return [(of[0].question, list(zip(labels, (point.findings for point in of), strict=True))) for of in points]
+
+
+def _public(runs: Sequence[Run], sentence: str) -> str:
+    return without_paths(sentence, *(run.inputs.path for run in runs))
 
 
 def _unlike(runs: Sequence[Run], metric: str) -> Iterator[str]:
@@ -159,7 +164,8 @@ def tables_of(runs: Sequence[Run], paired: Paired) -> list[Table]:
             "Shift of the text importance over the layers by run (Jensen–Shannon divergence, bits)",
             ("Method",),
             _shifts,
-            "From the base of the same run; in brackets the 95 % interval, and what two halves of the data differ by.",
+            "From the base of the same run; in brackets the 95 % interval, and the noise: what the base itself differs "
+            "by between these questions and others.",
         ),
         _side_by_side(
             runs,

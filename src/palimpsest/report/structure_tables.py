@@ -63,15 +63,28 @@ def by_model(records: Rows, *fields: Callable[[str], Field]) -> list[Field]:
     return [where(field(method_name(model)), model=model) for model in models for field in fields]
 
 
-def shift(records: Rows) -> Table:
+def shift(records: Rows, n_runs: int = 1) -> Table:
     """How far each model's layer-wise importance lies from its reference, beside the noise of the measure."""
+    runs = cells("Runs", lambda row: count(row.get("n_seeds", 1)))
+    means = f"Means of {n_runs} training runs, or the first run alone, as the column says. " if n_runs > 1 else ""
     return table(
         "shift",
         "Shift of the layer-wise importance",
-        (MODEL, REFERENCE, INPUT, SCORES, MEASURE, ranges("Value", "value"), numbers("Noise floor", "noise_floor")),
+        (
+            *(MODEL, REFERENCE, INPUT, SCORES, MEASURE, *((runs,) if n_runs > 1 else ())),
+            *(ranges("Value", "value"), numbers("Noise floor", "noise_floor")),
+        ),
         records,
-        "Noise floor: the same measure between the reference and itself scored on other data. Brackets: 95 % interval.",
+        f"{means}Noise floor: the same measure between the reference and itself scored on other data"
+        f"{_fewer(records)}. Brackets: 95 % interval.",
     )
+
+
+def _fewer(records: Rows) -> str:
+    """Of how many batches the noise floor is, where not of as many: of fewer it is on the high side."""
+    sizes = {(row.get("n_batches_other"), row.get("n_batches")) for row in records if row["noise_floor"] is not None}
+    unlike = sorted((there, here) for there, here in sizes if there is not None and there != here)
+    return f" ({', '.join(f'{there} batches against {here}' for there, here in unlike)})" if unlike else ""
 
 
 def clustering(records: Rows) -> Table:

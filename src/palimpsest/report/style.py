@@ -27,6 +27,7 @@ RULE = "#d4d7db"
 GREYS = ("#f2f3f5", "#c3c7cd", "#878d96", "#3d4249")  # four steps, distinct in print too
 COLOR_MAP = "cividis"  # even in lightness, hence readable in grey
 WIDTH = 7.2  # inches, a two-column page
+LEGEND_LINE = 0.18  # inches, of a line of a legend
 LINE_HEIGHT = 2.9  # inches, of a figure with one row of line charts
 
 _LABELS = ("axes.labelcolor", "axes.titlecolor", "text.color", "xtick.color", "ytick.color")
@@ -80,12 +81,25 @@ _OTHERS = (
 )
 
 
+_MORE_MARKERS = ("<", "p", "d", "1", ">", "H", "2", "x", "+")
+
+
 def look(method: str, methods: Sequence[str]) -> Look:
     """The look of `method` among all `methods` of the run, the same in every figure."""
     if method in _LOOKS:
         return _LOOKS[method]
     others = [name for name in methods if name not in METHOD_ORDER]
-    return _OTHERS[others.index(method) % len(_OTHERS)]
+    return _other(others.index(method))
+
+
+def _other(place: int) -> Look:
+    """The look of each method that has no fixed one. After the first, markers of their own; no two of 315 are alike."""
+    if place < len(_OTHERS):
+        return _OTHERS[place]
+    place -= len(_OTHERS)
+    known = (*_LOOKS.values(), *_OTHERS)
+    colors, lines = [one.color for one in known[1:]], [one.line for one in known[1:6]]
+    return Look(colors[place % 7], _MORE_MARKERS[place % 9], lines[place % 5])  # lengths without a common divisor
 
 
 @dataclass
@@ -195,11 +209,16 @@ def model_legend(figure: Figure, models: Sequence[str], methods: Sequence[str]) 
     marks = [look(model, methods) for model in models]
     handles = [Line2D([], [], color=mark.color, marker=mark.marker, linestyle=mark.line) for mark in marks]
     names = [method_name(model) for model in models]
-    column = 0.75 + 0.07 * max(map(len, names))  # inches: mark, gaps and the longest name at this font size
-    figure.legend(
-        handles,
-        names,
-        loc="outside lower center",
-        ncols=max(1, min(len(models), 6, int(figure.get_figwidth() / column))),
-        handlelength=3.5,
-    )
+    legend_below(figure, handles, names, most=6, handlelength=3.5)
+
+
+def legend_below(
+    figure: Figure, handles: Sequence[Artist], names: Sequence[str], *, most: int, handlelength: float = 2.0
+) -> None:
+    """Lines under the figure, in as many columns as fit, at most `most`; the figure grows by what is more than two."""
+    # inches: mark, gaps and the longest name at this font size
+    column = 0.27 + 0.135 * handlelength + 0.07 * max(map(len, names))
+    columns = max(1, min(len(names), most, int(figure.get_figwidth() / column)))
+    n_lines = -(-len(names) // columns)
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * max(0, n_lines - 2))
+    figure.legend(list(handles), list(names), loc="outside lower center", ncols=columns, handlelength=handlelength)

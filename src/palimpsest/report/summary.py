@@ -5,10 +5,10 @@ Every sentence is made of records alone and says so where they do not decide.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from palimpsest.records import MOST_CUT, ComparisonRecord, QARecord
+from palimpsest.records import MOST_CUT, ComparisonRecord, QARecord, ShiftRecord, SpeechTestRecord
 from palimpsest.report.across_runs import n_runs
 from palimpsest.report.inputs import (
     MODALITY_NAMES,
@@ -27,9 +27,9 @@ from palimpsest.report.inputs import (
 )
 from palimpsest.report.table import interval, p_value, percent, points, significant
 
-NO_SPEECH = 0.10  # an S2T accuracy whose whole 95 % interval lies below this is called no understanding
 LEVEL = 0.05
 BETTER, ALIKE, UNPAIRED = "Better than", "Not distinguishable from", "Not compared question by question with"
+REFERENCES = {"unrelated": "against other questions", "text": "against typed", "cascade": "against the cascade"}
 LARGE_MODEL = 10**9  # parameters of the paper's smaller model
 LARGE_DATA = 10**5  # training examples; the paper's sets have several 10⁵
 
@@ -120,14 +120,15 @@ def _cut(inputs: Inputs) -> Iterator[Finding]:
     if details:
         sentence = (
             f"Warning: of these answers more than {percent(MOST_CUT)}\u00a0% were cut at the limit of new tokens "
-            "without an end. What would have followed was not scored, so their accuracies, and differences between them, may "
-            "come from the limit; raise evaluation.max_new_tokens and run the study again with --changed."
+            "without an end. What would have followed was not scored, so their accuracies, and differences between "
+            "them, may come from the limit; raise evaluation.max_new_tokens and run the study again with --changed."
         )
         yield Finding(sentence, tuple(details))
 
 
 def _where(inputs: Inputs) -> Iterator[Finding]:
     layers = text_layers(inputs.results)
+    runs = n_runs(inputs.results)
     details: list[str] = []
     for row in text_shifts(inputs.results):
         if row["value"] is None:
@@ -137,7 +138,9 @@ def _where(inputs: Inputs) -> Iterator[Finding]:
         detail += f" (95 % interval {spread})" if spread else ""
         if row["noise_floor"]:
             noise = significant(row["value"] / row["noise_floor"], 2)
-            detail += f", {noise} times what two halves of the data differ by on the base alone"
+            detail += f", {noise} times what the base alone differs by between {_floor(row)}"
+        if runs > 1:
+            detail += "; its first training run alone" if row.get("n_seeds") == 1 else f"; mean of {runs} training runs"
         details.append(detail + ".")
     if details:
         lead = "How far training moved the spread of text importance over the layers (Jensen–Shannon divergence):"
@@ -149,6 +152,15 @@ def _where(inputs: Inputs) -> Iterator[Finding]:
         depth = max(row["layer"] for row in layers)
         largest = f"The layer with the largest share is {peak_layer(layers, 'base')} in the base (layers 0 to {depth})"
         yield Finding(f"{largest}, {', '.join(peaks)}.")
+
+
+def _floor(row: ShiftRecord) -> str:
+    """What the noise floor is a difference of. Records of earlier versions do not say how many batches it has."""
+    here, there = row.get("n_batches"), row.get("n_batches_other")
+    if here is not None and there is None:
+        return "the even and the odd half of these questions"
+    unlike = f" ({there} batches of them, {here} of these)" if here != there else ""
+    return f"these questions and others{unlike}"
 
 
 def _keeps(inputs: Inputs) -> Iterator[Finding]:
@@ -179,28 +191,53 @@ def _understand(inputs: Inputs) -> Iterator[Finding]:
     rows = [row for row in _accuracies(inputs, "speech") if row["method"] != "base"]
     if not rows:
         return
+    tests = having(inputs.results["speech_tests"], metric=main_metric(inputs.results))
+    found = {(row["method"], row["task"], row["reference"]): row for row in tests}
+    chance = [found.get((row["method"], row["task"], "unrelated")) for row in rows]
+    typed = [found.get((row["method"], row["task"], "text")) for row in rows]
     best = max(rows, key=lambda row: row["accuracy"])
-    best_of_all = f"{_share(best['accuracy'])} ({method_name(best['method'])}, {task_name(best['task'])})"
-    highest = max(row["ci_high"] for row in rows)
-    if highest < NO_SPEECH:
+    best_of_all = f"the best S2T accuracy is {_share(best['accuracy'])} ({method_name(best['method'])}, "
+    best_of_all += f"{task_name(best['task'])})"
+    understood = [test for test in chance if test is not None and _direction(test) > 0]
+    if any(test is None for test in (*chance, *typed)):
         yield Finding(
-            f"No. The models do not yet understand speech: the best S2T accuracy is {best_of_all}, and "
-            f"no 95 % interval reaches above {_share(highest)}. At that level, differences in S2T between "
-            "the methods say nothing about how well they understand."
+            f"Not decided: {best_of_all}, but results.json does not have every S2T accuracy tested against answers to "
+            "other questions and to the typed ones. A task of one question has no such test; a run of an earlier "
+            "version gets them by its study command, given again."
         )
-        return
-    if best["accuracy"] < NO_SPEECH:
+    elif understood:
         yield Finding(
-            f"Not shown. S2T is near zero: at best {best_of_all}. With so few questions the intervals are wide, but "
-            "nothing here says that the models understand speech; train longer before S2T is compared."
+            f"{len(understood)} of {len(rows)} S2T accuracies lie above what the same answers score for other "
+            "questions, which is chance. How much is understood is their distance from typed questions and the cascade."
+        )
+    elif all(test is not None and _direction(test) < 0 for test in typed):
+        yield Finding(
+            f"No. The models do not yet understand speech: {best_of_all}, none lies above what the same answers score "
+            "for other questions, and each lies below that of the same questions typed. At that level, differences in "
+            "S2T between the methods say nothing about how well they understand."
+        )
+    else:
+        yield Finding(
+            f"Not shown: {best_of_all}, and none lies above what the same answers score for other questions; but "
+            "typed questions are not all answered better either: they may be too hard, or too few, to show it."
         )
     for task in dict.fromkeys(row["task"] for row in rows):
-        details = (
-            f"{_named(row)}, 95 % interval {interval(row['ci_low'], row['ci_high'])}"
-            + (": no understanding of speech shown." if row["ci_high"] < NO_SPEECH else ".")
-            for row in having(rows, task=task)
-        )
+        details = (f"{'; '.join(_against(row, found))}." for row in having(rows, task=task))
         yield Finding(f"{task_name(task)}, spoken questions{_beside(inputs, task)}:", tuple(details))
+
+
+def _against(row: QARecord, tests: Mapping[tuple[str, str, str], SpeechTestRecord]) -> Iterator[str]:
+    """An accuracy from speech, and its distance from each reference that it was tested against."""
+    yield f"{_named(row)}, 95 % interval {interval(row['ci_low'], row['ci_high'])}"
+    for reference, against in REFERENCES.items():
+        if test := tests.get((row["method"], row["task"], reference)):
+            difference = _difference(test, "higher", "lower").removesuffix(".")
+            yield f"{against} {_share(test['reference_accuracy'])}: {difference}"
+
+
+def _direction(test: SpeechTestRecord) -> int:
+    """1: above the reference, −1: below, 0: no difference shown."""
+    return 0 if test["p_holm"] >= LEVEL else 1 if test["difference"] > 0 else -1
 
 
 def _beside(inputs: Inputs, task: str) -> str:
@@ -247,13 +284,13 @@ def _paired(inputs: Inputs, task: str, before: str, after: str) -> ComparisonRec
     return None
 
 
-def _difference(row: ComparisonRecord) -> str:
+def _difference(row: ComparisonRecord | SpeechTestRecord, more: str = "a gain", less: str = "a loss") -> str:
     spread = interval(row["ci_low"], row["ci_high"], points)
     p = p_value(row["p_holm"])
     evidence = f"95 % interval {spread}; paired p {p if p.startswith('<') else f'= {p}'}, Holm-corrected"
     if row["p_holm"] >= LEVEL:
         return f"no difference shown: {points(row['difference'])} points ({evidence})."
-    return f"a {'gain' if row['difference'] > 0 else 'loss'}: {points(row['difference'])} points ({evidence})."
+    return f"{more if row['difference'] > 0 else less}: {points(row['difference'])} points ({evidence})."
 
 
 def _named(row: QARecord) -> str:

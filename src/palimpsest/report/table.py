@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from palimpsest.report.inputs import having
 
@@ -215,26 +215,27 @@ def grouped(records: Iterable[Row], *keys: str) -> list[dict[str, Any]]:
 # ----------------------------------------------------------------------------------------------------------
 def to_html(table: Table) -> Markup:
     """A `<table>` with caption, header scopes and sort keys; every text escaped."""
-    lines = [Markup('<table id="table-{}"><caption>{}</caption>').format(table.name, table.title)]
-    heads = [Markup('<th scope="col"{}>{}</th>').format(_class(column), column.title) for column in table.columns]
-    lines.append(Markup("<thead><tr>{}</tr></thead><tbody>").format(Markup("").join(heads)))
-    tags = [Markup('th scope="row"'), *[Markup("td")] * (len(table.columns) - 1)]
+    # Strings that are put together from escaped parts: Markup.format takes minutes for the tables of many methods.
+    lines = [f'<table id="table-{escape(table.name)}"><caption>{escape(table.title)}</caption>']
+    heads = [f'<th scope="col"{_class(column)}>{escape(column.title)}</th>' for column in table.columns]
+    lines.append(f"<thead><tr>{''.join(heads)}</tr></thead><tbody>")
+    tags = ['th scope="row"', *["td"] * (len(table.columns) - 1)]
     for index, row in enumerate(table.rows):
         cells = [_html_cell(*of) for of in zip(tags, row, table.columns, strict=True)]
-        kind = Markup(' class="published"') if index in table.published else ""
-        lines.append(Markup("<tr{}>{}</tr>").format(kind, Markup("").join(cells)))
-    lines.append(Markup("</tbody></table>"))
-    return Markup("\n").join(lines)
+        kind = ' class="published"' if index in table.published else ""
+        lines.append(f"<tr{kind}>{''.join(cells)}</tr>")
+    lines.append("</tbody></table>")
+    return Markup("\n".join(lines))
 
 
-def _class(column: Column) -> Markup:
-    return Markup(' class="number"' if column.numeric else ' class="prose"' if column.prose else "")
+def _class(column: Column) -> str:
+    return ' class="number"' if column.numeric else ' class="prose"' if column.prose else ""
 
 
-def _html_cell(tag: Markup, cell: Cell, column: Column) -> Markup:
-    order = "" if cell.sort is None else Markup(' data-sort="{}"').format(cell.sort)
-    detail = Markup(" <small>{}</small>").format(cell.detail) if cell.detail else ""
-    return Markup("<{}{}{}>{}{}</{}>").format(tag, _class(column), order, cell.text, detail, tag[:2])
+def _html_cell(tag: str, cell: Cell, column: Column) -> str:
+    order = "" if cell.sort is None else f' data-sort="{escape(cell.sort)}"'
+    detail = f" <small>{escape(cell.detail)}</small>" if cell.detail else ""
+    return f"<{tag}{_class(column)}{order}>{escape(cell.text)}{detail}</{tag[:2]}>"
 
 
 def to_markdown(table: Table) -> str:
@@ -250,26 +251,38 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _markdown(value: str) -> str:
-    return re.sub(r"[\\`*_|<>\[\]]", r"\\\g<0>", " ".join(value.split()))
+    return re.sub(r"[\\`*_|<>\[\]]", r"\\\g<0>", " ".join(_printable(value).split()))
+
+
+def inline_markdown(value: str) -> str:
+    """A text that stays text inside Markdown, and readable: escaped only where it would be taken for markup."""
+    return re.sub(r"[\\`*|]|<(?=[A-Za-z/!?])|(?<!\w)_|_(?!\w)|(?<=\])\(", r"\\\g<0>", _printable(value))
+
+
+def _printable(value: str) -> str:
+    """On one line and without control characters, of which terminals make commands."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", value)
 
 
 def to_plain(table: Table) -> str:
     """Columns that line up in a terminal; without title and note, and without a head where no column has a title."""
-    lines = _aligned(table, [[cell.plain for cell in row] for row in table.rows])
+    lines = _aligned(table, [[_printable(cell.plain) for cell in row] for row in table.rows], _printable)
     untitled = not any(column.title for column in table.columns)
     return "\n".join("  " + "  ".join(line).rstrip() for line in lines[untitled:])
 
 
 def to_aligned_markdown(table: Table) -> str:
     """Markdown that lines up as plain text too; without title and note."""
-    head, *rows = _aligned(table, [[cell.plain.replace("|", "\\|") for cell in row] for row in table.rows])
+    head, *rows = _aligned(
+        table, [[inline_markdown(cell.plain) for cell in row] for row in table.rows], inline_markdown
+    )
     rule = "|" + "|".join("-" * (len(title) + 2) for title in head) + "|"
     return "\n".join([_line(head), rule, *map(_line, rows)])
 
 
-def _aligned(table: Table, rows: Sequence[Sequence[str]]) -> list[list[str]]:
+def _aligned(table: Table, rows: Sequence[Sequence[str]], title: Callable[[str], str]) -> list[list[str]]:
     """The titles and `rows`, every text as wide as its column, words to the left and numbers to the right."""
-    lines = [[column.title for column in table.columns], *rows]
+    lines = [[title(column.title) for column in table.columns], *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         [
@@ -317,7 +330,7 @@ def to_csv(table: Table) -> str:
     with_detail = [any(row[i].detail for row in table.rows) for i in range(len(table.columns))]
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    head = [(column.title, f"{column.title}, range") for column in table.columns]
+    head = [(_csv(column.title), _csv(f"{column.title}, range")) for column in table.columns]
     for row in (head, *([(_csv(cell.text), _csv(cell.detail)) for cell in row] for row in table.rows)):
         pairs = zip(row, with_detail, strict=True)
         writer.writerow([part for of, detailed in pairs for part in of[: 1 + detailed]])
@@ -325,5 +338,14 @@ def to_csv(table: Table) -> str:
 
 
 def _csv(value: str) -> str:
-    """Plain digits for programs: true minus, dash and thin space are for readers."""
-    return "" if value == DASH else value.replace("−", "-").replace("\u202f", "")
+    """Plain digits for programs: true minus, dash and thin space are for readers.
+
+    Words that a spreadsheet would take for a formula have an apostrophe in front; numbers and ranges of them have not.
+    """
+    value = "" if value == DASH else value.replace("−", "-").replace("\u202f", "")
+    formula = value.startswith(("=", "+", "-", "@", "\t", "\r")) and not _NUMBERS.fullmatch(value)
+    value = value.replace("\r", " ")  # which csv does not quote before Python 3.13
+    return f"'{value}" if formula else value
+
+
+_NUMBERS = re.compile(r"[+-]?[\d.]+(e[+-]?\d+)?( to [+-]?[\d.]+(e[+-]?\d+)?)?")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from palimpsest.files import without_folders
 from palimpsest.report import paper, structure_tables
-from palimpsest.report.across_runs import n_runs
+from palimpsest.report.across_runs import OF_FIRST_RUNS, n_runs
 from palimpsest.report.inputs import (
     MODALITY_NAMES,
     Inputs,
@@ -60,6 +62,7 @@ from palimpsest.report.table import (
 
 OURS = "measured here"
 PUBLISHED = {"source": paper.SOURCE_LABEL, "published": True}
+FIRST_RUNS = "Of each method's first training run."
 DIGEST_NOTE = "* from a secondary digest of the paper, not checked against it."
 CONDITIONS = ("base", "top", "bottom", "random")
 VERDICTS = {"holds": "✓ holds", "fails": "✗ fails", "undecided": "? undecided"}
@@ -69,6 +72,7 @@ FLOORS = {
     "echo": "Question repeated %",
     "echo_in_sentence": "Question in a sentence %",
 }
+REFERENCES = {"unrelated": "answers to other questions", "text": "the same questions typed", "cascade": "the cascade"}
 OF_SEEDS = {  # what is measured over training runs
     "accuracy": "Accuracy %",
     "perplexity": "Perplexity",
@@ -99,16 +103,18 @@ def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Tabl
         accuracy(results["qa"], metric, model, _tuned_on_text(inputs), of_each),
         accuracy_details(runs["qa"]),
         floors(results["qa_floors"], metric),
+        speech_tests(results["speech_tests"]),
         voices(results["voices"]),
         lora_rank(results["qa"], metric, _ranks(inputs), model, of_each),
         comparisons(runs["comparisons"] if of_each == 1 else []),  # else of first runs alone
         seeds(results["seeds"]),
         seed_comparisons(results["seed_comparisons"]),
-        perplexity(results["perplexity"]),
+        pooled_comparisons(results["pooled_comparisons"]),
+        perplexity(results["perplexity"], of_each),
         claims(results["claims"]),
         probe(results["probe"]),
         structure_tables.layers(results["layers"], "text", main_reduction(results)),
-        structure_tables.shift(results["shift"]),
+        structure_tables.shift(results["shift"], of_each),
         structure_tables.clustering(results["clustering"]),
         structure_tables.clustering_summary(results["clustering_summary"]),
         structure_tables.delta(results["delta"]),
@@ -116,6 +122,9 @@ def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Tabl
         structure_tables.correlations(results["correlations"]),
         structure_tables.timings(results["timings"]),
     ]
+    if of_each > 1:
+        first = {"floors", *OF_FIRST_RUNS}
+        every = [replace(t, note=f"{FIRST_RUNS} {t.note}") if t.name in first else t for t in every]
     return {table.name: table for table in every if len(table.rows) > len(table.published)}
 
 
@@ -371,13 +380,30 @@ def floors(records: Rows, metric: str) -> Table:
     )
 
 
+def speech_tests(records: Rows) -> Table:
+    """S2T against chance, the same questions typed, and the cascade."""
+    return table(
+        "speech_tests",
+        "S2T against chance, typed questions and the cascade",
+        (
+            *(TASK, METHOD, words("Against", "reference", lambda name: REFERENCES.get(name, name)), N),
+            *(numbers("S2T %", "accuracy", percent), numbers("Reference %", "reference_accuracy", percent)),
+            *(ranges("S2T − reference, points", "difference", points), P, P_HOLM),
+        ),
+        in_order(records, "task", "method"),
+        "Paired on the same questions; of several training runs their means, clustered by question and seed. Answers "
+        "to other questions: each spoken answer scored against the gold answers of another question, mean over several "
+        "draws. Holm: corrected for all rows with the same reference. Brackets: 95 % interval.",
+    )
+
+
 def voices(records: Rows) -> Table:
     """Accuracy by the voice of the question, of tasks spoken in several voices."""
     return table(
         "voices",
         "Accuracy by the voice of the question",
         (
-            *(TASK, INPUT, METHOD, words("Voice", "voice")),
+            *(TASK, INPUT, METHOD, words("Voice", "voice", without_folders)),
             words("Trained on", "trained_on", lambda known: "yes" if known else "no"),
             counts("Questions", "n"),
             ranges("Accuracy %", "accuracy", percent),
@@ -397,7 +423,8 @@ def comparisons(records: Rows) -> Table:
         "Paired comparisons on the same questions",
         (TASK, INPUT, words("Scoring rule", "metric"), A, B, N, *only, DIFFERENCE, P, P_HOLM),
         records,
-        "p: exact McNemar test; Holm: corrected for all rows of this table. Brackets: 95 % interval.",
+        "p: exact McNemar test; Holm: corrected for all rows of this table in which a question separates "
+        "the two. Brackets: 95 % interval.",
     )
 
 
@@ -453,7 +480,21 @@ def seed_comparisons(records: Rows) -> Table:
     )
 
 
-def perplexity(records: Rows) -> Table:
+def pooled_comparisons(records: Rows) -> Table:
+    """As `seed_comparisons`, over the questions of several tasks."""
+    of_tasks = words("Tasks", "task", lambda tasks: ", ".join(map(task_name, tasks.split(", "))))
+    runs = (counts("Runs of A", "seeds_a"), counts("Runs of B", "seeds_b"))
+    return table(
+        "pooled_comparisons",
+        "Paired comparisons over all tasks, of the methods' means over their runs",
+        (of_tasks, INPUT, A, B, N, *runs, DIFFERENCE, P, P_HOLM, words("B is", "verdict")),
+        records,
+        "What the claims about accuracy are decided on. The questions of all tasks are pooled in each training run and "
+        "then clustered by question and by seed; Holm: corrected for all rows of this table. Brackets: 95 % interval.",
+    )
+
+
+def perplexity(records: Rows, n_runs: int = 1) -> Table:
     """Perplexity of the unchanged models on the held-out answers, typed and spoken questions side by side."""
     modalities = sorted({row["modality"] for row in records}, key=modality_key)
     of = {name: f"{MODALITY_NAMES.get(name, name)} perplexity" for name in modalities}
@@ -462,7 +503,7 @@ def perplexity(records: Rows) -> Table:
         "Perplexity of the held-out answers",
         (METHOD, *(where(cells(of[name], lambda row: mean([row["perplexity"]])), modality=name) for name in of)),
         in_order(grouped(records, "method"), "method"),
-        _sizes(records, "answers").strip(),
+        (f"Geometric means of {n_runs} training runs. " * (n_runs > 1) + _sizes(records, "answers")).strip(),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from palimpsest.analysis.analyse import TABLES
@@ -10,18 +11,20 @@ from palimpsest.analysis.claims import claim_records
 from palimpsest.analysis.correlation import correlation_records
 from palimpsest.comparison.by_voice import RECORDING, voice_records
 from palimpsest.comparison.pairs import compare, corrected
-from palimpsest.comparison.training_runs import Verdicts, seed_comparisons, seed_records
+from palimpsest.comparison.training_runs import Verdicts, pooled_comparisons, seed_comparisons, seed_records
+from palimpsest.comparison.understanding import speech_tests
 from palimpsest.data.examples import read_manifest
 from palimpsest.evaluation.answers import read_finished, summarise, verdicts_by_id
-from palimpsest.evaluation.floors import floor_records
+from palimpsest.evaluation.floors import floor_records, unrelated_by_question
 from palimpsest.evaluation.scoring import PRIMARY
 from palimpsest.evaluation.tasks import Task
-from palimpsest.files import read_json
+from palimpsest.files import hash_value, read_json
 from palimpsest.records import BASE, MODALITIES, RESULT_TABLES, SCHEMA, ComparisonRecord
 from palimpsest.rundir import RunDir, folder_of, manifest_of, samples_of
 
 if TYPE_CHECKING:
     from palimpsest.config import StudyConfig
+    from palimpsest.training.methods import Method
 
 
 def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -> dict[str, Any]:
@@ -43,6 +46,7 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
 
     comparisons: list[ComparisonRecord] = []
     right: dict[tuple[str, str], Verdicts] = {}
+    by_chance: dict[str, dict[str, dict[str, float]]] = {}
     trained_on = {example.voice or RECORDING for example in read_manifest(manifest_of(run.path, "train"))}
     for task_config in config.evaluation.tasks:
         examples = read_manifest(manifest_of(run.path, f"task-{task_config.name}"))
@@ -59,6 +63,10 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
                 _, rows = read_finished(file)
                 tables["qa"] += summarise(rows, name, task, modality)
                 tables["qa_floors"] += floor_records(rows, name, task, modality, seed)
+                if modality == "speech":
+                    responses, golds = [row["response"] for row in rows], [row["answers"] for row in rows]
+                    chance = unrelated_by_question(responses, golds, PRIMARY, seed)
+                    by_chance.setdefault(task.name, {})[name] = {rows[i]["id"]: of for i, of in chance.items()}
                 verdicts[name] = verdicts_by_id(rows, PRIMARY)
             right[task.name, modality] = verdicts
             first = {name: verdicts[name] for name in first_runs if name in verdicts}
@@ -69,11 +77,29 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
             task.name, examples, list(config.methods), config.seeds, by_modality, trained_on
         )
     tables["comparisons"] = corrected(comparisons)
+    tables["speech_tests"] = speech_tests(list(config.methods), config.seeds, right, by_chance, seed)
     tables["correlations"] = correlation_records(tables["shift"], tables["qa"], metric=PRIMARY)
     if config.seeds > 1:
         tables["seeds"] = seed_records(run.path, list(config.methods), config.seeds, right, tables)
         tables["seed_comparisons"] = seed_comparisons(list(config.methods), config.seeds, right, seed)
-    ranks = {name: method.rank for name, method in config.methods.items() if method.kind == "lora"}
-    tables["claims"] = claim_records(tables, ranks)
+        tables["pooled_comparisons"] = pooled_comparisons(list(config.methods), config.seeds, right, seed)
+    tables["claims"] = claim_records(tables, rank_series(config.methods))
     tables["timings"] = run.timings(steps)
     return tables
+
+
+def rank_series(methods: Mapping[str, Method]) -> dict[str, int | None]:
+    """The rank of the LoRA methods that differ in their rank alone; None for every other method.
+
+    Of several such series the one with the most ranks counts, of those of one length that with the method `lora`, else
+    the first of the recipe. α counts by what it is over the rank. Of two methods that are the same in everything the
+    first counts.
+    """
+    series: dict[str, dict[int, str]] = {}
+    for name, method in methods.items():
+        if method.kind == "lora":
+            alpha = 2.0 if method.alpha is None else method.alpha / method.rank
+            alike = hash_value({**asdict(method), "rank": None, "alpha": alpha})
+            series.setdefault(alike, {}).setdefault(method.rank, name)
+    longest = max(series.values(), key=lambda of: (len(of), "lora" in of.values()), default={})
+    return {**dict.fromkeys(methods), **{name: rank for rank, name in longest.items()}}

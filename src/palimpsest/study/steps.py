@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from palimpsest.config import dump_config
+from palimpsest.config import Importance, dump_config
 from palimpsest.data.augment import augment, require_library
 from palimpsest.data.collate import batches
 from palimpsest.data.examples import Example, write_manifest
@@ -178,15 +178,16 @@ def train(ws: Workspace, model: str) -> None:
 # Measurements of one model
 # ---------------------------------------------------------------------------------------------------------------------
 def importance(ws: Workspace, model: str, other: bool = False) -> None:
-    """NAME/importance/: Eq. 2 on training questions given as text, by two reductions in one pass.
+    """NAME/importance/: Eq. 2 on training or held-out questions given as text, by two reductions in one pass.
 
-    NAME/importance_other/: the same on as many other questions, which says how much the choice of data matters.
+    NAME/importance_other/: the same on other questions, which says how much the choice of data matters; as many, if
+    there are as many.
     """
     options = ws.config.importance
     inputs = {
         "model": ws.model_inputs(model),
         "data": ws.fingerprint("data"),
-        "options": [options.n_examples, options.batch_size],
+        "options": [options.n_examples, options.batch_size, options.questions],
         "prompt": ws.prompt_inputs,
         "seed": ws.seed("importance"),
         "other": other,
@@ -196,21 +197,14 @@ def importance(ws: Workspace, model: str, other: bool = False) -> None:
         from palimpsest.importance.estimate import estimate_importance
         from palimpsest.importance.layouts import my_share
 
-        # A changed copy asks the same question as its original: as text they are one example.
-        pool = [example for example in ws.groups["train"] if example.augmentation is None]
-        n_examples = min(len(pool), options.n_examples or max(2, len(pool) // 30))
-        order = random.Random(ws.seed("importance")).sample(pool, len(pool))
-        chosen = order[:n_examples]
-        if other:  # the rest of the training data, or held-out questions where most of it was needed
-            rest = order[n_examples:]
-            chosen = (rest if len(rest) >= n_examples else ws.groups["heldout"])[:n_examples]
+        chosen = importance_questions(ws.groups, options, ws.seed("importance"), other=other)
         total = -(-len(chosen) // options.batch_size)
         scores = estimate_importance(
             ws.language_model(model),
             # In random order: batches sorted by length would not be alike, and the bootstrap draws batches.
             my_share(batches(ws.collator("text", "train"), chosen, options.batch_size, ws.device, by_length=False)),
             ("signed_sum", "per_batch_abs"),
-            metadata={"scored_model": model, "modality": "text"},
+            metadata={"scored_model": model, "modality": "text", "questions": options.questions},
             progress=lambda done, _: advance(min(total, done * world_size()), total),
             distributed=world_size() > 1,
         )
@@ -218,6 +212,25 @@ def importance(ws: Workspace, model: str, other: bool = False) -> None:
             scores.save(folder)
 
     ws.step(f"{folder_of(model)}/importance{'_other' * other}", importance, inputs, write, together=True)
+
+
+def importance_questions(
+    groups: Mapping[str, Sequence[Example]], options: Importance, seed: int, *, other: bool = False
+) -> list[Example]:
+    """The questions on which importance is measured; `other`: those of the noise floor, none of which is among them.
+
+    The others are the rest of the same group, or all of the other group, of training and held-out questions, where
+    most of the group was needed: then they may be fewer.
+    """
+    # A changed copy asks the same question as its original: as text they are one example.
+    train = [example for example in groups["train"] if example.augmentation is None]
+    pool, elsewhere = (train, groups["heldout"]) if options.questions == "train" else (groups["heldout"], train)
+    n_examples = min(len(pool), options.n_examples or max(2, len(train) // 30))
+    order = random.Random(seed).sample(pool, len(pool))
+    if not other:
+        return order[:n_examples]
+    rest = order[n_examples:]
+    return list((rest if len(rest) >= n_examples else elsewhere)[:n_examples])
 
 
 def deactivation(ws: Workspace, model: str) -> None:
