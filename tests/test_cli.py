@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from forked import forked
 from palimpsest.cli import app
 from palimpsest.commands import ask
+from palimpsest.evaluation.answers import Answer
 from palimpsest.progress import printable
 from tiny import tiny_speech_lm
 
@@ -129,7 +130,7 @@ SHOWN = "Paris\\x1b]0;title\\x07\\x1b[2J\\r\\x9b31m \\u202edrowssap\\ud800\tend\
 
 
 def test_a_terminal_does_not_obey_what_a_model_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ask, "answer", lambda options: HOSTILE)
+    monkeypatch.setattr(ask, "ask", lambda options: Answer(HOSTILE, 9))
     result = CliRunner().invoke(app, ["ask", "--text", "Capital?"], color=True)
     assert result.output == SHOWN + "\n"
 

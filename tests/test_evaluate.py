@@ -98,6 +98,23 @@ def test_answers_cut_at_the_limit_are_warned_of(setup: tuple[str, str], tmp_path
     assert any(line.endswith(f"cut: {n_cut}") for line in lines)
 
 
+def test_ask_says_that_its_answer_was_cut_and_refuses_a_model_that_is_not_finite(
+    setup: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ask.Options(setup[0], text="What is 7?", max_new_tokens=2)
+    assert list(ask.run(options)) == [ask.answer(options)]
+    assert "note: the answer was cut at 2 new tokens; raise --max-new-tokens.\n" in capsys.readouterr().err
+    model = tiny_llama(eos_token_id=3)
+    model.model.embed_tokens.weight.data[9, 0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    tiny_tokenizer().save_pretrained(tmp_path / "nan")
+    with pytest.raises(UserError, match=r"weight model\.embed_tokens\.weight .* has 1 of 9600 values"):
+        ask.answer(ask.Options(str(tmp_path / "nan"), text="What is 7?"))
+    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight"):
+        evaluated((str(tmp_path / "nan"), setup[1]), tmp_path / "out")
+    assert not (tmp_path / "out" / "results-text.json").exists()
+
+
 def test_by_default_an_answer_has_64_tokens() -> None:
     from palimpsest.config import load_config
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from annotated_types import Ge
 from typing_extensions import Doc
 
 from palimpsest.files import UserError
+from palimpsest.progress import Reporter
+
+if TYPE_CHECKING:
+    from palimpsest.evaluation.answers import Answer
 
 
 @dataclass(frozen=True)
@@ -31,13 +35,22 @@ class Options:
 
 
 def run(options: Options) -> Iterator[str]:
-    yield answer(options)
+    given = ask(options)
+    yield given.response
+    if given.cut:
+        Reporter(1).note(f"the answer was cut at {options.max_new_tokens} new tokens; raise --max-new-tokens.")
 
 
 def answer(options: Options) -> str:
+    """The text of what `ask` gives."""
+    return ask(options).response
+
+
+def ask(options: Options) -> Answer:
     """The greedy answer. Speech needs a SpeechLM's folder; text goes to any causal LM, or to the one inside.
 
-    Raises UserError unless exactly one of `audio` and `text` is given, and for audio that cannot be read.
+    Raises UserError unless exactly one of `audio` and `text` is given, for audio that cannot be read, and for a model
+    that gives NaN or infinite logits.
     """
     from palimpsest.data.examples import Example
     from palimpsest.data.speech import read_audio
@@ -53,7 +66,7 @@ def answer(options: Options) -> str:
             raise UserError("The question given with --text is empty.")
         language_model, processor = load_text_model(model)
         asked = text_answerer(language_model, processor.tokenizer, limit, processor.style)
-        return asked([Example("question", options.text, ("",), "")], "text")[0].response
+        return asked([Example("question", options.text, ("",), "")], "text")[0]
 
     assert options.audio is not None
     read_audio(options.audio)  # before the model is loaded: a bad file is known at once
@@ -62,4 +75,4 @@ def answer(options: Options) -> str:
             f"{model} is no speech LLM, so it takes no speech; give a methods/NAME/checkpoint folder of a run."
         )
     asked = recording_answerer(*load_speech_lm(model), limit)
-    return asked([Example("question", "", ("",), "", audio=options.audio)], "speech")[0].response
+    return asked([Example("question", "", ("",), "", audio=options.audio)], "speech")[0]

@@ -147,7 +147,7 @@ _NUMBER_OR_WORD = re.compile(rf"{_SIGN}?\d+(?:\.\d+)+|{_WORD.pattern}")
 _WRITTEN = re.compile(rf"(?:{_CHARACTER})+|{_SIGN}?{_LETTERS}")  # between blanks, or as if there were some
 # A sign stands at its number and behind no word, number or other dash: not in "1939-45", "5 - 3", "covid-19", "--3".
 _DASH = "[-\u2010\u2012\u2013\u2212]"
-_DASHES = re.compile(rf"(?P<sign>(?<![^\W{_NO_BLANKS}])(?<!{_DASH})(?:{_DASH}[$€£¥]?|(?<!\d ){_SIGN} )(?=\d))|{_DASH}")
+_DASHES = re.compile(rf"(?P<sign>(?<![^\W{_NO_BLANKS}])(?<!{_DASH}){_DASH}[$€£¥]?(?=\d))|{_DASH}")
 
 
 def _signed(text: str) -> str:
