@@ -31,6 +31,7 @@ from palimpsest.study.workspace import Workspace
 def check(ws: Workspace) -> None:
     """What can be known to be wrong before the long work: options, sources, audio, models, disk; then study.yaml."""
     from palimpsest.models.loading import resolve
+    from palimpsest.training.methods import require_language_model
     from palimpsest.training.train import require_options
 
     require_options(ws.settings, ws.device, sharded=sharded())
@@ -44,6 +45,7 @@ def check(ws: Workspace) -> None:
         for i, name in enumerate(used):
             resolve(name)  # converts an embedded model on its first use
             advance(i + 1, len(used))
+    require_language_model(models.language_model, ws.config.methods.values())
     ws.require_adaptor()
     ws.require_disk()
     write_text(ws.path / STUDY, dump_config(ws.config))
