@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,9 +24,10 @@ from palimpsest.importance.estimate import estimate_importance
 from palimpsest.importance.lora import merged_adapters
 from palimpsest.importance.select import select
 from palimpsest.models.anatomy import layer_index, module_kind, scored_parameters
+from palimpsest.models.loading import StoredLanguageModel
 from palimpsest.models.loss import supervised_losses
-from palimpsest.models.speech_lm import SPEECH_POSITION
-from tiny import tiny_llama, tiny_speech_lm
+from palimpsest.models.speech_lm import SPEECH_POSITION, SpeechLM
+from tiny import tiny_encoder, tiny_llama, tiny_speech_lm
 
 Batch = dict[str, Any]
 VOCAB = 32
@@ -108,6 +110,47 @@ def test_causal_language_models(kind: str) -> None:
     weight = model.get_parameter(scores.names[0])
     with deactivate(model, mask):
         assert not weight[mask.tensor(scores.names[0])].any()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# One name for a parameter: of the plain model, behind an adaptor, and in a checkpoint's files
+# ------------------------------------------------------------------------------------------------------------
+GEMMA3 = {
+    "text_config": SMALL,
+    "vision_config": {
+        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "image_size": 28, "patch_size": 14,
+    },
+    "mm_tokens_per_image": 4,
+}  # fmt: skip
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 8}
+LATENT = {"q_lora_rank": 4, "kv_lora_rank": 4, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4}
+STORED: dict[str, dict[str, Any]] = {
+    "llama": SMALL,
+    "gemma3": GEMMA3,  # the language model is a part of the language model
+    # Experts in one tensor (expert, out, in), which most are written as matrices one by one.
+    "mixtral": ARCHITECTURES["mixtral"],
+    "qwen3_moe": ARCHITECTURES["qwen3_moe"],
+    "gpt_oss": {**SMALL, "num_local_experts": 3, "num_experts_per_tok": 2},
+    "deepseek_v3": {**SMALL, **EXPERTS, **LATENT, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+}
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_a_parameter_has_one_name_wherever_it_stands(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **STORED[kind])).eval()
+    names = list(scored_parameters(plain))
+    assert {layer_index(name) for name in names} == {0, 1}
+    model = SpeechLM.from_parts(tiny_encoder(), plain, adaptor_hidden_size=24)
+    assert list(scored_parameters(model)) == names
+    model.save_pretrained(tmp_path)
+    stored = StoredLanguageModel(tmp_path)
+    assert list(stored) == names
+    assert all(torch.equal(stored[name], weight) for name, weight in scored_parameters(model).items())
+    mask = select({name: weight.detach().abs() for name, weight in scored_parameters(plain).items()}, 0.1)
+    with deactivate(model, mask):
+        assert not scored_parameters(plain)[names[0]][mask.tensor(names[0])].any()
 
 
 # ------------------------------------------------------------------------------------------------------------

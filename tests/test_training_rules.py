@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from palimpsest.files import UserError
-from palimpsest.training.methods import Method, add_lora, layer_scales, merge_lora, method_scales, rules_for
+from palimpsest.models.speech_lm import SpeechLM
+from palimpsest.training.methods import (
+    Method,
+    add_lora,
+    layer_scales,
+    merge_lora,
+    method_scales,
+    require_language_model,
+    rules_for,
+)
 from palimpsest.training.rules import assign, parameter_groups
-from tiny import tiny_llama, tiny_speech_lm
+from tiny import tiny_encoder, tiny_llama, tiny_speech_lm
 
 
 def test_the_first_rule_that_matches_decides() -> None:
@@ -173,3 +185,70 @@ def test_lora_on_bfloat16_weights_is_merged_in_float32_and_none_of_it_is_lost() 
         plain = name.replace("base_model.model.", "")
         assert torch.equal(model.get_parameter(f"{plain}.weight"), weight)
     assert len(expected) == 14
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which language models can be trained, asked of their config
+# ---------------------------------------------------------------------------------------------------------------------
+SMALL = {
+    "num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 4, "vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+LANGUAGE_MODELS: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "mixtral": ({**SMALL, "num_local_experts": 3}, ATTENTION),
+    "qwen3_moe": ({**SMALL, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 8}, ATTENTION),
+    "gpt_oss": ({**SMALL, "num_local_experts": 3, "num_experts_per_tok": 2}, ATTENTION),
+    "mpt": (
+        {"d_model": 8, "n_heads": 2, "n_layers": 2, "vocab_size": 32},
+        {"Wqkv", "out_proj", "up_proj", "down_proj"},
+    ),
+    "mamba2": (
+        {"num_heads": 4, "head_dim": 4, "n_groups": 1, "hidden_size": 8, "num_hidden_layers": 2, "vocab_size": 32,
+         "state_size": 4},
+        {"in_proj"},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+def test_lora_goes_on_the_linear_layers_of_any_language_model(kind: str, tmp_path: Path) -> None:
+    values, expected = LANGUAGE_MODELS[kind]
+    config = AutoConfig.for_model(kind, **values)
+    config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()  # never read
+    require_language_model(str(tmp_path), [Method("lora", rank=2)])
+    torch.manual_seed(0)
+    model = SpeechLM.from_parts(tiny_encoder(), AutoModelForCausalLM.from_config(config), adaptor_hidden_size=8).eval()
+    add_lora(model, Method("lora", rank=2))
+    adapted = {name for name, module in model.named_modules() if hasattr(module, "get_delta_weight")}
+    assert {name.rpartition(".")[2] for name in adapted} == expected
+    ids = torch.tensor([[5, 6, 7, 8]])
+    model(ids).logits.sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if ".lora_B" in name)
+    merge_lora(model)
+    model(ids)
+
+
+def test_what_a_language_model_cannot_do_is_said_from_its_config(tmp_path: Path) -> None:
+    AutoConfig.for_model("mamba2", **LANGUAGE_MODELS["mamba2"][0]).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UserError, match=r"LoRA cannot be put on out_proj of this language model \(.*\); name others"):
+        require_language_model(str(tmp_path), [Method("lora", targets=("out_proj",))])
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    AutoConfig.for_model("gemma3", text_config=SMALL, vision_config=vision).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"Gemma3ForConditionalGeneration, which cannot generate from embeddings"):
+        require_language_model(str(tmp_path), [Method("full")])
+    require_language_model(str(tmp_path), [Method("full", modality="text")])
+
+
+def test_lora_stays_inside_the_language_model_of_a_multimodal_one() -> None:
+    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        "gemma3", text_config=SMALL, vision_config={**vision, "image_size": 28, "patch_size": 14}
+    )
+    model = SpeechLM.from_parts(tiny_encoder(), AutoModelForCausalLM.from_config(config), adaptor_hidden_size=8)
+    add_lora(model, Method("lora", rank=2))
+    adapted = [name for name, _ in model.named_parameters() if ".lora_A" in name]
+    assert len(adapted) == 14
+    assert not any("vision" in name for name in adapted)

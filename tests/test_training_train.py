@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from palimpsest import files
 from palimpsest.data.collate import Collator
 from palimpsest.data.examples import Example
 from palimpsest.files import UserError
 from palimpsest.models.speech_lm import SpeechLM
+from palimpsest.training import callbacks
 from palimpsest.training.methods import Method
 from palimpsest.training.train import AdaptorFirst, Align, Settings, n_steps, train
 from spoken import spoken
@@ -147,3 +149,29 @@ def test_lora_on_bfloat16_weights_is_refused_before_training(setup, tmp_path: Pa
     with pytest.raises(UserError, match=r"LoRA would be merged into bfloat16 weights.*models.dtype.*training.bf16"):
         train(model, examples, collator, Method("lora"), SETTINGS, tmp_path, name="lora")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_is_marked_only_when_all_of_it_is_on_the_disk(
+    setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[Path, bool]] = []  # path, whether its checkpoint was marked by then
+    plain = files.sync
+
+    def noted(path: Path) -> None:
+        inside = [p for p in (path, *path.parents) if p.name.startswith("checkpoint-")]
+        synced.append((path, bool(inside) and (inside[0] / "complete").exists()))
+        plain(path)
+
+    monkeypatch.setattr(callbacks, "sync", noted)
+    kept: dict[Path, set[Path]] = {}
+
+    def stop(done: int, total: int) -> None:
+        for folder in (tmp_path / "trainer").glob("checkpoint-*"):
+            kept[folder] = set(folder.rglob("*"))
+
+    run(setup, tmp_path, "full", progress=stop)
+    (folder,) = {path for path in kept if path.name == "checkpoint-4"}
+    before = {path for path, marked in synced if not marked}
+    assert kept[folder] - {folder / "complete"} <= before
+    assert {folder, folder.parent} <= before
+    assert synced.index((folder, True)) > synced.index((folder / "complete", True))

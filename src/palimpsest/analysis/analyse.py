@@ -153,7 +153,8 @@ def write_study_maps(
     Importance by the largest entry of each block; changes by the mean, since an optimizer such as Adam moves nearly
     every weight by about its learning rate, and the largest of a block says nothing then.
     """
-    names = _mapped_names(list(scores(BASE).tensors(reduction)))
+    shapes = {parameter["name"]: parameter["shape"] for parameter in scores(BASE).metadata["parameters"]}
+    names = _mapped_names([name for name, shape in shapes.items() if len(shape) == 2])  # stacked experts have no map
     importance: dict[str, Any] = {}
     change: dict[str, Any] = {}
     for model in models:

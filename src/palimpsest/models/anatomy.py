@@ -3,7 +3,8 @@
 One rule for every architecture, in four parts:
 
 1. **Language model**: wrappers (peft, DistributedDataParallel, torch.compile) are looked through; then the
-   sub-module called `language_model` closest to the top, or, where there is none, the model itself.
+   sub-module called `language_model` closest to the top, inside it again where it has one of its own (a multimodal
+   model behind our adaptor), or, where there is none, the model itself.
 2. **Canonical name**: the parameter's name as `AutoModelForCausalLM` would give it. Name parts that wrappers
    add are dropped, and a decoder without its head (as in transformers' audio LLMs) gets the usual prefix.
 3. **Layer**: the number after `layers`, `h` or `blocks`, with nothing but the wrappers of a decoder in front
@@ -57,10 +58,9 @@ def find_language_model(model: nn.Module) -> nn.Module:
     parameters have canonical names all the same, see `named_parameters`.
     """
     model = unwrap(model)
-    inside = [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "language_model"]
-    if not inside:
-        return model
-    return unwrap(model.get_submodule(min(inside, key=lambda name: name.count("."))))
+    while inside := [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "language_model"]:
+        model = unwrap(model.get_submodule(min(inside, key=lambda name: name.count("."))))
+    return model
 
 
 def unwrap(model: nn.Module) -> nn.Module:

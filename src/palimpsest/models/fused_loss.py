@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from palimpsest.files import UserError
-from palimpsest.models.anatomy import find_language_model
+from palimpsest.models.anatomy import unwrap
 from palimpsest.models.loss import forward_inputs, right_padded, supervised_losses, supervised_positions
 
 if TYPE_CHECKING:
@@ -97,10 +97,11 @@ def require_same_loss(model: nn.Module, batch: Mapping[str, Any], kernel: Kernel
 
 
 def _decoder_and_head(model: nn.Module) -> tuple[nn.Module, nn.Linear, float | None]:
-    language_model: Any = find_language_model(model)
+    inner: Any = unwrap(model)  # the head may stand above the language model: take the causal LM, not its decoder
+    language_model: Any = unwrap(inner.language_model) if type(inner).__name__ == "SpeechLM" else inner
     decoder, head = language_model.base_model, language_model.get_output_embeddings()
     if decoder is language_model or type(head) is not nn.Linear:
         raise UserError(
             f"The head of {type(language_model).__name__} is not one plain linear layer; set training.liger to false."
         )
-    return decoder, head, getattr(language_model.config, "final_logit_softcapping", None)
+    return decoder, head, getattr(language_model.config.get_text_config(), "final_logit_softcapping", None)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from palimpsest.files import UserError, hash_file, hash_value, read_json
 from palimpsest.models import embedded, light
-from palimpsest.models.anatomy import layer_index
+from palimpsest.models.anatomy import scored_parameters
 
 if TYPE_CHECKING:
     import torch
@@ -174,26 +174,46 @@ def weight_bytes(name: str) -> int:
 
 
 class StoredLanguageModel(Mapping[str, "Tensor"]):
-    """The scored weights of the language model in a SpeechLM's folder by canonical name, read one at a time."""
+    """The scored weights of the language model in a SpeechLM's folder by canonical name, read one at a time.
+
+    Names and shapes are those of the model's class, as `scored_parameters` has them. Where the files hold the weights
+    in another form (transformers writes the stacked experts of most mixtures one by one) the whole model is read.
+    """
 
     def __init__(self, folder: Path) -> None:
-        self._files: dict[str, Any] = {}
+        import torch
+
+        from palimpsest.models.speech_lm import SpeechLM, SpeechLMConfig
+
+        with torch.device("meta"):
+            model = SpeechLM(_from_pretrained(SpeechLMConfig, str(folder)))
+        written = {id(parameter): name for name, parameter in model.named_parameters()}
+        scored = scored_parameters(model)
+        self._keys = {name: written[id(parameter)] for name, parameter in scored.items()}
+        files: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
             file: Any = safe_open(path, framework="pt")
-            for key in file.keys():  # noqa: SIM118 (no mapping)
-                name = key.removeprefix("language_model.")
-                if name != key and layer_index(name) is not None and len(file.get_slice(key).get_shape()) == 2:
-                    self._files[name] = file
+            files |= dict.fromkeys(file.keys(), file)
+        self._files: dict[str, Any] = {}
+        self._loaded: dict[str, Tensor] = {}
+        for name, key in self._keys.items():
+            if key in files and list(files[key].get_slice(key).get_shape()) == list(scored[name].shape):
+                self._files[name] = files[key]
+        if len(self._files) < len(scored):
+            whole = _from_pretrained(SpeechLM, str(folder), dtype="auto")
+            self._loaded = {name: parameter.detach() for name, parameter in scored_parameters(whole).items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._files[name].get_tensor(f"language_model.{name}")
+        if self._loaded:
+            return self._loaded[name]
+        tensor: Tensor = self._files[name].get_tensor(self._keys[name])
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
+        return iter(self._keys)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._keys)
 
 
 def is_speech_lm(name: str) -> bool:
@@ -227,6 +247,20 @@ def load_language_model(
     """
     language_model, processor = load_text_model(name, dtype=dtype, device=device)
     return language_model, processor.tokenizer
+
+
+def blank_language_model(name: str) -> PreTrainedModel:
+    """The language model that `load_language_model` gives, without its weights: on the meta device, from its config."""
+    import torch
+    import transformers
+
+    where = text_source(name)
+    config = _from_pretrained(transformers.AutoConfig, where)
+    with torch.device("meta"):
+        if model_kind(where) == "audio_llm":
+            return getattr(transformers, config.architectures[0])._from_config(config)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    return model.language_model if is_speech_lm(where) else model
 
 
 def load_text_model(

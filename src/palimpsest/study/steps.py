@@ -34,6 +34,7 @@ def check(ws: Workspace) -> None:
     Options, sources, audio, the prompt, disk; of every model its files, config and the names and shapes of its weights.
     """
     from palimpsest.models.loading import ROLES, require_loadable
+    from palimpsest.training.methods import require_language_model
     from palimpsest.training.train import require_options
 
     require_options(ws.settings, ws.device, sharded=sharded())
@@ -47,6 +48,7 @@ def check(ws: Workspace) -> None:
             if (name := getattr(models, role)) is not None:
                 require_loadable(role, name)  # converts an embedded model on its first use
             advance(i + 1, len(ROLES))
+    require_language_model(models.language_model, ws.config.methods.values())
     ws.processor.example_prompts()
     ws.require_adaptor()
     ws.require_disk()

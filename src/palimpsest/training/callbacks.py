@@ -8,14 +8,14 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from palimpsest.files import UserError
+from palimpsest.files import UserError, sync
 from palimpsest.parallel import is_main, wait_for_all
 
-COMPLETE = "complete"  # empty file the Trainer's checkpoint gets when all of it is written
+COMPLETE = "complete"  # empty file the Trainer's checkpoint gets when all of it is on the disk
 
 
 class LastStepAndCheckpoints(TrainerCallback):  # type: ignore[misc]
-    """Marks a checkpoint when all of it is written. The finished model is written by the caller, not here.
+    """Marks a checkpoint when all of it is on the disk. The finished model is written by the caller, not here.
 
     The Trainer evaluates every `eval_steps`; the last step is always worth a measurement.
     """
@@ -28,7 +28,18 @@ class LastStepAndCheckpoints(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         wait_for_all()  # each rank has written its random state
         if is_main():
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Put the marker into a checkpoint once all of it is on the disk: no power cut leaves it beside empty files."""
+    inside = sorted(checkpoint.rglob("*"))
+    for path in (*inside, checkpoint, checkpoint.parent):
+        sync(path)
+    marker = checkpoint / COMPLETE
+    marker.touch()
+    sync(marker)
+    sync(checkpoint)
 
 
 class ReportProgress(TrainerCallback):  # type: ignore[misc]

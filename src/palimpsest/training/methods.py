@@ -13,10 +13,11 @@ the questions are trained on as text, so the adaptor, which nothing reaches, is 
 
 from __future__ import annotations
 
+import inspect
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -25,10 +26,14 @@ from palimpsest.models.anatomy import layer_index, scored_parameters
 from palimpsest.training.rules import Rule, layer_rules
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from palimpsest.importance.scores import Scores
     from palimpsest.models.speech_lm import SpeechLM
 
 MethodKind = Literal["adaptor", "full", "layer_lr", "lora"]
+# Their kernels read the weight of out_proj, past an adapter; peft refuses it.
+WITHOUT_OUT_PROJ = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 WIDE = ("float32", "float64")  # weights that a low-rank update is merged into without losing much of it
 
 
@@ -126,28 +131,81 @@ def rules_for(method: Method, scales: Mapping[int, float] | None = None) -> list
 
 
 def add_lora(model: SpeechLM, method: Method) -> None:
-    """Wrap the language model with peft's LoRA on `method.targets`, or all its attention and MLP projections, in place.
+    """Wrap the language model with peft's LoRA on `method.targets`, or all linear maps of its layers, in place.
 
-    Raises UserError for a target that no layer of the language model has.
+    Experts that stand stacked in one tensor are no linear layers, nor are most routers: by default they stay as they
+    are.
+
+    Raises UserError for a target that is no linear layer of the language model, and for what peft cannot adapt.
     """
+    model.language_model = _adapted(model.language_model, method)
+
+
+def require_language_model(name: str, methods: Iterable[Method]) -> None:
+    """Raise UserError for a language model that the methods could not train, or that could not answer speech then.
+
+    Nothing is read but its config: the adapters are put on a model without weights.
+    """
+    from palimpsest.models.loading import blank_language_model
+
+    methods = list(methods)
+    blank = blank_language_model(name)
+    prepare = getattr(blank, "prepare_inputs_for_generation", None)
+    embeds = prepare is not None and "inputs_embeds" in inspect.signature(prepare).parameters
+    if not embeds and any(method.modality == "speech" for method in methods):
+        raise UserError(
+            f"{name} is a {type(blank).__name__}, which cannot generate from embeddings as a speech prompt needs; "
+            "use a text-only checkpoint of it."
+        )
+    for method in methods:
+        if method.kind == "lora":
+            _adapted(blank_language_model(name), method)
+
+
+def _adapted(language_model: PreTrainedModel, method: Method) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    present = sorted({name.split(".")[-2] for name in scored_parameters(model)})
-    targets = present if method.targets is None else list(method.targets)
-    unknown = [name for name in targets if name not in present]
+    linear = _linear_layers(language_model)  # whole name → last part
+    names = sorted(set(linear.values()))
+    targets = list(method.targets) if method.targets is not None else names
+    if method.targets is None and getattr(language_model.config, "model_type", None) in WITHOUT_OUT_PROJ:
+        targets = [name for name in names if name != "out_proj"]
+    unknown = [name for name in targets if name not in names]
     if unknown or not targets:
         wanted = ", ".join(unknown) or "none"
         raise UserError(
-            f"LoRA's targets ({wanted}) are not in the language model; its layers have {', '.join(present)}."
+            f"LoRA's targets ({wanted}) are not in the language model; its layers have {', '.join(names) or 'none'}."
         )
+    # peft takes a name wherever a module ends in it: where others do (a vision tower), whole names say which are meant.
+    meant = [name for name, last in linear.items() if last in targets]
+    matched = [name for name, _ in language_model.named_modules() if name.rpartition(".")[2] in targets]
     config = LoraConfig(
         r=method.rank,
         lora_alpha=2 * method.rank if method.alpha is None else method.alpha,
         lora_dropout=method.dropout,
-        target_modules=targets,
+        target_modules=targets if set(matched) == set(meant) else meant,
         task_type="CAUSAL_LM",
     )
-    model.language_model = get_peft_model(model.language_model, config)
+    try:
+        return get_peft_model(language_model, config)
+    except (ValueError, NotImplementedError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"LoRA cannot be put on {', '.join(targets)} of this language model ({reason}); name others as targets."
+        ) from error
+
+
+def _linear_layers(language_model: PreTrainedModel) -> dict[str, str]:
+    """Names of the linear maps whose weights are scored: whole name → last part."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    scored = {id(parameter) for parameter in scored_parameters(language_model).values()}
+    return {
+        name: name.rpartition(".")[2]
+        for name, module in language_model.named_modules()
+        if type(module) in (nn.Linear, Conv1D) and id(module.weight) in scored
+    }
 
 
 def require_mergeable(method: Method, model: SpeechLM) -> None:
