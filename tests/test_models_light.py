@@ -57,7 +57,7 @@ def trained(models: Path, folder: Path, *, lora: bool, dtype: torch.dtype = torc
         model.language_model.save_pretrained(folder / "adapter")
         merge_lora(model)
     model.save_pretrained(folder)
-    style = PromptStyle("Be brief.", "Answer what you hear.")
+    style = PromptStyle("Be brief.", "Answer what you hear.", "2025-02-01")
     SpeechLMProcessor(tokenizer, extractor, 5, "pad_to_30s", style).save_pretrained(folder)
     return folder
 
