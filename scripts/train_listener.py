@@ -19,7 +19,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,6 @@ from palimpsest.evaluation.answers import text_answerer
 from palimpsest.files import write_json
 from palimpsest.models.loading import load_encoder, load_language_model
 from palimpsest.models.processor import SpeechLMProcessor
-from palimpsest.models.prompts import PromptStyle
 from palimpsest.models.speech_lm import SPEECH_POSITION, SpeechAdaptor, SpeechLM
 from palimpsest.training.align import align_adaptor
 from palimpsest.training.batching import EpochBatches
@@ -191,7 +190,7 @@ class Listener:
         self.embed = language_model.get_input_embeddings()
         before, self.after = [], []
         for instruction in (REPEAT, processor.style.speech_instruction):
-            style = PromptStyle(processor.style.system, instruction)
+            style = replace(processor.style, speech_instruction=instruction)
             prompt = SpeechLMProcessor(
                 processor.tokenizer, processor.feature_extractor, STACK, "trim", style
             ).speech_prompt(1)

@@ -136,6 +136,14 @@ def test_templates_of_strings_get_the_mark_in_the_string(spoken: Task, content: 
     assert parts == [given]
 
 
+def test_an_audio_llm_is_asked_on_a_fixed_date_and_without_thinking(spoken: Task) -> None:
+    model, processor = tiny_audio_llm("audioflamingo3")
+    lead = "{{ strftime_now('%Y-%m-%d') }}{% if enable_thinking %}<think>{% endif %}"
+    processor.chat_template = lead + PARTS_TEMPLATE
+    (given,) = audio_llm_answerer(model, processor, 4)(spoken.examples[:1], "speech")
+    assert given.prompt == f"2024-07-26<user><sound>{INSTRUCTION}<end>\n<assistant>"
+
+
 def test_a_template_without_a_place_for_audio_is_refused() -> None:
     model, processor = tiny_audio_llm("audioflamingo3")
     processor.chat_template = LOOP.replace("CONTENT", "{{ m['content'] | length }}")

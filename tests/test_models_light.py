@@ -60,7 +60,7 @@ def trained(models: Path, folder: Path, *, lora: bool, dtype: torch.dtype = torc
         else:  # training refuses it now; checkpoints that were merged in bfloat16 before can still be made light
             model.language_model = model.language_model.merge_and_unload()
     model.save_pretrained(folder)
-    style = PromptStyle("Be brief.", "Answer what you hear.")
+    style = PromptStyle("Be brief.", "Answer what you hear.", "2025-02-01")
     SpeechLMProcessor(tokenizer, extractor, 5, "pad_to_30s", style).save_pretrained(folder)
     return folder
 

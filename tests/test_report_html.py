@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -168,6 +169,19 @@ def test_lone_surrogates_and_control_characters_do_not_stop_the_report(tmp_path:
     row = r'{"id": "q0", "question": "a", "response": "\ud800\u0000\u202e", "answers": [], "n_new_tokens": 1}'
     write_text(file, row + "\n")
     assert "Accepted:" in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_a_prompt_of_each_kind_is_shown_with_its_special_tokens(tmp_path: Path) -> None:
+    make_run(tmp_path, without={"maps", "layers", "training"})
+    without = write_report(tmp_path).read_text(encoding="utf-8")
+    provenance = json.loads((tmp_path / "provenance.json").read_text())
+    prompts = {"text": "<|user|>Who?\n<|assistant|>", "speech": "<|user|>[speech]<script>alert(1)</script>"}
+    (tmp_path / "provenance.json").write_text(json.dumps({**provenance, "prompts": prompts}))
+    shown = write_report(tmp_path).read_text(encoding="utf-8")
+    assert "What a model is given" not in without, "a run of an earlier version has none"
+    assert '<dt>text</dt><dd><pre tabindex="0">&lt;|user|&gt;Who?\n&lt;|assistant|&gt;</pre></dd>' in shown
+    assert "[speech]&lt;script&gt;" in shown
+    assert "prompts.text" not in shown
 
 
 def test_no_folder_is_the_users_mistake(tmp_path: Path) -> None:
