@@ -87,6 +87,7 @@ def invented_results() -> dict[str, list[dict[str, Any]]]:
         "perplexity": _perplexity(),
         "comparisons": _comparisons(),
         "probe": _probe(),
+        "probe_comparisons": _probe_comparisons(),
         "layers": _layers(),
         "shift": _shift(),
         "clustering": _clustering(rng),
@@ -126,6 +127,19 @@ def probe_row(model: str, kind: str, correct: int, n: int, margin: float) -> dic
 def _probe() -> list[dict[str, Any]]:
     kinds = (("all", 84), ("facts", 40), ("forms", 44))
     return [probe_row(model, kind, n - 10, n, 3.0) for model in ("base", *METHODS) for kind, n in kinds]
+
+
+def _probe_comparisons() -> list[dict[str, Any]]:
+    return [
+        {
+            "method": method, "kind": kind, "n": n, "n_seeds": 1, "accuracy_base": 0.9, "accuracy": 0.88,
+            "only_base": 3, "only_method": 1, "difference": -0.02, "ci_low": -0.05, "ci_high": 0.01, "p_value": 0.625,
+            "p_holm": 1.0, "margin_difference": -0.1, "margin_ci_low": -0.3, "margin_ci_high": 0.1,
+            "loss_right_difference": 0.4, "loss_right_ci_low": 0.3, "loss_right_ci_high": 0.5,
+        }
+        for method in METHODS
+        for kind, n in (("all", 84), ("facts", 40), ("forms", 44))
+    ]  # fmt: skip
 
 
 def _deactivation() -> list[dict[str, Any]]:

@@ -236,6 +236,30 @@ class ProbeRecord(TypedDict):
     loss_wrong: float
 
 
+class ProbeComparisonRecord(TypedDict):
+    """The probe of a method against the base's, on the same pairs; differences are the method's minus the base's."""
+
+    method: str
+    kind: str  # of pairs, or "all"
+    n: int
+    n_seeds: int
+    accuracy_base: float
+    accuracy: float
+    only_base: int | None  # pairs only the base has right; None where there are several runs
+    only_method: int | None
+    difference: float
+    ci_low: float
+    ci_high: float
+    p_value: float
+    p_holm: float  # Holm-corrected over the rows of all pairs, or over those of single kinds
+    margin_difference: float  # nats per token
+    margin_ci_low: float
+    margin_ci_high: float
+    loss_right_difference: float  # of the right continuations, nats per token; above 0: less likely than before
+    loss_right_ci_low: float
+    loss_right_ci_high: float
+
+
 class FloorRecord(TypedDict):
     """How often a metric calls something right that cannot be; see evaluation/floors.py."""
 
@@ -429,6 +453,7 @@ class Results(TypedDict):
     perplexity: list[PerplexityRecord]
     comparisons: list[ComparisonRecord]
     probe: list[ProbeRecord]
+    probe_comparisons: list[ProbeComparisonRecord]
     layers: list[LayerRecord]
     shift: list[ShiftRecord]
     clustering: list[ClusteringRecord]

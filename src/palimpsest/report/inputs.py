@@ -258,8 +258,11 @@ def _read_results(path: Path, missing: list[str]) -> Results:
         rows = None if raw is None else raw.get(table)
         tables[table] = []
         if rows is None or rows == []:
-            spoken = any(row["modality"] == "speech" for row in tables.get("qa", []))
-            if raw is not None and table not in MAY_BE_EMPTY and (spoken or table != "speech_tests"):
+            needed = {  # tables that only some runs have
+                "speech_tests": any(row["modality"] == "speech" for row in tables.get("qa", [])),
+                "probe_comparisons": any(row["model"] != "base" for row in tables.get("probe", [])),
+            }
+            if raw is not None and table not in MAY_BE_EMPTY and needed.get(table, True):
                 missing.append(f"{path.name} has no records in “{table}”.")
             continue
         if not isinstance(rows, list):

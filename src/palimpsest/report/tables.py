@@ -113,6 +113,7 @@ def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Tabl
         perplexity(results["perplexity"], of_each),
         claims(results["claims"]),
         probe(results["probe"]),
+        probe_comparisons(results["probe_comparisons"]),
         structure_tables.layers(results["layers"], "text", main_reduction(results)),
         structure_tables.shift(results["shift"], of_each),
         structure_tables.clustering(results["clustering"]),
@@ -545,3 +546,30 @@ def probe(records: Rows) -> Table:
         "Share of pairs whose right continuation has the lower loss, 95 % Wilson interval; chance is 50 %. Margin: "
         "mean of the wrong continuation's loss minus the right one's, nats per token.",
     )
+
+
+def probe_comparisons(records: Rows) -> Table:
+    """Every method's probe against the base's, paired."""
+
+    def nats(title: str, key: str) -> Field:
+        low, high = f"{key.removesuffix('_difference')}_ci_low", f"{key.removesuffix('_difference')}_ci_high"
+        return cells(title, lambda row: Cell(_nats(row[key]), interval(row[low], row[high], _nats), row[key]))
+
+    return table(
+        "probe_comparisons",
+        "Retention probe against the base, on the same pairs",
+        (
+            *(METHOD, words("Pairs", "kind"), N, ranges("Method − base, points", "difference", points), P, P_HOLM),
+            nats("Margin − base's", "margin_difference"),
+            nats("Loss of the right one − base's", "loss_right_difference"),
+        ),
+        in_order(records, "method"),
+        "Paired by pair: exact McNemar test, of several training runs clustered by pair and seed; Holm: over the rows of "
+        "all pairs, and over those of single kinds. Margin and loss: nats per token. The pairs are easy: a model can lose "
+        "text and keep them, so read the last column (above 0: the right text has become less likely) and the "
+        "perplexity of the held-out answers beside it. Brackets: 95 % interval.",
+    )
+
+
+def _nats(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")

@@ -11,6 +11,7 @@ from palimpsest.analysis.claims import claim_records
 from palimpsest.analysis.correlation import correlation_records
 from palimpsest.comparison.by_voice import RECORDING, voice_records
 from palimpsest.comparison.pairs import compare, corrected
+from palimpsest.comparison.probe_pairs import probe_comparisons
 from palimpsest.comparison.training_runs import Verdicts, pooled_comparisons, seed_comparisons, seed_records
 from palimpsest.comparison.understanding import speech_tests
 from palimpsest.data.examples import read_manifest
@@ -41,6 +42,9 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
         tables["perplexity"] += read_json(folder / "perplexity" / "records.json")
         if name != BASE:
             tables["training"] += read_json(folder / "checkpoint" / "training.json")
+    if config.evaluation.probe:
+        measured = dict.fromkeys(config.methods, config.seeds if "probe" in config.seeds_measure else 1)
+        tables["probe_comparisons"] = probe_comparisons(run.path, list(config.methods), measured, seed)
     for table in TABLES:
         tables[table] = read_json(run.path / "analysis" / f"{table}.json")
 
