@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from palimpsest.files import UserError, hash_file, hash_value, read_json
 from palimpsest.models import embedded, light
-from palimpsest.models.anatomy import scored_parameters
+from palimpsest.models.anatomy import layer_index, scored_parameters
 
 if TYPE_CHECKING:
     import torch
