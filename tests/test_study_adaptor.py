@@ -126,7 +126,7 @@ def test_every_method_starts_from_it_and_the_run_says_so(finished: Path, inputs:
     assert 0 < float(moved.max()) < 0.1  # two steps of Adam at 1e-2
     fingerprint = read_adaptor(str(inputs / "light")).fingerprint
     provenance = json.loads((finished / "provenance.json").read_text())
-    assert provenance["models"]["adaptor"] == {"name": str(inputs / "light"), "hash": fingerprint}
+    assert provenance["models"]["adaptor"] == {"name": "…/light", "hash": fingerprint}
     for step in ("methods/full/checkpoint", "base/deactivation", "base/perplexity", "base/samples/numbers-speech"):
         assert fingerprint in (finished / step / "step.json").read_text(), step
     for step in ("base/importance", "base/samples/numbers-text"):  # what another adaptor does not change
