@@ -80,7 +80,7 @@ class StudyData:
 
     train: Split
     heldout: Split | int  # a split of its own, or how many examples of the training source
-    tasks: Mapping[str, TaskSplit]
+    tasks: Mapping[str, Split]  # or TaskSplit
     filters: Filters
     strict: bool
     seed: int
@@ -109,11 +109,11 @@ class StudyData:
             identity = hash_value([_identity(Example.of(row, row.id or "", row.audio)) for row in rows])
         return [identity, wanted.limit]
 
-    def _task_inputs(self, name: str, task: TaskSplit) -> list[Any]:
+    def _task_inputs(self, name: str, task: Split) -> list[Any]:
         identity = open_table(task.source, task.split).identity
         if identity is None:
             identity = hash_value([_identity(example) for example in self._asked[name]])
-        return [identity, task.limit, task.faulty_audio]
+        return [identity, task.limit, _faulty_audio(task)]
 
     # -- checks before the long work ----------------------------------------------------------------------------------
     def check(self) -> None:
@@ -160,9 +160,9 @@ class StudyData:
             groups[f"task-{name}"] = self._ask(task, audio)
         return groups, dropped
 
-    def _ask(self, task: TaskSplit, audio: Path | None = None) -> list[Example]:
+    def _ask(self, task: Split, audio: Path | None = None) -> list[Example]:
         """The questions of a task; with `audio`, also the recordings that stand inside a table."""
-        return load_examples(task.source, task.split, task.limit, self.seed, audio, task.faulty_audio)
+        return load_examples(task.source, task.split, task.limit, self.seed, audio, _faulty_audio(task))
 
     @cached_property
     def _asked(self) -> dict[str, list[Example]]:
@@ -241,6 +241,10 @@ class StudyData:
         if isinstance(self.heldout, Split):
             tables[HELDOUT] = open_table(self.heldout.source, self.heldout.split)
         return tables
+
+
+def _faulty_audio(task: Split) -> FaultyAudio:
+    return task.faulty_audio if isinstance(task, TaskSplit) else TaskSplit.faulty_audio
 
 
 def _hash(question: str) -> str:
