@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from palimpsest.data.examples import Example
-from palimpsest.models.loss import IGNORED
+from palimpsest.models.loss import IGNORED, PADDING
 
 if TYPE_CHECKING:
     from palimpsest.data.features import Features
@@ -69,9 +69,8 @@ class Collator:
             tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
             return pad_sequence(tensors, True, value, padding_side="right" if answers else "left")
 
-        pad_id = self.processor.tokenizer.pad_token_id
         batch: Batch = {
-            "input_ids": padded((prompt + target for prompt, target in pairs), 0 if pad_id is None else pad_id),
+            "input_ids": padded((prompt + target for prompt, target in pairs), PADDING),
             "attention_mask": padded(([1] * len(prompt + target) for prompt, target in pairs), 0),
             "ids": [example.id for example in examples],
         }

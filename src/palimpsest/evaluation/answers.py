@@ -334,7 +334,8 @@ def text_answerer(
 def generation_settings(language_model: Any, tokenizer: Any, max_new_tokens: int) -> dict[str, Any]:
     """What `generate` is given besides the prompts: greedy, to the first of `end_ids`."""
     end = end_ids(language_model, tokenizer)
-    pad = next((id for id in (tokenizer.pad_token_id, *end) if id is not None), 0)
+    rows = len(language_model.get_input_embeddings().weight)  # a tokenizer's pad id may lie outside
+    pad = next((id for id in (tokenizer.pad_token_id, *end) if id is not None and id < rows), 0)
     return {**GREEDY, "max_new_tokens": max_new_tokens, "eos_token_id": end or None, "pad_token_id": pad}
 
 

@@ -10,6 +10,7 @@ from palimpsest.data.examples import Example
 from palimpsest.data.speech import read_audio
 from palimpsest.evaluation.answers import Answer, Answerer, decoded, generation_settings, pad_left
 from palimpsest.files import UserError
+from palimpsest.models.loss import PADDING
 
 if TYPE_CHECKING:
     from jaxtyping import Float32
@@ -36,13 +37,11 @@ def recording_answerer(model: SpeechLM, processor: SpeechLMProcessor, max_new_to
     """
     from palimpsest.models.speech_lm import encode_speech
 
-    pad = processor.tokenizer.pad_token_id
-
     def prompts(examples: Sequence[Example]) -> Batch:
         mels, counts = processor.features(recordings(examples))
         frames = encode_speech(model.encoder, mels.to(model.encoder.device), counts, processor.speech_length)
         ids = [processor.speech_prompt(int(count) // processor.stack_factor) for count in counts]
-        input_ids, attention_mask = pad_left(ids, 0 if pad is None else pad)
+        input_ids, attention_mask = pad_left(ids, PADDING)
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 IGNORED = -100  # the label of a position without a loss
+# The token id where attention_mask is 0. Any would do that the embedding has; a tokenizer's own pad id may lie outside.
+PADDING = 0
 # The tensors of a batch that have one entry per token, (batch, seq, …).
 PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "labels", "position_ids", "token_type_ids")
 

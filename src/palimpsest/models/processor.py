@@ -10,6 +10,7 @@ from transformers import AutoProcessor
 
 from palimpsest.files import UserError, read_json, write_json
 from palimpsest.models import SAMPLE_RATE
+from palimpsest.models.loss import PADDING
 from palimpsest.models.prompts import PromptStyle, encode, messages, render
 from palimpsest.models.speech_lm import SPEECH_POSITION, SpeechLength, SpeechLMConfig
 
@@ -82,8 +83,7 @@ class SpeechLMProcessor:
             speech = {"input_features": mels, "frame_counts": counts}
             prompts = [self.speech_prompt(int(count) // self.stack_factor) for count in counts]
         width = max(map(len, prompts))
-        pad = self.tokenizer.pad_token_id or 0
-        input_ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+        input_ids = torch.tensor([[PADDING] * (width - len(prompt)) + prompt for prompt in prompts])
         attention_mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         return BatchFeature({"input_ids": input_ids, "attention_mask": attention_mask, **speech})
 
