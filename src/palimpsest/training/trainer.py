@@ -170,7 +170,13 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
             generator=torch.Generator(),  # its own, so that dropout alone draws from the global one
         )
         prepared: Any = self.accelerator.prepare(loader)
-        prepared.set_epoch = self.phase.batches.set_epoch  # directly: not every version passes it on to the sampler
+        of_loader = prepared.set_epoch  # which counts epochs, but does not reach the batches in every version
+
+        def set_epoch(epoch: int) -> None:
+            of_loader(epoch)
+            self.phase.batches.set_epoch(epoch)
+
+        prepared.set_epoch = set_epoch
         return prepared  # type: ignore[no-any-return]
 
     def get_batch_samples(
