@@ -12,7 +12,9 @@ import torch
 from palimpsest.data.collate import IGNORED, Collator, batches
 from palimpsest.data.examples import Example
 from palimpsest.data.features import Features, compute_features
+from palimpsest.evaluation.answers import generation_settings
 from palimpsest.files import UserError
+from palimpsest.models.loss import supervised_losses
 from palimpsest.models.processor import SpeechLMProcessor
 from palimpsest.models.prompts import PromptStyle
 from palimpsest.models.speech_lm import SPEECH_POSITION
@@ -116,3 +118,16 @@ def test_batches_hold_every_example_once(examples) -> None:
             i for batch in batches(Collator(processor, "text"), examples, 1, by_length=by_length) for i in batch["ids"]
         ]
         assert sorted(found) == ["q0", "q1"]
+
+
+def test_a_pad_id_outside_the_embedding_reaches_no_embedding(examples, features) -> None:
+    model, processor = tiny_speech_lm()
+    processor.tokenizer.add_special_tokens({"pad_token": "<a new one>"})
+    processor.tokenizer.pad_token = "<a new one>"
+    processor.tokenizer._tokenizer.add_special_tokens([f"<more {i}>" for i in range(300)])
+    processor.tokenizer.add_special_tokens({"pad_token": "<more 299>"})
+    assert processor.tokenizer.pad_token_id >= len(model.get_input_embeddings().weight)
+    batch = Collator(processor, "text")(examples)
+    assert int(batch["input_ids"].max()) < len(model.get_input_embeddings().weight)
+    supervised_losses(model, batch)
+    assert generation_settings(model.language_model, processor.tokenizer, 4)["pad_token_id"] < 300

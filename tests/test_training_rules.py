@@ -24,6 +24,7 @@ from palimpsest.training.methods import (
     rules_for,
 )
 from palimpsest.training.rules import assign, parameter_groups
+from palimpsest.training.trainer import one_gpu
 from tiny import tiny_encoder, tiny_llama, tiny_speech_lm
 
 
@@ -252,3 +253,42 @@ def test_lora_stays_inside_the_language_model_of_a_multimodal_one() -> None:
     adapted = [name for name, _ in model.named_parameters() if ".lora_A" in name]
     assert len(adapted) == 14
     assert not any("vision" in name for name in adapted)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is frozen
+# ---------------------------------------------------------------------------------------------------------------------
+def test_layer_scales_leave_a_frozen_tower_frozen_and_are_of_the_language_model_alone() -> None:
+    model = torch.nn.Module()
+    model.audio_tower, model.language_model = torch.nn.Module(), tiny_llama()
+    model.audio_tower.layers = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(2)])
+    model.audio_tower.layers[0].requires_grad_(False)
+    groups = parameter_groups(model, {0: 0.5, 1: 0.25}, lr=1.0)
+    scale_of = {name: group["scale"] for group in groups for name in group["names"]}
+    assert not any(name.startswith("audio_tower.layers.0.") for name in scale_of)
+    assert not any(p.requires_grad for p in model.audio_tower.layers[0].parameters())
+    assert scale_of["audio_tower.layers.1.weight"] == 1.0  # no layer of the language model
+    assert scale_of["language_model.model.layers.1.mlp.up_proj.weight"] == 0.25
+    # A rule that names it trains it; one that takes any name does not.
+    for rules, trained in ([(".*", 1.0)], False), ([("audio_tower", 1.0), (".*", 1.0)], True):
+        model.audio_tower.layers[0].requires_grad_(False)
+        names = {name for group in parameter_groups(model, rules, lr=1.0) for name in group["names"]}
+        assert ("audio_tower.layers.0.weight" in names) == trained
+
+
+def test_layer_scales_of_a_lora_model_train_the_updates_alone() -> None:
+    model, _ = tiny_speech_lm()
+    add_lora(model, Method("lora", rank=2))
+    groups = parameter_groups(model.language_model, {0: 0.5, 1: 0.25}, lr=1.0)
+    scale_of = {name: group["scale"] for group in groups for name in group["names"]}
+    assert all(".lora_" in name for name in scale_of)
+    assert {scale for name, scale in scale_of.items() if ".layers.1." in name} == {0.25}
+
+
+def test_one_process_trains_on_one_gpu(tmp_path: Path) -> None:
+    from transformers import TrainingArguments
+
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    assert one_gpu(arguments).n_gpu == 0
+    arguments._n_gpu = 2  # what the Trainer finds where two GPUs are visible
+    assert one_gpu(arguments).n_gpu == 1

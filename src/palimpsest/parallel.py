@@ -48,6 +48,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def visible_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def started_first() -> bool:
     """Whether this process is the one that should speak to the user, also before and after `joined`."""
     return os.environ.get("RANK", "0") == "0"

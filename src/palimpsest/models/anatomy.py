@@ -31,10 +31,9 @@ if TYPE_CHECKING:
 
 # Name parts added by peft, torch.compile, FSDP1 and checkpoint wrappers.
 _ADDED = re.compile(r"(?:^|(?<=\.))(?:base_layer|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-_LAYER = re.compile(  # used with match: from the start of the name
-    r"(?:(?:language_model|base_model|model|transformer|decoder|gpt_neox|backbone)\.)*"
-    r"(?:layers|h|blocks)\.(\d+)(?:\.|$)"
-)
+# What may stand in front of a layer's number, from the start of the name: the wrappers of a decoder and nothing else.
+BEFORE_LAYER = r"(?:(?:language_model|base_model|model|transformer|decoder|gpt_neox|backbone)\.)*(?:layers|h|blocks)\."
+_LAYER = re.compile(BEFORE_LAYER + r"(\d+)(?:\.|$)")  # used with match
 # (kind, what the architectures call it). `c_proj` alone is ambiguous in GPT-2, hence its parent's name.
 KINDS: tuple[tuple[str, str], ...] = (
     ("qkv", r"qkv_proj|c_attn|query_key_value"),

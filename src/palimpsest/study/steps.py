@@ -21,7 +21,7 @@ from palimpsest.data.speech import speak_several
 from palimpsest.data.splits import speak_groups
 from palimpsest.data.voices import find_voices
 from palimpsest.files import hash_value, read_jsonl, write_json, write_jsonl, write_tables, write_text
-from palimpsest.parallel import is_main, sharded, world_size
+from palimpsest.parallel import is_main, sharded, visible_gpus, world_size
 from palimpsest.progress import Advance
 from palimpsest.records import BASE, Modality
 from palimpsest.rundir import DROPPED, PROVENANCE, RESULTS, SET_ASIDE, STUDY, folder_of, samples_of
@@ -38,6 +38,8 @@ def check(ws: Workspace) -> None:
     from palimpsest.training.train import require_options
 
     require_options(ws.settings, ws.device, sharded=sharded())
+    if ws.device == "cuda" and world_size() == 1 and (n_gpus := visible_gpus()) > 1:
+        ws.reporter.note(f"{n_gpus} GPUs are visible and one is used; torchrun --nproc-per-node {n_gpus} uses all.")
     if ws.config.speech.augmentation is not None:
         require_library(ws.config.speech.augmentation)
     if not ws.is_done("data", data, _data_inputs(ws)):

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from palimpsest.files import UserError
+from palimpsest.models.anatomy import BEFORE_LAYER
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,9 +47,14 @@ def assign(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, float | Non
 
 
 def layer_rules(scales: Mapping[int, float]) -> list[Rule]:
-    """One rule per decoder layer (`layers.N.` or `h.N.` outside an encoder), and scale 1 for all the rest."""
-    inside = r"^(?!.*\bencoder\.).*\b(?:layers|h|blocks)\."
-    return [*((rf"{inside}{layer}\.", scale) for layer, scale in sorted(scales.items())), (r".*", 1.0)]
+    """One rule per layer of the language model (`layers.N.`, `h.N.`; no tower's), and scale 1 for all the rest."""
+    return [*((rf"^{BEFORE_LAYER}{layer}\.", scale) for layer, scale in sorted(scales.items())), (r".*", 1.0)]
+
+
+def _named_by_a_rule(name: str, rules: Sequence[Rule]) -> bool:
+    """Whether the rule that takes the name is about this name, and not one that takes any."""
+    pattern = next(pattern for pattern, _ in rules if re.search(pattern, name))
+    return re.search(pattern, "") is None
 
 
 def parameter_groups(
@@ -65,13 +71,20 @@ def parameter_groups(
         lr: base learning rate; a group's is scale × lr, which a scheduler then multiplies.
         weight_decay: of the weights that are decayed.
 
+    What is frozen before stays frozen unless a rule names it; one that takes any name, such as `.*`, names nothing, and
+    neither do layers' scales: a tower that its model keeps frozen, or weights under LoRA adapters, stay as they are.
+
     Each group holds "params", "names", "lr", "weight_decay" and "scale". Sets `requires_grad` of every parameter.
+    Raises UserError for rules that do not fit the parameters (see `assign`), and if nothing is left to train.
     """
+    of_layers = isinstance(scales, Mapping)  # says how fast layers learn, not that they do
     rules = layer_rules(scales) if isinstance(scales, Mapping) else list(scales)
     named = dict(model.named_parameters())  # each tied parameter once
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, scale in assign(named, rules).items():
         parameter = named[name]
+        if not parameter.requires_grad and (of_layers or not _named_by_a_rule(name, rules)):
+            scale = None
         parameter.requires_grad_(scale is not None)
         if scale is None:
             continue

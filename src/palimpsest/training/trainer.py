@@ -77,35 +77,48 @@ def run_phase(
 
 
 def arguments(folder: Path, phase: Phase, settings: Settings, name: str, device: torch.device) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(folder),
-        use_cpu=device.type == "cpu",  # also where there is a GPU: the study's models.device rules
-        run_name=name if phase.name == "method" else f"{name}-{phase.name}",
-        max_steps=phase.steps,
-        per_device_train_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.accumulation,
-        learning_rate=phase.learning_rate,
-        weight_decay=settings.weight_decay,
-        lr_scheduler_type="cosine",
-        warmup_steps=math.ceil(settings.warmup_ratio * phase.steps),
-        max_grad_norm=settings.max_grad_norm,
-        bf16=settings.bf16,
-        torch_compile=settings.compile,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        eval_strategy="no" if settings.eval_every is None else "steps",
-        eval_steps=settings.eval_every,
-        save_strategy="steps" if settings.checkpoint_every < phase.steps else "no",
-        save_steps=settings.checkpoint_every,
-        save_total_limit=2,  # the one before stays until the new one is marked complete
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        disable_tqdm=True,
-        report_to=list(settings.report_to),
-        ddp_find_unused_parameters=phase.collator.modality == "text",  # the adaptor; looking for it costs time
+    return one_gpu(
+        TrainingArguments(
+            output_dir=str(folder),
+            use_cpu=device.type == "cpu",  # also where there is a GPU: the study's models.device rules
+            run_name=name if phase.name == "method" else f"{name}-{phase.name}",
+            max_steps=phase.steps,
+            per_device_train_batch_size=settings.batch_size,
+            gradient_accumulation_steps=settings.accumulation,
+            learning_rate=phase.learning_rate,
+            weight_decay=settings.weight_decay,
+            lr_scheduler_type="cosine",
+            warmup_steps=math.ceil(settings.warmup_ratio * phase.steps),
+            max_grad_norm=settings.max_grad_norm,
+            bf16=settings.bf16,
+            torch_compile=settings.compile,
+            seed=settings.seed,
+            data_seed=settings.seed,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            eval_strategy="no" if settings.eval_every is None else "steps",
+            eval_steps=settings.eval_every,
+            save_strategy="steps" if settings.checkpoint_every < phase.steps else "no",
+            save_steps=settings.checkpoint_every,
+            save_total_limit=2,  # the one before stays until the new one is marked complete
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            disable_tqdm=True,
+            report_to=list(settings.report_to),
+            ddp_find_unused_parameters=phase.collator.modality == "text",  # the adaptor; looking for it costs time
+        )
     )
+
+
+def one_gpu(arguments: TrainingArguments) -> TrainingArguments:
+    """One process, one GPU: where a single process sees several, the Trainer would wrap the model in nn.DataParallel.
+
+    That scatters batches and gathers the logits of all positions, and its loss is another. torchrun starts a process a
+    GPU instead.
+    """
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
 
 
 class SpeechTrainer(Trainer):  # type: ignore[misc]
@@ -144,9 +157,11 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         if world_size() > 1:  # not prepared by accelerate, which would divide the batches once more
-            return distributed.share_loader(
+            shared: Any = distributed.share_loader(
                 self.phase.examples, self.phase.batches, self.phase.collator, self.args.dataloader_pin_memory
             )
+            shared.set_epoch = self.phase.batches.set_epoch
+            return shared  # type: ignore[no-any-return]
         loader: DataLoader[Any] = DataLoader(
             self.train_dataset,
             batch_sampler=self.phase.batches,
@@ -154,8 +169,15 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
             pin_memory=self.args.dataloader_pin_memory,
             generator=torch.Generator(),  # its own, so that dropout alone draws from the global one
         )
-        prepared: DataLoader[Any] = self.accelerator.prepare(loader)
-        return prepared
+        prepared: Any = self.accelerator.prepare(loader)
+        of_loader = prepared.set_epoch  # which counts epochs, but does not reach the batches in every version
+
+        def set_epoch(epoch: int) -> None:
+            of_loader(epoch)
+            self.phase.batches.set_epoch(epoch)
+
+        prepared.set_epoch = set_epoch
+        return prepared  # type: ignore[no-any-return]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -200,6 +222,7 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
             if self.sharded:  # only now, when the weights of a checkpoint have been read
                 distributed.shard(self.model, bf16=self.args.bf16)
                 self.model._is_accelerate_prepared = True  # nothing more to wrap it with
+            self.model.requires_grad_(True)  # a phase's rules decide alone: the one before may have frozen more
             groups = parameter_groups(self.model, self.phase.rules, self.args.learning_rate, self.args.weight_decay)
             self.optimizer: torch.optim.Optimizer | None = torch.optim.AdamW(groups, fused=True)
         return self.optimizer
