@@ -566,7 +566,7 @@ def probe_comparisons(records: Rows) -> Table:
         in_order(records, "method"),
         "Paired by pair: exact McNemar test, of several training runs clustered by pair and seed; Holm: over the rows "
         "of all pairs, and over those of single kinds. Margin and loss: nats per token. The pairs are easy: a model "
-        "can lose text and keep them, so read the last column (above 0: the right text has become less likely) and the "
+        "can lose text and keep them, so read the last column (above 0: the right text is less likely now) and the "
         "perplexity of the held-out answers beside it. Brackets: 95 % interval.",
     )
 
