@@ -211,14 +211,9 @@ def test_voxtral_through_its_own_processor(spoken: Task) -> None:
 
 
 # -- from the command line's side -------------------------------------------------------------------------------------
-def lines(model: Path, task: Path, out: Path, modality: Any) -> list[str]:
-    return list(
-        evaluate.run(
-            evaluate.Options(
-                str(model), str(task), out, modality=modality, asr="none", max_new_tokens=4, batch_size=2, device="cpu",
-            )
-        )
-    )  # fmt: skip
+def lines(model: Path, task: Path, out: Path, modality: Any, **options: Any) -> list[str]:
+    options |= {"modality": modality, "asr": "none", "max_new_tokens": 4, "batch_size": 2, "device": "cpu"}
+    return list(evaluate.run(evaluate.Options(str(model), str(task), out, **options)))
 
 
 def test_evaluate_lists_a_recording_that_cannot_be_decoded_and_counts_it_wrong(
@@ -231,7 +226,11 @@ def test_evaluate_lists_a_recording_that_cannot_be_decoded_and_counts_it_wrong(
     content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)  # the header is good, the sound is not
     broken.write_bytes(content)
     write_manifest(manifest, [*spoken.examples, Example("q9", "And?", ("x",), "x", audio=broken)])
-    printed = lines(saved, manifest, tmp_path / "out", "speech")
+    with pytest.raises(
+        UserError, match=r"spoken\.jsonl:6: broken audio .* count it as wrong with --faulty-audio wrong"
+    ):
+        lines(saved, manifest, tmp_path / "out", "speech")
+    printed = lines(saved, manifest, tmp_path / "out", "speech", faulty_audio="wrong")
     rows = {row["id"]: row for row in read_jsonl(tmp_path / "out" / "samples-speech.jsonl")}
     assert [id for id, row in rows.items() if row["failed"]] == ["q9"]
     assert "broken.flac" in rows["q9"]["error"]

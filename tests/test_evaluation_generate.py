@@ -472,6 +472,7 @@ class Parrot(torch.nn.Module):
         super().__init__()
         self.config, self.generation_config = tiny_llama().config, tiny_llama().generation_config
         self.device, self.ids = torch.device("cpu"), tokenizer(text, add_special_tokens=False)["input_ids"]
+        self.get_input_embeddings = tiny_llama().get_input_embeddings
 
     def generate(self, input_ids: torch.Tensor, max_new_tokens: int, **_: object) -> torch.Tensor:
         new = torch.tensor([self.ids[:max_new_tokens]] * len(input_ids))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from palimpsest.files import UserError
@@ -217,7 +218,7 @@ def test_lora_goes_on_the_linear_layers_of_any_language_model(kind: str, tmp_pat
     values, expected = LANGUAGE_MODELS[kind]
     config = AutoConfig.for_model(kind, **values)
     config.save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").touch()  # never read
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")  # its weights are never read
     require_language_model(str(tmp_path), [Method("lora", rank=2)])
     torch.manual_seed(0)
     model = SpeechLM.from_parts(tiny_encoder(), AutoModelForCausalLM.from_config(config), adaptor_hidden_size=8).eval()
@@ -233,7 +234,7 @@ def test_lora_goes_on_the_linear_layers_of_any_language_model(kind: str, tmp_pat
 
 def test_what_a_language_model_cannot_do_is_said_from_its_config(tmp_path: Path) -> None:
     AutoConfig.for_model("mamba2", **LANGUAGE_MODELS["mamba2"][0]).save_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").touch()
+    save_file({"x": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match=r"LoRA cannot be put on out_proj of this language model \(.*\); name others"):
         require_language_model(str(tmp_path), [Method("lora", targets=("out_proj",))])
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -306,8 +306,11 @@ def answer_questions(
 
 def _answer_batch(answer: Answerer, batch: Sequence[Example], modality: Modality) -> list[SampleRow]:
     if modality != "text" and any(example.fault for example in batch):
-        heard = iter(_answer_batch(answer, [example for example in batch if not example.fault], modality))
-        return [_row(example, Answer("", 0), 0.0, example.fault) if example.fault else next(heard) for example in batch]
+        asked = iter(_answer_batch(answer, [example for example in batch if not example.fault], modality))
+        return [
+            _row(example, Answer("", 0), 0.0, f"{example.fault} ({example.audio})") if example.fault else next(asked)
+            for example in batch
+        ]
     if not batch:
         return []
     started = time.perf_counter()
