@@ -375,3 +375,33 @@ def test_the_command(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "no difference shown" in result.output or "better" in result.output
     assert (tmp_path / "out" / "compare.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("samples-text.json", lambda content: "[]", r"samples-text\.json is damaged \("),
+        ("samples-text.json", lambda content: content.replace('"task"', '"tusk"'), r"damaged \(task: Field required\)"),
+        ("samples-text.json", lambda content: content.replace(f'"n": {N}', f'"n": "{N}"'), r"damaged \(n: "),
+        ("samples-text.jsonl", lambda content: content.replace("[", "7, [", 1), r"samples-text\.jsonl:1 is not"),
+        (
+            "samples-text.jsonl",
+            lambda content: content.replace('"verdicts": {', '"verdicts": 7, "x": {', 1),
+            "not a row",
+        ),
+        (
+            "samples-text.jsonl",
+            lambda content: content.replace('"failed": false', '"failed": 0', 1),
+            r"damaged \(failed: ",
+        ),
+    ],
+)
+def test_a_damaged_file_of_an_evaluation_is_one_sentence(tmp_path: Path, name: str, damage: Any, said: str) -> None:
+    answer(tmp_path / "a" / "samples-text.jsonl", [1, 2])
+    answer(tmp_path / "b" / "samples-text.jsonl", [2, 3])
+    file = tmp_path / "a" / name
+    before = file.read_text()
+    file.write_text(damage(before))
+    assert file.read_text() != before
+    with pytest.raises(UserError, match=said):
+        list(command.run(command.Options([tmp_path / "a", tmp_path / "b"], tmp_path / "out")))

@@ -47,11 +47,16 @@ def checked(kind: type[T], values: Mapping[str, Any], origin: str) -> T:
 def require_shape(value: Any, kind: Any, where: str, remedy: str) -> None:
     """Raise UserError for the first thing in which `value`, read from the file `where`, is not a `kind`."""
     try:
-        TypeAdapter(kind).validate_python(value, strict=True)
+        _shape(kind).validate_python(value, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise UserError(f"{where} is damaged ({f'{place}: ' if place else ''}{first['msg']}); {remedy}.") from error
+
+
+@cache
+def _shape(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def nearest(key: str, known: Sequence[str]) -> str:

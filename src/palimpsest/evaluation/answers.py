@@ -20,9 +20,10 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from typing_extensions import TypedDict
 
 from palimpsest.data.examples import Example
 from palimpsest.evaluation.finite import NotFiniteError, finite_logits
@@ -40,6 +41,7 @@ from palimpsest.files import (
 )
 from palimpsest.intervals import wilson
 from palimpsest.models.prompts import NEXT_TURN, PromptStyle, encode, render
+from palimpsest.options import require_shape
 from palimpsest.records import Modality, QARecord
 
 if TYPE_CHECKING:
@@ -77,6 +79,19 @@ class SampleRow(_Always, total=False):
     recording: str | None  # what `recording_hash` gives of the recording that was asked; of text None
 
 
+class Binding(TypedDict):
+    """What the answers of a samples file are answers of; it stands beside the file."""
+
+    schema: int
+    task: str
+    task_version: str
+    metric_version: str
+    modality: str
+    max_new_tokens: int
+    model: str
+    n: int
+
+
 REQUIRED, KNOWN = _Always.__annotations__.keys(), SampleRow.__annotations__.keys()
 
 
@@ -103,6 +118,8 @@ def resume(
         write_json(sidecar, binding)
         return []
     before = read_json(sidecar)
+    if not isinstance(before, dict):
+        raise UserError(f"{sidecar} is damaged; {REMEDY}.")
     differing = [
         f"{key} {before.get(key)!r} instead of {value!r}" for key, value in binding.items() if before.get(key) != value
     ]
@@ -150,10 +167,11 @@ def read_finished(out: Path) -> tuple[dict[str, Any], list[SampleRow]]:
     if not out.is_file():
         raise UserError(f"{out} does not exist; run the evaluation first.")
     binding = read_json(out.with_suffix(".json"))
+    require_shape(binding, Binding, str(out.with_suffix(".json")), REMEDY)
     rows = _rows(out)
-    if len(rows) != binding.get("n"):
+    if len(rows) != binding["n"]:
         raise UserError(
-            f"{out} holds {len(rows)} of {binding.get('n')} answers; run the evaluation again, it continues there."
+            f"{out} holds {len(rows)} of {binding['n']} answers; run the evaluation again, it continues there."
         )
     return binding, rows
 
@@ -164,6 +182,7 @@ def _rows(out: Path, ids: Set[str] | None = None) -> list[SampleRow]:
     for where, row in read_lines(out, REMEDY, finished=ids is None):
         if not isinstance(row, dict) or not REQUIRED <= row.keys() <= KNOWN:
             raise UserError(f"{where} is not a row of answers; {REMEDY}.")
+        require_shape(row, SampleRow, where, REMEDY)
         id = row["id"]
         if id in rows or (ids is not None and id not in ids):
             what = "is there a second time" if id in rows else "is not in the task"

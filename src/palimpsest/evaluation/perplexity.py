@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from typing_extensions import TypedDict
 
 from palimpsest.data.collate import Batch, Collator, batches
 from palimpsest.data.examples import Example
 from palimpsest.evaluation.finite import not_finite
 from palimpsest.files import UserError, hash_value, read_json, write_json, write_jsonl
 from palimpsest.models.loss import each_batch, supervised_losses
+from palimpsest.options import require_shape
 from palimpsest.records import PerplexityRecord
 
 if TYPE_CHECKING:
@@ -142,6 +144,16 @@ def measure_losses(
     }
 
 
+class Binding(TypedDict):
+    """What the losses of a file are losses of; it stands beside the file."""
+
+    schema: int
+    task: str
+    modality: str
+    data: str  # identifies questions and answers
+    n: int
+
+
 def read_losses(file: Path) -> tuple[dict[str, Any], Perplexity]:
     """What `measure_losses` wrote: the sidecar and the losses by id.
 
@@ -149,6 +161,7 @@ def read_losses(file: Path) -> tuple[dict[str, Any], Perplexity]:
         UserError: a line is cut, damaged or has no finite loss, lines are missing, or an id comes twice.
     """
     binding = read_json(file.with_suffix(".json"))
+    require_shape(binding, Binding, str(file.with_suffix(".json")), "delete it and measure again")
     samples: dict[str, SampleLoss] = {}
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
@@ -159,6 +172,6 @@ def read_losses(file: Path) -> tuple[dict[str, Any], Perplexity]:
         if name in samples:
             raise UserError(f"{file}:{number}: the id {name!r} is there a second time; measure again.")
         samples[name] = sample
-    if len(samples) != binding.get("n"):
-        raise UserError(f"{file} holds {len(samples)} of {binding.get('n')} losses; delete it and measure again.")
+    if len(samples) != binding["n"]:
+        raise UserError(f"{file} holds {len(samples)} of {binding['n']} losses; delete it and measure again.")
     return binding, Perplexity(samples)
