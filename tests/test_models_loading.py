@@ -18,6 +18,7 @@ from palimpsest.models.loading import (
     load_encoder,
     load_language_model,
     load_speech_lm,
+    load_text_model,
     resolve,
 )
 from palimpsest.models.trained_adaptor import read_adaptor
@@ -218,3 +219,20 @@ def test_records_of_training_and_texts_about_a_model_do_not(models: Path) -> Non
     for name in ("README.md", "step.json", "files.json", "training.json", ".DS_Store.json"):
         (models / "llm" / name).write_text("seconds: 3")
     assert fingerprint(str(models / "llm")) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("config.json", "vocab_size", "many"),
+        ("config.json", "hidden_size", [None]),
+        ("tokenizer.json", "decoder", {"type": "none"}),
+        ("tokenizer.json", "model", 7),
+        ("tokenizer_config.json", "added_tokens_decoder", 7),
+    ],
+)
+def test_a_damaged_config_or_tokenizer_is_one_sentence(models: Path, name: str, key: str, value: Any) -> None:
+    file = models / "llm" / name
+    file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
+    with pytest.raises(UserError, match=f"{models / 'llm'} could not be loaded as Auto"):
+        load_text_model(str(models / "llm"))
