@@ -126,6 +126,10 @@ def test_a_folder_is_locked_once_within_a_process_and_goes_where_nothing_came_of
     with locked(tmp_path / "run"), pytest.raises(UserError, match="by this process already"):
         locked(tmp_path / "run").__enter__()
     assert not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()
+    with locked(tmp_path / "mine"):
+        pass
+    assert (tmp_path / "mine").exists()  # an empty folder of the user's stays
 
 
 def test_what_is_no_folder_cannot_be_locked(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def locked(folder: Path) -> Iterator[None]:
     path = folder.absolute() / LOCK
     if path in _held:
         raise UserError(f"{folder} is written to by this process already; give another folder with --out.")
+    was_there = folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = _lock(path, folder)
@@ -88,8 +89,9 @@ def locked(folder: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)  # while it is locked: see _lock
         file.close()
         _held.discard(path)
-        with suppress(OSError):
-            folder.rmdir()  # only when nothing came of it, which leaves it empty
+        if not was_there:
+            with suppress(OSError):
+                folder.rmdir()  # only when nothing came of it, which leaves it empty
 
 
 def _lock(path: Path, folder: Path) -> IO[bytes]:
@@ -114,8 +116,9 @@ def _lock(path: Path, folder: Path) -> IO[bytes]:
             warnings.warn(f"{folder} cannot be locked ({error.strerror}): start nothing else there.", stacklevel=3)
             return file
         # The last holder may have removed the file between our opening and locking it.
-        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
-            return file
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                return file
         file.close()
 
 
