@@ -81,7 +81,8 @@ def test_names_of_runs_can_be_taken_apart_again(method: str, number: int) -> Non
 # ------------------------------------------------------------------------------------------------------------
 def losses(folder: Path, values: dict[str, tuple[float, int]]) -> None:
     write_jsonl(folder / "losses-text.jsonl", [{"id": i, "loss": x, "n_tokens": n} for i, (x, n) in values.items()])
-    write_json(folder / "losses-text.json", {"schema": 1, "n": len(values)})
+    binding = {"schema": 1, "task": "heldout", "modality": "text", "data": "any", "n": len(values)}
+    write_json(folder / "losses-text.json", binding)
 
 
 @pytest.fixture
