@@ -236,3 +236,19 @@ def test_a_damaged_config_or_tokenizer_is_one_sentence(models: Path, name: str, 
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
     with pytest.raises(UserError, match=f"{models / 'llm'} could not be loaded as Auto"):
         load_text_model(str(models / "llm"))
+
+
+@pytest.mark.parametrize("value", ["</s>", True, [3, None], 2.5])
+def test_an_end_that_is_no_token_id_is_one_sentence(models: Path, value: Any) -> None:
+    file = models / "llm" / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": value}))
+    with pytest.raises(UserError, match=r"generation settings name .* as eos_token_id"):
+        load_text_model(str(models / "llm"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("content", ["7", "[]", '{"weight_map": [1]}', '{"weight_map": {"a": 1}}'])
+def test_json_that_is_no_object_is_one_sentence(models: Path, name: str, content: str) -> None:
+    (models / "llm" / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name} is damaged|could not be loaded"):
+        load_text_model(str(models / "llm"))

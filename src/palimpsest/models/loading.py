@@ -117,7 +117,10 @@ def _require_whole_files(folder: Path) -> None:
         if file.suffix == ".safetensors":
             _require_whole(file)
     for index in folder.glob("*.index.json"):
-        absent = sorted({part for part in read_json(index)["weight_map"].values() if not (folder / part).is_file()})
+        parts = _json_object(index).get("weight_map")
+        if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()):
+            raise UserError(f"{index} is damaged: it has no weight_map of names to files; copy or download it again.")
+        absent = sorted({part for part in parts.values() if not (folder / part).is_file()})
         if absent:
             raise UserError(
                 f"{folder} lacks {', '.join(absent[:3])}, which {index.name} names ({len(absent)} in all); "
@@ -217,9 +220,17 @@ class StoredLanguageModel(Mapping[str, "Tensor"]):
 
 def is_speech_lm(name: str) -> bool:
     path = Path(name)
-    return light.is_light(path) or (
-        (path / "config.json").exists() and read_json(path / "config.json").get("model_type") == "palimpsest_speech_lm"
-    )
+    if light.is_light(path):
+        return True
+    file = path / "config.json"
+    return file.exists() and _json_object(file).get("model_type") == "palimpsest_speech_lm"
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    value = read_json(file)
+    if not isinstance(value, dict):
+        raise UserError(f"{file} is damaged: a JSON object belongs there; copy or download it again.")
+    return value
 
 
 def model_kind(where: str) -> Literal["speech_lm", "audio_llm", "language_model"]:
@@ -397,6 +408,7 @@ def _load(kind: Any, where: str, device: str, *, part: str | None = None, **opti
         kind, where, output_loading_info=True, ignore_mismatched_sizes=True, **placed, **options
     )
     _require_same_keys(model, found, where, part)
+    _require_token_ids(model, where)
     if part is not None:
         model = model.get_submodule(part)
     if device != "meta":
@@ -438,6 +450,18 @@ def _require_same_keys(model: Any, found: Mapping[str, Any], where: str, part: s
             f"{where} is no checkpoint of {type(model).__name__} as its config describes it: {'; '.join(faults)}. Give "
             "one that is complete, with its own config and the names that transformers writes."
         )
+
+
+def _require_token_ids(model: Any, where: str) -> None:
+    """Raise UserError for generation settings whose tokens are no ids: transformers looks at them when it answers."""
+    settings = getattr(model, "generation_config", None)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+        value = getattr(settings, key, None)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(number, int) and not isinstance(number, bool) for number in ids):
+            raise UserError(
+                f"{where}: the generation settings name {value!r} as {key}; give one of the tokenizer's ids, or a list."
+            )
 
 
 def _require_plain_weights(where: str) -> None:
