@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -52,6 +53,35 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def rename_folder(working: Path, target: Path) -> None:
+    """Give a folder that is complete its name, when all of it is on disk. `target` must not be there, or be empty."""
+    for path in [*working.rglob("*"), working]:
+        sync(path)
+    working.rename(target)
+    sync(target.parent)
+
+
+def working_folder(target: Path) -> Path:
+    """A new folder beside `target` to write in; what killed processes left of theirs goes."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        number = left.name.removesuffix(".tmp").rpartition(".")[2]
+        if number.isdecimal() and not _alive(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+    working = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    working.mkdir(parents=True)
+    return working
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # somebody else's
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

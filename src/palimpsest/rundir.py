@@ -21,7 +21,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from palimpsest.files import UserError, existing, hash_file, hash_value, read_json, sync, write_json, write_tables
+from palimpsest.files import (
+    UserError,
+    existing,
+    hash_file,
+    hash_value,
+    read_json,
+    rename_folder,
+    write_json,
+    write_tables,
+)
 from palimpsest.records import BASE, TimingRecord
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,13 +138,10 @@ class RunDir:
                 "files": hash_file(working / FILES_FILE),
             },
         )
-        for path in [*working.rglob("*"), working]:
-            sync(path)
         if target.exists():
             shutil.rmtree(target)
         target.parent.mkdir(parents=True, exist_ok=True)
-        working.rename(target)
-        sync(target.parent)
+        rename_folder(working, target)
         self._damage[name, fingerprint] = None
         with suppress(OSError):
             working.parent.rmdir()  # only when empty

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import sys
@@ -28,22 +29,13 @@ import pyarrow.parquet
 import soundfile
 import yaml
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a fork would lose its threads
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from forked import forked
+from reliability.child import start
 from reliability.jobs import write_inputs
 
 SECONDS = 60
-IMPORTS = """
-import scipy.stats, soundfile, torch.distributed.tensor, transformers.trainer, matplotlib.figure, pyarrow.parquet
-from transformers import AutoModelForCausalLM, AutoProcessor, LlamaForCausalLM, WhisperModel
-"""
-COMMAND = """
-import runpy, signal, sys
-signal.alarm({seconds})
-sys.argv = ["palimpsest", *{arguments!r}]
-runpy.run_module("palimpsest.cli", run_name="__main__", alter_sys=True)
-"""
 VALUES: list[Any] = [
     *(
         None,
@@ -176,11 +168,21 @@ def kinds(folder: Path) -> dict[str, Kind]:
     scores, answers = folder / "scores", folder / "answers"
     on = ("--data", heldout, "--split", "heldout")
     made_by(
-        "importance", "--model", str(llm), *on, "--limit", "4", "--batch-size", "2", "--out", str(scores / "scores")
+        folder,
+        "importance",
+        "--model",
+        str(llm),
+        *on,
+        "--limit",
+        "4",
+        "--batch-size",
+        "2",
+        "--out",
+        str(scores / "scores"),
     )
     asked = ("--task", heldout, "--split", "heldout", "--max-new-tokens", "4")
     for name in ("a", "b"):
-        made_by("evaluate", "--model", str(llm), *asked, "--perplexity", "--out", str(answers / name))
+        made_by(folder, "evaluate", "--model", str(llm), *asked, "--perplexity", "--out", str(answers / name))
 
     def inspect(path: str) -> Callable[[Path], list[str]]:
         return lambda at: ["data", "inspect", str(at / path)]
@@ -211,10 +213,10 @@ def kinds(folder: Path) -> dict[str, Kind]:
     }
 
 
-def made_by(*arguments: str) -> None:
-    done = forked(IMPORTS, COMMAND.format(arguments=list(arguments), seconds=600))
-    if done.returncode != 0:
-        raise SystemExit(f"a valid input is refused: {' '.join(arguments)}: {done.stderr}")
+def made_by(folder: Path, *arguments: str) -> None:
+    child = start(folder / "log", list(arguments))
+    if child.wait() != 0:
+        raise SystemExit(f"a valid input is refused: {' '.join(arguments)}: {child.said.read_text()}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,15 +229,20 @@ def fault_of(kind: Kind, number: int, at: Path) -> tuple[str, str | None]:
     files = sorted({path for pattern in kind.changed for path in at.rglob(pattern) if path.is_file()})
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         change(rng.choice(files), rng)
-    done = forked(IMPORTS, COMMAND.format(arguments=kind.arguments(at), seconds=SECONDS))
-    if "Traceback" in done.stderr:
-        return "fault", f"traceback: {done.stderr.strip().splitlines()[-1]}"
-    if done.returncode == 2:
-        said = [line for line in done.stderr.splitlines() if line.startswith("palimpsest: ")]
-        planned = kind.arguments(at)[0] == "plan" and not said  # "does not fit" is a table and exit code 2
-        return "refused", None if planned or len(said) == 1 else f"not one sentence: {done.stderr[-300:]}"
-    if done.returncode != 0:
-        return "fault", f"exit code {done.returncode}: {done.stderr[-300:]}"
+    child = start(at.with_suffix(".log"), kind.arguments(at))
+    code = child.wait(SECONDS)
+    child.kill()
+    said = child.said.read_text(errors="replace")
+    if "Traceback" in said:
+        return "fault", f"traceback: {said.strip().splitlines()[-1][:300]}"
+    if code == 2:
+        sentences = [line for line in said.splitlines() if line.startswith("palimpsest: ")]
+        planned = kind.arguments(at)[0] == "plan" and not sentences  # "does not fit" is a table and exit code 2
+        return "refused", None if planned or len(sentences) == 1 else f"not one sentence: {said[-300:]}"
+    if code is None:
+        return "fault", f"no end in {SECONDS} s"
+    if code != 0:
+        return "fault", f"exit code {code}: {said[-300:]}"
     for file in sorted((at / "out").rglob("*.json")):
         try:
             json.loads(file.read_text(), parse_constant=_refuse)

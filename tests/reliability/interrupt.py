@@ -12,12 +12,10 @@ Each series of interruptions ends with a run to the end, whose outcome must be t
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -28,13 +26,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: a fork would lose its threads
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from reliability.child import Child, start
 from reliability.jobs import Job, jobs, write_inputs
 
-CHILD = Path(__file__).with_name("child.py")
 PER_SERIES = 8  # interruptions before a run is left to end
-BURST = 0.3  # share of interruptions that come early, while the last one is still being made up for
+BURST = 0.6  # share of interruptions that come early, while the last one is still being made up for
 
 
 @dataclass
@@ -54,34 +53,30 @@ class Trial:
     log: Path
     figures: Figures
 
-    def start(self) -> subprocess.Popen[str]:
-        command = [sys.executable, str(CHILD), str(self.log), *self.job.arguments, "--out", str(self.out)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-        return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    def start(self) -> Child:
+        return start(self.log, [*self.job.arguments, self.job.option, str(self.out / self.job.inside)])
 
     def finish(self, expected: Any) -> None:
         """Run to the end and compare."""
-        process = self.start()
-        _, said = process.communicate()
-        if process.returncode != 0:
-            self.fault(f"the last run ended with {process.returncode}: {_last_lines(said)}")
-        elif json.dumps(self.job.outcome(self.out)) != json.dumps(expected):
-            self.fault("the outcome is another one")
         self.figures.counts["series"] += 1
+        if not self.job.done(self.out):
+            child = self.start()
+            if child.wait() != 0:
+                self.fault(f"the last run ended with {child.returncode}: {_last_lines(child)}")
+                return
+        if json.dumps(self.job.outcome(self.out)) != json.dumps(expected):
+            self.fault("the outcome is another one")
 
     def kill(self, after: float) -> bool:
         """Whether it was still running."""
-        process = self.start()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            _, said = process.communicate(timeout=after)
-            if process.returncode != 0:
-                self.fault(f"a run after an interruption ended with {process.returncode}: {_last_lines(said)}")
+        if self.job.done(self.out):
             return False
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        return True
+        child = self.start()
+        ended = child.wait(after)
+        child.kill()
+        if ended:
+            self.fault(f"a run after an interruption ended with {ended}: {_last_lines(child)}")
+        return ended is None
 
     def cut_power(self, rng: random.Random) -> int:
         """Every file loses a random part of what was not known to be on the disk; the number of files that did."""
@@ -103,14 +98,14 @@ class Trial:
         print(f"  FAULT {self.job.name}: {what}", flush=True)
 
 
-def _last_lines(said: str) -> str:
-    return " | ".join(said.strip().splitlines()[-3:])
+def _last_lines(child: Child) -> str:
+    return " | ".join(child.said.read_text().strip().splitlines()[-3:])
 
 
 def _times(rng: random.Random, seconds: float) -> Iterator[float]:
     """When to interrupt, in seconds after the start."""
     while True:
-        yield rng.uniform(0, 0.35 * seconds if rng.random() < BURST else seconds)
+        yield rng.uniform(0, 0.4 * seconds if rng.random() < BURST else seconds)
 
 
 def interrupted(job: Job, folder: Path, expected: Any, seconds: float, n: int, *, cut: bool, seed: int) -> Figures:
@@ -122,11 +117,12 @@ def interrupted(job: Job, folder: Path, expected: Any, seconds: float, n: int, *
         out = folder / f"{job.name.replace(' ', '-')}-{what}-{figures.counts['series']}"
         trial = Trial(job, out, folder / f"{out.name}.log", figures)
         for after in (next(times) for _ in range(PER_SERIES)):
-            if not trial.kill(after):
-                break
-            figures.counts[what] += 1
-            if cut:
+            running = trial.kill(after)
+            figures.counts[what] += running
+            if cut:  # after its end too
                 figures.counts["files cut"] += trial.cut_power(rng)
+            if not running:
+                break
         trial.finish(expected)
         shutil.rmtree(out, ignore_errors=True)
         print(f"{job.name}: {dict(figures.counts)}", flush=True)
@@ -137,18 +133,17 @@ def on_full_disks(job: Job, folder: Path, expected: Any, n_bytes: int, n: int, *
     """On disks too small by a random part; each then gets large enough."""
     rng, figures = random.Random(seed), Figures()
     for i in range(n):
-        disk = folder / f"disk-{i}"
+        disk = folder / f"{job.name.replace(' ', '-')}-disk-{i}"
         disk.mkdir()
         mount = ["mount", "-t", "tmpfs", "-o", f"size={rng.randint(4096, n_bytes)}", "tmpfs", str(disk)]
         subprocess.run(mount, check=True)
         try:
-            trial = Trial(job, disk / "out", folder / f"disk-{i}.log", figures)
-            process = trial.start()
-            _, said = process.communicate()
-            if process.returncode not in (0, 2) or "Traceback" in said:
-                trial.fault(f"on a full disk it ended with {process.returncode}: {_last_lines(said)}")
-            figures.counts["full disks"] += process.returncode != 0
-            figures.counts["large enough"] += process.returncode == 0
+            trial = Trial(job, disk / "out", folder / f"{disk.name}.log", figures)
+            child = trial.start()
+            if child.wait() not in (0, 2) or "Traceback" in child.said.read_text():
+                trial.fault(f"on a full disk it ended with {child.returncode}: {_last_lines(child)}")
+            figures.counts["full disks"] += child.returncode != 0
+            figures.counts["large enough"] += child.returncode == 0
             left = [path.name for path in disk.rglob("*.tmp")]
             if left:
                 trial.fault(f"left behind: {left}")
@@ -165,18 +160,18 @@ def uninterrupted(job: Job, folder: Path) -> tuple[Any, float, int]:
     out = folder / f"{job.name.replace(' ', '-')}-whole"
     trial = Trial(job, out, folder / f"{out.name}.log", Figures())
     started = time.monotonic()
-    process = trial.start()
-    _, said = process.communicate()
+    child = trial.start()
+    child.wait()
     seconds = time.monotonic() - started
-    if process.returncode != 0:
-        raise SystemExit(f"{job.name} does not run at all: {said}")
+    if child.returncode != 0:
+        raise SystemExit(f"{job.name} does not run at all: {child.said.read_text()}")
     return job.outcome(out), seconds, sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--job", action="append", help="study, evaluate, validate-importance, data prepare; default all"
+        "--job", action="append", help="study, evaluate, validate-importance, data prepare, export; default all"
     )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--cuts", type=int, default=100)

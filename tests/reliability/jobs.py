@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 import yaml
 
-from tiny import save_tiny_models
+from tiny import save_tiny_models, tiny_speech_lm
 
 METHODS = ("full", "layer_lr", "lora")
 
@@ -23,13 +23,18 @@ class Job:
     """A command that is started, stopped and started again in one folder."""
 
     name: str
-    arguments: list[str]  # to which --out comes
-    outcome: Callable[[Path], Any]  # out -> what must be the same, JSON
+    arguments: list[str]  # to which the folder comes
+    outcome: Callable[[Path], Any]  # folder -> what must be the same, JSON
+    option: str = "--out"  # which names the folder, …
+    inside: str = ""  # … or this one in it
+    done: Callable[[Path], bool] = lambda _: False  # folder -> whether it must not be started again
 
 
 def write_inputs(folder: Path) -> None:
-    """Tiny checkpoints, manifests with noise for speech, a table of questions, and a recipe."""
+    """Tiny checkpoints and a speech LLM, manifests with noise for speech, a table of questions, and a recipe."""
     save_tiny_models(folder)
+    for part in tiny_speech_lm():
+        part.save_pretrained(folder / "speech_lm")
     rng = np.random.default_rng(0)
     for split, n in (("train", 24), ("heldout", 6)):
         rows = []
@@ -90,6 +95,14 @@ def jobs(inputs: Path) -> dict[str, Job]:
             lambda out: json.loads((out / "records.json").read_text()),
         ),
         Job("data prepare", ["data", "prepare", str(inputs / "text.jsonl"), "--workers", "1"], _prepared),
+        Job(
+            "export",
+            ["export", str(inputs / "speech_lm")],
+            lambda out: _digests(out / "model"),
+            "--speech-lm",
+            "model",
+            lambda out: (out / "model").exists(),  # it writes into a folder that has nothing in it, once
+        ),
     ]
     return {job.name: job for job in found}
 
@@ -110,11 +123,12 @@ def _answers(out: Path) -> Any:
     return [rows, {name: result["qa"] for name, result in results.items()}]
 
 
+def _digests(out: Path) -> Any:
+    return {path.relative_to(out).as_posix(): _digest(path) for path in sorted(out.rglob("*")) if path.is_file()}
+
+
 def _prepared(out: Path) -> Any:
-    sound = {
-        path.relative_to(out).as_posix(): _digest(path) for path in sorted(out.glob("audio/**/*")) if path.is_file()
-    }
-    return [{file.name: _read_lines(file) for file in sorted(out.glob("*.jsonl"))}, sound]
+    return [{file.name: _read_lines(file) for file in sorted(out.glob("*.jsonl"))}, _digests(out / "audio")]
 
 
 def _write_lines(file: Path, rows: list[dict[str, str]]) -> None:

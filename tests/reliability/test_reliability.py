@@ -2,43 +2,28 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from reliability import fuzz, interrupt
-from reliability.jobs import jobs, write_inputs
-
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("inputs")
-    write_inputs(folder)
-    return folder
+def shows_no_fault(script: str, *arguments: str) -> None:
+    command = [sys.executable, str(Path(__file__).with_name(script)), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("name", ["study", "evaluate", "validate-importance", "data prepare"])
-def test_what_is_interrupted_ends_as_if_nothing_happened(inputs: Path, tmp_path: Path, name: str) -> None:
-    job = jobs(inputs)[name]
-    expected, seconds, _ = interrupt.uninterrupted(job, tmp_path)
-    for cut in (False, True):
-        figures = interrupt.interrupted(job, tmp_path, expected, seconds, 4, cut=cut, seed=int(cut))
-        assert figures.faults == []
-        assert figures.counts["series"] > 0
+@pytest.mark.parametrize("name", ["study", "evaluate", "validate-importance", "data prepare", "export"])
+def test_what_is_interrupted_ends_as_if_nothing_happened(name: str) -> None:
+    shows_no_fault("interrupt.py", "--job", name, "--kills", "4", "--cuts", "4", "--full-disks", "0")
 
 
 @pytest.mark.parametrize(
     "name", ["manifest", "csv", "parquet", "wav", "flac", "recipe", "scores", "checkpoint", "template", "samples"]
 )
-def test_an_input_that_is_nearly_right_is_read_or_refused(
-    valid: dict[str, fuzz.Kind], tmp_path: Path, name: str
-) -> None:
-    outcomes = [fuzz.fault_of(valid[name], number, tmp_path / str(number)) for number in range(8)]
-    assert [fault for _, fault in outcomes if fault] == []
-
-
-@pytest.fixture(scope="module")
-def valid(tmp_path_factory: pytest.TempPathFactory) -> dict[str, fuzz.Kind]:
-    return fuzz.kinds(tmp_path_factory.mktemp("kinds"))
+def test_an_input_that_is_nearly_right_is_read_or_refused(name: str) -> None:
+    shows_no_fault("fuzz.py", "--only", name, "--n", "8")

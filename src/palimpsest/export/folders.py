@@ -7,7 +7,6 @@ Every folder is written under a temporary name beside its place, then renamed, a
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palimpsest.export.model_card import THIS, Additions, Facts, Kind, model_card, study_of
-from palimpsest.files import UserError, hash_value, read_json, require_disk, write_json, write_text
+from palimpsest.files import (
+    UserError,
+    hash_value,
+    read_json,
+    rename_folder,
+    require_disk,
+    working_folder,
+    write_json,
+    write_text,
+)
 from palimpsest.models import light as light_folder
 from palimpsest.models.embedded import PREFIX
 from palimpsest.models.loading import (
@@ -108,9 +116,8 @@ def export(
 
     lines = []
     for kind, folder in wanted.items():
-        working = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        working = working_folder(folder)
         try:
-            working.mkdir(parents=True)
             if kind == "adapter":
                 facts = _write_adapter(checkpoint, study.get("models", {}).get("language_model"), working)
             elif kind == "light":
@@ -120,9 +127,7 @@ def export(
             else:
                 facts = _write_speech_lm(model, processor, working)
             write_text(working / "README.md", model_card(kind, facts, study, more))
-            if folder.exists():
-                folder.rmdir()  # empty, or the check would have refused it
-            working.rename(folder)
+            rename_folder(working, folder)  # which is not there or empty: the check has seen it
         finally:
             shutil.rmtree(working, ignore_errors=True)
         n_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

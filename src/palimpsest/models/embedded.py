@@ -13,13 +13,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palimpsest.files import UserError, hash_file, read_json, require_disk, write_json
+from palimpsest.files import UserError, hash_file, read_json, rename_folder, require_disk, working_folder, write_json
 from palimpsest.models import ct2
 
 if TYPE_CHECKING:
@@ -79,8 +78,7 @@ def checkpoint(name: str) -> Path:
     pieces = [(model.package, model.file, model.sha256), *model.parts]
     sources = [_wheel_file(name, *piece, INSTALL.format(model.requirements)) for piece in pieces]
     require_disk(target.parent, model.n_bytes, f"Converting {name}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    working = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=target.parent))
+    working = working_folder(target)
     try:
         model.convert(sources, working)
         write_json(
@@ -95,7 +93,7 @@ def checkpoint(name: str) -> Path:
             },
         )
         if not target.exists():  # another process may have been faster
-            working.rename(target)
+            rename_folder(working, target)
     finally:
         shutil.rmtree(working, ignore_errors=True)
     return target
