@@ -168,6 +168,9 @@ def test_the_same_recipe_passes_and_another_is_named(tmp_path: Path) -> None:
 
 
 def test_unreadable_recipes(tmp_path: Path) -> None:
+    (tmp_path / "latin.yaml").write_bytes("name: café\n".encode("latin-1"))
+    with pytest.raises(UserError, match="is not text in UTF-8"):
+        load_config(tmp_path / "latin.yaml")
     with pytest.raises(UserError, match="cannot be read"):
         load_config(tmp_path / "none.yaml")
     (tmp_path / "bad.yaml").write_text("a: [1\n")

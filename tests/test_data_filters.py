@@ -109,6 +109,7 @@ def test_faulty_recordings(tmp_path: Path, reason: str, as_file: bool) -> None:
         (encoded(np.stack([tone(), -tone()], 1)), "silent audio", "its peak is 1.5e-05"),  # in mono nothing is left
         (encoded(tone(2), file_format="FLAC")[:9_000], "broken audio", "cannot be decoded"),
         (Path("none.wav"), "broken audio", "none.wav does not exist"),
+        (Path("x" * 300), "broken audio", "x does not exist"),
     ],
 )
 def test_more_faulty_recordings(audio: bytes | Path, reason: str, detail: str) -> None:

@@ -23,8 +23,8 @@ from palimpsest.files import (
     read_jsonl,
     read_lines,
     replacing,
+    system_failure,
     without_folders,
-    write_failure,
     write_tables,
 )
 
@@ -145,12 +145,13 @@ def test_what_is_no_folder_cannot_be_locked(tmp_path: Path) -> None:
         (OSError(errno.ENOSPC, "", "runs/a.json"), "runs/a.json cannot be written (No space left on device); make"),
         (OSError(errno.EFBIG, ""), "A file cannot be written (File too large); make room"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "A file cannot be written (No space left"),
+        (OSError(errno.ENAMETOOLONG, "", "xx"), "xx cannot be used (File name too long); correct the name"),
         (OSError(errno.ENOENT, "", "x"), None),
         (ValueError("no"), None),
     ],
 )
-def test_a_full_disk_is_a_sentence_and_another_error_is_not(error: Exception, sentence: str | None) -> None:
-    found = write_failure(error)
+def test_an_error_of_the_system_is_a_sentence_and_another_error_is_not(error: Exception, sentence: str | None) -> None:
+    found = system_failure(error)
     assert found is None if sentence is None else str(found).startswith(sentence)
 
 

@@ -39,7 +39,7 @@ from palimpsest.commands import (
     ui,
     validate_importance,
 )
-from palimpsest.files import UserError, write_failure
+from palimpsest.files import UserError, system_failure
 from palimpsest.progress import printable
 
 COMMANDS: dict[str, ModuleType] = {
@@ -74,7 +74,7 @@ def main() -> None:
     try:
         app()
     except Exception as error:
-        sentence = str(error) if isinstance(error, UserError) else write_failure(error)
+        sentence = str(error) if isinstance(error, UserError) else system_failure(error)
         if sentence is None:
             raise
         Console(stderr=True).print(printable(f"palimpsest: {sentence}"), markup=False, highlight=False, soft_wrap=True)

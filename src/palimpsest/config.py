@@ -243,6 +243,8 @@ def load_config(path: Path) -> StudyConfig:
         raise UserError(
             f"The recipe {path} cannot be read ({error.strerror}); `ls recipes` shows those that ship."
         ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"The recipe {path} is not text in UTF-8 ({error}); save it as such.") from error
     try:
         values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:

@@ -166,6 +166,14 @@ def without_folders(name: str) -> str:
     return re.sub(r"^([a-z_]+:)?[/~].*?([^/]+)/*$", r"\1…/\2", name)
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a name too long for any is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def require_disk(folder: Path, n_bytes: int, what: str) -> None:
     """Raise UserError now rather than in the middle of a write."""
     free = shutil.disk_usage(existing(folder)).free
@@ -176,19 +184,25 @@ def require_disk(folder: Path, n_bytes: int, what: str) -> None:
         )
 
 
-def write_failure(error: BaseException) -> str | None:
-    """A sentence for an error that means the disk or the file system took no more; None for any other.
+DISK = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS
+NAMES = errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP
+
+
+def system_failure(error: BaseException) -> str | None:
+    """A sentence for an error of the disk or of a file's name; None for any other.
 
     Libraries in other languages give the system's number in words only: "No space left on device (os error 28)".
     """
     number = error.errno if isinstance(error, OSError) else None
     if found := re.search(r"\(os error (\d+)\)", str(error)):
         number = int(found[1])
-    if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-        return None
     file = getattr(error, "filename", None)
-    where = f"{file} cannot be written" if file else "A file cannot be written"
-    return f"{where} ({os.strerror(number)}); make room there and give the same command again, it continues."
+    if number in DISK:
+        where = f"{file} cannot be written" if file else "A file cannot be written"
+        return f"{where} ({os.strerror(number)}); make room there and give the same command again, it continues."
+    if number in NAMES and file:
+        return f"{file} cannot be used ({os.strerror(number)}); correct the name, or what may be done with the file."
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from typing import Any
 import soundfile
 
 from palimpsest.data.rows import CellError, Row, json_objects, located, sentence
-from palimpsest.files import UserError, write_jsonl
+from palimpsest.files import UserError, is_file, write_jsonl
 
 KEYS = ("id", "question", "answer", "answers", "audio", "voice", "kind", "augmentation", "fault")
 MAX_AUDIO_SECONDS = 30.0  # what a Whisper encoder sees at once; nothing is cut silently, longer audio is an error
@@ -111,7 +111,7 @@ def require_good_audio(example: Example, where: str) -> None:
 
 def audio_problem(path: Path) -> str | None:
     """What a file's header says is wrong with it, as a sentence with its remedy; None if all is well."""
-    if not path.is_file():
+    if not is_file(path):
         return f"the audio file {path} does not exist; correct its path or restore the file."
     try:
         header = soundfile.info(str(path))

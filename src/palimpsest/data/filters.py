@@ -25,7 +25,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from palimpsest.data.examples import Example, beyond
 from palimpsest.data.rows import Row
 from palimpsest.data.speech import ENCODING, to_16_khz, write_flac
-from palimpsest.files import UserError, hash_value, replacing
+from palimpsest.files import UserError, hash_value, is_file, replacing
 
 if TYPE_CHECKING:
     from jaxtyping import Float32
@@ -118,7 +118,7 @@ class Recording:
 
 def decode(audio: Path | bytes, filters: Filters) -> Recording | Problem:
     """The recording, or what is wrong with it. Any rate, any channels; nothing is cut."""
-    if isinstance(audio, Path) and not audio.is_file():
+    if isinstance(audio, Path) and not is_file(audio):
         return "broken audio", f"{audio} does not exist"
     limit = f"{filters.max_audio_seconds:g} s"
     try:

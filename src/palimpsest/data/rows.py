@@ -20,7 +20,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import IO, Any
 
-from palimpsest.files import UserError, hash_value
+from palimpsest.files import UserError, hash_value, is_file
 
 GOLD_SEPARATOR = "|"  # between the gold strings of one CSV cell
 MOST_FLOAT = 2.0  # of a sample: decoders pass full scale, 1, a little; beyond this it is another scale
@@ -119,7 +119,7 @@ def identity_of(table: Table) -> Any:
     digest = hashlib.sha256()
     for row in table.read(0, None, False):
         assert not isinstance(row.audio, bytes)
-        stat = row.audio.stat() if row.audio is not None and row.audio.is_file() else None
+        stat = row.audio.stat() if row.audio is not None and is_file(row.audio) else None
         recording = [str(row.audio), stat and [stat.st_size, stat.st_mtime_ns]]
         digest.update(
             hash_value([row.id, row.question, row.answers, row.answer, row.voice, row.kind, recording]).encode()

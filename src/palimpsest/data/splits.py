@@ -37,7 +37,7 @@ from palimpsest.data.filters import (
 )
 from palimpsest.data.rows import Names, Table, identity_of
 from palimpsest.data.sources import FaultyAudio, choose, is_on_hub, load_examples, open_table
-from palimpsest.files import UserError, hash_file, hash_value
+from palimpsest.files import UserError, hash_file, hash_value, is_file
 from palimpsest.progress import Advance
 
 TRAIN, HELDOUT = "train", "heldout"
@@ -252,7 +252,7 @@ def _hash(question: str) -> str:
 
 
 def _identity(example: Example) -> list[Any]:
-    recording = hash_file(example.audio) if example.audio is not None and example.audio.is_file() else None
+    recording = hash_file(example.audio) if example.audio is not None and is_file(example.audio) else None
     texts = [example.id, example.question, example.answer, list(example.answers)]
     return [*texts, example.voice, example.kind, str(example.audio), recording]
 
