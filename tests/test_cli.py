@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import sys
 import unicodedata
 from pathlib import Path
 
@@ -123,6 +124,17 @@ def test_bad_models_and_recipes(tmp_path: Path) -> None:
     refused(run("study", str(recipe), "--out", out), "nam", "name")
     refused(run("report", str(tmp_path / "none")), "not a run directory")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_console_of_another_encoding_gets_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = '{"id": "%s", "question": "a?", "answer": "3", "audio": "%s"}\n'
+    (tmp_path / "t.jsonl").write_text(row.replace(', "audio": "%s"', "") % "good" + row % ("1 → 你好", "none.wav"))
+    monkeypatch.setenv("PYTHONIOENCODING", "cp1252")
+    result = subprocess.run(
+        [sys.executable, "-m", "palimpsest.cli", "data", "inspect", str(tmp_path / "t.jsonl")], capture_output=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert rb"1 \u2192 \u4f60\u597d: " in result.stdout
 
 
 HOSTILE = "Paris\x1b]0;title\x07\x1b[2J\r\x9b31m \u202edrowssap\ud800\tend\nof it"

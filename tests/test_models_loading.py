@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from palimpsest.models.loading import (
     resolve,
 )
 from palimpsest.models.trained_adaptor import read_adaptor
-from tiny import save_tiny_models, tiny_speech_lm
+from tiny import save_tiny_models, tiny_llama, tiny_speech_lm, tiny_tokenizer
 
 Weights = dict[str, torch.Tensor]
 
@@ -229,12 +232,13 @@ def test_records_of_training_and_texts_about_a_model_do_not(models: Path) -> Non
         ("tokenizer.json", "decoder", {"type": "none"}),
         ("tokenizer.json", "model", 7),
         ("tokenizer_config.json", "added_tokens_decoder", 7),
+        ("tokenizer_config.json", "model_max_length", "long"),
     ],
 )
 def test_a_damaged_config_or_tokenizer_is_one_sentence(models: Path, name: str, key: str, value: Any) -> None:
     file = models / "llm" / name
     file.write_text(json.dumps({**json.loads(file.read_text()), key: value}))
-    with pytest.raises(UserError, match=f"{models / 'llm'} could not be loaded as Auto"):
+    with pytest.raises(UserError, match=f"{models / 'llm'} (could not be loaded as Auto|is damaged)"):
         load_text_model(str(models / "llm"))
 
 
@@ -252,3 +256,30 @@ def test_json_that_is_no_object_is_one_sentence(models: Path, name: str, content
     (models / "llm" / name).write_text(content)
     with pytest.raises(UserError, match=f"{name} is damaged|could not be loaded"):
         load_text_model(str(models / "llm"))
+
+
+HUB = """
+import sys
+from pathlib import Path
+from palimpsest.models.loading import fingerprint, load_language_model
+cache = Path(sys.argv[1])
+before = fingerprint("ada/mine")
+(cache / "models--ada--mine" / "refs" / "main").write_text("b" * 40)  # somebody uploads another version
+model, _ = load_language_model("ada/mine")
+print(int(model.model.norm.weight[0]), fingerprint("ada/mine") == before)
+"""
+
+
+def test_the_version_of_a_hub_model_that_was_fingerprinted_is_the_one_that_is_loaded(tmp_path: Path) -> None:
+    stored = tmp_path / "models--ada--mine"
+    for commit, value in (("a" * 40, 1.0), ("b" * 40, 2.0)):
+        model = tiny_llama(eos_token_id=3)
+        torch.nn.init.constant_(model.model.norm.weight, value)
+        model.save_pretrained(stored / "snapshots" / commit)
+        tiny_tokenizer().save_pretrained(stored / "snapshots" / commit)
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text("a" * 40)
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", HUB, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "True"], done.stderr

@@ -137,6 +137,14 @@ def test_a_loss_that_is_not_finite_stops_with_the_examples_names(setup, tmp_path
         train(model, examples, collator, Method("full"), SETTINGS, tmp_path, name="full")
 
 
+def test_weights_that_the_last_step_made_infinite_are_not_kept(setup, tmp_path: Path) -> None:
+    examples, collator = setup
+    model, _ = tiny_speech_lm()
+    one_step = replace(SETTINGS, epochs=1, batch_size=len(examples), warmup_ratio=0.0)
+    with pytest.raises(UserError, match=r"full after its last training step .*: the weight .* is not finite"):
+        train(model, examples, collator, Method("full", learning_rate=1e39), one_step, tmp_path, name="full")
+
+
 def test_no_examples_is_said(setup, tmp_path: Path) -> None:
     model, _ = tiny_speech_lm()
     with pytest.raises(UserError, match="no training examples"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect as introspection
+import io
 import logging
 import os
 import sys
@@ -71,6 +72,9 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    for stream in (sys.stdout, sys.stderr):  # a console of another encoding than UTF-8 shows → as \\u2192
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except Exception as error:

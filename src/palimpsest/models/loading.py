@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -39,6 +40,7 @@ UNUSED = re.compile(
     r"|(^|\.)(vision|visual|image|audio|speech)(_?(tower|model|encoder|embed|projector|projection))?\."
     r"|(^|\.)(multi_modal_projector|mm_projector|embed_vision|embed_audio)\."
 )
+COMMIT = re.compile("[0-9a-f]{40}")
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -88,13 +90,25 @@ def fingerprint(name: str) -> str:
             under = [fingerprint(part.name) for part in (parts.language_model, parts.encoder)]
             return hash_value([hash_file(folder / light.FILE), *under])
         return hash_value([[file.relative_to(folder).as_posix(), hash_file(file)] for file in _files_read(folder)])
-    commit = _config(where)._commit_hash
-    if commit is None:
+    return hash_value([where, _commit(where)])
+
+
+@cache
+def _commit(name: str) -> str:
+    """The version of a hub's model that this process uses: what is fingerprinted is what is loaded later."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        commit = Path(hf_hub_download(name, "config.json")).parent.name
+    except Exception as error:  # of the hub, of the network, of the name: they have no common kind
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name} is no local folder, and the hub does not give its config.json: {reason}") from error
+    if not COMMIT.fullmatch(commit):
         raise UserError(
             f"The hub does not say which version of {name} this is, so results could not be told apart from those of "
             "another; download it and give the folder."
         )
-    return hash_value([where, commit])
+    return commit
 
 
 def _files_read(folder: Path) -> list[Path]:
@@ -152,9 +166,7 @@ def text_source(name: str) -> str:
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a language model or SpeechLM."""
-    from transformers import AutoTokenizer
-
-    return _from_pretrained(AutoTokenizer, text_source(name))
+    return _load_tokenizer(text_source(name))
 
 
 def embedding_width(name: str) -> int:
@@ -280,7 +292,7 @@ def load_text_model(
 
     Another model has none, and a processor without features of speech.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from palimpsest.models.processor import SpeechLMProcessor
 
@@ -292,7 +304,7 @@ def load_text_model(
     if kind == "audio_llm":
         audio_llm, audio_processor = load_audio_llm(where, dtype=dtype, device=device)
         return audio_llm, SpeechLMProcessor(audio_processor.tokenizer, None)
-    tokenizer = _from_pretrained(AutoTokenizer, where)
+    tokenizer = _load_tokenizer(where)
     return _load(AutoModelForCausalLM, where, device, dtype=dtype), SpeechLMProcessor(tokenizer, None)
 
 
@@ -386,7 +398,26 @@ def load_speech_lm(
         require_finite(model.adaptor.state_dict().items(), str(where))
         return model.to(device).eval(), processor
     model = _load(SpeechLM, str(where), device, dtype=dtype)
-    return model, _from_pretrained(SpeechLMProcessor, str(where))
+    processor = _from_pretrained(SpeechLMProcessor, str(where))
+    _require_tokens(processor.tokenizer, str(where))
+    return model, processor
+
+
+def _load_tokenizer(where: str) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = _from_pretrained(AutoTokenizer, where)
+    _require_tokens(tokenizer, where)
+    return tokenizer
+
+
+def _require_tokens(tokenizer: Any, where: str) -> None:
+    """Raise UserError for a tokenizer that loads and then cannot tokenise: its settings are not what they should be."""
+    try:
+        tokenizer.decode(tokenizer("Is it so?", add_special_tokens=False)["input_ids"])
+    except Exception as error:  # what libraries raise for these has no common kind
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"The tokenizer of {where} is damaged ({reason}); copy or download it again.") from error
 
 
 def _config(where: str) -> Any:
@@ -495,7 +526,11 @@ def require_finite(tensors: Iterable[tuple[str, Tensor]], where: str) -> None:
 
 
 def _from_pretrained(kind: Any, where: str, **options: Any) -> Any:
+    """From a local folder, or from the hub in the version that `fingerprint` names."""
     import torch
+
+    if not Path(where).is_dir():
+        options["revision"] = _commit(where)
 
     try:
         return kind.from_pretrained(where, **options)

@@ -16,6 +16,7 @@ import torch
 
 from palimpsest.files import UserError
 from palimpsest.models.fused_loss import Kernel, choose_kernel
+from palimpsest.models.loading import require_finite
 from palimpsest.parallel import is_main
 from palimpsest.progress import Advance
 from palimpsest.records import TrainingRecord
@@ -108,6 +109,8 @@ def train(
             model.language_model.save_pretrained(folder / "adapter")
         merge_lora(model)
     model.eval()
+    if not sharded:  # the loss of the last step was before its update
+        require_finite(model.state_dict().items(), f"{name} after its last training step (lower its learning rate)")
     if is_main():
         keep_logs(state, folder / "logs")
         shutil.rmtree(state, ignore_errors=True)
