@@ -145,6 +145,10 @@ def test_what_is_no_folder_cannot_be_locked(tmp_path: Path) -> None:
         (OSError(errno.ENOSPC, "", "runs/a.json"), "runs/a.json cannot be written (No space left on device); make"),
         (OSError(errno.EFBIG, ""), "A file cannot be written (File too large); make room"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "A file cannot be written (No space left"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 11 vs 10"),
+            "A file cannot be written",
+        ),
         (OSError(errno.ENAMETOOLONG, "", "xx"), "xx cannot be used (File name too long); correct the name"),
         (OSError(errno.ENOENT, "", "x"), None),
         (ValueError("no"), None),

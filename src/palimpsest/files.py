@@ -191,9 +191,14 @@ NAMES = errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTD
 def system_failure(error: BaseException) -> str | None:
     """A sentence for an error of the disk or of a file's name; None for any other.
 
-    Libraries in other languages give the system's number in words only: "No space left on device (os error 28)".
+    Libraries in other languages give the system's number in words only: "No space left on device (os error 28)"; torch
+    says of a file that did not take all of a checkpoint where its writer stopped.
     """
     number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, RuntimeError) and re.search(
+        r"inline_container\.cc.*unexpected pos|PytorchStreamWriter", str(error)
+    ):
+        number = errno.ENOSPC
     if found := re.search(r"\(os error (\d+)\)", str(error)):
         number = int(found[1])
     file = getattr(error, "filename", None)

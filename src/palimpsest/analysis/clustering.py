@@ -25,9 +25,11 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from scipy import stats
 
 from palimpsest.analysis.layers import in_layers
@@ -167,7 +169,7 @@ def cluster_records(
     rank_draws: int = 0,
     seed: int = 0,
 ) -> list[ClusteringRecord]:
-    """Seven rows per weight matrix of the layers, one matrix in memory at a time.
+    """Seven rows per weight matrix of the layers, one matrix of each thread in memory at a time.
 
     of: what the entries are, "importance", "mask" (0 and 1) or "delta" (|ΔW|, see `delta.AbsoluteChange`).
     layers: only these; the numbers of a matrix do not depend on which others are measured.
@@ -186,23 +188,22 @@ def cluster_records(
     """
     if n_shuffles < 1:
         raise UserError(f"Clustering needs at least 1 shuffle to compare with, not {n_shuffles}; raise n_shuffles.")
-    records: list[ClusteringRecord] = []
-    for place in in_layers(tensors):
+
+    def of_matrix(place: Mapping[str, Any]) -> list[ClusteringRecord]:
         name = place["name"]
-        if layers is not None and place["layer"] not in layers:
-            continue
         matrix = np.ascontiguousarray(tensors[name].numpy(), dtype=np.float32)
         if matrix.ndim != 2:
-            continue
+            return []
         if not (np.isfinite(matrix).all() and matrix.min() >= 0):
             raise UserError(f"{name} ({of} of {model}) holds negative or non-finite entries; pass absolute values.")
-        # Seeded by name, so that a subset of layers gives the same numbers.
+        # Seeded by name, so that a subset of layers gives the same numbers, and so do threads.
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         varies = bool(matrix.min() < matrix.max())  # of equal entries, rounding is all that varies
         draws = {
             null: null_draws(matrix, null, n_shuffles, rng, rank_draws=rank_draws if rank_draws > 2 else 0)
             for null in SHUFFLES
         }
+        records: list[ClusteringRecord] = []
         for measure, value in measure_matrix(matrix).items():
             record: Any = {"model": model, "of": of, **place, "measure": measure, "value": value}
             for null, fields in FIELDS.items():
@@ -214,7 +215,12 @@ def cluster_records(
                 found = (None, None, None) if moves_nothing else (mean, std, z if varies else float("nan"))
                 record |= dict(zip(fields, found, strict=True))
             records.append(record)
-    return records
+        return records
+
+    places = [place for place in in_layers(tensors) if layers is None or place["layer"] in layers]
+    # Shuffling, which is most of the work, lets other threads run.
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return [record for records in threads.map(of_matrix, places) for record in records]
 
 
 def against(value: float, draws: Values) -> tuple[float, float, float]:

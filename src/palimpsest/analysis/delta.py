@@ -7,6 +7,7 @@ changes: its overlap is nan, written as null.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -93,8 +94,8 @@ def delta_records(
     """
     if not 0 < ratio < 1:
         raise UserError(f"The ratio of largest changes is {ratio}; give a number between 0 and 1, such as 0.03.")
-    records: list[Any] = []
-    for place in in_layers(importance):
+
+    def of_matrix(place: Mapping[str, Any]) -> Any:
         name = place["name"]
         before, after = _pair(name, base, tuned)
         scores = importance[name]
@@ -105,17 +106,17 @@ def delta_records(
             )
         change = after - before
         important = largest(scores.numpy(), ratio)
-        records.append(
-            {
-                "method": method,
-                **place,
-                "relative_norm": _relative_norm(change, before),
-                "overlap_with_importance": share_in(largest(change.abs().numpy(), ratio), important),
-                "overlap_by_chance": float(important.mean()),
-                **_spectrum(change),
-            }
-        )
-    return records
+        return {
+            "method": method,
+            **place,
+            "relative_norm": _relative_norm(change, before),
+            "overlap_with_importance": share_in(largest(change.abs().numpy(), ratio), important),
+            "overlap_by_chance": float(important.mean()),
+            **_spectrum(change),
+        }
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return list(threads.map(of_matrix, in_layers(importance)))
 
 
 def _spectrum(change: Float[Tensor, "*shape"]) -> dict[str, float]:

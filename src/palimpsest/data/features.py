@@ -23,7 +23,7 @@ import soundfile
 import torch
 
 from palimpsest.data.examples import Example
-from palimpsest.data.shards import DTYPE, Shards, claim, shard_name, verify_shard, write_shard
+from palimpsest.data.shards import DTYPE, Shards, claim, shard_name, write_shard
 from palimpsest.data.speech import read_audio
 from palimpsest.files import UserError, hash_file, hash_value, read_json, require_disk, write_json
 from palimpsest.models import SAMPLE_RATE
@@ -135,8 +135,7 @@ def compute_features(
     encoding = describe_encoding(encoder, processor)
     shards = Shards((cache or folder / "cache") / hash_value(encoding)[:16])
     shards.refresh()
-    for shard in {shards[key].path: shards[key] for key in order if key in shards}.values():
-        verify_shard(shard)
+    shards.verify(order)
     missing = audio.keys() - shards.keys()
     room = sum(n_bytes[key] for key in missing)
     require_disk(shards.folder, room, f"Caching the speech features of {len(missing)} utterances")

@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from palimpsest.files import UserError, hash_value
+from palimpsest.files import UserError, hash_value, read_json, write_json
 
 if TYPE_CHECKING:
     from jaxtyping import Float16
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 DTYPE = np.dtype(np.float16)
 SUFFIX = ".safetensors"
+VERIFIED = "verified.json"
 LENGTH_BYTES = 8  # in front of the header: its length, little-endian
 REMEDY = "delete it and run again: only what it held is computed again"
 
@@ -113,12 +114,29 @@ class Shards(dict[str, Shard]):
 
     def refresh(self) -> None:
         """Read the headers of the shards that are new; of several with one utterance the first by name counts."""
-        for path in sorted(self.folder.glob(f"[!.]*{SUFFIX}")):
-            if path.name not in self._read:
-                self._read.add(path.name)
-                shard = read_shard(path)
+        found = {entry.name for entry in os.scandir(self.folder)} if self.folder.is_dir() else set()
+        for name in sorted(found - self._read):  # a glob takes twenty times as long, each time
+            if name.endswith(SUFFIX) and not name.startswith("."):
+                self._read.add(name)
+                shard = read_shard(self.folder / name)
                 for key in shard.spans:
                     self.setdefault(key, shard)
+
+    def verify(self, keys: Iterable[str]) -> None:
+        """`verify_shard` for the shards of these utterances; one that was found right before is not read again.
+
+        What was found right stands in the folder, with size and time of the file.
+        """
+        file = self.folder / VERIFIED
+        known = read_json(file) if file.exists() else {}
+        known = known if isinstance(known, dict) else {}
+        found = {}
+        for name, shard in {self[key].path.name: self[key] for key in keys if key in self}.items():
+            found[name] = [shard.n_bytes, shard.path.stat().st_mtime_ns]
+            if known.get(name) != found[name]:
+                verify_shard(shard)
+        if not found.items() <= known.items():
+            write_json(file, known | found)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
