@@ -270,6 +270,9 @@ def test_losses_that_are_not_comparable(tmp_path: Path, tokens: list[int], data:
         (lambda text: text.rpartition("\n{")[0] + "\n", "2 of 3 losses"),
         (lambda text: text.replace('"q1"', '"q0"'), "a second time"),
         (lambda text: text.replace("4.0", "null"), "losses-text.jsonl:2"),
+        (lambda text: text.replace("4.0", "NaN"), "losses-text.jsonl:2"),
+        (lambda text: text.replace('"n_tokens": 2', '"n_tokens": Infinity'), "losses-text.jsonl:2"),
+        (lambda text: text.replace('"n_tokens": 2', '"n_tokens": 2.5'), "losses-text.jsonl:2"),
     ],
 )
 def test_damaged_losses(tmp_path: Path, damage: Any, message: str) -> None:

@@ -166,8 +166,12 @@ def read_losses(file: Path) -> tuple[dict[str, Any], Perplexity]:
     for number, line in enumerate(file.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
-            name, sample = str(row["id"]), SampleLoss(float(row["loss"]), int(row["n_tokens"]))
-        except (ValueError, KeyError, TypeError) as error:
+            name, sample = row["id"], SampleLoss(float(row["loss"]), row["n_tokens"])
+            if type(name) is not str or type(sample.n_tokens) is not int or sample.n_tokens < 1:
+                raise ValueError("no id, or no number of tokens")
+            if not math.isfinite(sample.loss):
+                raise ValueError("no loss")
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise UserError(f"{file}:{number} is not a line of losses; delete the file and measure again.") from error
         if name in samples:
             raise UserError(f"{file}:{number}: the id {name!r} is there a second time; measure again.")
