@@ -359,6 +359,36 @@ def test_deactivation_must_hold_for_every_reduction() -> None:
     assert record["value"] == pytest.approx(5.0)
 
 
+def test_scopes_are_asked_one_by_one_and_named() -> None:
+    tables = results()
+    one_scope = claim(1, tables)
+    assert "scope" not in one_scope["note"]  # of one scope the note is what it was
+    other = {"base": 1.0, "top": 400.0, "bottom": 1.02, "random": 1.5}
+    tables["deactivation"] += [
+        {**row, "scope": "per_matrix", "loss": 1.0 + math.log(other[row["condition"]])}
+        for row in results()["deactivation"]
+    ]
+    record = claim(1, tables)
+    assert (record["verdict"], record["value"]) == ("holds", pytest.approx(1e5))  # the value is of the first scope
+    parts = record["note"].split("; ")
+    assert len(parts) == 18  # three models and inputs, two scopes, three conditions
+    assert parts[0] == "top / whole base, text, scope global, 1e+05: holds"
+    assert parts[3] == "top / whole base, text, scope per_matrix, 400: holds"
+    # √(1.7 · 1.9) of the two masks of one scope; the other scope's masks have no say in it.
+    assert parts[2] == "random / whole base, text, scope global, median of 2 masks from 1.7 to 1.9: 1.797: holds"
+
+    # Masks of all weights may do more harm than the top of each matrix: within each scope the order still holds.
+    for row in tables["deactivation"]:
+        if row["scope"] == "global" and row["condition"] == "random":
+            row["loss"] = 1.0 + math.log(500.0)
+    assert claim(1, tables)["verdict"] == "holds"
+    find(tables, "deactivation", scope="per_matrix", model="full", modality="speech", condition="top")["loss"] = 2.0
+    record = claim(1, tables)  # e times the whole: not destroyed
+    assert record["verdict"] == "fails"
+    assert "top / whole full, speech, scope per_matrix, 2.718: fails" in record["note"]
+    assert "top / whole full, speech, scope global, 1e+05: holds" in record["note"]
+
+
 def test_undefined_matrices_are_left_out() -> None:
     tables = results()
     broken = copy.deepcopy(tables["clustering"][0])

@@ -8,8 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
+from palimpsest.commands.evaluate import HUB_NAMES
 from palimpsest.config import StudyConfig, dump_config, load_config, parse_config, require_same_recipe
+from palimpsest.data.parquet import HUB
 from palimpsest.files import UserError
+from palimpsest.models.prompts import PRESETS, PromptStyle
+from palimpsest.planning.plan import PUBLISHED_ROWS
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 MINIMAL: dict[str, Any] = {
@@ -165,6 +169,97 @@ def test_the_same_recipe_passes_and_another_is_named(tmp_path: Path) -> None:
     file.write_text("old_key: 1\n")
     with pytest.raises(UserError, match="of another version and cannot be compared"):
         require_same_recipe(config, file)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scopes and prompts
+# ----------------------------------------------------------------------------------------------------------------------
+def test_one_scope_or_a_list_of_them() -> None:
+    assert parse_config(MINIMAL, "r").deactivation.scopes == ("global",)
+    one = parse_config(changed("deactivation.scope", "per_matrix"), "r")
+    assert (one.deactivation.scopes, one.deactivation.scope) == (("per_matrix",), "per_matrix")
+    assert "scope: per_matrix\n" in dump_config(one)  # as before there were lists
+    both = parse_config(changed("deactivation.scope", ["per_matrix", "global"]), "r")
+    assert both.deactivation.scopes == ("per_matrix", "global")
+    assert parse_config(yaml.safe_load(dump_config(both)), "dump") == both
+
+
+@pytest.mark.parametrize(
+    ("scope", "message"),
+    [
+        ("per_row", "there is no scope 'per_row'; give global, per_layer, per_matrix, or a list of them"),
+        (["global", "per_row"], "there is no scope 'per_row'; give global, per_layer, per_matrix, or a list of them"),
+        ([], r"scope \[\] must name one or more of global, per_layer, per_matrix, each once"),
+        (["global", "global"], r"scope \['global', 'global'\] must name one or more of .*, each once"),
+    ],
+)
+def test_a_scope_that_is_none_is_one_sentence(scope: Any, message: str) -> None:
+    with pytest.raises(UserError, match=rf"^r: deactivation: {message}\.$"):
+        parse_config(changed("deactivation.scope", scope), "r")
+
+
+def test_a_preset_is_its_words_and_keys_beside_it_win() -> None:
+    style = parse_config(changed("prompt", {"preset": "llama_omni", "date": "2025-02-01"}), "r").prompt
+    assert style == PromptStyle(
+        "You are a helpful language and speech assistant. You are able to understand the speech content that the user "
+        "provides, and assist the user with a variety of tasks using natural language.",
+        "Please directly answer the questions in the user's speech.",
+        "2025-02-01",
+    )
+    own = parse_config(changed("prompt", {"preset": "llama_omni", "system": None}), "r").prompt
+    assert (own.system, own.speech_instruction) == (None, style.speech_instruction)
+    assert parse_config(changed("prompt", {"preset": "plain"}), "r").prompt == PromptStyle()
+    assert parse_config(changed("prompt", {"preset": None}), "r").prompt == PromptStyle()
+
+
+def test_a_preset_and_its_words_written_out_are_the_same_recipe(tmp_path: Path) -> None:
+    named = parse_config(changed("prompt", {"preset": "llama_omni"}), "r")
+    written = parse_config(changed("prompt", PRESETS["llama_omni"]), "r")
+    assert named == written
+    (tmp_path / "study.yaml").write_text(dump_config(named))
+    assert "preset" not in dump_config(named)  # what is recorded is the text, whatever a later version calls it
+    require_same_recipe(written, tmp_path / "study.yaml")
+    with pytest.raises(UserError, match=r"holds a study of another recipe \(prompt\.s"):
+        require_same_recipe(
+            parse_config(changed("prompt", {"preset": "llama_omni_short"}), "r"), tmp_path / "study.yaml"
+        )
+
+
+@pytest.mark.parametrize("name", ["llama-omni", "", 3, ["plain"]])
+def test_a_preset_that_is_none_names_those_there_are(name: Any) -> None:
+    with pytest.raises(
+        UserError,
+        match=r"^r: prompt: there is no preset .*; give plain, llama_omni_short, llama_omni, or write the keys out\.$",
+    ):
+        parse_config(changed("prompt", {"preset": name}), "r")
+
+
+def test_an_unknown_key_of_the_prompt_may_be_meant_for_preset() -> None:
+    with pytest.raises(UserError, match="r: prompt: there is no key 'prset'; the nearest known key is 'preset'"):
+        parse_config(changed("prompt.prset", "plain"), "r")
+
+
+@pytest.mark.parametrize("name", ["paper-1b", "paper-8b"])
+def test_the_papers_recipes_measure_both_scopes(name: str) -> None:
+    config = load_config(RECIPES[0].parent / f"{name}.yaml")
+    assert config.deactivation.scopes == ("global", "per_matrix")
+
+
+@pytest.mark.parametrize("name", ["paper-1b", "paper-8b", "lora-rank", "layer-lr-lambda"])
+def test_the_papers_recipes_name_their_wording(name: str) -> None:
+    path = RECIPES[0].parent / f"{name}.yaml"
+    preset = yaml.safe_load(path.read_text())["prompt"]["preset"]
+    assert load_config(path).prompt == PromptStyle(**PRESETS[preset])
+
+
+def test_the_sets_of_spoken_web_questions_are_known_wherever_one_is() -> None:
+    names = {"fixie-ai/spoken-web-questions", "chiyuanhsiao/spoken-web-questions"}
+    assert {HUB[name] for name in names} == {"spoken_web_questions"}
+    assert {PUBLISHED_ROWS[name] for name in names} == {2032}
+    assert {HUB_NAMES[name] for name in names} == {"web_questions"}
+    for recipe in ("paper-1b", "paper-8b"):
+        text = (RECIPES[0].parent / f"{recipe}.yaml").read_text()
+        assert all(name in text for name in names)
 
 
 def test_unreadable_recipes(tmp_path: Path) -> None:

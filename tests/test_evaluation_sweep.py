@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palimpsest.evaluation.deactivation import areas, deactivation_records, deletion_curve
+from palimpsest.evaluation.deactivation import areas, deletion_curve
 from palimpsest.files import UserError
 from palimpsest.importance.estimate import estimate_importance
 from tiny import tiny_llama
@@ -60,9 +60,9 @@ def test_a_curve_has_every_point_once_and_agrees_with_single_measurements() -> N
     ]
     assert seen == [(i + 1, 25) for i in range(25)]  # the base is measured once
 
-    single = deactivation_records(
+    single = deletion_curve(
         "m", model, tensors, {"text": lambda: [batch]},
-        ratio=0.1, scope="per_matrix", random_seeds=[5, 6], reduction="per_batch_abs",
+        ratios=(0.1,), scopes=("per_matrix",), random_seeds=[5, 6], reduction="per_batch_abs",
     )  # fmt: skip
     assert single == [records[13], *records[22:]]
     area = {(a.condition, a.scope): a.area for a in areas(records)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from palimpsest.data.collate import Collator
 from palimpsest.data.examples import Example
 from palimpsest.evaluation.answers import text_answerer
 from palimpsest.files import UserError
-from palimpsest.models.processor import SpeechLMProcessor
-from palimpsest.models.prompts import PromptStyle, render
+from palimpsest.models.processor import FILE, SpeechLMProcessor
+from palimpsest.models.prompts import PRESETS, PromptStyle, render, written_out
 from palimpsest.models.speech_lm import SPEECH_POSITION
 from tiny import tiny_llama, tiny_speech_lm, tiny_tokenizer
 
@@ -122,6 +123,32 @@ def test_style_travels_with_the_processor(tmp_path: Path) -> None:
     processor = processor_of(THINKING, style)
     processor.save_pretrained(tmp_path)
     assert SpeechLMProcessor.from_pretrained(tmp_path).style == style
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_checkpoint_holds_the_words_of_a_preset_and_not_its_name(tmp_path: Path, name: str) -> None:
+    style = PromptStyle(**written_out({"preset": name}))
+    processor_of(TURNS, style).save_pretrained(tmp_path)
+    file = tmp_path / FILE
+    stored = json.loads(file.read_text())
+    assert (stored["system"], stored["speech_instruction"]) == (style.system, style.speech_instruction)
+    assert "preset" not in stored
+    for key in ("date", "template_arguments"):  # of earlier versions
+        del stored[key]
+    file.write_text(json.dumps(stored))
+    assert SpeechLMProcessor.from_pretrained(tmp_path).style == style
+
+
+def test_the_words_of_a_preset_are_in_the_prompt_that_is_recorded() -> None:
+    recorded = {
+        name: processor_of(TURNS, PromptStyle(**written_out({"preset": name}))).example_prompts()["speech"]
+        for name in PRESETS
+    }
+    assert len(set(recorded.values())) == 3
+    assert "the user provides, and assist the user with a variety of tasks" in recorded["llama_omni"]
+    assert "[speech]\nPlease directly answer the questions in the user's speech." in recorded["llama_omni"]
+    assert "[speech]\nPlease answer directly the question in the speech." in recorded["llama_omni_short"]
+    assert "helpful language and speech assistant" not in recorded["plain"]
 
 
 # -- what a template refuses -------------------------------------------------------------------------------------------

@@ -77,6 +77,20 @@ def test_the_setting_with_the_most_ratios_is_shown_alone(tmp_path: Path) -> None
     assert not any("3 %" in tip for tip in drawing.tips.values())
 
 
+def test_scopes_with_as_many_ratios_have_rows_of_their_own(tmp_path: Path) -> None:
+    matrix = {key: 2.0 * value for key, value in SWEEP.items()}
+    rows = deletion_rows("base", "text", 4.0, SWEEP)
+    rows += deletion_rows("base", "text", 4.0, matrix, scope="per_matrix")
+    drawing = _drawn("deletion", _inputs(tmp_path, deactivation=rows))
+    assert len(drawing.figure.axes) == 6
+    labels = [drawing.figure.axes[i].get_ylabel() for i in (0, 3)]
+    assert labels == ["perplexity, text input,\nglobal", "perplexity, text input,\nper_matrix"]
+    assert _lines(drawing.figure, 0) == [[(0.001, 4.0), (0.01, 200.0), (0.1, 4000.0)]]
+    assert _lines(drawing.figure, 3) == [[(0.001, 4.0), (0.01, 400.0), (0.1, 8000.0)]]
+    assert "Base, text, per_matrix, 10 % (top) removed: 8000" in drawing.tips.values()
+    assert "scope global and per_matrix" in drawing.caption
+
+
 def test_a_perplexity_beyond_float_range_has_a_sign_and_no_point(tmp_path: Path) -> None:
     rows = deletion_rows("base", "text", 4.0, SWEEP | {("top", 0.1, None): None})
     drawing = _drawn("deletion", _inputs(tmp_path, deactivation=rows))

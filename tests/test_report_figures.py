@@ -153,11 +153,38 @@ def test_maps_of_zeros_can_be_drawn(tmp_path: Path) -> None:
         assert "<image" in to_svg(drawing)
 
 
-def test_the_deactivation_figure_shows_one_setting_nearest_the_papers() -> None:
+def test_the_deactivation_figure_shows_the_ratio_nearest_the_papers_in_every_scope() -> None:
     rows = invented_results()["deactivation"]
     others = [row | {"scope": "per_layer"} for row in rows] + [row | {"ratio": 0.01} for row in rows]
     chosen = _paper_like([row for row in [*others, *rows] if row["condition"] != "base"])  # type: ignore[list-item]
-    assert {(row["ratio"], row["scope"]) for row in chosen} == {(0.03, "global")}
+    assert list(chosen) == ["global", "per_layer"]
+    for scope, of_scope in chosen.items():
+        assert {(row["ratio"], row["scope"]) for row in of_scope} == {(0.03, scope)}
+
+
+def test_scopes_have_panels_of_their_own_in_the_deactivation_figure(tmp_path: Path) -> None:
+    results = invented_results()
+    rows: Any = results["deactivation"]
+    fewer = {"scope": "per_matrix", "perplexity": 77.0}  # what every condition of the second scope has here
+    results["deactivation"] = [*rows, *(row | (fewer if row["ratio"] else {"scope": "per_matrix"}) for row in rows)]
+    write_json(tmp_path / "results.json", {"schema": 1, **results})
+    drawing = draw("deactivation", read_inputs(tmp_path))
+    assert drawing is not None
+    titles = [axis.get_title() or axis.get_title("left") for axis in drawing.figure.axes]
+    assert titles == [
+        f"{modality} input, {scope}" for scope in ("global", "per_matrix") for modality in ("Text", "Speech")
+    ]
+    # 4 whole; 30,000 times that without the top 3 % of all weights, 77 without those of each matrix.
+    tips = list(drawing.tips.values())
+    for said in (
+        "Base, text, global, whole: 4.00",
+        "Base, text, per_matrix, whole: 4.00",
+        "Base, text, global, top removed: 1.20e5",
+        "Base, text, per_matrix, top removed: 77.0",
+    ):
+        assert tips.count(said) == 1
+    assert "(scope global and per_matrix, scores per_batch_abs)" in drawing.caption
+    assert "median over 3 masks" in drawing.caption  # of one scope, not of both together
 
 
 def test_matrices_are_chosen_by_kind_near_the_middle() -> None:

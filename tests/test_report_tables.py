@@ -60,6 +60,19 @@ def test_deactivation_shows_the_median_and_the_range_of_the_random_masks() -> No
     assert "text: 10 examples, 99 tokens." in table.note
 
 
+def test_every_scope_has_a_row_of_its_own_with_the_whole_model_beside_it() -> None:
+    records: Any = [
+        {**_deactivation(condition, perplexity, seed), "scope": scope}
+        for scope, top, masks in (("global", 8e4, (8.0, 32.0)), ("per_matrix", 400.0, (4.0, 9.0)))
+        for condition, perplexity, seed in (("base", 4.0, None), ("top", top, None), *(("random", m, m) for m in masks))
+    ]
+    first, second = (_row(tables.deactivation(records), i) for i in (0, 1))
+    assert first[4:7] == ["global, signed_sum", "4.00", "80000"]
+    assert second[4:7] == ["per_matrix, signed_sum", "4.00", "400"]
+    assert [row[-1].split(" [")[0] for row in (first, second)] == ["16.0", "6.00"]  # √(8 · 32), √(4 · 9)
+    assert [row[-1][-8:] for row in (first, second)] == ["2 masks]"] * 2
+
+
 def test_random_masks_of_several_training_runs_are_set_against_their_own_whole_model() -> None:
     by_run = {"full": (4.0, 8.0), "full-seed1": (6.0, 24.0)}
     records: Any = []

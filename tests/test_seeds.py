@@ -159,6 +159,23 @@ def test_the_seeds_table_by_hand(tables: dict[str, Any], tmp_path: Path) -> None
     assert (found["spearman", "base"]["mean"], found["spearman", "base"]["values"]) == (None, [0.9, None])
 
 
+def test_the_seeds_table_keeps_scopes_apart(tables: dict[str, Any], tmp_path: Path) -> None:
+    def removed() -> dict[str | None, list[Any]]:
+        records = seed_records(tmp_path, ["m"], 2, tables["verdicts"], tables)
+        return {r.get("scope"): r["values"] for r in records if r["measure"] == "perplexity_ratio_top"}
+
+    rows = tables["deactivation"]
+    tables["deactivation"] = [{**row, "scope": "global"} for row in rows]
+    assert removed() == {None: pytest.approx([math.exp(2), math.exp(4)])}  # one scope needs no name
+    tables["deactivation"] += [
+        {**row, "scope": "per_matrix", "loss": row["loss"] - (row["condition"] == "top")} for row in rows
+    ]
+    assert removed() == {
+        "global": pytest.approx([math.exp(2), math.exp(4)]),
+        "per_matrix": pytest.approx([math.exp(1), math.exp(3)]),
+    }
+
+
 def test_a_loss_that_is_not_finite_leaves_the_mean_out_and_is_no_error(tables: dict[str, Any], tmp_path: Path) -> None:
     next(row for row in tables["perplexity"] if row["method"] == "m-seed1")["loss"] = None
     next(row for row in tables["deactivation"] if row["condition"] == "top")["loss"] = math.inf

@@ -195,6 +195,38 @@ def test_a_changed_method_runs_only_what_depends_on_it(finished: Path, inputs: P
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_a_further_scope_stands_beside_the_first_and_changes_nothing_else(
+    finished: Path, inputs: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    steps = {path.relative_to(copy): path.read_text() for path in copy.rglob("step.json")}
+    both = recipe(inputs, deactivation={"random_seeds": 2, "scope": ["global", "per_matrix"]})
+    run_study(parse_config(both, "test"), copy, changed=True)
+    again = {path.relative_to(copy): path.read_text() for path in copy.rglob("step.json")}
+    differing = {str(path.parent) for path in steps if steps[path] != again[path]}
+    assert differing == {"base/deactivation", *(f"methods/{method}/deactivation" for method in METHODS)}
+    before, after = results(finished), results(copy)
+    assert [row for row in after["deactivation"] if row["scope"] == "global"] == before["deactivation"]
+    within = [row for row in after["deactivation"] if row["scope"] == "per_matrix"]
+    settings = [(row["model"], row["modality"], row["condition"], row["seed"]) for row in within]
+    assert settings == [
+        (row["model"], row["modality"], row["condition"], row["seed"]) for row in before["deactivation"]
+    ]
+    whole = {(row["model"], row["modality"]): row["loss"] for row in before["deactivation"] if not row["ratio"]}
+    assert {(row["model"], row["modality"]): row["loss"] for row in within if not row["ratio"]} == whole
+    assert {row["loss"] for row in within if row["ratio"]}.isdisjoint(
+        row["loss"] for row in before["deactivation"] if row["condition"] == "random"
+    )
+    notes = [next(row["note"] for row in found["claims"] if row["claim"] == 1) for found in (before, after)]
+    assert "scope" not in notes[0]
+    assert notes[1].count("scope global") == notes[1].count("scope per_matrix") == 9
+    for table in RESULT_TABLES:
+        if table not in ("deactivation", "claims", "timings"):
+            assert after[table] == before[table], table
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_damaged_files_are_named_and_made_again_and_what_the_recipe_drops_is_set_aside(
     finished: Path, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

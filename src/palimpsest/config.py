@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import date
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
 from annotated_types import Ge, Gt, Lt, MinLen
@@ -21,9 +21,9 @@ from palimpsest.data.augment import Augmentation
 from palimpsest.data.filters import Filters
 from palimpsest.data.splits import Split, TaskSplit
 from palimpsest.files import UserError, differences, in_words
-from palimpsest.models.prompts import PromptStyle
-from palimpsest.options import checked
-from palimpsest.records import BASE, Modality, method_of, run_name
+from palimpsest.models.prompts import PromptStyle, written_out
+from palimpsest.options import checked, nearest
+from palimpsest.records import BASE, SCOPES, Modality, Scope, method_of, run_name
 from palimpsest.training.methods import WIDE, Method
 from palimpsest.training.settings import Settings
 
@@ -81,10 +81,21 @@ class Importance:
 @dataclass(frozen=True)
 class Deactivation:
     ratio: Annotated[float, Gt(0), Lt(1)] = 0.03
-    scope: Literal["global", "per_layer", "per_matrix"] = "global"
+    scope: str | tuple[str, ...] = "global"  # one of SCOPES, or several of them, each measured by itself
     random_seeds: Annotated[int, Ge(1)] = 10  # random masks; what one of them does varies by orders of magnitude
     n_examples: Annotated[int, Ge(1)] | None = None  # of the held-out data; None: all
     batch_size: Annotated[int, Ge(1)] = 8
+
+    def __post_init__(self) -> None:
+        if wrong := [scope for scope in self.scopes if scope not in SCOPES]:
+            raise ValueError(f"there is no scope {wrong[0]!r}; give {', '.join(SCOPES)}, or a list of them")
+        if not self.scopes or len(set(self.scopes)) < len(self.scopes):
+            raise ValueError(f"scope {list(self.scopes)} must name one or more of {', '.join(SCOPES)}, each once")
+
+    @property
+    def scopes(self) -> tuple[Scope, ...]:
+        """In the recipe's order; its first is the one whose value claim 1 shows."""
+        return cast(tuple[Scope, ...], (self.scope,) if isinstance(self.scope, str) else self.scope)
 
 
 @dataclass(frozen=True)
@@ -143,10 +154,16 @@ class StudyConfig(BaseModel):
 
     @field_validator("prompt", mode="before")
     @classmethod
-    def _date_as_text(cls, value: Any) -> Any:
-        if isinstance(value, Mapping) and isinstance(value.get("date"), date):  # YAML reads one without quotes
-            return {**value, "date": value["date"].isoformat()}
-        return value
+    def _prompt_as_text(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        known = [*(key.name for key in fields(PromptStyle)), "preset"]
+        if unknown := next((key for key in value if key not in known), None):
+            raise ValueError(f"there is no key {unknown!r}; the nearest known key is {nearest(str(unknown), known)!r}")
+        written = written_out(value)
+        if isinstance(written.get("date"), date):  # YAML reads one without quotes
+            written["date"] = written["date"].isoformat()
+        return written
 
     @field_validator("training", mode="before")
     @classmethod

@@ -28,6 +28,8 @@ class NullWhereNotFinite:
 Number = Annotated[float, NullWhereNotFinite()]  # anywhere else a null is a damaged record
 Modality = Literal["text", "speech", "cascade", "text_asr"]  # how a question is put: docs/concepts.md
 MODALITIES: tuple[Modality, ...] = get_args(Modality)  # the order everywhere
+Scope = Literal["global", "per_layer", "per_matrix"]  # within what a share of the weights is counted: docs/concepts.md
+SCOPES: tuple[Scope, ...] = get_args(Scope)  # likewise
 
 
 class DeactivationRecord(TypedDict):
@@ -363,6 +365,7 @@ class SeedRecord(TypedDict):
     task: str | None
     modality: str
     basis: str | None  # scoring rule of an accuracy, reduction of the importance behind a shift
+    scope: NotRequired[str]  # of the weights set to zero, where the study has them in several scopes
     n_seeds: int
     n: int | None  # questions or answers
     values: list[float | None]  # of each run, in their order

@@ -7,7 +7,9 @@ level.
    speech (the rows of the paper's Table 1 are a tuned model's). With the top 3 % removed it is at least
    `DESTROYED`, with the bottom 3 % at most `UNHARMED`; the median over the random masks lies between (not every one:
    what a random mask does varies by orders of magnitude with the few weights it happens to hit). Where the study has
-   several reductions, scopes or training runs, this is asked of each, and the worst is shown. There is no interval.
+   several reductions or training runs, this is asked of each, and the worst is shown. Where it has several scopes
+   (3 % of all weights, 3 % of each matrix), each has parts of its own, which name it; all must hold, and the value is
+   of the scope that the recipe names first. There is no interval.
 2. Clustering of the base model's importance: the typical ratio (geometric mean over matrices) of the share
    held by the top 5 % of rows over that of shuffled entries exceeds `CLUSTERED`; the same for columns. The
    interval is over matrices, `MIN_MATRICES` of them.
@@ -169,27 +171,47 @@ def _deactivation(results: Results) -> list[Part]:
 
 def _removed(results: Results, method: str, modality: str) -> list[Part]:
     what = f"deactivation of {'the base model' if method == BASE else method} on {modality}"
-    by_run: dict[str, list[Row]] = {}
-    for row in results.get("deactivation", []):
-        if method_of(row["model"])[0] == method and row["modality"] == modality:
-            by_run.setdefault(row["model"], []).append(row)
-    if not by_run:
+    rows = [
+        row
+        for row in results.get("deactivation", [])
+        if method_of(row["model"])[0] == method and row["modality"] == modality
+    ]
+    if not rows:
         raise Missing(what)
+    # A scope that was measured at other shares alone has no part; without any at this share the first says so.
+    asked = dict.fromkeys(row.get("scope") for row in rows if math.isclose(row["ratio"], RATIO))
+    if len(asked) < 2:
+        return _removed_within(rows, what, f"{method}, {modality},")
+    return [
+        part
+        for scope in asked
+        for part in _removed_within(
+            [row for row in rows if row.get("scope") == scope],
+            f"{what}, scope {scope}",
+            f"{method}, {modality}, scope {scope},",
+        )
+    ]
+
+
+def _removed_within(rows: Sequence[Row], what: str, whole_of: str) -> list[Part]:
+    """The parts of claim 1 about one model and input, in one scope. what, whole_of: how notes call it."""
+    by_run: dict[str, list[Row]] = {}
+    for row in rows:
+        by_run.setdefault(row["model"], []).append(row)
     rises: dict[str, list[float]] = {"top": [], "bottom": [], "random": []}  # ln(perplexity / that of the whole model)
-    medians: list[tuple[float, bool]] = []  # over random masks, of each run, scope and reduction; lies it between?
-    for rows in by_run.values():
-        whole = [row["loss"] for row in rows if row["condition"] == "base"]
+    medians: list[tuple[float, bool]] = []  # over random masks, of each run and reduction; lies it between?
+    for of_model in by_run.values():
+        whole = [row["loss"] for row in of_model if row["condition"] == "base"]
         if not whole:
             raise Missing(f"{what}, condition base")
-        if any(row["loss"] is None for row in rows):
+        if any(row["loss"] is None for row in of_model):
             raise Missing(f"a finite loss in every row of the {what}")
-        of_run: dict[str, dict[Any, list[float]]] = {}  # condition → scope and reduction → rises
+        of_run: dict[str, dict[Any, list[float]]] = {}  # condition → reduction → rises
         for condition in rises:
             of_run[condition] = {}
-            for row in rows:
+            for row in of_model:
                 if row["condition"] == condition and math.isclose(row["ratio"], RATIO):
-                    setting = (row.get("scope"), row.get("reduction"))
-                    of_run[condition].setdefault(setting, []).append(row["loss"] - whole[0])
+                    of_run[condition].setdefault(row.get("reduction"), []).append(row["loss"] - whole[0])
             if not of_run[condition]:
                 raise Missing(f"{what}, condition {condition}, ratio {RATIO}")
             rises[condition] += [rise for found in of_run[condition].values() for rise in found]
@@ -199,7 +221,7 @@ def _removed(results: Results, method: str, modality: str) -> list[Part]:
         medians += [(middle, low < middle < high) for middle in middles]
     top, bottom, masks = _exp(min(rises["top"])), _exp(max(rises["bottom"])), rises["random"]
     middle, between = min(medians, key=lambda found: found[1])  # one that does not lie between, if there is one
-    of = f"whole {method}, {modality},"
+    of = f"whole {whole_of}"
     about = f"random / {of} median of {len(masks)} masks from {_exp(min(masks)):.4g} to {_exp(max(masks)):.4g}:"
     return [
         Part(f"top / {of}", top, None, None, _holds(top >= DESTROYED)),

@@ -129,8 +129,21 @@ def _perplexities(run: Path, method: str, runs: Sequence[str], table: Rows) -> l
 
 
 def _deactivations(method: str, runs: Sequence[str], table: Rows) -> list[SeedRecord]:
-    """Perplexity without some weights over that of the same run's whole model; random: median over the masks."""
+    """Perplexity without some weights over that of the same run's whole model; random: median over the masks.
+
+    Each scope by itself: a mask over all weights and one in each matrix do not do the same.
+    """
     rows = [row for row in table if row["model"] in runs]
+    scopes = list(dict.fromkeys(row.get("scope") for row in rows))
+    records = []
+    for scope in scopes:
+        of_scope = [row for row in rows if row.get("scope") == scope]
+        records += _without_weights(method, runs, of_scope, scope if len(scopes) > 1 else None)
+    return records
+
+
+def _without_weights(method: str, runs: Sequence[str], rows: Rows, scope: str | None) -> list[SeedRecord]:
+    """rows: of the method's runs, in one scope, which the records name if it is given."""
     losses: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     for row in rows:
         losses[row["modality"], row["condition"], row["model"]].append(math.nan if row["loss"] is None else row["loss"])
@@ -142,7 +155,7 @@ def _deactivations(method: str, runs: Sequence[str], table: Rows) -> list[SeedRe
         logs = [float(ratio) for ratio in ratios] if np.isfinite(ratios).all() else None
         about = {"task": "heldout", "n": rows[0]["n_examples"], "reference": method, "over": "seeds"}
         measure = f"perplexity_ratio_{condition}"
-        records.append(_geometric(method, measure, modality, logs, (0.0, 0.0), len(runs), **about))
+        records.append(_geometric(method, measure, modality, logs, (0.0, 0.0), len(runs), scope=scope, **about))
     return records
 
 
@@ -201,9 +214,10 @@ def _record(
     reference: str | None = None,
     basis: str | None = None,
     n: int | None = None,
+    scope: str | None = None,
 ) -> SeedRecord:
     mean, low, high = interval or (None, None, None)
-    return {
+    record: SeedRecord = {
         "method": method,
         "reference": reference,
         "measure": measure,
@@ -219,6 +233,7 @@ def _record(
         "ci_high": high,
         "ci_over": over,
     }
+    return record if scope is None else {**record, "scope": scope}
 
 
 def _is_finite(value: float | None) -> bool:

@@ -16,28 +16,13 @@ from palimpsest.evaluation.perplexity import perplexity
 from palimpsest.files import UserError
 from palimpsest.importance.deactivate import deactivate
 from palimpsest.importance.select import select
-from palimpsest.records import DeactivationRecord
+from palimpsest.records import DeactivationRecord, Scope
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Batches = Callable[[], Iterable[Mapping[str, Any]]]
-Scope = Literal["global", "per_layer", "per_matrix"]
 Condition = Literal["base", "top", "bottom", "random"]
-
-
-def deactivation_records(
-    name: str,
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    data: Mapping[str, Batches],
-    *,
-    ratio: float,
-    scope: Scope,
-    **options: Any,
-) -> list[DeactivationRecord]:
-    """`deletion_curve` of one ratio in one scope: one record per condition (random: per seed) and modality."""
-    return deletion_curve(name, model, tensors, data, ratios=(ratio,), scopes=(scope,), **options)
 
 
 def deletion_curve(

@@ -47,6 +47,40 @@ class PromptStyle:
         return {"enable_thinking": False, "date_string": day, **self.template_arguments}
 
 
+# What a recipe may name instead of writing it out. A style has no field for the name: what stands in a run directory,
+# a checkpoint and a fingerprint is the text, so that a preset and its words written out are the same prompt.
+PRESETS: dict[str, dict[str, str | None]] = {
+    "plain": {"system": None, "speech_instruction": PromptStyle.speech_instruction},  # what holds without a preset
+    # Our shortening of LLaMA-Omni's words: the first sentence of its system turn, its instruction in other words.
+    "llama_omni_short": {
+        "system": "You are a helpful language and speech assistant.",
+        "speech_instruction": "Please answer directly the question in the speech.",
+    },
+    # The words of github.com/ictnlp/LLaMA-Omni: conv_llama_3 in conversation.py, and infer/examples/question.json.
+    "llama_omni": {
+        "system": (
+            "You are a helpful language and speech assistant. You are able to understand the speech content that the "
+            "user provides, and assist the user with a variety of tasks using natural language."
+        ),
+        "speech_instruction": "Please directly answer the questions in the user's speech.",
+    },
+}
+
+
+def written_out(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a recipe's prompt with the words of its `preset` in that key's place; keys beside it win.
+
+    Raises ValueError for a preset that there is not.
+    """
+    given = {key: value for key, value in values.items() if key != "preset"}
+    name = values.get("preset")
+    if name is None:
+        return given
+    if not isinstance(name, str) or name not in PRESETS:
+        raise ValueError(f"there is no preset {name!r}; give {', '.join(PRESETS)}, or write the keys out")
+    return {**PRESETS[name], **given}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
 # ---------------------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from palimpsest.report.inputs import (
     peak_layer,
     task_name,
     text_layers,
+    whole_models,
 )
 from palimpsest.report.style import (
     GREYS,
@@ -104,37 +105,44 @@ def _layers(inputs: Inputs, name: str, title: str, models: Sequence[str]) -> Dra
 # Deactivation
 # ----------------------------------------------------------------------------------------------------------
 def deactivation(inputs: Inputs) -> Drawing | None:
-    """Perplexity whole and without the bottom, a random and the top share of the weights."""
-    rows = _paper_like(inputs.results["deactivation"])
-    if not rows:
+    """Perplexity whole and without the bottom, a random and the top share of the weights: a row for each scope."""
+    by_scope = _paper_like(inputs.results["deactivation"])
+    if not by_scope:
         return None
+    rows = [row for found in by_scope.values() for row in found]
     models = sorted({row["model"] for row in rows}, key=method_key)
     measured = {name: {row["model"] for row in having(rows, modality=name)} for name in ("text", "speech")}
     shown = {modality: [model for model in models if model in found] for modality, found in measured.items() if found}
     widths = [len(names) for names in shown.values()]
     many = max(widths) > MANY_MODELS  # then a panel is as wide as the figure, and the values stand in the tips alone
-    figure = Figure(figsize=(WIDTH, LINE_HEIGHT * (len(shown) if many else 1) + 0.2), layout="constrained")
+    lines = len(by_scope) * (len(shown) if many else 1)
+    figure = Figure(figsize=(WIDTH, LINE_HEIGHT * lines + 0.2), layout="constrained")
     if many:
-        panels = figure.subplots(len(shown), 1, squeeze=False, sharey=True)[:, 0]
+        panels = figure.subplots(lines, 1, squeeze=False, sharey=True)
     else:
-        panels = figure.subplots(1, len(shown), squeeze=False, sharey=True, width_ratios=widths)[0]
+        panels = figure.subplots(lines, len(shown), squeeze=False, sharey=True, width_ratios=widths)
     drawing = Drawing("deactivation", "Perplexity with weights set to zero", figure)
-    for axis, (modality, names) in zip(panels, shown.items(), strict=True):
+    settings = [(scope, modality) for scope in by_scope for modality in shown]
+    for axis, (scope, modality) in zip(panels.flat, settings, strict=True):
+        names, of_scope = shown[modality], f", {scope}" if len(by_scope) > 1 else ""
         for index, condition in enumerate(CONDITIONS):
             for position, model in enumerate(names):
-                found = [row["perplexity"] for row in having(rows, model=model, modality=modality, condition=condition)]
-                label = f"{method_name(model)}, {modality}, {CONDITIONS[condition]}"
+                of_bar = having(by_scope[scope], model=model, modality=modality, condition=condition)
+                found = [row["perplexity"] for row in of_bar]
+                label = f"{method_name(model)}, {modality}{of_scope}, {CONDITIONS[condition]}"
                 if found:
                     x, upright = position + (index - 1.5) * 0.2, len(names) == 1
                     _bar(drawing, axis, found, label, x, index, upright=upright, written=not many)
-        axis.set(title=f"{modality.capitalize()} input", xticks=range(len(names)), xlim=(-0.5, len(names) - 0.5))
+        axis.set(
+            title=f"{modality.capitalize()} input{of_scope}", xticks=range(len(names)), xlim=(-0.5, len(names) - 0.5)
+        )
         axis.set_xticklabels([method_name(model) for model in names], rotation=90 if many else 0)
         axis.set_yscale("log")
         axis.grid(visible=False, axis="x")
         axis.margins(y=0.18)
         axis.set_ylim(bottom=1)  # the least a perplexity can be
         log_labels(axis)
-    for axis in panels if many else panels[:1]:
+    for axis in panels[:, 0]:
         axis.set_ylabel("perplexity (logarithmic)")
     bars = [Patch(facecolor=grey, hatch=hatch, **OUTLINE) for grey, hatch in zip(GREYS, HATCHES, strict=True)]
     figure.legend(bars, list(CONDITIONS.values()), loc="outside lower center", ncols=4)
@@ -142,7 +150,7 @@ def deactivation(inputs: Inputs) -> Drawing | None:
     several = "" if n_runs(inputs.results) == 1 else " of all runs, the others: mean over runs"
     drawing.caption = (
         f"Perplexity of the held-out answers after setting {100 * example['ratio']:g} % of the weights to "
-        f"zero (scope {example['scope']}, scores {example['reduction']}). "
+        f"zero (scope {' and '.join(by_scope)}, scores {example['reduction']}). "
         f"Random: median over {_n_masks(rows)} masks{several}, the line spans the smallest and the largest: what a "
         f"random mask does varies much. {example['n_examples']} examples."
     )
@@ -151,21 +159,28 @@ def deactivation(inputs: Inputs) -> Drawing | None:
 
 
 def _n_masks(rows: Sequence[DeactivationRecord]) -> int:
-    """Random masks of a model and input, the most that any has."""
-    found = Counter((row["model"], row["modality"]) for row in rows if row["condition"] == "random")
+    """Random masks of a model and input in one scope, the most that any has."""
+    found = Counter((row["model"], row["modality"], row["scope"]) for row in rows if row["condition"] == "random")
     return max(found.values(), default=0)
 
 
-def _paper_like(records: Sequence[DeactivationRecord]) -> list[DeactivationRecord]:
-    """The records of one setting, the nearest to the paper's: ratio 3 %, global scope if there."""
+def _paper_like(records: Sequence[DeactivationRecord]) -> dict[str, list[DeactivationRecord]]:
+    """By scope, global first, the records of the one ratio and reduction nearest to the paper's: 3 %.
+
+    The paper does not say whether its 3 % are of all weights or of each matrix, so every scope measured there is shown.
+    """
     removed = [row for row in records if row["condition"] != "base"]
     if not removed:
-        return []
+        return {}
     settings = dict.fromkeys((row["ratio"], row["scope"], row["reduction"]) for row in removed)
-    ratio, scope, reduction = min(
+    ratio, _, reduction = min(
         settings, key=lambda of: (abs(of[0] - PAPER_RATIO), of[1] != "global", of[2] != MAIN_REDUCTION)
     )
-    return [*having(records, condition="base"), *having(removed, ratio=ratio, scope=scope, reduction=reduction)]
+    chosen = having(removed, ratio=ratio, reduction=reduction)
+    return {
+        scope: [*whole_models(records, scope), *having(chosen, scope=scope)]
+        for scope in sorted({row["scope"] for row in chosen})
+    }
 
 
 def _bar(

@@ -12,7 +12,17 @@ from matplotlib.ticker import MaxNLocator
 
 from palimpsest.records import DeactivationRecord, TrainingRecord
 from palimpsest.report.across_runs import n_runs
-from palimpsest.report.inputs import MAIN_REDUCTION, Inputs, at, having, in_order, method_key, method_name, methods_in
+from palimpsest.report.inputs import (
+    MAIN_REDUCTION,
+    Inputs,
+    at,
+    having,
+    in_order,
+    method_key,
+    method_name,
+    methods_in,
+    whole_models,
+)
 from palimpsest.report.style import INK, LINE_HEIGHT, WIDTH, Drawing, Look, log_labels, look, model_legend
 from palimpsest.report.table import grouped, middle, significant
 
@@ -27,8 +37,9 @@ WIDE_RANGE = 30.0  # largest over smallest value from which an axis is logarithm
 # Deletion curves
 # ----------------------------------------------------------------------------------------------------------
 def deletion(inputs: Inputs) -> Drawing | None:
-    """Perplexity against the share of weights at zero: a row per input, a column per way of choosing them."""
-    rows = _one_setting(inputs.results["deactivation"])
+    """Perplexity against the share of weights at zero: a row per scope and input, a column per way of choosing them."""
+    by_scope = _longest(inputs.results["deactivation"])
+    rows = [row for found in by_scope.values() for row in found]
     ratios = sorted({row["ratio"] for row in rows if row["condition"] != "base"})
     if not ratios:
         return None
@@ -36,19 +47,21 @@ def deletion(inputs: Inputs) -> Drawing | None:
     modalities = [name for name in INPUTS if having(rows, modality=name)]
     conditions = [name for name in REMOVED if having(rows, condition=name)]
     models = sorted({row["model"] for row in rows}, key=method_key)
-    figure = Figure(figsize=(WIDTH, 0.7 + 2.0 * len(modalities)), layout="constrained")
-    panels = figure.subplots(len(modalities), len(conditions), squeeze=False, sharex=True, sharey=True)
+    lines = [(scope, modality) for scope in by_scope for modality in modalities]
+    figure = Figure(figsize=(WIDTH, 0.7 + 2.0 * len(lines)), layout="constrained")
+    panels = figure.subplots(len(lines), len(conditions), squeeze=False, sharex=True, sharey=True)
     drawing = Drawing("deletion", "Deletion curves", figure)
     nothing = ratios[0] / (ratios[1] / ratios[0] if len(ratios) > 1 else 3.0)  # where the axis shows 0
-    for i, modality in enumerate(modalities):
+    for i, (scope, modality) in enumerate(lines):
+        of_scope = f", {scope}" if len(by_scope) > 1 else ""
         for j, condition in enumerate(conditions):
             axis = panels[i, j]
             for model in models:
-                curve = having(rows, model=model, modality=modality)
-                _deletion_line(drawing, axis, curve, condition, nothing, look(model, methods))
+                curve = having(by_scope[scope], model=model, modality=modality)
+                _deletion_line(drawing, axis, curve, condition, nothing, look(model, methods), of_scope)
             axis.set(xscale="log", yscale="log")
             axis.set_title(REMOVED[condition] if i == 0 else "")
-        panels[i, 0].set_ylabel(f"perplexity, {INPUTS[modality]}")
+        panels[i, 0].set_ylabel(f"perplexity, {INPUTS[modality]}" + of_scope.replace(", ", ",\n"))
         log_labels(panels[i, 0])
     step = -(-len(ratios) // MAX_TICKS)
     shown = ratios[::-1][::step][::-1]
@@ -59,8 +72,9 @@ def deletion(inputs: Inputs) -> Drawing | None:
     model_legend(figure, models, methods)
     example = next(row for row in rows if row["condition"] != "base")
     drawing.caption = (
-        f"Perplexity of the held-out answers against the share of the weights set to zero (scope {example['scope']}, "
-        f"scores {example['reduction']}), both logarithmic, one scale for all panels; at 0 nothing is removed. "
+        "Perplexity of the held-out answers against the share of the weights set to zero (scope "
+        f"{' and '.join(by_scope)}, scores {example['reduction']}), both logarithmic, one scale for "
+        "all panels; at 0 nothing is removed. "
         "Random: median over the masks, the bars span the smallest and the largest."
         + (" This run has one ratio, so the lines have no points between." if len(ratios) == 1 else "")
     )
@@ -68,20 +82,35 @@ def deletion(inputs: Inputs) -> Drawing | None:
     return drawing
 
 
-def _one_setting(records: Sequence[DeactivationRecord]) -> list[DeactivationRecord]:
-    """The records of one scope and reduction: those with the most ratios, then the paper's; and the whole models."""
+def _longest(records: Sequence[DeactivationRecord]) -> dict[str, list[DeactivationRecord]]:
+    """By scope, global first, the records of one reduction and the whole models'.
+
+    The reduction is that of the scope with the most ratios (of several, of the paper's); then all scopes that have as
+    many in it.
+    """
     ratios: dict[tuple[str, str], set[float]] = {}
     for row in records:
         if row["condition"] in REMOVED:
             ratios.setdefault((row["scope"], row["reduction"]), set()).add(row["ratio"])
     if not ratios:
-        return []
+        return {}
     best = max(ratios, key=lambda key: (len(ratios[key]), key[0] == "global", key[1] == MAIN_REDUCTION))
-    return [row for row in records if row["condition"] == "base" or (row["scope"], row["reduction"]) == best]
+    as_long = [key for key in sorted(ratios) if key[1] == best[1] and len(ratios[key]) == len(ratios[best])]
+    removed = [row for row in records if row["condition"] != "base"]
+    return {
+        scope: [*whole_models(records, scope), *having(removed, scope=scope, reduction=reduction)]
+        for scope, reduction in as_long
+    }
 
 
 def _deletion_line(
-    drawing: Drawing, axis: Axes, rows: Sequence[DeactivationRecord], condition: str, nothing: float, mark: Look
+    drawing: Drawing,
+    axis: Axes,
+    rows: Sequence[DeactivationRecord],
+    condition: str,
+    nothing: float,
+    mark: Look,
+    of_scope: str,
 ) -> None:
     """The curve of one model; a perplexity that is not finite has no point but a sign at the upper edge."""
     removed = {group["ratio"]: group["rows"] for group in grouped(having(rows, condition=condition), "ratio")}
@@ -91,7 +120,8 @@ def _deletion_line(
     by_ratio = removed | ({0.0: whole} if whole else {})
     points: list[tuple[float, float]] = []
     for ratio, found in sorted(by_ratio.items()):
-        where = f"{method_name(rows[0]['model'])}, {rows[0]['modality']}, {100 * ratio:g} % ({condition}) removed"
+        removed_share = f"{100 * ratio:g} % ({condition}) removed"
+        where = f"{method_name(rows[0]['model'])}, {rows[0]['modality']}{of_scope}, {removed_share}"
         x, values = ratio or nothing, [row["perplexity"] for row in found]
         center = middle(values, condition)
         if math.isinf(center):

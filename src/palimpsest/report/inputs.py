@@ -23,7 +23,7 @@ from typing_extensions import TypedDict
 
 from palimpsest import records
 from palimpsest.files import UserError
-from palimpsest.records import MODALITIES, Results, method_of
+from palimpsest.records import MODALITIES, DeactivationRecord, Results, method_of
 from palimpsest.report.public import public, without_paths
 from palimpsest.rundir import STEP_FILE, models_in
 
@@ -160,6 +160,12 @@ def by_task(rows: Iterable[R]) -> list[R]:
 def having(rows: Iterable[R], **wanted: Any) -> list[R]:
     """The rows that have the `wanted` values."""
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
+
+
+def whole_models(records: Iterable[DeactivationRecord], scope: str) -> list[DeactivationRecord]:
+    """The records of the unchanged models, which stand in every scope: those of one, or all where it has none."""
+    whole = having(records, condition="base")
+    return having(whole, scope=scope) or whole
 
 
 def at(value: Any, *keys: str) -> Any:

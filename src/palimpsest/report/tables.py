@@ -432,7 +432,7 @@ def comparisons(records: Rows) -> Table:
 def seeds(records: Rows) -> Table:
     """Mean, standard deviation and interval of every measure over the training runs of each method."""
     order = list(dict.fromkeys([*OF_SEEDS, *(row["measure"] for row in records)]))
-    key = lambda row: (order.index(row["measure"]), row["basis"] or "", row["task"] or "")  # noqa: E731
+    key = lambda row: (order.index(row["measure"]), row.get("scope", ""), row["basis"] or "", row["task"] or "")  # noqa: E731
     return table(
         "seeds",
         "Several training runs of each method: mean and spread",
@@ -456,7 +456,7 @@ def seeds(records: Rows) -> Table:
 
 def _measure(row: Row) -> str:
     if row["measure"] in OF_SEEDS:
-        return OF_SEEDS[row["measure"]]
+        return OF_SEEDS[row["measure"]] + (f", scope {row['scope']}" if row.get("scope") else "")
     reference = "" if row["reference"] is None else f" from {method_name(row['reference'])}"
     return f"{row['measure']}{reference}, {row['basis']}"
 

@@ -251,10 +251,10 @@ def deactivation(ws: Workspace, model: str) -> None:
     }
 
     def write(folder: Path, advance: Advance) -> None:
-        from palimpsest.evaluation.deactivation import deactivation_records
+        from palimpsest.evaluation.deactivation import deletion_curve
 
         held_out = ws.groups["heldout"][: options.n_examples]
-        records = deactivation_records(
+        records = deletion_curve(
             model,
             ws.speech_lm(model) if ws.config.takes_speech(model) or model != BASE else ws.base,
             ws.scores(model).tensors(reduction),
@@ -262,8 +262,8 @@ def deactivation(ws: Workspace, model: str) -> None:
                 modality: partial(batches, ws.collator(modality, "heldout"), held_out, options.batch_size, ws.device)
                 for modality in ws.modalities(model)
             },
-            ratio=options.ratio,
-            scope=options.scope,
+            ratios=(options.ratio,),
+            scopes=options.scopes,
             random_seeds=[ws.seed(f"deactivation/{i}") for i in range(options.random_seeds)],
             reduction=reduction,
             progress=advance,
