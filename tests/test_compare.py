@@ -105,6 +105,9 @@ def test_two_evaluations_by_hand(tmp_path: Path) -> None:
         "p_holm": pytest.approx(mcnemar_exact(5, 12)),
         "detectable": pytest.approx(minimum_detectable_difference(40, 17 / 40)),
         "verdict": "no difference shown",
+        "family": "text, against each other",
+        "n_family": 1,
+        "left_out": None,
     }
 
 
@@ -120,7 +123,7 @@ def test_the_same_answers_differ_in_nothing(tmp_path: Path) -> None:
     assert (row["difference"], row["p_holm"], row["detectable"]) == (0, 1, None)
 
 
-def test_holm_is_over_the_whole_table(tmp_path: Path) -> None:
+def test_holm_is_over_the_tests_of_a_family(tmp_path: Path) -> None:
     runs = [evaluation(tmp_path / name, range(k)) for name, k in (("a", 10), ("b", 16), ("c", 30))]
     rows = compared(*runs)["accuracy"]
     assert [(r["method_a"], r["method_b"]) for r in rows] == [("a", "b"), ("a", "c"), ("b", "c")]

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import expit
 
-from palimpsest.comparison.pairs import compare, corrected
+from palimpsest.comparison.families import corrected
+from palimpsest.comparison.pairs import compare
 from palimpsest.files import UserError
 from palimpsest.intervals import (
     holm,
@@ -242,6 +243,9 @@ def test_compare_by_hand() -> None:
         "difference": pytest.approx(-0.2),
         "p_value": pytest.approx(0.625),  # 2 · (1 + 4) / 2^4
         "p_holm": pytest.approx(0.625),
+        "family": "text, against the base",
+        "n_family": 1,
+        "left_out": None,
     }
     assert -0.7 < low < -0.2 < high < 0.4
 
@@ -255,11 +259,13 @@ def test_compare_makes_every_pair_and_does_not_depend_on_row_order() -> None:
         ("base", "lora"),
         ("full", "lora"),
     ]
-    assert [r["p_holm"] for r in records] == holm([r["p_value"] for r in records])
+    p = [r["p_value"] for r in records]
+    assert [r["p_holm"] for r in records] == [*holm(p[:2]), p[2]]  # against the base; against each other
     shuffled = {m: dict(reversed(rows.items())) for m, rows in verdicts.items()}
     assert compare(shuffled, task="t", modality="text", metric="m", seed=0) == records
-    twice = corrected(records * 2)
-    assert [r["p_holm"] for r in twice] == holm([r["p_value"] for r in records * 2])
+    two = corrected([*records, *({**r, "task": "u"} for r in records)])  # a family goes over the tasks
+    assert [r["p_holm"] for r in two[:2] + two[3:5]] == holm(p[:2] * 2)
+    assert {r["n_family"] for r in two[2::3]} == {2}
 
 
 @pytest.mark.parametrize("other", [{}, {"q1": True}, {"q1": True, "q3": False}])

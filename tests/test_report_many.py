@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from palimpsest.commands import report as command
 from palimpsest.comparison.pairs import compare
 from palimpsest.files import write_json
 from palimpsest.intervals import mcnemar_exact
+from palimpsest.report import inputs as inputs_of
 from palimpsest.report.figures import draw
 from palimpsest.report.inputs import Inputs, read_inputs
 from palimpsest.report.style import look, style
@@ -68,7 +71,19 @@ def test_a_model_that_cannot_differ_makes_no_other_row_weaker() -> None:
     """The adaptor alone leaves the text as it was: its row against the base is no test."""
     base = {f"q{i}": i < 10 for i in range(20)}
     full = {f"q{i}": i < 3 for i in range(20)}
-    rows = compare({"base": base, "adaptor": base, "full": full}, task="x", modality="text", metric="m", seed=0)
+    verdicts = {"base": base, "adaptor": base, "full": full}
+    rows = compare(verdicts, task="x", modality="text", metric="m", seed=0, same={"adaptor": "base"})
     found = {(row["method_a"], row["method_b"]): row for row in rows}
     assert found["base", "adaptor"]["p_holm"] == 1.0
-    assert found["base", "full"]["p_holm"] == 2 * mcnemar_exact(7, 0)  # of two tests, not of three
+    assert found["base", "full"]["p_holm"] == mcnemar_exact(7, 0)  # of one test, not of three
+
+
+def test_a_report_reads_its_results_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", without={"maps", "samples", "data"})
+    read: list[Path] = []
+    whole = inputs_of._read_results
+    monkeypatch.setattr(inputs_of, "_read_results", lambda path, missing: read.append(path) or whole(path, missing))
+    assert len(list(command.run(command.Options([run])))) == 1
+    assert read == [run / "results.json"]
+    assert (run / "report.html").exists()
+    assert list((run / "figures").glob("*.svg"))

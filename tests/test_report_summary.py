@@ -59,6 +59,17 @@ def test_lost_reads_the_paired_test(tmp_path: Path, difference: float, p: float,
     assert f"Full-FT (10.0\u00a0%): {verdict}" in there
 
 
+def test_a_p_stands_beside_the_number_of_tests_it_is_corrected_for(tmp_path: Path) -> None:
+    qa = [accuracy_row("base", "facts", "text", 60), accuracy_row("full", "facts", "text", 30)]
+    row = comparison_row("facts", "base", "full", -0.1, 0.01)
+    for more, said in (
+        ({"n_family": 21, "left_out": None}, "p = 0.010, Holm over 21)"),
+        ({"n_family": 21, "left_out": "equal by construction"}, "p = 0.010, equal by construction)"),
+        ({}, "p = 0.010, Holm-corrected)"),  # a record of an earlier version
+    ):
+        assert said in _answers(tmp_path, LOST, qa=qa, comparisons=[{**row, **more}])
+
+
 def test_lost_without_a_comparison_draws_no_conclusion(tmp_path: Path) -> None:
     qa = [accuracy_row("base", "facts", "text", 60), accuracy_row("full", "facts", "text", 0)]
     answer = _answers(tmp_path, LOST, qa=qa)

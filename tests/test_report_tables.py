@@ -177,7 +177,12 @@ def test_comparisons_write_points_and_both_p_values() -> None:
         "−20.0 [−25.0 to −15.0]",
         "< 0.001",
         "< 0.001",
+        "–",
     ]
+    told = {**comparison_row("facts", "base", "full", -0.2, 0.0001), "n_family": 6, "left_out": None}
+    idle = {**told, "left_out": "equal by construction"}
+    made = tables.comparisons([told, idle])  # type: ignore[list-item]
+    assert [_row(made, index)[-1] for index in (0, 1)] == ["6", "equal by construction"]
 
 
 def test_clustering_takes_medians_and_leaves_out_undefined_scores() -> None:

@@ -83,7 +83,10 @@ class ComparisonRecord(TypedDict):
     ci_low: float
     ci_high: float
     p_value: float  # McNemar, exact
-    p_holm: float  # Holm-corrected over the table
+    p_holm: float  # Holm-corrected over its family
+    family: NotRequired[str]  # the tests that `p_holm` is corrected for; absent in records of earlier versions
+    n_family: NotRequired[int]  # how many
+    left_out: NotRequired[str | None]  # why this row is none of them; its p_holm is then uncorrected, or another row's
 
 
 class LayerRecord(TypedDict):
@@ -253,13 +256,16 @@ class ProbeComparisonRecord(TypedDict):
     ci_low: float
     ci_high: float
     p_value: float
-    p_holm: float  # Holm-corrected over the rows of all pairs, or over those of single kinds
+    p_holm: float  # Holm-corrected over its family
     margin_difference: float  # nats per token
     margin_ci_low: float
     margin_ci_high: float
     loss_right_difference: float  # of the right continuations, nats per token; above 0: less likely than before
     loss_right_ci_low: float
     loss_right_ci_high: float
+    family: NotRequired[str]  # the tests that `p_holm` is corrected for; absent in records of earlier versions
+    n_family: NotRequired[int]  # how many
+    left_out: NotRequired[str | None]  # why this row is none of them; its p_holm is then uncorrected, or another row's
 
 
 class FloorRecord(TypedDict):
@@ -294,7 +300,10 @@ class SpeechTestRecord(TypedDict):
     ci_low: float
     ci_high: float
     p_value: float
-    p_holm: float  # Holm-corrected over the rows of a reference
+    p_holm: float  # Holm-corrected over its family: the rows of a reference
+    family: NotRequired[str]  # the tests that `p_holm` is corrected for; absent in records of earlier versions
+    n_family: NotRequired[int]  # how many
+    left_out: NotRequired[str | None]  # why this row is none of them; its p_holm is then uncorrected, or another row's
 
 
 class VoiceRecord(TypedDict):
@@ -354,6 +363,9 @@ class PairRecord(TypedDict):
     p_holm: float
     detectable: float | None  # the smallest true difference found with probability 0.8; None: no difference would be
     verdict: str  # better | worse | no difference shown, of b
+    family: NotRequired[str]  # the tests that `p_holm` is corrected for; absent in records of earlier versions
+    n_family: NotRequired[int]  # how many
+    left_out: NotRequired[str | None]  # why this row is none of them; its p_holm is then uncorrected, or another row's
 
 
 class SeedRecord(TypedDict):
@@ -403,6 +415,9 @@ class GapRecord(TypedDict):
     ci_high: float
     p_value: float
     p_holm: float
+    family: NotRequired[str]  # the tests that `p_holm` is corrected for; absent in records of earlier versions
+    n_family: NotRequired[int]  # how many
+    left_out: NotRequired[str | None]  # why this row is none of them; its p_holm is then uncorrected, or another row's
 
 
 class LossPairRecord(TypedDict):
@@ -424,6 +439,9 @@ class LossPairRecord(TypedDict):
     p_holm: float
     detectable: float | None
     verdict: str
+    family: NotRequired[str]  # the tests that `p_holm` is corrected for; absent in records of earlier versions
+    n_family: NotRequired[int]  # how many
+    left_out: NotRequired[str | None]  # why this row is none of them; its p_holm is then uncorrected, or another row's
 
 
 class TrainingRecord(TypedDict):

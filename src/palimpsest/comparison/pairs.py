@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from palimpsest.comparison.families import ALIKE, corrected, family_of_pair
 from palimpsest.comparison.systems import (
     Answers,
     Key,
@@ -37,7 +38,6 @@ from palimpsest.intervals import (
     accuracy_interval,
     clustered_difference,
     compare_accuracies,
-    holm,
     loss_difference,
     retention,
 )
@@ -54,8 +54,6 @@ from palimpsest.records import (
 )
 
 T = TypeVar("T")
-LEVEL = 0.05
-BETTER, WORSE, ALIKE = "better", "worse", "no difference shown"
 
 
 def compare_runs(
@@ -131,15 +129,23 @@ def not_compared(pairs: Sequence[tuple[System, System]]) -> list[str]:
 # Accuracy
 # ------------------------------------------------------------------------------------------------------------
 def accuracy_records(pairs: Sequence[tuple[System, System]], metric: str, seed: int) -> list[PairRecord]:
-    """One row per pair, task and modality; Holm over all of them."""
+    """One row per pair, task and modality; Holm over the tests of a family."""
     rows: list[PairRecord] = []
     for a, b in pairs:
         for key in sorted(a.answers.keys() & b.answers.keys(), key=order):
             first, second = a.answers[key], b.answers[key]
             require_same(first, second, key)
             sides = (a.label, matrix(first.verdicts)), (b.label, matrix(second.verdicts))
-            rows.append(pair_record(*sides, key, metric, first.metric_version, seed))
-    return corrected(rows)
+            family = family_of_pair(a.method, b.method, key[1])
+            rows.append(pair_record(*sides, key, metric, first.metric_version, seed, family))
+    return corrected(rows, _same(pairs))
+
+
+def _same(pairs: Sequence[tuple[System, System]]) -> dict[str, str]:
+    """Label -> that of its run's base, of the systems whose language model is the base's."""
+    systems = {system.label: system for pair in pairs for system in pair}.values()
+    bases = {system.run: system.label for system in systems if system.method == BASE}
+    return {s.label: bases[s.run] for s in systems if s.text_of_base and s.run in bases}
 
 
 def order(key: Key) -> tuple[str, int]:
@@ -148,9 +154,9 @@ def order(key: Key) -> tuple[str, int]:
 
 
 def pair_record(
-    a: tuple[str, Matrix], b: tuple[str, Matrix], key: Key, metric: str, metric_version: str, seed: int
+    a: tuple[str, Matrix], b: tuple[str, Matrix], key: Key, metric: str, metric_version: str, seed: int, family: str
 ) -> PairRecord:
-    """a, b: label and verdicts (training runs, questions). `p_holm` and `verdict` are those of `corrected`."""
+    """a, b: label and verdicts (training runs, questions). `corrected` gives `p_holm`, `verdict` and what follows."""
     (label_a, first), (label_b, second) = a, b
     found = compare_accuracies(first, second, seed)
     low_a, high_a = accuracy_interval(first)
@@ -181,40 +187,26 @@ def pair_record(
         "p_holm": found.p_value,
         "detectable": found.detectable,
         "verdict": ALIKE,
+        "family": family,
+        "n_family": 1,
+        "left_out": None,
     }
 
 
-def corrected(rows: Sequence[Any], better: int = 1) -> list[Any]:
-    """The rows of one table with Holm's correction over all that can differ, and the verdict where they have one.
-
-    better: the sign of a difference that is good for b.
-
-    Rows in which nothing separates the two sides are not counted, such as a model whose language model stayed frozen
-    beside its base, from text: their p is 1 whatever the others are, so they can be no false discovery (Tarone 1990).
-    """
-    counted = [i for i, row in enumerate(rows) if not _inseparable(row)]
-    by_row = dict(zip(counted, holm([rows[i]["p_value"] for i in counted]), strict=True))
-    made = []
-    for i, row in enumerate(rows):
-        p = by_row.get(i, 1.0)
-        verdict = ALIKE if p > LEVEL else BETTER if better * row.get("difference", 0) > 0 else WORSE
-        made.append({**row, "p_holm": p, **({"verdict": verdict} if "verdict" in row else {})})
-    return made
-
-
-def _inseparable(row: Mapping[str, Any]) -> bool:
-    difference = row["difference"] if "difference" in row else row["value"]
-    return bool(difference == 0 and row["ci_low"] == 0 and row["ci_high"] == 0)
-
-
 def compare(
-    verdicts: Mapping[str, Mapping[str, bool]], *, task: str, modality: str, metric: str, seed: int
+    verdicts: Mapping[str, Mapping[str, bool]],
+    *,
+    task: str,
+    modality: str,
+    metric: str,
+    seed: int,
+    same: Mapping[str, str] | None = None,
 ) -> list[ComparisonRecord]:
     """Every pair of methods with one training run each, paired by question.
 
     verdicts: method -> {question id: right?}. Pairs follow the order of the methods, the earlier one being
-    `method_a`, so the base model belongs first. Holm is taken over the pairs of this call; use `corrected`
-    on the rows of several calls that are read as one table.
+    `method_a`, so the base model belongs first. Holm is taken over the families of this call; use `corrected`
+    on the rows of several calls that are read as one table. same: as `corrected` takes it.
 
     Raises:
         UserError: when two methods did not answer the same questions.
@@ -246,9 +238,12 @@ def compare(
                 "ci_high": found.high,
                 "p_value": found.p_value,
                 "p_holm": found.p_value,
+                "family": family_of_pair(method_a, method_b, modality),
+                "n_family": 1,
+                "left_out": None,
             }
         )
-    return corrected(records)
+    return corrected(records, same)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -286,7 +281,7 @@ def retention_records(systems: Sequence[System], metric: str, base: str | None) 
 
 
 def gap_records(systems: Sequence[System], metric: str, seed: int) -> list[GapRecord]:
-    """T2T − S2T, and T2T − cascade, of every system that has both; Holm over all of them."""
+    """T2T − S2T, and T2T − cascade, of every system that has both; Holm over each of the two."""
     records: list[GapRecord] = []
     for system in systems:
         for task, modality in sorted(system.answers, key=order):
@@ -312,6 +307,9 @@ def gap_records(systems: Sequence[System], metric: str, seed: int) -> list[GapRe
                     "ci_high": found.high,
                     "p_value": found.p_value,
                     "p_holm": found.p_value,
+                    "family": f"text against {modality}",
+                    "n_family": 1,
+                    "left_out": None,
                 }
             )
     return corrected(records)
@@ -321,7 +319,7 @@ def gap_records(systems: Sequence[System], metric: str, seed: int) -> list[GapRe
 # Losses
 # ------------------------------------------------------------------------------------------------------------
 def loss_records(pairs: Sequence[tuple[System, System]]) -> list[LossPairRecord]:
-    """One row per pair, task and modality for which both have per-example losses; Holm over all of them."""
+    """One row per pair, task and modality for which both have per-example losses; Holm over the tests of a family."""
     rows: list[LossPairRecord] = []
     for a, b in pairs:
         for key in sorted(a.losses.keys() & b.losses.keys(), key=order):
@@ -346,9 +344,12 @@ def loss_records(pairs: Sequence[tuple[System, System]]) -> list[LossPairRecord]
                     "p_holm": effect.p_value,
                     "detectable": effect.detectable,
                     "verdict": ALIKE,
+                    "family": family_of_pair(a.method, b.method, key[1]),
+                    "n_family": 1,
+                    "left_out": None,
                 }
             )
-    return corrected(rows, better=-1)
+    return corrected(rows, _same(pairs), better=-1)
 
 
 def exp(log: float) -> float:
@@ -375,7 +376,7 @@ def aligned(first: Losses, second: Losses) -> tuple[Any, Any, Any]:
 def pair_runs(runs: Sequence[Path], metric: str = PRIMARY, seed: int = 0) -> Paired:
     """Every two of `runs` compared in the methods both have: `metric`, `accuracy`, `perplexity`, `not_compared`.
 
-    `accuracy` and `perplexity` are PairRecords and LossPairRecords, Holm-corrected over each table; `not_compared`
+    `accuracy` and `perplexity` are PairRecords and LossPairRecords, Holm-corrected by family; `not_compared`
     has a sentence for whatever only one run has, or what the runs asked or scored differently.
 
     Args:

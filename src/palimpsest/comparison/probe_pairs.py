@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from palimpsest.comparison.pairs import corrected
+from palimpsest.comparison.families import corrected
 from palimpsest.comparison.training_runs import runs_of
 from palimpsest.files import UserError, read_jsonl
 from palimpsest.intervals import clustered_difference, compare_accuracies
@@ -25,11 +25,12 @@ ALL = "all"  # evaluation.probe.ALL: over all kinds
 
 
 def probe_comparisons(
-    run: Path, methods: Sequence[str], measured: Mapping[str, int], seed: int
+    run: Path, methods: Sequence[str], measured: Mapping[str, int], seed: int, same: Mapping[str, str] | None = None
 ) -> list[ProbeComparisonRecord]:
-    """One row per method and kind of pairs; Holm over the methods' rows of all pairs, and over those of single kinds.
+    """One row per method and kind of pairs; the rows of all pairs are a family, those of single kinds another.
 
-    measured: of each method, how many of its training runs were probed. seed: of the bootstrap.
+    measured: of each method, how many of its training runs were probed. seed: of the bootstrap. same: as `corrected`
+    takes it.
 
     Raises UserError where the base and a method were probed with other pairs.
     """
@@ -43,9 +44,7 @@ def probe_comparisons(
         for kind in (ALL, *dict.fromkeys(kinds.values())):
             ids = [name for name in base if kind in (ALL, kinds[name])]
             rows.append(_row(method, kind, [base], runs, ids, seed))
-    families = ([row for row in rows if (row["kind"] == ALL) == whole] for whole in (True, False))
-    by_row = {(row["method"], row["kind"]): row for family in families for row in corrected(family)}
-    return [by_row[row["method"], row["kind"]] for row in rows]
+    return corrected(rows, same)
 
 
 def _read(run: Path, name: str) -> dict[str, Any]:
@@ -82,6 +81,9 @@ def _row(
         "ci_high": found.high,
         "p_value": found.p_value,
         "p_holm": found.p_value,
+        "family": "probe, all pairs" if kind == ALL else "probe, single kinds",
+        "n_family": 1,
+        "left_out": None,
         "margin_difference": margin.value,
         "margin_ci_low": margin.low,
         "margin_ci_high": margin.high,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from palimpsest.evaluation import judge
@@ -16,7 +17,8 @@ from palimpsest.evaluation.perplexity import Perplexity, read_losses
 from palimpsest.evaluation.scoring import METRICS
 from palimpsest.evaluation.tasks import text_version
 from palimpsest.files import UserError, read_json
-from palimpsest.rundir import models_in, run_labels
+from palimpsest.records import method_of
+from palimpsest.rundir import STUDY, models_in, run_labels
 
 Key = tuple[str, str]  # (task, modality)
 Matrix = NDArray[np.float64]  # (training runs, questions)
@@ -49,6 +51,7 @@ class System:
     method: str | None  # None for an evaluation folder
     answers: Mapping[Key, Answers]
     losses: Mapping[Key, Losses]
+    text_of_base: bool = False  # only an adaptor was trained: the language model is the base's by construction
 
 
 def read_systems(runs: Sequence[Path], metric: str, methods: Sequence[str] | None = None) -> list[System]:
@@ -69,10 +72,13 @@ def read_systems(runs: Sequence[Path], metric: str, methods: Sequence[str] | Non
         found = _folders(run)
         if not found:
             raise UserError(f"{run} holds no answers; give the run directory of a study or the --out of evaluate.")
+        adaptors = _adaptor_methods(run)
         for method, folder in found.items():
             label = prefix if method is None else method if len(runs) == 1 else f"{prefix}/{method}"
             if method is None or methods is None or method in methods:
-                systems.append(_read(label, run, method, folder, metric))
+                system = _read(label, run, method, folder, metric)
+                unchanged = method is not None and method_of(method)[0] in adaptors
+                systems.append(replace(system, text_of_base=unchanged))
     require_methods(systems, methods)
     return systems
 
@@ -113,7 +119,8 @@ def pool_seeds(systems: Sequence[System]) -> list[System]:
             for part in parts:
                 require_same(mine, part, key)
             answers[key] = replace(mine, verdicts=tuple(v for part in parts for v in part.verdicts))
-        pooled.append(System(name, first.run, name, answers, first.losses if len(members) == 1 else {}))
+        losses = first.losses if len(members) == 1 else {}
+        pooled.append(replace(first, label=name, method=name, answers=answers, losses=losses))
     return pooled
 
 
@@ -144,6 +151,15 @@ def _folders(run: Path) -> dict[str | None, Path]:
         raise UserError(f"{run} is not a folder; give the run directory of a study or the --out of evaluate.")
     found: dict[str | None, Path] = {m: f for m, f in models_in(run).items() if _sample_files(f) or _loss_files(f)}
     return found or ({None: run} if _sample_files(run) or _loss_files(run) else {})
+
+
+def _adaptor_methods(run: Path) -> set[str]:
+    """The methods of a study that train nothing but the adaptor, by its recipe; none where there is no readable one."""
+    try:
+        methods = yaml.safe_load((run / STUDY).read_text(encoding="utf-8"))["methods"]
+        return {name for name, method in methods.items() if method["kind"] == "adaptor"}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError):
+        return set()
 
 
 def _sample_files(folder: Path) -> list[Path]:

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from palimpsest.comparison.pairs import corrected, exp, order, pair_record
+from palimpsest.comparison.families import corrected, family_of_pair
+from palimpsest.comparison.pairs import exp, order, pair_record
 from palimpsest.comparison.systems import Matrix, matrix
 from palimpsest.evaluation.perplexity import read_losses
 from palimpsest.evaluation.scoring import METRIC_VERSION, PRIMARY
@@ -54,9 +55,13 @@ def seed_records(
 
 
 def seed_comparisons(
-    methods: Sequence[str], n_seeds: int, verdicts: Mapping[tuple[str, str], Verdicts], seed: int
+    methods: Sequence[str],
+    n_seeds: int,
+    verdicts: Mapping[tuple[str, str], Verdicts],
+    seed: int,
+    same: Mapping[str, str] | None = None,
 ) -> list[PairRecord]:
-    """Every pair of the base and the methods, each method with all its runs; Holm over the table."""
+    """Every pair of the base and the methods, each method with all its runs; `same` as `corrected` takes it."""
     rows: list[PairRecord] = []
     for a, b in combinations((BASE, *methods), 2):
         runs_a, runs_b = runs_of(a, n_seeds), runs_of(b, n_seeds)
@@ -64,12 +69,17 @@ def seed_comparisons(
             if all(name in verdicts[key] for name in (*runs_a, *runs_b)):
                 right = matrix([verdicts[key][name] for name in (*runs_a, *runs_b)])
                 sides = (a, right[: len(runs_a)]), (b, right[len(runs_a) :])
-                rows.append(pair_record(*sides, key, PRIMARY, METRIC_VERSION, seed))
-    return corrected(rows)
+                family = family_of_pair(a, b, key[1])
+                rows.append(pair_record(*sides, key, PRIMARY, METRIC_VERSION, seed, family))
+    return corrected(rows, same)
 
 
 def pooled_comparisons(
-    methods: Sequence[str], n_seeds: int, verdicts: Mapping[tuple[str, str], Verdicts], seed: int
+    methods: Sequence[str],
+    n_seeds: int,
+    verdicts: Mapping[tuple[str, str], Verdicts],
+    seed: int,
+    same: Mapping[str, str] | None = None,
 ) -> list[PairRecord]:
     """As `seed_comparisons`, over the questions of all tasks of a modality at once, where there are two tasks or more.
 
@@ -89,8 +99,9 @@ def pooled_comparisons(
             by_task = [matrix([verdicts[task, modality][name] for name in (*runs_a, *runs_b)]) for task in tasks]
             right = np.concatenate(by_task, axis=1)
             sides = (a, right[: len(runs_a)]), (b, right[len(runs_a) :])
-            rows.append(pair_record(*sides, (", ".join(tasks), modality), PRIMARY, METRIC_VERSION, seed))
-    return corrected(rows)
+            key, family = (", ".join(tasks), modality), family_of_pair(a, b, modality)
+            rows.append(pair_record(*sides, key, PRIMARY, METRIC_VERSION, seed, family))
+    return corrected(rows, same)
 
 
 def runs_of(method: str, n_seeds: int) -> list[str]:

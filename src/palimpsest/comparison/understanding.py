@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from palimpsest.comparison.pairs import corrected
+from palimpsest.comparison.families import corrected
 from palimpsest.comparison.systems import Matrix, matrix
 from palimpsest.comparison.training_runs import Verdicts, runs_of
 from palimpsest.evaluation.scoring import METRIC_VERSION, PRIMARY
@@ -30,7 +30,7 @@ def speech_tests(
     unrelated: Mapping[str, Mapping[str, Mapping[str, float]]],
     seed: int,
 ) -> list[SpeechTestRecord]:
-    """One row per method that answers speech (the base too), task and reference; Holm within each reference.
+    """One row per method that answers speech (the base too), task and reference; each reference is a family.
 
     verdicts: by (task, modality). unrelated: task -> run -> {question id: how often its spoken answer is right for
     other questions}; the questions that some run lacks there are left out of that row.
@@ -65,8 +65,8 @@ def speech_tests(
             if BASE in cascade:
                 understood = matrix([cascade[BASE]])
                 rows.append(_row(method, task, CASCADE, right, understood, compare_accuracies(understood, right, seed)))
-    of_reference = {name: [row for row in rows if row["reference"] == name] for name in (UNRELATED, TEXT, CASCADE)}
-    return [row for name in of_reference for row in corrected(of_reference[name])]
+    order = (UNRELATED, TEXT, CASCADE)
+    return sorted(corrected(rows), key=lambda row: order.index(row["reference"]))
 
 
 def _row(
@@ -87,4 +87,7 @@ def _row(
         "ci_high": found.high,
         "p_value": found.p_value,
         "p_holm": found.p_value,
+        "family": f"speech, against {reference}",
+        "n_family": 1,
+        "left_out": None,
     }

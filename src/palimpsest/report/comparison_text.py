@@ -10,6 +10,7 @@ from palimpsest.report.table import (
     Column,
     Field,
     Row,
+    holm_over,
     inline_markdown,
     p_value,
     percent,
@@ -30,12 +31,13 @@ def markdown(compared: Comparison) -> str:
             f"Accuracy ({compared['metric']})",
             (
                 *(TASK, INPUT, _system("a"), _system("b"), N, _accuracy("a"), _accuracy("b")),
-                *(_signed("B − A", "difference", 100, 1), P, P_HOLM, DETECTABLE, VERDICT),
+                *(_signed("B − A", "difference", 100, 1), P, P_HOLM, OVER, DETECTABLE, VERDICT),
             ),
             compared["accuracy"],
             f"B − A: percentage points on the same questions, 95 % interval ({interval}). p: {test}, then Holm-"
-            "corrected over this table. Detectable: the smallest true difference, in points, that so many questions "
-            "find with probability 0.8, given how often the two disagree. The verdict is about B, by p (Holm) ≤ 0.05.",
+            "corrected over so many tests: those of one input, against the base or against each other. Detectable: "
+            "the smallest true difference, in points, that so many questions find with probability 0.8, given how "
+            "often the two disagree. The verdict is about B, by p (Holm) ≤ 0.05.",
         ),
         (
             "Retention of text",
@@ -45,13 +47,13 @@ def markdown(compared: Comparison) -> str:
         ),
         (
             "Modality gap",
-            (TASK, METHOD, INPUT, N, _signed("Gap", "value", 100, 1), P, P_HOLM),
+            (TASK, METHOD, INPUT, N, _signed("Gap", "value", 100, 1), P, P_HOLM, OVER),
             compared["modality_gap"],
             "Accuracy from text minus accuracy from this input, percentage points on the same questions.",
         ),
         (
             "Loss on target answers",
-            (TASK, INPUT, A, B, N, *LOSSES, _signed("B − A", "difference", 1, 4), RATIO, P, P_HOLM, VERDICT),
+            (TASK, INPUT, A, B, N, *LOSSES, _signed("B − A", "difference", 1, 4), RATIO, P, P_HOLM, OVER, VERDICT),
             compared["perplexity"],
             "Nats per supervised token, paired by answer; ratio: perplexity of B over that of A.",
         ),
@@ -103,6 +105,7 @@ def _retention(row: Row) -> Cell:
 TASK, INPUT, METHOD, N = words("Task", "task"), words("Input", "modality"), words("Method", "method"), words("n", "n")
 A, B, VERDICT = words("A", "method_a"), words("B", "method_b"), words("Verdict on B", "verdict")
 P, P_HOLM = words("p", "p_value", p_value), words("p (Holm)", "p_holm", p_value)
+OVER = Column("Holm over"), lambda row: text(holm_over(row))
 DETECTABLE = words("Detectable", "detectable", percent)
 LOSSES = (words("Loss A", "loss_a", "{:.4f}".format), words("Loss B", "loss_b", "{:.4f}".format))
 RATIO = words("Ratio", "perplexity_ratio", "{:.3f}".format)

@@ -56,13 +56,15 @@ def write_figure(run: Path, name: str) -> list[Path]:
     return paths
 
 
-def write_figures(run: Path) -> list[Path]:
+def write_figures(run: Path, inputs: Inputs | None = None) -> list[Path]:
     """Write every figure the run has data for, as SVG and PNG, to `run`/figures; return the paths.
+
+    inputs: what `read_inputs` gave for `run`, where that was read already.
 
     Raises:
         UserError: `run` is not a folder.
     """
-    inputs = read_inputs(run)
+    inputs = read_inputs(run) if inputs is None else inputs
     return [path for name in FIGURES for path in _write(run, name, inputs)]
 
 

@@ -61,7 +61,9 @@ def write_page(path: Path, page: str) -> None:
 MAX_VALUE = 400  # characters of one provenance value
 
 
-def write_report(run: Path, out: Path | None = None, *, audio: bool = True, samples: bool = True) -> Path:
+def write_report(
+    run: Path, out: Path | None = None, *, audio: bool = True, samples: bool = True, inputs: Inputs | None = None
+) -> Path:
     """Write `out`, by default `run`/report.html, from what the run directory holds and return its path.
 
     Missing or damaged parts are named in the report, not raised. The same directory,
@@ -70,12 +72,13 @@ def write_report(run: Path, out: Path | None = None, *, audio: bool = True, samp
     Args:
         audio: put recordings of the spoken questions shown into the page.
         samples: show questions and answers; False leaves out the recordings too.
+        inputs: what `read_inputs` gave for `run`, where that was read already.
 
     Raises:
         UserError: `run` is not a folder.
     """
     path = out or run / "report.html"
-    page = render(read_inputs(run), audio=audio, samples=samples)
+    page = render(read_inputs(run) if inputs is None else inputs, audio=audio, samples=samples)
     write_page(path, page)
     return path
 

@@ -50,7 +50,7 @@ from palimpsest.report.table import (
     text,
     words,
 )
-from palimpsest.report.tables import DIFFERENCE, INPUT, P_HOLM, TASK, VERDICTS, N, P, accuracy_cell
+from palimpsest.report.tables import DIFFERENCE, INPUT, OVER, P_HOLM, TASK, VERDICTS, N, P, accuracy_cell
 from palimpsest.rundir import run_labels
 
 MAX_VALUE = 120  # characters of one value of a configuration or provenance
@@ -299,9 +299,9 @@ def _pairs(records: Rows) -> Table:
     return table(
         "pairs",
         "The same method in two runs, on the same questions",
-        (TASK, INPUT, A, B, N, *shares, DIFFERENCE, P, P_HOLM, VERDICT),
+        (TASK, INPUT, A, B, N, *shares, DIFFERENCE, P, P_HOLM, OVER, VERDICT),
         records,
-        "Brackets: 95 % interval, paired bootstrap. p: exact McNemar test; Holm: corrected for all rows of this table.",
+        "Brackets: 95 % interval, paired bootstrap. p: exact McNemar test; Holm over: the tests of an input.",
     )
 
 
@@ -311,7 +311,8 @@ def _loss_pairs(records: Rows) -> Table:
     return table(
         "loss_pairs",
         "The same method in two runs: loss on the same answers",
-        (words("Data", "task", task_name), INPUT, A, B, N, *losses, difference, P, P_HOLM, VERDICT),
+        (words("Data", "task", task_name), INPUT, A, B, N, *losses, difference, P, P_HOLM, OVER, VERDICT),
         records,
-        "Nats per supervised token; lower is better. Brackets: 95 % interval, paired by answer. Holm: over this table.",
+        "Nats per supervised token; lower is better. Brackets: 95 % interval, paired by answer. Holm over: the "
+        "tests of an input.",
     )

@@ -287,7 +287,8 @@ def _paired(inputs: Inputs, task: str, before: str, after: str) -> ComparisonRec
 def _difference(row: ComparisonRecord | SpeechTestRecord, more: str = "a gain", less: str = "a loss") -> str:
     spread = interval(row["ci_low"], row["ci_high"], points)
     p = p_value(row["p_holm"])
-    evidence = f"95 % interval {spread}; paired p {p if p.startswith('<') else f'= {p}'}, Holm-corrected"
+    over = "Holm-corrected" if "n_family" not in row else row.get("left_out") or f"Holm over {row['n_family']}"
+    evidence = f"95 % interval {spread}; paired p {p if p.startswith('<') else f'= {p}'}, {over}"
     if row["p_holm"] >= LEVEL:
         return f"no difference shown: {points(row['difference'])} points ({evidence})."
     return f"{more if row['difference'] > 0 else less}: {points(row['difference'])} points ({evidence})."

@@ -94,6 +94,13 @@ def p_value(value: float | None) -> str:
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
+def holm_over(row: Row) -> str:
+    """How many tests the row's p is corrected for, or why it is none of them; a dash in records that do not say."""
+    if row.get("left_out"):
+        return str(row["left_out"])
+    return str(row["n_family"]) if "n_family" in row else DASH
+
+
 def interval(low: float | None, high: float | None, write: Callable[[float], str] = percent) -> str:
     """`low to high`, written like the values they belong to; empty where there is none."""
     return "" if low is None or high is None else f"{write(low)} to {write(high)}"

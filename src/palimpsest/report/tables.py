@@ -44,6 +44,7 @@ from palimpsest.report.table import (
     count,
     counts,
     grouped,
+    holm_over,
     interval,
     mean,
     median_log,
@@ -87,6 +88,12 @@ METHOD, SYSTEM = words("Method", "method", method_name), words("Model", "model")
 A, B = words("A", "method_a", method_name), words("B", "method_b", method_name)
 N, DIFFERENCE = counts("n", "n"), ranges("B − A, points", "difference", points)
 P, P_HOLM = numbers("p", "p_value", p_value), numbers("p, Holm", "p_holm", p_value)
+OVER = cells("Holm over", lambda row: Cell(holm_over(row), sort=row.get("n_family")))
+HOLM = (
+    "Holm over: so many tests of one question, by input, against the base or against each other; a row that is no "
+    "test of its own says why, and keeps its p. "
+    "A dash: over the whole table, as earlier versions did."
+)
 
 
 def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Table]:
@@ -389,12 +396,12 @@ def speech_tests(records: Rows) -> Table:
         (
             *(TASK, METHOD, words("Against", "reference", lambda name: REFERENCES.get(name, name)), N),
             *(numbers("S2T %", "accuracy", percent), numbers("Reference %", "reference_accuracy", percent)),
-            *(ranges("S2T − reference, points", "difference", points), P, P_HOLM),
+            *(ranges("S2T − reference, points", "difference", points), P, P_HOLM, OVER),
         ),
         in_order(records, "task", "method"),
         "Paired on the same questions; of several training runs their means, clustered by question and seed. Answers "
         "to other questions: each spoken answer scored against the gold answers of another question, mean over several "
-        "draws. Holm: corrected for all rows with the same reference. Brackets: 95 % interval.",
+        "draws. Holm over: the tests against one reference. Brackets: 95 % interval.",
     )
 
 
@@ -422,10 +429,9 @@ def comparisons(records: Rows) -> Table:
     return table(
         "comparisons",
         "Paired comparisons on the same questions",
-        (TASK, INPUT, words("Scoring rule", "metric"), A, B, N, *only, DIFFERENCE, P, P_HOLM),
+        (TASK, INPUT, words("Scoring rule", "metric"), A, B, N, *only, DIFFERENCE, P, P_HOLM, OVER),
         records,
-        "p: exact McNemar test; Holm: corrected for all rows of this table in which a question separates "
-        "the two. Brackets: 95 % interval.",
+        f"p: exact McNemar test. {HOLM} Brackets: 95 % interval.",
     )
 
 
@@ -475,9 +481,9 @@ def seed_comparisons(records: Rows) -> Table:
     return table(
         "seed_comparisons",
         "Paired comparisons of the methods' means over their runs",
-        (TASK, INPUT, A, B, N, *runs, DIFFERENCE, P, P_HOLM, words("B is", "verdict")),
+        (TASK, INPUT, A, B, N, *runs, DIFFERENCE, P, P_HOLM, OVER, words("B is", "verdict")),
         records,
-        "Clustered by question and by seed; Holm: corrected for all rows of this table. Brackets: 95 % interval.",
+        f"Clustered by question and by seed. {HOLM} Brackets: 95 % interval.",
     )
 
 
@@ -488,10 +494,10 @@ def pooled_comparisons(records: Rows) -> Table:
     return table(
         "pooled_comparisons",
         "Paired comparisons over all tasks, of the methods' means over their runs",
-        (of_tasks, INPUT, A, B, N, *runs, DIFFERENCE, P, P_HOLM, words("B is", "verdict")),
+        (of_tasks, INPUT, A, B, N, *runs, DIFFERENCE, P, P_HOLM, OVER, words("B is", "verdict")),
         records,
         "What the claims about accuracy are decided on. The questions of all tasks are pooled in each training run and "
-        "then clustered by question and by seed; Holm: corrected for all rows of this table. Brackets: 95 % interval.",
+        f"then clustered by question and by seed. {HOLM} Brackets: 95 % interval.",
     )
 
 
@@ -559,15 +565,23 @@ def probe_comparisons(records: Rows) -> Table:
         "probe_comparisons",
         "Retention probe against the base, on the same pairs",
         (
-            *(METHOD, words("Pairs", "kind"), N, ranges("Method − base, points", "difference", points), P, P_HOLM),
+            *(
+                METHOD,
+                words("Pairs", "kind"),
+                N,
+                ranges("Method − base, points", "difference", points),
+                P,
+                P_HOLM,
+                OVER,
+            ),
             nats("Margin − base's", "margin_difference"),
             nats("Loss of the right one − base's", "loss_right_difference"),
         ),
         in_order(records, "method"),
-        "Paired by pair: exact McNemar test, of several training runs clustered by pair and seed; Holm: over the rows "
-        "of all pairs, and over those of single kinds. Margin and loss: nats per token. The pairs are easy: a model "
-        "can lose text and keep them, so read the last column (above 0: the right text is less likely now) and the "
-        "perplexity of the held-out answers beside it. Brackets: 95 % interval.",
+        "Paired by pair: exact McNemar test, of several training runs clustered by pair and seed; Holm over: the "
+        "methods' tests on all pairs, or those on single kinds. Margin and loss: nats per token. The pairs are easy: "
+        "a model can lose text and keep them, so read the last column (above 0: the right text is less likely now) and "
+        "the perplexity of the held-out answers beside it. Brackets: 95 % interval.",
     )
 
 

@@ -10,7 +10,8 @@ from palimpsest.analysis.analyse import TABLES
 from palimpsest.analysis.claims import claim_records
 from palimpsest.analysis.correlation import correlation_records
 from palimpsest.comparison.by_voice import RECORDING, voice_records
-from palimpsest.comparison.pairs import compare, corrected
+from palimpsest.comparison.families import corrected
+from palimpsest.comparison.pairs import compare
 from palimpsest.comparison.probe_pairs import probe_comparisons
 from palimpsest.comparison.training_runs import Verdicts, pooled_comparisons, seed_comparisons, seed_records
 from palimpsest.comparison.understanding import speech_tests
@@ -32,6 +33,8 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
     """The value of results.json for a run whose `steps` are done; `seed` is the bootstrap's."""
     names = [BASE, *config.runs]
     first_runs = [BASE, *config.methods]
+    # What trains an adaptor alone answers written questions as the base does, by construction.
+    same = {name: BASE for name, method in config.methods.items() if method.kind == "adaptor"}
     tables: dict[str, Any] = {"schema": SCHEMA} | {table: [] for table in RESULT_TABLES}
     for name in names:
         folder = run.path / folder_of(name)
@@ -44,7 +47,7 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
             tables["training"] += read_json(folder / "checkpoint" / "training.json")
     if config.evaluation.probe:
         measured = dict.fromkeys(config.methods, config.seeds if "probe" in config.seeds_measure else 1)
-        tables["probe_comparisons"] = probe_comparisons(run.path, list(config.methods), measured, seed)
+        tables["probe_comparisons"] = probe_comparisons(run.path, list(config.methods), measured, seed, same)
     for table in TABLES:
         tables[table] = read_json(run.path / "analysis" / f"{table}.json")
 
@@ -80,13 +83,13 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
         tables["voices"] += voice_records(
             task.name, examples, list(config.methods), config.seeds, by_modality, trained_on
         )
-    tables["comparisons"] = corrected(comparisons)
+    tables["comparisons"] = corrected(comparisons, same)
     tables["speech_tests"] = speech_tests(list(config.methods), config.seeds, right, by_chance, seed)
     tables["correlations"] = correlation_records(tables["shift"], tables["qa"], metric=PRIMARY)
     if config.seeds > 1:
         tables["seeds"] = seed_records(run.path, list(config.methods), config.seeds, right, tables)
-        tables["seed_comparisons"] = seed_comparisons(list(config.methods), config.seeds, right, seed)
-        tables["pooled_comparisons"] = pooled_comparisons(list(config.methods), config.seeds, right, seed)
+        tables["seed_comparisons"] = seed_comparisons(list(config.methods), config.seeds, right, seed, same)
+        tables["pooled_comparisons"] = pooled_comparisons(list(config.methods), config.seeds, right, seed, same)
     tables["claims"] = claim_records(tables, rank_series(config.methods))
     tables["timings"] = run.timings(steps)
     return tables

@@ -430,6 +430,7 @@ def _analysis_inputs(ws: Workspace, names: Sequence[str]) -> dict[str, Any]:
 def report(ws: Workspace, started: float) -> Path:
     """results.json, provenance.json, figures/ and report.html, from what the steps left; made anew each time."""
     from palimpsest.report.figures import write_figures
+    from palimpsest.report.inputs import read_inputs
     from palimpsest.report.page import write_report
     from palimpsest.study.results import collect
 
@@ -440,8 +441,9 @@ def report(ws: Workspace, started: float) -> Path:
         write_tables(ws.path / RESULTS, results)
         write_json(ws.path / PROVENANCE, ws.provenance(started))
         advance(1, 3)
-        write_figures(ws.path)
+        inputs = read_inputs(ws.path)
+        write_figures(ws.path, inputs)
         advance(2, 3)
-        page = write_report(ws.path)
+        page = write_report(ws.path, inputs=inputs)
         advance(3, 3)
     return page
