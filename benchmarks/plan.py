@@ -124,7 +124,7 @@ def measure(config: StudyConfig, folder: Path, name: str, batches: int) -> dict[
                 batch_size=training.batch_size,
                 accumulation=training.accumulation,
                 gradient_checkpointing=training.gradient_checkpointing,
-                bf16=training.bf16,
+                compute=workspace.compute.dtype,
             ),
             Path(out),
             name=name,
