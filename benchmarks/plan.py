@@ -36,13 +36,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", help="default: all of the recipe")
     parser.add_argument("--batches", type=int, default=4)
     parser.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
+    parser.add_argument("--compute", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
 
     config = load_config(options.recipe)
-    changes = {"device": "cpu"}
-    config = config.model_copy(update={"models": replace(config.models, **changes)})
+    config = config.model_copy(update={"models": replace(config.models, device="cpu", compute=options.compute)})
     if options.checkpointing:
         training = replace(config.training, gradient_checkpointing=True)
         config = config.model_copy(update={"training": training})
@@ -89,7 +89,13 @@ def make_data(config: StudyConfig, folder: Path) -> None:
 
 def in_a_process(options: argparse.Namespace, method: str, environment: dict[str, str]) -> dict[str, int]:
     command = [sys.executable, __file__, str(options.folder), "--recipe", str(options.recipe), "--measure", method]
-    command += ["--batches", str(options.batches), *(["--checkpointing"] if options.checkpointing else [])]
+    command += [
+        "--batches",
+        str(options.batches),
+        "--compute",
+        options.compute,
+        *(["--checkpointing"] if options.checkpointing else []),
+    ]
     done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stderr)
@@ -124,7 +130,7 @@ def measure(config: StudyConfig, folder: Path, name: str, batches: int) -> dict[
                 batch_size=training.batch_size,
                 accumulation=training.accumulation,
                 gradient_checkpointing=training.gradient_checkpointing,
-                bf16=training.bf16,
+                compute=workspace.compute.dtype,
             ),
             Path(out),
             name=name,

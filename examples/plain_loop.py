@@ -3,7 +3,7 @@
     python examples/plain_loop.py runs/demo lora
 
 Uses from palimpsest: the models and batches of the run, the learning-rate rules, the loss. The loop is yours to change;
-accumulation, token budget, bf16 and the adaptor's own phase, where a recipe asks for them, are not in it.
+accumulation, token budget and the adaptor's own phase, where a recipe asks for them, are not in it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 
 from palimpsest.data.collate import to_device
+from palimpsest.models.compute import computing
 from palimpsest.models.loss import supervised_losses
 from palimpsest.training.batching import epoch_batches
 from palimpsest.training.methods import add_lora, merge_lora, rules_for
@@ -38,7 +39,9 @@ def train(model, examples, collator, method, settings, scales=None):
     for step in range(n_steps):
         epoch, within = divmod(step, steps_per_epoch)
         rows = epoch_batches(len(examples), settings.batch_size, seed=settings.seed, epoch=epoch)[within]
-        losses, _ = supervised_losses(model, to_device(collator([examples[i] for i in rows]), model.device))
+        batch = to_device(collator([examples[i] for i in rows]), model.device)
+        with computing(settings.compute, model.device):
+            losses, _ = supervised_losses(model, batch)
         (losses.sum() / len(losses)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
         optimizer.step()

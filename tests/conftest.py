@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from palimpsest.models.compute import Choice
 
 # pytest -n runs a process per core, so that more threads would only be in each other's way; and one thread adds numbers
 # up in the same order everywhere. Read by OpenMP and BLAS when they are loaded, which is later; what a test starts
@@ -23,6 +26,14 @@ LONG = (
     *("test_report_html", "test_training_options", "test_study_adaptor", "test_report_figures"),
     *("test_evaluation_generate", "test_export", "test_importance_distributed", "test_models_embedded", "test_plan"),
 )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def same_arithmetic_everywhere() -> Iterator[None]:
+    """No outcome depends on the processor: `compute: auto` is float32 in this process unless a test says otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("palimpsest.models.compute.fastest", lambda device: Choice("float32", "this is a test"))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

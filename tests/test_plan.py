@@ -35,7 +35,12 @@ def recipe(folder: Path, **changes: Any) -> Path:
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     values = {
         "name": "tiny",
-        "models": {"language_model": str(folder / "llm"), "encoder": "embedded:whisper-tiny.en", "device": "cpu"},
+        "models": {
+            "language_model": str(folder / "llm"),
+            "encoder": "embedded:whisper-tiny.en",
+            "device": "cpu",
+            "compute": "float32",
+        },
         "data": {
             "train": {"source": str(folder / "train.jsonl"), "split": "train"},
             "heldout": {"source": "facts", "split": "heldout"},

@@ -416,7 +416,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     source = {split: {"source": str(folder / f"{split}.jsonl"), "split": split} for split in ("train", "heldout")}
     return {
         "name": "tiny",
-        "models": {"language_model": str(folder / "llm"), "encoder": str(folder / "whisper")},
+        "models": {"language_model": str(folder / "llm"), "encoder": str(folder / "whisper"), "compute": "float32"},
         "speech": {"adaptor_hidden_size": 24},
         "data": source,
         "methods": {

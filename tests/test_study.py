@@ -53,7 +53,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(inputs: Path, **changes: Any) -> dict[str, Any]:
     return {
         "name": "tiny",
-        "models": {"language_model": str(inputs / "llm"), "encoder": str(inputs / "whisper")},
+        "models": {"language_model": str(inputs / "llm"), "encoder": str(inputs / "whisper"), "compute": "float32"},
         "speech": {"adaptor_hidden_size": 24, "calibrate_adaptor": True},
         "data": {
             "train": {"source": str(inputs / "train.jsonl"), "split": "train"},
@@ -496,7 +496,7 @@ def test_models_and_prompts_are_looked_at_before_the_work_starts(
     for name in ("llm", "whisper"):
         shutil.copytree(inputs / name, tmp_path / name)
     spoil(tmp_path / part)
-    models = {"language_model": str(tmp_path / "llm"), "encoder": str(tmp_path / "whisper")}
+    models = {"language_model": str(tmp_path / "llm"), "encoder": str(tmp_path / "whisper"), "compute": "float32"}
     with pytest.raises(UserError, match=message):
         run_study(parse_config(recipe(inputs, models=models, prompt={"system": "Be brief."}), "test"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -56,7 +56,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def recipe(inputs: Path, adaptor: str | None = "light", **changes: Any) -> dict[str, Any]:
     heldout = {"source": str(inputs / "heldout.jsonl"), "split": "heldout"}
-    models = {"language_model": str(inputs / "llm"), "encoder": str(inputs / "whisper")}
+    models = {"language_model": str(inputs / "llm"), "encoder": str(inputs / "whisper"), "compute": "float32"}
     return {
         "name": "tiny",
         "models": models if adaptor is None else {**models, "adaptor": str(inputs / adaptor)},

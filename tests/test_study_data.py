@@ -38,7 +38,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return {
         "name": "tiny",
-        "models": {"language_model": str(tmp_path / "llm"), "encoder": str(tmp_path / "whisper")},
+        "models": {"language_model": str(tmp_path / "llm"), "encoder": str(tmp_path / "whisper"), "compute": "float32"},
         "speech": {"voice": ["low", "high@1.5"]},
         "data": {
             "train": {"source": str(tmp_path / "train.jsonl"), "split": "train"},

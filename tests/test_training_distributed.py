@@ -40,7 +40,7 @@ MORE = {
     "checkpointing": ("full", dataclasses.replace(SETTINGS, gradient_checkpointing=True)),
     "budget": ("full", dataclasses.replace(SETTINGS, max_tokens=150)),
     "evaluated": ("full", dataclasses.replace(SETTINGS, eval_every=2)),
-    "bf16": ("full", dataclasses.replace(SETTINGS, bf16=True)),
+    "bf16": ("full", dataclasses.replace(SETTINGS, compute="bfloat16")),
 }
 CASES = {kind: (kind, SETTINGS) for kind in KINDS}
 CUTS = [("sharded", "layer_lr")]
@@ -197,8 +197,8 @@ def test_the_losses_with_other_settings(inputs: Path, more_out: Path, tmp_path: 
 
 def compare(inputs: Path, out: Path, tmp_path: Path, layout: str, case: str, kind: str, settings: Settings) -> None:
     # The Trainer has no bf16 in one process on a CPU: compared with float32, roughly.
-    model, expected = run(inputs, tmp_path / "run", kind, dataclasses.replace(settings, bf16=False))
-    tolerance = 0.1 if settings.bf16 else 1e-4
+    model, expected = run(inputs, tmp_path / "run", kind, dataclasses.replace(settings, compute="float32"))
+    tolerance = 0.1 if settings.compute == "bfloat16" else 1e-4
     for rank in range(WORLD):
         state, records = torch.load(out / f"{layout}-{case}-{rank}.pt")
         assert [r["loss"] for r in records] == pytest.approx([r["loss"] for r in expected], abs=tolerance)
@@ -207,7 +207,7 @@ def compare(inputs: Path, out: Path, tmp_path: Path, layout: str, case: str, kin
         for field in ("step", "epoch", "learning_rate", "phase", "kind"):
             assert [r[field] for r in records] == [r[field] for r in expected]
         assert {value.dtype for value in state.values()} == {torch.float32}
-        if not settings.bf16:
+        if settings.compute == "float32":
             assert_same(model, state, 2e-3)  # AdamW divides by gradients near 0
 
 

@@ -79,7 +79,7 @@ def test_gradient_checkpointing_computes_the_same(setup: Setup, tmp_path: Path) 
 
 def test_bf16_rounds_the_computation_and_not_the_weights(setup: Setup, tmp_path: Path) -> None:
     _, records = run(setup, tmp_path / "exact")
-    rounded, near = run(setup, tmp_path / "rounded", replace(SETTINGS, bf16=True))
+    rounded, near = run(setup, tmp_path / "rounded", replace(SETTINGS, compute="bfloat16"))
     assert all(value.dtype == torch.float32 for value in rounded.parameters())
     assert near[0]["loss"] != records[0]["loss"]
     assert [r["loss"] for r in near] == pytest.approx([r["loss"] for r in records], rel=0.02)

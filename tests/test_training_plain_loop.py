@@ -93,6 +93,7 @@ def test_the_demos_methods_on_the_embedded_models(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_script_on_a_finished_study(tmp_path: Path) -> None:
     values = yaml.safe_load((ROOT / "recipes" / "demo-quick.yaml").read_text(encoding="utf-8"))
+    values["models"]["compute"] = "float32"  # the script is a process of its own
     values["methods"] = {"layer_lr": values["methods"]["layer_lr"]}
     values["data"]["train"]["limit"], values["data"]["heldout"]["limit"] = 8, 2
     values["importance"], values["deactivation"] = {"n_examples": 4, "batch_size": 4}, {"random_seeds": 1}

@@ -154,7 +154,7 @@ def test_no_examples_is_said(setup, tmp_path: Path) -> None:
 def test_lora_on_bfloat16_weights_is_refused_before_training(setup, tmp_path: Path) -> None:
     examples, collator = setup
     model = tiny_speech_lm()[0].bfloat16()
-    with pytest.raises(UserError, match=r"LoRA would be merged into bfloat16 weights.*models.dtype.*training.bf16"):
+    with pytest.raises(UserError, match=r"LoRA would be merged into bfloat16 weights.*models.dtype.*models.compute"):
         train(model, examples, collator, Method("lora"), SETTINGS, tmp_path, name="lora")
     assert not list(tmp_path.iterdir())
 

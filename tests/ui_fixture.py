@@ -28,7 +28,12 @@ def make_ui_run(folder: Path) -> Path:
     source = {"source": "facts", "split": "train"}
     recipe: dict[str, Any] = {
         "name": "tiny",
-        "models": {"language_model": str(folder / "llm"), "encoder": str(folder / "whisper"), "device": "cpu"},
+        "models": {
+            "language_model": str(folder / "llm"),
+            "encoder": str(folder / "whisper"),
+            "device": "cpu",
+            "compute": "float32",
+        },
         "data": {"train": source, "heldout": {"source": "facts", "split": "heldout"}},
         "methods": methods,
         "evaluation": {"tasks": [{"name": "facts", "source": "facts", "split": "heldout"}], "max_new_tokens": 4},

@@ -162,7 +162,7 @@ def measure(case: Case, options: argparse.Namespace, device: torch.device, machi
         try:
             records = train(
                 model, chosen, collator, Method(case.method, learning_rate=1e-5, rank=8),  # type: ignore[arg-type]
-                Settings(epochs=1, batch_size=batch.rows, bf16=device.type == "cuda",
+                Settings(epochs=1, batch_size=batch.rows, compute="bfloat16" if device.type == "cuda" else "float32",
                          gradient_checkpointing=case.checkpointing),
                 Path(folder), name=case.method,
                 scales={layer: 1.0 - 0.4 * layer / n_layers for layer in range(n_layers)}, progress=tick,

@@ -21,6 +21,7 @@ from palimpsest.data.augment import Augmentation
 from palimpsest.data.filters import Filters
 from palimpsest.data.splits import Split, TaskSplit
 from palimpsest.files import UserError, differences, in_words
+from palimpsest.models.compute import Compute, WeightDtype
 from palimpsest.models.prompts import PromptStyle, written_out
 from palimpsest.options import checked, nearest
 from palimpsest.records import BASE, SCOPES, Modality, Scope, method_of, run_name
@@ -36,12 +37,15 @@ class Models:
     encoder: str
     asr: str | None = None  # the cascade's recogniser; none: no cascade
     adaptor: str | None = None  # a speech LLM whose adaptor every method starts from; none: a fresh one
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: WeightDtype = "float32"  # of the weights
+    compute: Compute = "auto"  # of matrix products; auto: bfloat16 where the device multiplies it faster
     device: str = "auto"  # "auto": CUDA if there is one, else CPU
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"(auto|cpu|mps|(cuda|xpu)(:\d+)?)", self.device):
             raise ValueError(f"there is no device {self.device!r}; give auto, cpu, cuda, cuda:0, mps or xpu")
+        if self.dtype == "bfloat16" and self.compute == "float32":
+            raise ValueError("compute float32 needs weights in float32; set dtype to float32, or compute to auto")
 
 
 @dataclass(frozen=True)
@@ -170,11 +174,30 @@ class StudyConfig(BaseModel):
     def _one_seed(cls, value: Any) -> Any:
         if isinstance(value, Mapping) and "seed" in value:
             raise ValueError("there is no key 'seed' here: every seed of a study derives from its own; remove it")
+        if isinstance(value, Mapping) and "compute" in value:
+            raise ValueError("there is no key 'compute' here: models.compute decides for the whole study; set that one")
         return value
 
     @field_serializer("training")
-    def _without_seed(self, value: Settings) -> dict[str, Any]:
-        return {name: part for name, part in asdict(value).items() if name != "seed"}
+    def _without_derived(self, value: Settings) -> dict[str, Any]:
+        return {name: part for name, part in asdict(value).items() if name not in ("seed", "compute")}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_arithmetic(cls, value: Any) -> Any:
+        """Recipes once had training.bf16, with all else in float32; without it, that is models.compute: float32."""
+        if not isinstance(value, Mapping) or not isinstance(value.get("training"), Mapping):
+            return value
+        training = dict(value["training"])
+        if "bf16" not in training:
+            return value
+        models = value.get("models")
+        if training.pop("bf16") is not False or not isinstance(models, Mapping) or "compute" in models:
+            raise ValueError(
+                "there is no key training.bf16 any more, models.compute (auto, float32 or bfloat16) decides for the "
+                "whole study; remove the one and set the other"
+            )
+        return {**value, "training": training, "models": {**models, "compute": "float32"}}
 
     @model_validator(mode="after")
     def _names(self) -> StudyConfig:
@@ -190,7 +213,7 @@ class StudyConfig(BaseModel):
         if lora is not None and self.models.dtype not in WIDE:
             raise ValueError(
                 f"models.dtype {self.models.dtype} would round most of the update of methods.{lora} (lora) away when "
-                "it is merged; use float32, with training.bf16 to compute in bfloat16"
+                "it is merged; use float32; models.compute can be bfloat16 all the same"
             )
         if self.models.adaptor is not None and self.speech.calibrate_adaptor:
             raise ValueError("speech.calibrate_adaptor is for a fresh adaptor; that of models.adaptor brings its own")

@@ -111,7 +111,7 @@ def _require_recipes_precision() -> None:
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision != "no":
         raise UserError(
-            f"The launch configuration has mixed_precision {precision}, but the recipe's training.bf16 decides; "
+            f"The launch configuration has mixed_precision {precision}, but the recipe's models.compute decides; "
             "set mixed_precision: 'no' there."
         )
 

@@ -48,7 +48,7 @@ def write_inputs(folder: Path) -> None:
     _write_lines(folder / "text.jsonl", text)
     recipe = {
         "name": "tiny",
-        "models": {"language_model": str(folder / "llm"), "encoder": str(folder / "whisper")},
+        "models": {"language_model": str(folder / "llm"), "encoder": str(folder / "whisper"), "compute": "float32"},
         "speech": {"adaptor_hidden_size": 24, "calibrate_adaptor": True},
         "data": {
             "train": {"source": str(folder / "train.jsonl"), "split": "train"},

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,11 +32,13 @@ from palimpsest.ablation.agreement import (
 from palimpsest.ablation.exact import exact_changes, signed_products
 from palimpsest.ablation.packing import SharedPrefix, pack
 from palimpsest.data.collate import Batch, Collator, batches
+from palimpsest.data.examples import Example
 from palimpsest.data.sources import load_examples
 from palimpsest.files import UserError, append_jsonl, drop_cut_line, hash_value, read_json, read_lines, write_json
 from palimpsest.importance.estimate import estimate_importance
 from palimpsest.models.anatomy import named_parameters
-from palimpsest.models.loading import fingerprint, load_text_model
+from palimpsest.models.compute import Arithmetic, Compute, choose_compute
+from palimpsest.models.loading import choose_device, fingerprint, load_text_model
 from palimpsest.models.loss import IGNORED, supervised_losses
 from palimpsest.progress import Advance, Reporter
 from palimpsest.rundir import provenance
@@ -65,6 +67,8 @@ def validate_importance(
     batch_size: int = 4,
     dtype: str = "float32",
     seed: int = 0,
+    device: str = "auto",
+    compute: Compute = "float32",
     resamples: int = 500,
 ) -> list[dict[str, Any]]:
     """Score on splits[0], ablate a stratified sample of weights on every split, and compare; returns the records.
@@ -72,7 +76,8 @@ def validate_importance(
     limit: questions per split to ablate on, which is what costs time; the scores are taken on the same questions of
         splits[0] and, with score_limit, on that many of them too, as scores are in use.
     batch_size: of the scores, which matters to per_batch_abs.
-    dtype: of the ablations; float64 takes three to four times as long and leaves no rounding noise. Scores are float32.
+    dtype: of the ablations; float64 takes three to four times as long and leaves no rounding noise.
+    compute: the arithmetic of the scores, whose sums are float32; bfloat16 shows what it costs against exact ablation.
 
     Records have model, scored_on, n_scored (questions), measured_on, kind ("all" or a module kind), reduction, n, and
     for spearman, kendall, top_precision, sign_agreement and top_sign_agreement (only for signed_sum, else null) the
@@ -97,18 +102,26 @@ def validate_importance(
         "dtype": dtype,
         "seed": seed,
     }
+    place = choose_device(device)
+    chosen = choose_compute(compute, place, exact=True)
+    if chosen.dtype != "float32":  # a validation begun before there was the choice can be continued
+        settings["compute"] = chosen.dtype
     if (out / "sample.json").exists() and read_json(out / "sample.json")["settings"] != hash_value(settings):
         raise UserError(f"{out} holds a validation with other settings; choose another --out or delete it.")
 
     started = time.monotonic()
-    language_model, processor = load_text_model(model)
+    language_model, processor = load_text_model(model, device=place)
     collator = Collator(processor, "text")
-    data = {split: list(batches(collator, items, batch_size, by_length=False)) for split, items in examples.items()}
+
+    def batched(items: Sequence[Example]) -> list[Batch]:
+        return list(batches(collator, items, batch_size, place, by_length=False))
+
+    data = {split: batched(items) for split, items in examples.items()}
     reporter = Reporter(3)
     if not (out / "sample.json").exists():
-        to_score = {str(n): list(batches(collator, items, batch_size, by_length=False)) for n, items in scored.items()}
+        to_score = {str(n): batched(items) for n, items in scored.items()}
         with reporter.step(f"scores of {model}") as advance:
-            _write_sample(out, language_model, to_score, settings, advance)
+            _write_sample(out, language_model, to_score, settings, chosen.dtype, advance)
     else:
         reporter.skipped(f"scores of {model}")
     sample, values, predicted = _read_sample(out)
@@ -136,6 +149,7 @@ def validate_importance(
         {
             "schema": 1,
             "settings": settings,
+            "compute": asdict(chosen),
             "noise_floor": floor,  # nats per supervised token
             "data": {
                 split: {"n_tokens": item.n_tokens, "loss": item.loss, "packed": item.packed}
@@ -169,6 +183,7 @@ def _write_sample(
     language_model: nn.Module,
     to_score: Mapping[str, Sequence[Batch]],
     settings: Mapping[str, Any],
+    compute: Arithmetic,
     advance: Advance,
 ) -> None:
     """The drawn weights, with their scores and first-order changes on each of the sets `to_score`.
@@ -179,7 +194,7 @@ def _write_sample(
     sample, values, predicted = None, {}, {}
     weights = named_parameters(language_model)
     for label, items in sorted(to_score.items(), key=lambda item: -len(item[1])):
-        scores = estimate_importance(language_model, items, settings["reductions"])
+        scores = estimate_importance(language_model, items, settings["reductions"], compute=compute)
         done += len(items)
         advance(done, total)
         if sample is None:

@@ -11,6 +11,7 @@ from annotated_types import Ge
 from typing_extensions import Doc
 
 from palimpsest.files import UserError
+from palimpsest.models.compute import ComputeOption, DeviceOption, DtypeOption
 from palimpsest.progress import Reporter
 
 if TYPE_CHECKING:
@@ -32,6 +33,9 @@ class Options:
     audio: Annotated[Path | None, Doc("The question as a recording (wav, flac, …; up to 30 s).")] = None
     text: Annotated[str | None, Doc("The question as text.")] = None
     max_new_tokens: Annotated[int, Ge(1)] = 64
+    device: DeviceOption = "auto"
+    dtype: DtypeOption = None
+    compute: ComputeOption = "auto"
 
 
 def run(options: Options) -> Iterator[str]:
@@ -56,16 +60,19 @@ def ask(options: Options) -> Answer:
     from palimpsest.data.speech import read_audio
     from palimpsest.evaluation.answers import text_answerer
     from palimpsest.evaluation.spoken import recording_answerer
-    from palimpsest.models.loading import is_speech_lm, load_speech_lm, load_text_model, resolve
+    from palimpsest.models.compute import choose_compute
+    from palimpsest.models.loading import choose_device, is_speech_lm, load_speech_lm, load_text_model, resolve
 
     model, limit = options.model, options.max_new_tokens
     if (options.audio is None) == (options.text is None):
         raise UserError("Ask either with --audio FILE or with --text QUESTION.")
+    device, dtype = choose_device(options.device), options.dtype or "float32"
+    compute = choose_compute(options.compute, device, weights=dtype).dtype
     if options.text is not None:
         if not options.text.strip():
             raise UserError("The question given with --text is empty.")
-        language_model, processor = load_text_model(model)
-        asked = text_answerer(language_model, processor.tokenizer, limit, processor.style)
+        language_model, processor = load_text_model(model, dtype=dtype, device=device)
+        asked = text_answerer(language_model, processor.tokenizer, limit, processor.style, compute=compute)
         return asked([Example("question", options.text, ("",), "")], "text")[0]
 
     assert options.audio is not None
@@ -74,5 +81,5 @@ def ask(options: Options) -> Answer:
         raise UserError(
             f"{model} is no speech LLM, so it takes no speech; give a methods/NAME/checkpoint folder of a run."
         )
-    asked = recording_answerer(*load_speech_lm(model), limit)
+    asked = recording_answerer(*load_speech_lm(model, dtype=dtype, device=device), limit, compute)
     return asked([Example("question", "", ("",), "", audio=options.audio)], "speech")[0]

@@ -12,6 +12,7 @@ from annotated_types import Ge
 from typing_extensions import Doc
 
 from palimpsest.files import UserError, write_json
+from palimpsest.models.compute import ComputeOption, DeviceOption, DtypeOption
 from palimpsest.progress import Reporter
 
 
@@ -35,6 +36,9 @@ class Options:
     reduction: Annotated[str, Doc("Which of the scores.")] = "signed_sum"
     random_seeds: Annotated[int, Ge(0), Doc("Random masks; each costs as much as one look at the whole model.")] = 10
     batch_size: Annotated[int, Ge(1)] = 8
+    device: DeviceOption = "auto"
+    dtype: DtypeOption = None
+    compute: ComputeOption = "auto"
 
 
 def run(options: Options) -> Iterator[str]:
@@ -46,7 +50,8 @@ def run(options: Options) -> Iterator[str]:
     from palimpsest.data.sources import load_examples
     from palimpsest.evaluation.deactivation import areas, deletion_curve
     from palimpsest.importance.scores import Scores
-    from palimpsest.models.loading import load_text_model
+    from palimpsest.models.compute import choose_compute
+    from palimpsest.models.loading import choose_device, load_text_model
 
     try:
         ratios = [float(ratio) for ratio in options.ratios.split(",")]
@@ -55,7 +60,9 @@ def run(options: Options) -> Iterator[str]:
     examples = load_examples(options.data, options.split, options.limit)
     scores = Scores.open(options.scores)
     tensors = scores.tensors(options.reduction)
-    language_model, processor = load_text_model(options.model)
+    device, dtype = choose_device(options.device), options.dtype or "float32"
+    compute = choose_compute(options.compute, device, weights=dtype)
+    language_model, processor = load_text_model(options.model, dtype=dtype, device=device)
     scores.check_model(language_model)
     text = partial(batches, Collator(processor, "text"), examples, options.batch_size, language_model.device)
     scopes: Any = options.scopes.split(",")
@@ -70,12 +77,14 @@ def run(options: Options) -> Iterator[str]:
             random_seeds=range(options.random_seeds),
             reduction=options.reduction,
             progress=advance,
+            compute=compute.dtype,
         )
-    write_json(options.out / "records.json", records)
+    write_json(options.out / "records.json", [{**record, "compute": asdict(compute)} for record in records])
     for record in records:
         label = record["condition"] + ("" if record["seed"] is None else f" (seed {record['seed']})")
         share = f"{record['scope']:<10} {100 * record['ratio']:>6g} %"
         yield f"{label:<16} {share} {record['n_removed']:>12} removed   perplexity {record['perplexity']:.4g}"
+    yield f"computed in {compute}"
     curves = areas(records)
     if curves:
         write_json(options.out / "areas.json", [asdict(curve) for curve in curves])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,6 +12,7 @@ from annotated_types import Ge
 from typing_extensions import Doc
 
 from palimpsest.files import UserError, hash_value, locked, write_json
+from palimpsest.models.compute import Choice, ComputeOption, DeviceOption, DtypeOption
 from palimpsest.progress import Reporter
 from palimpsest.records import MOST_CUT, Modality, PerplexityRecord
 
@@ -45,7 +46,9 @@ class Options:
     limit: Annotated[int | None, Ge(1), Doc("Only the first questions.")] = None
     max_new_tokens: Annotated[int, Ge(1)] = 64
     batch_size: Annotated[int, Ge(1)] = 16
-    device: Annotated[str, Doc("auto (CUDA if there is one), cpu, cuda, cuda:1 …")] = "auto"
+    device: DeviceOption = "auto"
+    dtype: DtypeOption = None
+    compute: ComputeOption = "auto"
     faulty_audio: Annotated[
         FaultyAudio, Doc("A silent, broken or cut recording: an error, or its question counts as wrong.")
     ] = "error"
@@ -84,24 +87,27 @@ def _run(options: Options) -> Iterator[str]:
             task = replace(task, examples=tuple(speak(task.examples, out / "audio", progress=advance)))
     device = choose_device(options.device)
     with reporter.step(f"{task.name} from {modality}") as advance:
+        answer, compute = _answerer(options, where, device)
         rows = answer_questions(
-            _answerer(options, where, device),
+            answer,
             task,
             modality,
             model=hash_value([fingerprint(model), fingerprint(options.asr)]) if transcribed else fingerprint(model),
             out=out / f"samples-{modality}.jsonl",
             max_new_tokens=options.max_new_tokens,
             batch_size=options.batch_size,
+            compute=compute.dtype,
             progress=advance,
             notice=reporter.note,
         )
     floors = floor_records(rows, model, task, modality)
     results: dict[str, Any] = {"schema": 1, "qa": summarise(rows, model, task, modality), "qa_floors": floors}
+    results["compute"] = {**asdict(compute), "device": device}
     results["seconds_per_question"] = sum(row["seconds"] for row in rows) / len(rows)
     judged = None
     if options.perplexity:
         with reporter.step(f"perplexity from {modality}") as advance:
-            results["perplexity"] = [_perplexity(options, where, device, task, advance)]
+            results["perplexity"] = [_perplexity(options, where, device, compute, task, advance)]
     if judge is not None:
         with reporter.step(f"judged by {judge.model}") as advance:
             judged = judge_rows(judge, rows, out / f"samples-{modality}.judge.jsonl", advance)
@@ -165,30 +171,40 @@ def task_name(source: str) -> str:
     return HUB_NAMES.get(source, Path(source.rpartition(":")[2]).stem)
 
 
-def _answerer(options: Options, where: str, device: str) -> Answerer:
+def _answerer(options: Options, where: str, device: str) -> tuple[Answerer, Choice]:
+    """The model as it is asked, and the arithmetic in which it answers."""
     from palimpsest.evaluation.answers import text_answerer
+    from palimpsest.models.compute import choose_compute
     from palimpsest.models.loading import load_asr, load_audio_llm, load_speech_lm, load_text_model, model_kind
 
-    kind, limit = model_kind(where), options.max_new_tokens
-    if kind == "speech_lm" and options.modality == "speech":
-        from palimpsest.evaluation.spoken import recording_answerer
-
-        return recording_answerer(*load_speech_lm(where, device=device), limit)
+    kind, limit, dtype = model_kind(where), options.max_new_tokens, options.dtype or "float32"
     if kind == "audio_llm":
         from palimpsest.evaluation.audio_llm import audio_llm_answerer
 
-        answer = audio_llm_answerer(*load_audio_llm(where, dtype="auto", device=device), limit)
+        audio_llm, audio_processor = load_audio_llm(where, dtype=options.dtype or "auto", device=device)
+        weights = str(audio_llm.dtype).removeprefix("torch.")
+        compute = choose_compute(options.compute, device, weights=weights)
+        answer = audio_llm_answerer(audio_llm, audio_processor, limit, compute=compute.dtype)
     else:
-        language_model, processor = load_text_model(where, device=device)
-        answer = text_answerer(language_model, processor.tokenizer, limit, processor.style)
+        compute = choose_compute(options.compute, device, weights=dtype)
+    if kind == "speech_lm" and options.modality == "speech":
+        from palimpsest.evaluation.spoken import recording_answerer
+
+        return recording_answerer(*load_speech_lm(where, dtype=dtype, device=device), limit, compute.dtype), compute
+    if kind != "audio_llm":
+        language_model, processor = load_text_model(where, dtype=dtype, device=device)
+        answer = text_answerer(language_model, processor.tokenizer, limit, processor.style, compute=compute.dtype)
     if options.modality in ("text", "speech"):
-        return answer
+        return answer, compute
     from palimpsest.evaluation.cascade import cascade_answerer, transcribe
 
-    return cascade_answerer(partial(transcribe, *load_asr(options.asr, device=device)), answer)
+    write_down = partial(transcribe, *load_asr(options.asr, device=device), compute=compute.dtype)
+    return cascade_answerer(write_down, answer), compute
 
 
-def _perplexity(options: Options, where: str, device: str, task: Task, advance: Any) -> PerplexityRecord:
+def _perplexity(
+    options: Options, where: str, device: str, compute: Choice, task: Task, advance: Any
+) -> PerplexityRecord:
     """The losses of the target answers of a language model (text) or a SpeechLM (speech), loaded once more."""
     from palimpsest.data.collate import Collator
     from palimpsest.data.features import Features, compute_features
@@ -196,14 +212,15 @@ def _perplexity(options: Options, where: str, device: str, task: Task, advance: 
     from palimpsest.models.loading import load_speech_lm, load_text_model
 
     asked: Any
+    dtype = options.dtype or "float32"
     examples = [example for example in task.examples if not example.fault]
     if options.modality == "speech":
-        asked, processor = load_speech_lm(where, device=device)
+        asked, processor = load_speech_lm(where, dtype=dtype, device=device)
         folder = options.out / "features"
-        compute_features(asked.encoder, processor, examples, folder)
+        compute_features(asked.encoder, processor, examples, folder, compute=compute.dtype)
         collator = Collator(processor, "speech", Features(folder))
     else:
-        asked, processor = load_text_model(where, device=device)
+        asked, processor = load_text_model(where, dtype=dtype, device=device)
         collator = Collator(processor, "text")
     return measure_losses(
         asked,
@@ -214,6 +231,7 @@ def _perplexity(options: Options, where: str, device: str, task: Task, advance: 
         method=options.model,
         task=task.name,
         progress=advance,
+        compute=compute.dtype,
     )
 
 
@@ -253,6 +271,7 @@ def _lines(rows: Sequence[SampleRow], results: Mapping[str, Any], judged: Judged
     if "word_error_rate" in results:
         yield f"word error rate          {100 * results['word_error_rate']:.1f} %"
     yield f"seconds per question     {results['seconds_per_question']:.2f}"
+    yield f"computed in              {results['compute']['dtype']} ({results['compute']['reason']})"
 
 
 FLOORS = {"unrelated": "unrelated", "echo_in_sentence": "echoed"}

@@ -10,6 +10,7 @@ from typing import Annotated
 from annotated_types import Ge
 from typing_extensions import Doc
 
+from palimpsest.models.compute import ComputeOption, DeviceOption, DtypeOption
 from palimpsest.progress import Reporter
 
 
@@ -32,6 +33,9 @@ class Options:
     offload: Annotated[str | None, Doc("Keep the sums in host memory (cpu) or in a memory-mapped file (a folder).")] = (
         None
     )
+    device: DeviceOption = "auto"
+    dtype: DtypeOption = None
+    compute: ComputeOption = "auto"
 
 
 def run(options: Options) -> Iterator[str]:
@@ -39,12 +43,15 @@ def run(options: Options) -> Iterator[str]:
     from palimpsest.data.collate import Collator, batches
     from palimpsest.data.sources import load_examples
     from palimpsest.importance.estimate import estimate_importance
-    from palimpsest.models.loading import load_text_model
+    from palimpsest.models.compute import choose_compute
+    from palimpsest.models.loading import choose_device, load_text_model
     from palimpsest.training.methods import layer_totals
 
     examples = load_examples(options.data, options.split, options.limit)
     reductions, offload = tuple(options.reductions.split(",")), options.offload
-    language_model, processor = load_text_model(options.model)
+    device, dtype = choose_device(options.device), options.dtype or "float32"
+    compute = choose_compute(options.compute, device, weights=dtype, exact=True)
+    language_model, processor = load_text_model(options.model, dtype=dtype, device=device)
     collator, size = Collator(processor, "text"), options.batch_size
     total = -(-len(examples) // size)
     with Reporter(1).step(f"importance of {options.model}") as advance:
@@ -53,11 +60,16 @@ def run(options: Options) -> Iterator[str]:
             batches(collator, examples, size, language_model.device, by_length=False),
             reductions,
             offload="cpu" if offload == "cpu" else Path(offload) if offload else None,
-            metadata={"scored_model": options.model, "modality": "text", "source": Path(options.data).name},
+            metadata={
+                **{"scored_model": options.model, "modality": "text", "source": Path(options.data).name},
+                "compute_reason": compute.reason,
+            },
             progress=lambda done, _: advance(done, total),
+            compute=compute.dtype,
         )
         scores.save(options.out)
     yield f"{len(scores.names)} weight matrices, {scores.metadata['n_tokens']} supervised tokens → {options.out}"
+    yield f"computed in {compute}"
     totals = layer_totals(scores, reductions[0])
     whole = sum(totals.values())
     yield f"share of each layer ({reductions[0]}):"

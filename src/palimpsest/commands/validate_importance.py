@@ -11,6 +11,7 @@ from annotated_types import Ge
 from typing_extensions import Doc
 
 from palimpsest.files import locked
+from palimpsest.models.compute import Compute, DeviceOption
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Options:
     batch_size: Annotated[int, Ge(1), Doc("Of the scores; matters to per_batch_abs.")] = 4
     dtype: Annotated[Literal["float32", "float64"], Doc("Of the ablations.")] = "float32"
     seed: Annotated[int, Ge(0)] = 0
+    device: DeviceOption = "auto"
+    compute: Annotated[Compute, Doc("Arithmetic of the scores; of the ablations --dtype.")] = "float32"
 
 
 def run(options: Options) -> Iterator[str]:
@@ -54,5 +57,7 @@ def _run(options: Options) -> Iterator[str]:
             batch_size=options.batch_size,
             dtype=options.dtype,
             seed=options.seed,
+            device=options.device,
+            compute=options.compute,
         )
     )

@@ -27,6 +27,7 @@ from palimpsest.data.shards import DTYPE, Shards, claim, shard_name, write_shard
 from palimpsest.data.speech import read_audio
 from palimpsest.files import UserError, hash_file, hash_value, read_json, require_disk, write_json
 from palimpsest.models import SAMPLE_RATE
+from palimpsest.models.compute import Arithmetic, computing
 from palimpsest.models.speech_lm import encode_speech
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def compute_features(
     *,
     cache: Path | None = None,
     batch_size: int = 8,
+    compute: Arithmetic = "float32",
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Encode the audio of every example without a fault, so that `Features(folder)` finds its frames.
@@ -110,6 +112,7 @@ def compute_features(
         cache: where the shards are; None: `folder/cache`. A cache inside the folder above `folder` is found again
             after both have moved together, another one by its absolute path.
         batch_size: utterances encoded at once.
+        compute: the arithmetic of the encoder; frames of one are never taken for those of another.
         progress: called as progress(utterances encoded, utterances in all), first with those that were there already.
 
     Raises:
@@ -132,7 +135,7 @@ def compute_features(
     # Similar lengths together waste no padding; by hash among equals, so that the order of the examples plays no part.
     order = sorted(audio, key=lambda key: (n_frames[key], key))
 
-    encoding = describe_encoding(encoder, processor)
+    encoding = describe_encoding(encoder, processor, compute)
     shards = Shards((cache or folder / "cache") / hash_value(encoding)[:16])
     shards.refresh()
     shards.verify(order)
@@ -162,7 +165,7 @@ def compute_features(
                 frames: dict[str, Float16[ndarray, "time d_enc"]] = {}
                 for start in range(0, len(todo), batch_size):
                     batch = todo[start : start + batch_size]
-                    frames |= _encode(encoder, processor, {key: audio[key] for key in batch})
+                    frames |= _encode(encoder, processor, {key: audio[key] for key in batch}, compute)
                     report(len(order) - len(missing) + len(frames), len(order))
                 write_shard(file, path, frames)
     shards.refresh()
@@ -170,7 +173,9 @@ def compute_features(
     _write_index(folder, examples, keys, shards, encoder.config.d_model)
 
 
-def describe_encoding(encoder: WhisperEncoder, processor: SpeechLMProcessor) -> dict[str, Any]:
+def describe_encoding(
+    encoder: WhisperEncoder, processor: SpeechLMProcessor, compute: Arithmetic = "float32"
+) -> dict[str, Any]:
     """All that determines the frames of an utterance beside its audio, as JSON."""
     weights = hashlib.sha256()
     for name, tensor in sorted(encoder.state_dict().items()):
@@ -187,6 +192,8 @@ def describe_encoding(encoder: WhisperEncoder, processor: SpeechLMProcessor) -> 
     }
     if processor.speech_length == "trim":
         described["stack_factor"] = processor.stack_factor  # the length is rounded up to whole positions
+    if compute != "float32":  # so that what was made before there was a choice keeps its address
+        described["compute"] = compute
     return described
 
 
@@ -204,10 +211,12 @@ def _plan(order: Sequence[str], n_bytes: Mapping[str, int]) -> list[list[str]]:
 
 
 def _encode(
-    encoder: WhisperEncoder, processor: SpeechLMProcessor, audio: Mapping[str, Path]
+    encoder: WhisperEncoder, processor: SpeechLMProcessor, audio: Mapping[str, Path], compute: Arithmetic
 ) -> dict[str, Float16[ndarray, "time d_enc"]]:
     mels, counts = processor.features([read_audio(path) for path in audio.values()])
-    encoded = encode_speech(encoder, mels.to(encoder.conv1.weight.device), counts, processor.speech_length)
+    mels = mels.to(encoder.conv1.weight.device)
+    with computing(compute, mels.device):
+        encoded = encode_speech(encoder, mels, counts, processor.speech_length)
     frames = {}
     for row, (key, path) in enumerate(audio.items()):
         frames[key] = encoded[row, : int(counts[row])].to(torch.float16).cpu().numpy()

@@ -40,6 +40,7 @@ from palimpsest.files import (
     write_jsonl,
 )
 from palimpsest.intervals import wilson
+from palimpsest.models.compute import Arithmetic, computing
 from palimpsest.models.prompts import NEXT_TURN, PromptStyle, encode, render
 from palimpsest.options import require_shape
 from palimpsest.records import Modality, QARecord
@@ -79,7 +80,7 @@ class SampleRow(_Always, total=False):
     recording: str | None  # what `recording_hash` gives of the recording that was asked; of text None
 
 
-class Binding(TypedDict):
+class _Bound(TypedDict):
     """What the answers of a samples file are answers of; it stands beside the file."""
 
     schema: int
@@ -90,6 +91,12 @@ class Binding(TypedDict):
     max_new_tokens: int
     model: str
     n: int
+
+
+class Binding(_Bound, total=False):
+    """With what was added after the first files were written."""
+
+    compute: str  # the arithmetic; absent: float32
 
 
 REQUIRED, KNOWN = _Always.__annotations__.keys(), SampleRow.__annotations__.keys()
@@ -120,6 +127,7 @@ def resume(
     before = read_json(sidecar)
     if not isinstance(before, dict):
         raise UserError(f"{sidecar} is damaged; {REMEDY}.")
+    before.setdefault("compute", "float32")
     differing = [
         f"{key} {before.get(key)!r} instead of {value!r}" for key, value in binding.items() if before.get(key) != value
     ]
@@ -258,6 +266,7 @@ def answer_questions(
     out: Path,
     max_new_tokens: int = 64,
     batch_size: int = 16,
+    compute: Arithmetic = "float32",
     progress: Callable[[int, int], None] | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> list[SampleRow]:
@@ -274,7 +283,7 @@ def answer_questions(
 
     Args:
         model: fingerprint of everything `answer` uses (weights, system prompt); it binds the file to it.
-        max_new_tokens: what `answer` was made with; recorded, and part of what a resumed file must match.
+        max_new_tokens, compute: what `answer` was made with; recorded, and part of what a resumed file must match.
         progress: called as progress(answered, total), first with what an earlier run left.
         notice: gets a sentence when questions of an earlier run are asked again, see `resume`.
 
@@ -293,6 +302,7 @@ def answer_questions(
         "max_new_tokens": max_new_tokens,
         "model": model,
         "n": len(task.examples),
+        "compute": compute,
     }
     recordings = {e.id: None if modality == "text" else recording_hash(e) for e in task.examples}
     rows = {row["id"]: row for row in resume(out, binding, recordings, notice)}
@@ -379,6 +389,7 @@ def text_answerer(
     max_new_tokens: int = 64,
     style: PromptStyle | None = None,
     instruction: str | None = None,
+    compute: Arithmetic = "float32",
 ) -> Answerer:
     """Greedy answers of a Hugging Face causal language model to questions given as text.
 
@@ -389,7 +400,7 @@ def text_answerer(
     these settings (see GREEDY). Without a template it also ends where the model begins a line with "Question:"
     or "Answer:".
 
-    In float32 the answers do not depend on the batch. The model is put into eval mode.
+    `compute` is the arithmetic; in float32 the answers do not depend on the batch. The model is put into eval mode.
     """
     style = style or PromptStyle()
     settings = generation_settings(language_model, tokenizer, max_new_tokens)
@@ -412,7 +423,7 @@ def text_answerer(
                 )
         input_ids, attention_mask = pad_left(ids, settings["pad_token_id"])
         language_model.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), computing(compute, language_model.device):
             output = language_model.generate(
                 input_ids=input_ids.to(language_model.device),
                 attention_mask=attention_mask.to(language_model.device),

@@ -24,6 +24,7 @@ from palimpsest.evaluation.finite import finite_logits
 from palimpsest.evaluation.spoken import recordings
 from palimpsest.files import UserError
 from palimpsest.models import SAMPLE_RATE
+from palimpsest.models.compute import Arithmetic, computing
 from palimpsest.models.prompts import PromptStyle, apply_template, fixed_date
 from palimpsest.records import Modality
 
@@ -40,11 +41,13 @@ def audio_llm_answerer(
     max_new_tokens: int = 64,
     system: str | None = None,
     instruction: str = PromptStyle.speech_instruction,
+    compute: Arithmetic = "float32",
 ) -> Answerer:
     """Greedy answers of an audio LLM to questions given as text or as speech.
 
     With speech the user turn is the recording, then `instruction`; with text it is the question alone. Generation
-    settings are those of `text_answerer`: nothing but the end ids is taken from the model's own.
+    settings are those of `text_answerer`: nothing but the end ids is taken from the model's own. `compute` is the
+    arithmetic.
 
     Raises UserError for a processor that no audio can be given to.
     """
@@ -71,7 +74,7 @@ def audio_llm_answerer(
                 f"model's {longest} positions; shorten it."
             )
         model.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), computing(compute, model.device):
             finite = finite_logits(model, names_of(examples))
             output = model.generate(**_on_device(inputs, model), logits_processor=finite, **settings)
         return decoded(tokenizer, output[:, inputs["input_ids"].shape[1] :], settings, prompts, lengths)

@@ -21,12 +21,19 @@ from palimpsest.evaluation.scoring import number_words
 from palimpsest.evaluation.spoken import recordings
 from palimpsest.files import UserError
 from palimpsest.models import SAMPLE_RATE
+from palimpsest.models.compute import Arithmetic, computing
 from palimpsest.records import Modality
 
 MULTILINGUAL_VOCABULARY = 51865  # of Whisper; English-only checkpoints have fewer tokens and take no language
 
 
-def transcribe(asr_model: Any, asr_processor: Any, examples: Sequence[Example], batch_size: int = 16) -> dict[str, str]:
+def transcribe(
+    asr_model: Any,
+    asr_processor: Any,
+    examples: Sequence[Example],
+    batch_size: int = 16,
+    compute: Arithmetic = "float32",
+) -> dict[str, str]:
     """What a `WhisperForConditionalGeneration` understands of the examples' recordings, greedy: id -> English text.
 
     Raises:
@@ -41,7 +48,7 @@ def transcribe(asr_model: Any, asr_processor: Any, examples: Sequence[Example], 
         features = asr_processor(
             recordings(batch), sampling_rate=SAMPLE_RATE, return_attention_mask=True, return_tensors="pt"
         )
-        with torch.inference_mode():
+        with torch.inference_mode(), computing(compute, asr_model.device):
             ids = asr_model.generate(
                 features["input_features"].to(asr_model.device, asr_model.dtype),
                 attention_mask=features["attention_mask"].to(asr_model.device),

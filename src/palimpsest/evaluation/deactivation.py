@@ -16,6 +16,7 @@ from palimpsest.evaluation.perplexity import perplexity
 from palimpsest.files import UserError
 from palimpsest.importance.deactivate import deactivate
 from palimpsest.importance.select import select
+from palimpsest.models.compute import Arithmetic
 from palimpsest.records import DeactivationRecord, Scope
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def deletion_curve(
     random_seeds: Sequence[int] = (0,),
     reduction: str,
     progress: Callable[[int, int], None] | None = None,
+    compute: Arithmetic = "float32",
 ) -> list[DeactivationRecord]:
     """One record per scope, ratio, condition (random: and seed) and modality, after the base's.
 
@@ -47,6 +49,7 @@ def deletion_curve(
         tensors: importance by canonical name, of the `reduction` the records name.
         data: modality → function that yields the same batches at every call.
         ratios: shares of the scored weights to zero, within each scope.
+        compute: the arithmetic of the forward passes.
 
     Raises UserError for ratios that are not between 0 and 1 or not ascending.
     """
@@ -65,7 +68,7 @@ def deletion_curve(
         mask = select(tensors, ratio, "bottom" if condition == "base" else condition, scope, seed or 0)
         with deactivate(model, mask):
             for modality, batches in data.items():
-                result = perplexity(model, batches())
+                result = perplexity(model, batches(), compute=compute)
                 done += 1
                 if progress is not None:
                     progress(done, total)

@@ -20,6 +20,7 @@ from palimpsest.data.collate import Batch, Collator, batches
 from palimpsest.data.examples import Example
 from palimpsest.evaluation.finite import not_finite
 from palimpsest.files import UserError, hash_value, read_json, write_json, write_jsonl
+from palimpsest.models.compute import Arithmetic, computing
 from palimpsest.models.loss import each_batch, supervised_losses
 from palimpsest.options import require_shape
 from palimpsest.records import PerplexityRecord
@@ -66,12 +67,14 @@ class Perplexity:
             return math.inf
 
 
-def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Perplexity:
+def perplexity(
+    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, compute: Arithmetic = "float32"
+) -> Perplexity:
     """Perplexity of a model on batches with "labels" and "ids"; see `models.loss.supervised_losses` for both.
 
     Losses are added in float64, example by example, so the result does not depend on how examples were
     batched beyond the rounding of the forward pass. The model must be in eval mode and the batches on its
-    device.
+    device. `compute` is the arithmetic of the forward pass (models.compute); losses are float32 or wider.
 
     Raises:
         UserError: one batch in the place of a list, a batch without labels or "ids", an id that comes twice, an
@@ -84,7 +87,7 @@ def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Perple
         if "ids" not in batch:
             raise UserError('Perplexity needs the examples\' ids; put a list of strings under "ids" into every batch.')
         ids: list[str] = list(batch["ids"])
-        with torch.inference_mode():
+        with torch.inference_mode(), computing(compute, batch["labels"].device):
             losses, rows = supervised_losses(model, batch)
         totals = torch.zeros(len(ids), dtype=torch.float64).index_add_(0, rows.cpu(), losses.double().cpu())
         counts = torch.bincount(rows.cpu(), minlength=len(ids))
@@ -111,6 +114,7 @@ def measure_losses(
     method: str,
     task: str,
     progress: Callable[[int, int], None] | None = None,
+    compute: Arithmetic = "float32",
 ) -> PerplexityRecord:
     """The perplexity of `model` on the examples' target answers; writes both files of the modality to `folder`.
 
@@ -125,13 +129,13 @@ def measure_losses(
                 progress(done, len(made))
             yield batch
 
-    result = perplexity(model, counted())
+    result = perplexity(model, counted(), compute=compute)
     rows = [{"id": example.id, **asdict(result.samples[example.id])} for example in examples]
     write_jsonl(folder / f"losses-{modality}.jsonl", rows)
     data = hash_value([[e.id, e.question, e.answer] for e in examples])[:12]
     write_json(
         folder / f"losses-{modality}.json",
-        {"schema": 1, "task": task, "modality": modality, "data": data, "n": len(examples)},
+        {"schema": 1, "task": task, "modality": modality, "data": data, "n": len(examples), "compute": compute},
     )
     return {
         "method": method,

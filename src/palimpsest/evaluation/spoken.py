@@ -19,6 +19,7 @@ from palimpsest.evaluation.answers import (
 )
 from palimpsest.evaluation.finite import finite_logits
 from palimpsest.files import UserError
+from palimpsest.models.compute import Arithmetic, computing
 from palimpsest.models.prompts import pad_id
 
 if TYPE_CHECKING:
@@ -29,16 +30,21 @@ if TYPE_CHECKING:
     from palimpsest.models.speech_lm import SpeechLM
 
 
-def speech_answerer(model: SpeechLM, collator: Collator, max_new_tokens: int = 64) -> Answerer:
+def speech_answerer(
+    model: SpeechLM, collator: Collator, max_new_tokens: int = 64, compute: Arithmetic = "float32"
+) -> Answerer:
     """Greedy answers to questions given as speech.
 
     `collator` is the speech collator whose features hold the questions' recordings. Generation settings and
-    ends of an answer are those of `text_answerer`: nothing but the end ids is taken from the model's own.
+    ends of an answer are those of `text_answerer`: nothing but the end ids is taken from the model's own. `compute` is
+    the arithmetic.
     """
-    return _answerer(model, collator.processor.tokenizer, collator.prompts, max_new_tokens)
+    return _answerer(model, collator.processor.tokenizer, collator.prompts, max_new_tokens, compute)
 
 
-def recording_answerer(model: SpeechLM, processor: SpeechLMProcessor, max_new_tokens: int = 64) -> Answerer:
+def recording_answerer(
+    model: SpeechLM, processor: SpeechLMProcessor, max_new_tokens: int = 64, compute: Arithmetic = "float32"
+) -> Answerer:
     """The same from the examples' recordings, read and encoded batch by batch.
 
     A recording that cannot be decoded fails alone. Encoder frames are rounded to float16, as the cache of a study
@@ -48,7 +54,8 @@ def recording_answerer(model: SpeechLM, processor: SpeechLMProcessor, max_new_to
 
     def prompts(examples: Sequence[Example]) -> Batch:
         mels, counts = processor.features(recordings(examples))
-        frames = encode_speech(model.encoder, mels.to(model.encoder.device), counts, processor.speech_length)
+        with computing(compute, model.encoder.device):
+            frames = encode_speech(model.encoder, mels.to(model.encoder.device), counts, processor.speech_length)
         ids = [processor.speech_prompt(int(count) // processor.stack_factor) for count in counts]
         input_ids, attention_mask = pad_left(ids, pad_id(processor.tokenizer))
         return {
@@ -58,7 +65,7 @@ def recording_answerer(model: SpeechLM, processor: SpeechLMProcessor, max_new_to
             "frame_counts": counts,
         }
 
-    return _answerer(model, processor.tokenizer, prompts, max_new_tokens)
+    return _answerer(model, processor.tokenizer, prompts, max_new_tokens, compute)
 
 
 def recordings(examples: Sequence[Example]) -> list[Float32[ndarray, " samples"]]:
@@ -72,7 +79,11 @@ def recordings(examples: Sequence[Example]) -> list[Float32[ndarray, " samples"]
 
 
 def _answerer(
-    model: SpeechLM, tokenizer: Any, prompts: Callable[[Sequence[Example]], Batch], max_new_tokens: int
+    model: SpeechLM,
+    tokenizer: Any,
+    prompts: Callable[[Sequence[Example]], Batch],
+    max_new_tokens: int,
+    compute: Arithmetic,
 ) -> Answerer:
     settings = generation_settings(model.language_model, tokenizer, max_new_tokens)
 
@@ -82,7 +93,9 @@ def _answerer(
         batch = prompts(examples)
         batch.pop("ids", None)
         finite = finite_logits(model, names_of(examples))
-        new = model.generate(**to_device(batch, model.language_model.device), logits_processor=finite, **settings).cpu()
+        inputs = to_device(batch, model.language_model.device)
+        with computing(compute, model.language_model.device):
+            new = model.generate(**inputs, logits_processor=finite, **settings).cpu()
         lengths = batch["attention_mask"].sum(1).tolist()
         return decoded(tokenizer, new, settings, [None] * len(new), lengths, further_turn(tokenizer))
 

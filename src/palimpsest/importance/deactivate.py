@@ -52,6 +52,7 @@ def deactivate(model: nn.Module, mask: Mask, parameters: Mapping[str, nn.Paramet
                 flags = local_part_like(mask.tensor(name), parameters[name])
                 removed[name] = weight[flags]  # a copy
                 weight.masked_fill_(flags, 0)
+        torch.clear_autocast_cache()  # of copies from before, which an autocast around this block would go on using
         yield
     finally:
         reshard(model)
@@ -59,3 +60,4 @@ def deactivate(model: nn.Module, mask: Mask, parameters: Mapping[str, nn.Paramet
             for name, values in removed.items():
                 flags = local_part_like(mask.tensor(name), parameters[name])
                 local(parameters[name]).masked_scatter_(flags, values)
+        torch.clear_autocast_cache()

@@ -32,6 +32,7 @@ from palimpsest.importance.per_sequence import SequenceGradients, require_whole
 from palimpsest.importance.reduce import Accumulators, Offload, chosen_reductions
 from palimpsest.importance.scores import Scores
 from palimpsest.models.anatomy import scored_parameters
+from palimpsest.models.compute import Arithmetic, computing
 from palimpsest.models.loss import describe_ids, each_batch, supervised_losses
 from palimpsest.parallel import local, reshard
 
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 # What the estimation writes into the metadata of its scores.
 RECORDED = {
     *("reductions", "normalisation", "n_tokens", "n_sequences", "n_batches", "loss"),
-    *("model", "data", "versions", "tied", "without_gradient", "one_by_one", "parameters"),
+    *("model", "data", "versions", "tied", "without_gradient", "one_by_one", "parameters", "compute"),
 }
 
 
@@ -55,6 +56,7 @@ def estimate_importance(
     metadata: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
     distributed: bool = False,
+    compute: Arithmetic = "float32",
 ) -> Scores:
     """Importance of the weights of `model`, or of the language model in it, on `batches`.
 
@@ -69,6 +71,8 @@ def estimate_importance(
     progress: called after every batch with (batches done, supervised tokens so far), of this process.
     distributed: the ranks of the initialised process group estimate together, each on its own batches, with
         replicas of the model or with a model sharded by fully_shard; see `importance.layouts`.
+    compute: the arithmetic of forward and backward (models.compute); gradients and accumulators of float32 weights are
+        float32 either way. What bfloat16 changes is in docs/importance.md.
 
     The scores are in nats per supervised token (`fisher`: see reduce.py). Reductions over sequences fall back to
     one backward per sequence for parameters that are not used by exactly one linear layer, once; a warning and
@@ -92,7 +96,7 @@ def estimate_importance(
     layout = layouts.layout_of(model, weights, chosen, distributed)
     with merged_adapters(model):
         accumulators = Accumulators({name: local(weight) for name, weight in weights.items()}, chosen, offload)
-        return _scores(model, batches, weights, tied, accumulators, layout, metadata, progress)
+        return _scores(model, batches, weights, tied, accumulators, layout, metadata, progress, compute)
 
 
 def _scores(
@@ -104,11 +108,12 @@ def _scores(
     layout: layouts.Layout,
     metadata: Mapping[str, Any],
     progress: Callable[[int, int], None] | None,
+    compute: Arithmetic,
 ) -> Scores:
     """The pass over the data, once everything that can be checked before it has been."""
     device = next(iter(weights.values())).device
     described = layouts.describe_weights(weights, layout)
-    sequences = SequenceGradients(model, weights, accumulators) if accumulators.by_sequence else None
+    sequences = SequenceGradients(model, weights, accumulators, compute) if accumulators.by_sequence else None
 
     mine: list[layouts.BatchRecord] = []
     installed = sequences.installed() if sequences else nullcontext()
@@ -117,7 +122,8 @@ def _scores(
             where = f"batch {number}{describe_ids(batch)}"
             if sequences:
                 sequences.expect(batch)
-            losses, _ = supervised_losses(model, batch)
+            with computing(compute, device):
+                losses, _ = supervised_losses(model, batch)
             if not losses.requires_grad:
                 raise UserError(f"The loss of {where} depends on no scored parameter; check `parameters`.")
             if sequences:
@@ -158,6 +164,7 @@ def _scores(
         "versions": {package: version(package) for package in ("torch", "transformers")},
         "tied": tied,  # name left out → name it was scored under
         "without_gradient": [name for name in weights if name not in with_gradient],  # scored 0
+        "compute": compute,
         "one_by_one": one_by_one,  # name → why its sequences went through the model one by one
         "parameters": described,
     }

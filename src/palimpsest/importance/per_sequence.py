@@ -24,6 +24,7 @@ from torch import nn
 
 from palimpsest.files import UserError
 from palimpsest.importance.reduce import Accumulators, piece_size
+from palimpsest.models.compute import Arithmetic, computing
 from palimpsest.models.loss import IGNORED, describe_ids, supervised_losses
 
 if TYPE_CHECKING:
@@ -45,11 +46,18 @@ class SequenceGradients:
     one_by_one: name → reason, of the parameters whose sequences had to go through the model one by one.
     """
 
-    def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter], accumulators: Accumulators) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[str, nn.Parameter],
+        accumulators: Accumulators,
+        compute: Arithmetic = "float32",
+    ) -> None:
         from transformers.pytorch_utils import Conv1D
 
         self.one_by_one: dict[str, str] = {}
         self._weights = weights
+        self._compute = compute
         self._accumulators = accumulators
         self._name_of = {id(weight): name for name, weight in weights.items()}
         self._layers = [
@@ -113,7 +121,9 @@ class SequenceGradients:
                 one = _row_of(batch, row)
                 self.expect(one)
                 self._accumulators.arriving = frozenset(("sequence",))  # the batch has been counted
-                torch.autograd.backward(supervised_losses(model, one)[0].sum())
+                with computing(self._compute, one["labels"].device):
+                    losses, _ = supervised_losses(model, one)
+                torch.autograd.backward(losses.sum())
                 require_whole(self._accumulators.take_batch()[1])
         finally:
             for weight in frozen:
@@ -126,10 +136,14 @@ class SequenceGradients:
 
     def _forward(self, layer: Any, plain: Callable[[Tensor], Tensor], input: Tensor) -> Tensor:
         by_row = input.ndim == 3 and len(input) == self._rows > 1
-        if not by_row or torch.is_autocast_enabled(input.device.type):
+        if not by_row:
             return plain(input)
+        # Rounded inside, not before: the graph then leads from the layer to its parameters themselves (see `settle`).
+        kind = input.device.type
+        rounded = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         apply: Any = _SequenceLinear.apply
-        output: Tensor = apply(input, layer.weight, layer.bias, not isinstance(layer, nn.Linear), self._folds(layer))
+        transposed = not isinstance(layer, nn.Linear)
+        output: Tensor = apply(input, layer.weight, layer.bias, transposed, self._folds(layer), rounded)
         return output
 
     def _folds(self, layer: Any) -> tuple[Fold, Fold]:
@@ -156,7 +170,9 @@ class SequenceGradients:
 class _SequenceLinear(torch.autograd.Function):
     """y = x Wᵀ + b, or x W + b for the transposed weight of a Conv1D; its backward gives gradients by sequence.
 
-    Under gradient checkpointing the input is recomputed like that of any operation, and backward runs once.
+    `rounded`: the dtype that autocast rounds input, weight and bias to. The gradients of sequences are then formed of
+    rounded factors in float32. Under gradient checkpointing the input is recomputed like that of any operation, and
+    backward runs once.
     """
 
     @staticmethod
@@ -167,7 +183,12 @@ class _SequenceLinear(torch.autograd.Function):
         bias: Float[Tensor, " out"] | None,
         transposed: bool,
         folds: tuple[Fold, Fold],
+        rounded: torch.dtype | None,
     ) -> Float[Tensor, "sequence time out"]:
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, weight, bias)]
+        if rounded is not None:
+            x, weight = x.to(rounded), weight.to(rounded)
+            bias = None if bias is None else bias.to(rounded)
         ctx.save_for_backward(x, weight)
         # Under checkpointing the saved weight comes back as another tensor object; hence no look-up by identity.
         ctx.transposed, ctx.folds = transposed, folds
@@ -177,18 +198,21 @@ class _SequenceLinear(torch.autograd.Function):
     def backward(ctx: Any, d: Float[Tensor, "sequence time out"]) -> Any:
         x, weight = ctx.saved_tensors
         fold_weight, fold_bias = ctx.folds
-        left, right = (x, d) if ctx.transposed else (d, x)  # the gradient of sequence s is left[s]ᵀ right[s]
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         x_gradient = weight_gradient = bias_gradient = None
         if ctx.needs_input_grad[0]:
-            x_gradient = d @ (weight.T if ctx.transposed else weight)
+            x_gradient = (d @ (weight.T if ctx.transposed else weight)).to(x_dtype)
+        # Weights of float32 have gradients of float32, also where the factors were rounded.
+        x, d = x.to(weight_dtype), d.to(weight_dtype)
+        left, right = (x, d) if ctx.transposed else (d, x)  # the gradient of sequence s is left[s]ᵀ right[s]
         if ctx.needs_input_grad[1] and not fold_weight(
             lambda rows: ((left[s, :, rows].T @ right[s]).flatten() for s in range(len(x))),
             right.shape[2],
         ):
             weight_gradient = left.flatten(0, 1).T @ right.flatten(0, 1)
         if ctx.needs_input_grad[2] and not fold_bias(lambda rows: (d[s, :, rows].sum(dim=0) for s in range(len(x))), 1):
-            bias_gradient = d.sum(dim=(0, 1))
-        return x_gradient, weight_gradient, bias_gradient, None, None
+            bias_gradient = d.sum(dim=(0, 1)).to(bias_dtype)
+        return x_gradient, weight_gradient, bias_gradient, None, None, None
 
 
 def require_whole(firings: Counter[str]) -> None:

@@ -41,6 +41,7 @@ UNUSED = re.compile(
     r"|(^|\.)(multi_modal_projector|mm_projector|embed_vision|embed_audio)\."
 )
 COMMIT = re.compile("[0-9a-f]{40}")
+DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -70,10 +71,17 @@ def resolve(name: str) -> str:
 
 
 def choose_device(wanted: str) -> str:
-    """ "auto" is CUDA if there is one, else the CPU; anything else is taken as it is."""
+    """ "auto" is CUDA if there is one, else the CPU. Raises UserError for what is no device, or not there."""
     import torch
 
-    return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+    if DEVICE.fullmatch(wanted) is None:
+        raise UserError(f"There is no device {wanted!r}; give auto, cpu, cuda, cuda:0, mps or xpu.")
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device(wanted)
+    if place.type == "cuda" and (place.index or 0) >= (n_gpus := torch.cuda.device_count()):
+        raise UserError(f"There is no device {wanted} here, CUDA shows {n_gpus}; give auto or cpu.")
+    return wanted
 
 
 def fingerprint(name: str) -> str:

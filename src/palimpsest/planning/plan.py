@@ -128,6 +128,7 @@ def make_plan(config: StudyConfig, options: Assumptions) -> Plan:
     encoder, encoder_origin = encoder_sizes(config.models.encoder)
     lengths = read_lengths(config, options)
     training = config.training
+    autocast = _computes_bfloat16(config, kind, here=gpu is None and options.memory is None)
     setups = {
         name: Setup(
             decoder=decoder,
@@ -138,7 +139,7 @@ def make_plan(config: StudyConfig, options: Assumptions) -> Plan:
             stack_factor=config.speech.stack_factor,
             adaptor_hidden=config.speech.adaptor_hidden_size,
             weight_bytes=4 if config.models.dtype == "float32" else 2,
-            autocast=training.bf16,
+            autocast=autocast,
             checkpointing=training.gradient_checkpointing,
             accumulation=training.accumulation,
             # A sharded head is not there as a whole for the fused kernel.
@@ -180,6 +181,16 @@ def _device(config: StudyConfig, options: Assumptions, gpu: Gpu | None) -> tuple
         properties = torch.cuda.get_device_properties(0)
         return properties.total_memory, f"this machine's {properties.name}", "cuda"
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory", "cpu"
+
+
+def _computes_bfloat16(config: StudyConfig, kind: str, *, here: bool) -> bool:
+    """Whether training forms its products in bfloat16; a GPU that is not here is taken for Ampere or later."""
+    from palimpsest.models.compute import choose_compute
+
+    models = config.models
+    if models.compute == "auto" and not here:
+        return True
+    return choose_compute(models.compute, kind, weights=models.dtype).dtype == "bfloat16"
 
 
 def _plan_method(config: StudyConfig, lengths: Lengths, name: str, setup: Setup) -> MethodPlan:

@@ -84,7 +84,7 @@ def _what(plan: Plan) -> Iterator[str]:
     yield f"  encoder         {config.models.encoder} ({origin}): {encoder.parameters:,} parameters, frozen"
     yield f"  adaptor         {setup.adaptor_parameters:,} parameters"
     yield f"  data            {plan.lengths.origin}"
-    arithmetic = "bf16 autocast" if training.bf16 else config.models.dtype
+    arithmetic = "bf16 autocast" if setup.autocast else config.models.dtype
     checkpointing = "with" if training.gradient_checkpointing else "without"
     yield (
         f"  training        {config.models.dtype} weights, {arithmetic} arithmetic, {checkpointing} gradient "

@@ -38,6 +38,7 @@ def check(ws: Workspace) -> None:
     from palimpsest.training.train import require_options
 
     require_options(ws.settings, ws.device, sharded=sharded())
+    ws.reporter.note(f"computing in {ws.compute}; importance in {ws.importance_compute}.")
     if ws.device == "cuda" and world_size() == 1 and (n_gpus := visible_gpus()) > 1:
         ws.reporter.note(f"{n_gpus} GPUs are visible and one is used; torchrun --nproc-per-node {n_gpus} uses all.")
     if ws.config.speech.augmentation is not None:
@@ -99,6 +100,7 @@ def features(ws: Workspace) -> None:
         "encoder": ws.encoder_hash,
         "length": speech.length,
         "stack_factor": speech.stack_factor,
+        "compute": ws.compute.dtype,
     }
 
     def write(folder: Path, advance: Advance) -> None:
@@ -113,7 +115,15 @@ def features(ws: Workspace) -> None:
             def group_advance(done: int, _: int, before: int = before) -> None:
                 advance(before + done, total)
 
-            compute_features(encoder, ws.processor, group, folder / key, cache=cache, progress=group_advance)
+            compute_features(
+                encoder,
+                ws.processor,
+                group,
+                folder / key,
+                cache=cache,
+                compute=ws.compute.dtype,
+                progress=group_advance,
+            )
             before += len(group)
 
     ws.step("features", features, inputs, write)
@@ -134,7 +144,7 @@ def train(ws: Workspace, model: str) -> None:
         "speech": {**asdict(ws.config.speech), "feature_cache": None},
         "prompt": ws.prompt_inputs,
         "method": asdict(method),
-        "training": asdict(ws.config.training),
+        "training": {**asdict(ws.config.training), "compute": ws.compute.dtype},
         "seeds": [ws.seed("adaptor", model), ws.seed("train", model)],
         **ws.adaptor_inputs,
     }
@@ -195,6 +205,7 @@ def importance(ws: Workspace, model: str, other: bool = False) -> None:
         "prompt": ws.prompt_inputs,
         "seed": ws.seed("importance"),
         "other": other,
+        "compute": ws.importance_compute.dtype,
     }
 
     def write(folder: Path, advance: Advance) -> None:
@@ -211,6 +222,7 @@ def importance(ws: Workspace, model: str, other: bool = False) -> None:
             metadata={"scored_model": model, "modality": "text", "questions": options.questions},
             progress=lambda done, _: advance(min(total, done * world_size()), total),
             distributed=world_size() > 1,
+            compute=ws.importance_compute.dtype,
         )
         if is_main():
             scores.save(folder)
@@ -248,6 +260,7 @@ def deactivation(ws: Workspace, model: str) -> None:
         "options": asdict(options),
         "prompt": ws.prompt_inputs,
         "seed": ws.seed("deactivation"),
+        "compute": ws.compute.dtype,
     }
 
     def write(folder: Path, advance: Advance) -> None:
@@ -267,6 +280,7 @@ def deactivation(ws: Workspace, model: str) -> None:
             random_seeds=[ws.seed(f"deactivation/{i}") for i in range(options.random_seeds)],
             reduction=reduction,
             progress=advance,
+            compute=ws.compute.dtype,
         )
         write_json(folder / "records.json", records)
 
@@ -281,6 +295,7 @@ def perplexity(ws: Workspace, model: str) -> None:
         "features": ws.fingerprint("features"),
         "prompt": ws.prompt_inputs,
         "batch_size": size,
+        "compute": ws.compute.dtype,
     }
 
     def write(folder: Path, advance: Advance) -> None:
@@ -290,6 +305,7 @@ def perplexity(ws: Workspace, model: str) -> None:
         for modality in ws.modalities(model):
             asked = ws.language_model(model) if modality == "text" else ws.speech_lm(model)
             about: dict[str, Any] = {"method": model, "task": "heldout", "progress": advance}
+            about["compute"] = ws.compute.dtype
             collator = ws.collator(modality, "heldout")
             records.append(measure_losses(asked, collator, ws.groups["heldout"], size, folder, **about))
         write_json(folder / "records.json", records)
@@ -322,6 +338,7 @@ def answers(ws: Workspace, model: str, task: str, modality: Modality) -> None:
         "task": task,
         "options": [options.max_new_tokens, options.batch_size],
         "prompt": ws.prompt_inputs,
+        "compute": ws.compute.dtype,
     }
     if modality == "cascade":
         inputs["asr"] = ws.model_hash(str(ws.config.models.asr))
@@ -342,6 +359,7 @@ def answers(ws: Workspace, model: str, task: str, modality: Modality) -> None:
             out=folder / "samples.jsonl",
             max_new_tokens=options.max_new_tokens,
             batch_size=options.batch_size,
+            compute=ws.compute.dtype,
             progress=advance,
             notice=ws.reporter.note,
         )
@@ -355,12 +373,13 @@ def _answerer(ws: Workspace, model: str, task: str, modality: Modality) -> Any:
     from palimpsest.evaluation.spoken import speech_answerer
     from palimpsest.models.loading import load_asr
 
-    limit = ws.config.evaluation.max_new_tokens
+    limit, compute = ws.config.evaluation.max_new_tokens, ws.compute.dtype
     if modality == "speech":
-        return speech_answerer(ws.speech_lm(model), ws.collator("speech", f"task-{task}"), limit)
-    by_text = text_answerer(ws.language_model(model), ws.processor.tokenizer, limit, ws.config.prompt)
+        return speech_answerer(ws.speech_lm(model), ws.collator("speech", f"task-{task}"), limit, compute)
+    by_text = text_answerer(ws.language_model(model), ws.processor.tokenizer, limit, ws.config.prompt, compute=compute)
     if modality == "cascade":
-        return cascade_answerer(partial(transcribe, *load_asr(str(ws.config.models.asr), device=ws.device)), by_text)
+        recogniser = load_asr(str(ws.config.models.asr), device=ws.device)
+        return cascade_answerer(partial(transcribe, *recogniser, compute=compute), by_text)
     if modality == "text_asr":
         rows = read_jsonl(samples_of(ws.path, BASE, task, "cascade"))
         return cascade_answerer(transcribed_before({row["id"]: row["transcript"] for row in rows}), by_text)

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from palimpsest.importance.scores import Scores
+    from palimpsest.models.compute import Choice
     from palimpsest.models.processor import SpeechLMProcessor
     from palimpsest.models.speech_lm import SpeechLM
     from palimpsest.models.trained_adaptor import TrainedAdaptor
@@ -170,7 +171,7 @@ class Workspace:
     # -- training -----------------------------------------------------------------------------------------------------
     @cached_property
     def settings(self) -> Settings:
-        return replace(self.config.training, seed=self.seed("train"))
+        return replace(self.config.training, seed=self.seed("train"), compute=self.compute.dtype)
 
     def require_budget(self) -> None:
         """A training example above the token budget is an error now, not after hours of other steps."""
@@ -195,6 +196,20 @@ class Workspace:
         from palimpsest.models.loading import choose_device
 
         return choose_device(self.config.models.device)
+
+    @cached_property
+    def compute(self) -> Choice:
+        """The arithmetic of whatever runs a model, but for importance and the probe."""
+        from palimpsest.models.compute import choose_compute
+
+        return choose_compute(self.config.models.compute, self.device, weights=self.config.models.dtype)
+
+    @cached_property
+    def importance_compute(self) -> Choice:
+        from palimpsest.models.compute import choose_compute
+
+        models = self.config.models
+        return choose_compute(models.compute, self.device, weights=models.dtype, exact=True)
 
     @cached_property
     def processor(self) -> SpeechLMProcessor:
@@ -279,7 +294,11 @@ class Workspace:
         return model
 
     def keep(self, name: str, model: SpeechLM) -> None:
-        """Remember a model that was just trained, so that it need not be read back."""
+        """Remember a model that was just trained, so that it need not be read back.
+
+        Its weights take gradients, as those read back do: autocast rounds frozen ones anew in every forward.
+        """
+        model.language_model.requires_grad_(True)
         self._tuned = (name, model)
 
     def forget(self) -> None:
@@ -367,6 +386,12 @@ class Workspace:
                     "name": models.adaptor and without_folders(models.adaptor),
                     "hash": self.adaptor and self.adaptor.fingerprint,
                 },
+            },
+            "compute": {
+                "wanted": models.compute,
+                "device": self.device,
+                **asdict(self.compute),
+                "importance": asdict(self.importance_compute),
             },
             "prompts": self.processor.example_prompts(),
             "data": {

@@ -214,7 +214,7 @@ def require_mergeable(method: Method, model: SpeechLM) -> None:
     if method.kind == "lora" and dtype not in WIDE:
         raise UserError(
             f"LoRA would be merged into {dtype} weights, which loses most of a small update to "
-            "rounding; load the model in float32 (models.dtype) and compute in bfloat16 (training.bf16)."
+            "rounding; load the model in float32 (models.dtype) and compute in bfloat16 (models.compute)."
         )
 
 

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Lt
 
+from palimpsest.models.compute import Arithmetic
+
 
 @dataclass(frozen=True)
 class AdaptorFirst:
@@ -43,9 +45,9 @@ class Settings:
     weight_decay: Annotated[float, Ge(0)] = 0.0
     max_grad_norm: Annotated[float, Gt(0)] = 1.0
     checkpoint_every: Annotated[int, Ge(1)] = 500  # optimizer steps
-    bf16: bool = False
     gradient_checkpointing: bool = False
     seed: int = 0  # in a study: derived from the study's, so no key of a recipe
+    compute: Arithmetic = "float32"  # of forward and backward; in a study models.compute decides, so no key of a recipe
     max_tokens: Annotated[int, Ge(1)] | None = None  # of a batch, padding counted; batch_size then limits its rows
     compile: bool = False  # torch.compile
     liger: bool | Literal["auto"] = "auto"  # head and loss in one kernel; auto: where it is installed, on CUDA

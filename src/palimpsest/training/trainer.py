@@ -90,7 +90,7 @@ def arguments(folder: Path, phase: Phase, settings: Settings, name: str, device:
             lr_scheduler_type="cosine",
             warmup_steps=math.ceil(settings.warmup_ratio * phase.steps),
             max_grad_norm=settings.max_grad_norm,
-            bf16=settings.bf16,
+            bf16=settings.compute == "bfloat16",
             torch_compile=settings.compile,
             seed=settings.seed,
             data_seed=settings.seed,

@@ -154,27 +154,30 @@ def _load(panel: Panel, model: str, transcript: str | None, limit: int) -> dict[
 
     models, style = panel.config.models, panel.config.prompt
     ws = Workspace(panel.config, panel.run, Reporter(0, quiet=True))
+    compute = ws.compute.dtype
     answerers: dict[Input, Answerer] = {}
     if model == BASE:
-        by_text = text_answerer(ws.base, load_tokenizer(models.language_model), limit, style)
+        by_text = text_answerer(ws.base, load_tokenizer(models.language_model), limit, style, compute=compute)
         answerers["cascade"] = cascade_answerer(transcribed_before({"question": transcript}), by_text)
         if models.adaptor is not None:  # the recipe puts the base behind this adaptor
-            answerers["speech"] = recording_answerer(ws.speech_lm(BASE), ws.processor, limit)
+            answerers["speech"] = recording_answerer(ws.speech_lm(BASE), ws.processor, limit, compute)
     else:
         checkpoint = checkpoint_of(panel.run, model)
         speech_lm, processor = load_speech_lm(checkpoint, dtype=models.dtype, device=ws.device)
-        by_text = text_answerer(speech_lm.language_model, processor.tokenizer, limit, style)
-        answerers["speech"] = recording_answerer(speech_lm, processor, limit)
+        by_text = text_answerer(speech_lm.language_model, processor.tokenizer, limit, style, compute=compute)
+        answerers["speech"] = recording_answerer(speech_lm, processor, limit, compute)
     return {"text": by_text, **answerers}
 
 
 def _transcript(panel: Panel, example: Example) -> str:
     from palimpsest.evaluation.cascade import transcribe
+    from palimpsest.models.compute import choose_compute
     from palimpsest.models.loading import choose_device, load_asr
 
     models = panel.config.models
-    model, processor = load_asr(str(models.asr), device=choose_device(models.device))
-    return transcribe(model, processor, [example])[example.id]
+    device = choose_device(models.device)
+    compute = choose_compute(models.compute, device, weights=models.dtype).dtype
+    return transcribe(*load_asr(str(models.asr), device=device), [example], compute=compute)[example.id]
 
 
 def _failures() -> tuple[type[Exception], ...]:
