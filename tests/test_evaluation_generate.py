@@ -383,11 +383,24 @@ def test_answers_of_a_model_do_not_depend_on_the_batch_size(tmp_path: Path, chat
         assert timeless(run(answer, tmp_path / f"{size}.jsonl", batch_size=size)) == timeless(reference)
 
 
-def test_a_model_s_answer_is_the_greedy_continuation_of_its_template() -> None:
-    """Token by token from the logits, without generate, cache or padding."""
+@pytest.mark.parametrize(
+    "own",
+    [
+        {},
+        {"repetition_penalty": 5.0, "do_sample": True, "temperature": 3.0},
+        {"suppress_tokens": list(range(7, 200))},
+        {"bad_words_ids": [[number] for number in range(7, 200)]},
+        {"forced_eos_token_id": 3, "encoder_no_repeat_ngram_size": 1, "no_repeat_ngram_size": 1},
+        {"encoder_repetition_penalty": 9.0, "sequence_bias": [[[number], -99.0] for number in range(7, 200)]},
+        {"max_time": 1e-9, "min_new_tokens": 6, "output_hidden_states": "last", "prompt_lookup_num_tokens": 2},
+    ],
+)
+def test_a_model_s_answer_is_the_greedy_continuation_of_its_template(own: dict[str, Any]) -> None:
+    """Token by token from the logits, without generate, cache or padding, and without the checkpoint's own taste."""
     model, tokenizer = tiny_llama(eos_token_id=3), tiny_tokenizer()
-    model.generation_config.repetition_penalty = 5.0  # a checkpoint's own taste must not leak in
-    model.generation_config.do_sample = True
+    settings = model.generation_config
+    for key, value in own.items():
+        setattr(settings, key, value)
     (given,) = text_answerer(model, tokenizer, max_new_tokens=6, style=PromptStyle("Be short."))(
         TASK.examples[:1], "text"
     )
@@ -401,6 +414,7 @@ def test_a_model_s_answer_is_the_greedy_continuation_of_its_template() -> None:
         with torch.no_grad():
             new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
     assert given.n_new_tokens == len(new)
+    assert model.generation_config is settings
     assert given.response == tokenizer.decode(new, skip_special_tokens=True).strip()
 
 

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -225,17 +226,22 @@ def is_loop(response: str) -> bool:
     )
 
 
-# Greedy and nothing else. A checkpoint's own generation settings may hold a repetition penalty or a sampling
-# temperature; what is not given explicitly, transformers takes from there.
-GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 50,
-}
+GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1}
+
+
+@contextmanager
+def without_own_settings(model: Any) -> Iterator[None]:
+    """Within the block `model` generates by what it is given, and by transformers' defaults.
+
+    What is not given, transformers takes from a checkpoint's own generation settings: penalties, a least length, words
+    that are suppressed, a time limit. With them models would answer by rules that are not the same for all.
+    """
+    own = model.generation_config
+    model.generation_config = type(own)(bos_token_id=own.bos_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 class Answer(NamedTuple):
@@ -397,8 +403,8 @@ def text_answerer(
     turn, and the system turn, date and arguments of `style`; without a template it is "Question: …", a line
     feed and "Answer:". It is tokenised once and holds exactly one begin-of-text. An answer ends at the
     tokenizer's end-of-text and at the end ids of the model's generation settings; nothing else is taken from
-    these settings (see GREEDY). Without a template it also ends where the model begins a line with "Question:"
-    or "Answer:".
+    these settings (`without_own_settings`). Without a template it also ends where the model begins a line with
+    "Question:" or "Answer:".
 
     `compute` is the arithmetic; in float32 the answers do not depend on the batch. The model is put into eval mode.
     """
@@ -423,7 +429,7 @@ def text_answerer(
                 )
         input_ids, attention_mask = pad_left(ids, settings["pad_token_id"])
         language_model.eval()
-        with torch.inference_mode(), computing(compute, language_model.device):
+        with torch.inference_mode(), computing(compute, language_model.device), without_own_settings(language_model):
             output = language_model.generate(
                 input_ids=input_ids.to(language_model.device),
                 attention_mask=attention_mask.to(language_model.device),

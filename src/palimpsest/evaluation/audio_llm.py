@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from palimpsest.data.examples import Example
-from palimpsest.evaluation.answers import Answer, Answerer, decoded, generation_settings, names_of
+from palimpsest.evaluation.answers import Answer, Answerer, decoded, generation_settings, names_of, without_own_settings
 from palimpsest.evaluation.finite import finite_logits
 from palimpsest.evaluation.spoken import recordings
 from palimpsest.files import UserError
@@ -74,7 +74,7 @@ def audio_llm_answerer(
                 f"model's {longest} positions; shorten it."
             )
         model.eval()
-        with torch.inference_mode(), computing(compute, model.device):
+        with torch.inference_mode(), computing(compute, model.device), without_own_settings(model):
             finite = finite_logits(model, names_of(examples))
             output = model.generate(**_on_device(inputs, model), logits_processor=finite, **settings)
         return decoded(tokenizer, output[:, inputs["input_ids"].shape[1] :], settings, prompts, lengths)

@@ -16,6 +16,7 @@ from palimpsest.evaluation.answers import (
     generation_settings,
     names_of,
     pad_left,
+    without_own_settings,
 )
 from palimpsest.evaluation.finite import finite_logits
 from palimpsest.files import UserError
@@ -93,8 +94,9 @@ def _answerer(
         batch = prompts(examples)
         batch.pop("ids", None)
         finite = finite_logits(model, names_of(examples))
-        inputs = to_device(batch, model.language_model.device)
-        with computing(compute, model.language_model.device):
+        language_model = model.language_model
+        inputs = to_device(batch, language_model.device)
+        with computing(compute, language_model.device), without_own_settings(language_model):
             new = model.generate(**inputs, logits_processor=finite, **settings).cpu()
         lengths = batch["attention_mask"].sum(1).tolist()
         return decoded(tokenizer, new, settings, [None] * len(new), lengths, further_turn(tokenizer))
