@@ -10,6 +10,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import scipy.stats
 import soundfile
 import torch.distributed.tensor
 import transformers.trainer
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoProcessor, LlamaForCausalLM, WhisperModel
 
 from palimpsest import cli
@@ -30,6 +32,10 @@ IMPORTED = [
     *(matplotlib.figure, pyarrow.parquet, scipy.stats, soundfile, torch.distributed.tensor, transformers.trainer),
     *(AutoModelForCausalLM, AutoProcessor, LlamaForCausalLM, WhisperModel),
 ]
+
+
+# By default a bar takes a lock that all forks share, which a child that is killed inside would hold for ever.
+tqdm.set_lock(threading.RLock())
 
 
 @dataclass
