@@ -219,6 +219,61 @@ def copying() -> list[Row]:
     return [(template.format(a), template.format(b), a, b) for a, b in NOUNS for template in templates]
 
 
+# -- harder pairs -----------------------------------------------------------------------------------------------------
+# A small model has nearly all pairs above right, and most still when it has lost text. Below, the cue lies far back,
+# or the wrong continuation is right for another subject of the same sort (a capital for a capital).
+# Tried on SmolLM2-135M-Instruct and left out: sums and counts that are one apart (50 % right), who did what to whom
+# (53 %) and which of two things came first (54 %) are at chance undamaged; negation (74 %) hardly moved with damage.
+FAR_SUBJECTS = [("report", "reports"), ("painting", "paintings"), ("machine", "machines"), ("story", "stories"),
+                ("tower", "towers"), ("lawyer", "lawyers"), ("ticket", "tickets"), ("village", "villages"),
+                ("engine", "engines"), ("recipe", "recipes"), ("actor", "actors"), ("bridge", "bridges")]  # fmt: skip
+FAR_CLAUSES = [  # after a singular subject, after a plural one: the nouns have the other number
+    ("that the managers from the northern offices mentioned", "that the manager from the northern office mentioned"),
+    ("which the tourists near the crowded markets described", "which the tourist near the crowded market described"),
+    ("behind the walls that the soldiers of the kings built", "behind the wall that the soldier of the king built"),
+]
+
+
+def far_agreement() -> list[Row]:
+    verbs = (("was", "were"), ("has", "have"), ("is", "are"))
+    return [
+        (f"The {one} {FAR_CLAUSES[k][0]}", f"The {many} {FAR_CLAUSES[k][1]}", *verbs[(i + k) % 3])
+        for i, (one, many) in enumerate(FAR_SUBJECTS)
+        for k in range(3)
+    ]
+
+
+# Of subjects that the built-in question set holds out, so that training on it does not teach them.
+CLOSE_FACTS = {
+    "The capital of {} is": "Latvia Riga, Estonia Tallinn; Zambia Lusaka, Bangladesh Dhaka; Cuba Havana, "
+    "Nicaragua Managua; Iraq Baghdad, Iran Tehran; Algeria Algiers, Tunisia Tunis; Norway Oslo, Iceland Reykjavik; "
+    "Poland Warsaw, Albania Tirana; Uruguay Montevideo, Ireland Dublin",
+    "In the shops of {} people pay with the": "Iceland krona, Poland zloty; Iran rial, Iraq dinar; Bangladesh taka, "
+    "Zambia kwacha; Turkey lira, Uruguay peso; Cuba peso, Algeria dinar; Norway krone, Germany euro",
+    "Most people in {} speak": "Iran Persian, Iraq Arabic; Estonia Estonian, Latvia Latvian; Turkey Turkish, "
+    "Bangladesh Bengali; Norway Norwegian, Iceland Icelandic; Tunisia Arabic, Uruguay Spanish; Albania Albanian, "
+    "Poland Polish",
+    "The city of {} lies in": "Bergen Norway, Dresden Germany; Krakow Poland, Vladivostok Russia; Johannesburg Africa, "
+    "Istanbul Turkey",
+    "The book {} was written by": "Great_Expectations Dickens, Anna_Karenina Tolstoy; The_Time_Machine Wells, "
+    "The_Grapes_of_Wrath Steinbeck; Madame_Bovary Flaubert, Peter_Pan Barrie",
+    "The opera {} is by": "La_Traviata Verdi, Madame_Butterfly Puccini",
+    "The chemical symbol of {} is": "germanium Ge, gallium Ga; palladium Pd, silver Ag",
+    "In biology, the {} is a kind of": "chameleon reptile, cod fish; butterfly insect, giraffe mammal; "
+    "cockroach insect, sparrow bird; turtle reptile, shark fish",
+    "The young of a {} is called a": "swan cygnet, donkey foal; kangaroo joey, giraffe calf",
+}
+
+
+def close_facts() -> list[Row]:
+    rows = []
+    for statement, table in CLOSE_FACTS.items():
+        for entry in table.split("; "):
+            (one, a), (two, b) = (part.split(" ") for part in entry.split(", "))
+            rows.append((*(statement.format(name.replace("_", " ")) for name in (one, two)), a, b))
+    return rows
+
+
 TABLES: dict[str, list[Row]] = {
     "agreement": AGREEMENT,
     "forms": FORMS,
@@ -227,6 +282,8 @@ TABLES: dict[str, list[Row]] = {
     "common_sense": COMMON_SENSE,
     "spelling": SPELLING,
     "copying": copying(),
+    "far_agreement": far_agreement(),
+    "close_facts": close_facts(),
 }
 
 

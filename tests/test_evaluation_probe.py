@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -40,6 +41,40 @@ def test_in_every_kind_each_continuation_is_right_as_often_as_it_is_wrong() -> N
     assert all(pair.right != pair.wrong and pair.right[0] == pair.wrong[0] == " " for pair in pairs)
     assert all(pair.prompt == pair.prompt.strip() for pair in pairs)
     assert len({(pair.prompt, pair.right) for pair in pairs}) == len(pairs)
+
+
+def test_the_harder_pairs_are_as_hard_as_they_say() -> None:
+    """Six or more words of the other number stand between noun and verb; facts are two of a sort, in turn."""
+    of_kind = {kind: [pair for pair in load_pairs() if pair.kind == kind] for kind in ("far_agreement", "close_facts")}
+    assert {kind: len(pairs) for kind, pairs in of_kind.items()} == {"far_agreement": 72, "close_facts": 70}
+    for pair in of_kind["far_agreement"]:
+        words = pair.prompt.split()
+        assert len(words) - words.index(words[1]) >= 8
+        many = words[1].endswith("s")
+        assert (pair.right.strip() in ("are", "were", "have")) == many
+        between = [word for word in words[2:] if word in {"managers", "offices", "tourists", "markets", "walls",
+                                                          "soldiers", "kings"}]  # fmt: skip
+        assert bool(between) != many  # the nouns between have the other number
+    for first, second in zip(of_kind["close_facts"][::2], of_kind["close_facts"][1::2], strict=True):
+        assert (first.right, first.wrong) == (second.wrong, second.right)
+        assert first.prompt != second.prompt
+        same = zip(first.prompt.split(), second.prompt.split(), strict=False)
+        assert next(same)[0] == second.prompt.split()[0]  # one statement about two subjects
+
+
+def test_training_on_the_built_in_questions_does_not_teach_the_close_facts() -> None:
+    """Their subjects are in none of its training questions: what was lost must not be hidden by what was taught."""
+    from palimpsest.data.sources import load_examples
+
+    questions = " | ".join(example.question for example in load_examples("facts", "train"))
+    subjects = [
+        part.rsplit(" ", 1)[0].replace("_", " ")
+        for table in make_probe.CLOSE_FACTS.values()
+        for entry in table.split("; ")
+        for part in entry.split(", ")
+    ]
+    assert len(subjects) == 70
+    assert [subject for subject in subjects if re.search(rf"\b{subject}\b", questions)] == []
 
 
 def test_no_question_of_facts_is_among_them() -> None:

@@ -579,7 +579,7 @@ def probe_comparisons(records: Rows) -> Table:
         ),
         in_order(records, "method"),
         "Paired by pair: exact McNemar test, of several training runs clustered by pair and seed; Holm over: the "
-        "methods' tests on all pairs, or those on single kinds. Margin and loss: nats per token. The pairs are easy: "
+        "methods' tests on all pairs, or those on single kinds. Margin and loss: nats per token. Most pairs are easy: "
         "a model can lose text and keep them, so read the last column (above 0: the right text is less likely now) and "
         "the perplexity of the held-out answers beside it. Brackets: 95 % interval.",
     )
