@@ -19,7 +19,7 @@ from palimpsest.evaluation.answers import (
 )
 from palimpsest.evaluation.finite import finite_logits
 from palimpsest.files import UserError
-from palimpsest.models.compute import Arithmetic, computing
+from palimpsest.models.compute import Arithmetic, computing, many_forwards
 from palimpsest.models.prompts import pad_id
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _answerer(
         batch.pop("ids", None)
         finite = finite_logits(model, names_of(examples))
         inputs = to_device(batch, model.language_model.device)
-        with computing(compute, model.language_model.device):
+        with many_forwards(model, compute):
             new = model.generate(**inputs, logits_processor=finite, **settings).cpu()
         lengths = batch["attention_mask"].sum(1).tolist()
         return decoded(tokenizer, new, settings, [None] * len(new), lengths, further_turn(tokenizer))
