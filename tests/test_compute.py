@@ -448,11 +448,16 @@ def asked(models: Path, out: Path, **options: Any) -> dict[str, Any]:
 
 def test_evaluate_records_the_choice_and_mixes_no_answers(models: Path, tmp_path: Path, fast: None) -> None:
     found = asked(models, tmp_path, perplexity=True)
-    assert found["compute"] == {"dtype": "bfloat16", "reason": "this machine is fast", "device": "cpu"}
+    assert found["compute"] == {
+        **{"dtype": "bfloat16", "reason": "this machine is fast"},
+        **{"device": "cpu", "weights": None},
+    }
     assert read_json(tmp_path / "losses-text.json")["compute"] == "bfloat16"
     with pytest.raises(UserError, match=r"holds another evaluation .compute 'bfloat16' instead of 'float32'"):
         asked(models, tmp_path, compute="float32")
     asked(models, tmp_path, compute="bfloat16")  # the same arithmetic, for another reason
+    with pytest.raises(UserError, match=r"holds another evaluation .model "):
+        asked(models, tmp_path, dtype="bfloat16")
 
 
 def test_answers_of_before_there_was_the_choice_are_in_float32(models: Path, tmp_path: Path, fast: None) -> None:
