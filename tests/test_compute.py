@@ -31,7 +31,7 @@ from palimpsest.importance.estimate import estimate_importance
 from palimpsest.importance.scores import Scores
 from palimpsest.importance.select import select
 from palimpsest.models import compute
-from palimpsest.models.compute import Choice, choose_compute, computing
+from palimpsest.models.compute import Choice, choose_compute, computing, many_forwards
 from palimpsest.models.loss import supervised_losses
 from palimpsest.planning.plan import Assumptions, make_plan
 from palimpsest.progress import Reporter
@@ -189,6 +189,37 @@ def test_answers_from_text_and_speech_and_the_encoder(setup: tuple[list[Example]
     with products(model) as seen:
         recording_answerer(model, processor, 3)(examples[:3], "speech")
     assert only(seen, torch.float32)
+
+
+def test_many_forwards_are_autocast_with_weights_that_are_rounded_once() -> None:
+    for model in (tiny_llama(), tiny_speech_lm()[0]):
+        ids = make_batches(1)[0]["input_ids"]
+        before = {name: (id(weight), weight.clone()) for name, weight in model.named_parameters()}
+        with torch.no_grad(), computing("bfloat16", "cpu"):
+            expected = model(input_ids=ids).logits
+        language_model = getattr(model, "language_model", model)
+        with torch.no_grad(), many_forwards(model, "bfloat16"):
+            found = model(input_ids=ids).logits
+            assert language_model.lm_head.weight.dtype == BF16
+            assert language_model.get_input_embeddings().weight.dtype == torch.float32  # also where the head is tied
+        assert torch.equal(found, expected)
+        with pytest.raises(RuntimeError, match="stop"), many_forwards(model, "bfloat16"):
+            raise RuntimeError("stop")
+        with many_forwards(model, "float32"):
+            assert language_model.lm_head.weight.dtype == torch.float32
+        after = dict(model.named_parameters())
+        assert before.keys() == after.keys()
+        assert all(id(after[name]) == key and torch.equal(after[name], value) for name, (key, value) in before.items())
+
+
+def test_recordings_and_cached_frames_are_encoded_alike(setup: tuple[list[Example], Collator], tmp_path: Path) -> None:
+    examples, collator = setup
+    model, processor = tiny_speech_lm()
+    compute_features(model.encoder, processor, examples, tmp_path / "features", compute="bfloat16", batch_size=3)
+    cached = Collator(collator.processor, "speech", Features(tmp_path / "features"))
+    by_frames = speech_answerer(model, cached, 3, "bfloat16")(examples[:3], "speech")
+    by_recording = recording_answerer(model, processor, 3, "bfloat16")(examples[:3], "speech")
+    assert [a.response for a in by_frames] == [a.response for a in by_recording]
 
 
 def test_frames_of_one_arithmetic_are_never_taken_for_those_of_another(
@@ -392,15 +423,6 @@ def test_the_choice_and_its_reason_stand_in_the_provenance(models: Path, tmp_pat
     }
 
 
-def test_a_model_that_was_just_trained_is_as_one_read_back(models: Path, tmp_path: Path) -> None:
-    """Autocast would round frozen weights anew in every forward."""
-    ws = Workspace(parse_config(recipe(), "r"), tmp_path, Reporter(0, quiet=True))
-    model, _ = tiny_speech_lm()
-    model.language_model.requires_grad_(False)
-    ws.keep("full", model)
-    assert all(weight.requires_grad for weight in model.language_model.parameters())
-
-
 def test_plan_counts_what_the_recipe_computes_in(models: Path, fast: None) -> None:
     places = {"language_model": str(models / "llm"), "encoder": "embedded:whisper-tiny.en", "device": "cpu"}
     for wanted, options, autocast in (
@@ -426,11 +448,16 @@ def asked(models: Path, out: Path, **options: Any) -> dict[str, Any]:
 
 def test_evaluate_records_the_choice_and_mixes_no_answers(models: Path, tmp_path: Path, fast: None) -> None:
     found = asked(models, tmp_path, perplexity=True)
-    assert found["compute"] == {"dtype": "bfloat16", "reason": "this machine is fast", "device": "cpu"}
+    assert found["compute"] == {
+        **{"dtype": "bfloat16", "reason": "this machine is fast"},
+        **{"device": "cpu", "weights": None},
+    }
     assert read_json(tmp_path / "losses-text.json")["compute"] == "bfloat16"
     with pytest.raises(UserError, match=r"holds another evaluation .compute 'bfloat16' instead of 'float32'"):
         asked(models, tmp_path, compute="float32")
     asked(models, tmp_path, compute="bfloat16")  # the same arithmetic, for another reason
+    with pytest.raises(UserError, match=r"holds another evaluation .model "):
+        asked(models, tmp_path, dtype="bfloat16")
 
 
 def test_answers_of_before_there_was_the_choice_are_in_float32(models: Path, tmp_path: Path, fast: None) -> None:

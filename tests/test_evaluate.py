@@ -73,7 +73,7 @@ def test_a_speech_llm_is_asked_in_text_with_its_own_system_turn(setup: tuple[str
 def test_accuracy_floors_and_perplexity(setup: tuple[str, str], tmp_path: Path) -> None:
     lines = evaluated(setup, tmp_path, perplexity=True)
     results = read_json(tmp_path / "results-text.json")
-    assert set(results) == {"schema", "qa", "qa_floors", "seconds_per_question", "perplexity"}
+    assert set(results) == {"schema", "qa", "qa_floors", "seconds_per_question", "perplexity", "compute"}
     assert {(r["floor"], r["metric"]) for r in results["qa_floors"]} >= {("unrelated", "token_sequence_numbers")}
     primary = next(line for line in lines if line.startswith("token_sequence_numbers"))
     assert "unrelated" in primary

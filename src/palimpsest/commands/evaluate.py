@@ -75,7 +75,7 @@ def _run(options: Options) -> Iterator[str]:
     from palimpsest.evaluation.answers import answer_questions, qa_record, summarise
     from palimpsest.evaluation.floors import floor_records
     from palimpsest.evaluation.judge import METRIC, judge_rows
-    from palimpsest.models.loading import choose_device, fingerprint
+    from palimpsest.models.loading import choose_device
 
     model, modality, out = options.model, options.modality, options.out
     judge, task, where = _check(options)
@@ -92,7 +92,7 @@ def _run(options: Options) -> Iterator[str]:
             answer,
             task,
             modality,
-            model=hash_value([fingerprint(model), fingerprint(options.asr)]) if transcribed else fingerprint(model),
+            model=_identity(options, transcribed),
             out=out / f"samples-{modality}.jsonl",
             max_new_tokens=options.max_new_tokens,
             batch_size=options.batch_size,
@@ -102,7 +102,7 @@ def _run(options: Options) -> Iterator[str]:
         )
     floors = floor_records(rows, model, task, modality)
     results: dict[str, Any] = {"schema": 1, "qa": summarise(rows, model, task, modality), "qa_floors": floors}
-    results["compute"] = {**asdict(compute), "device": device}
+    results["compute"] = {**asdict(compute), "device": device, "weights": options.dtype}  # null: the default
     results["seconds_per_question"] = sum(row["seconds"] for row in rows) / len(rows)
     judged = None
     if options.perplexity:
@@ -119,6 +119,15 @@ def _run(options: Options) -> Iterator[str]:
         results["word_error_rate"] = word_error_rate((row["question"], row["transcript"] or "") for row in rows)
     write_json(out / f"results-{modality}.json", results)
     yield from _lines(rows, results, judged, options.max_new_tokens)
+
+
+def _identity(options: Options, transcribed: bool) -> str:
+    """What answers are bound to: the files of the model and of a recogniser that is asked; weights of a dtype given."""
+    from palimpsest.models.loading import fingerprint
+
+    parts = [fingerprint(options.model), *([fingerprint(options.asr)] if transcribed else [])]
+    parts += [] if options.dtype is None else [options.dtype]
+    return hash_value(parts) if len(parts) > 1 else parts[0]
 
 
 def _check(options: Options) -> tuple[Judge | None, Task, str]:

@@ -11,6 +11,7 @@ from annotated_types import Ge
 from typing_extensions import Doc
 
 from palimpsest.files import write_json, write_jsonl
+from palimpsest.models.compute import DeviceOption, DtypeOption
 from palimpsest.progress import Reporter
 
 
@@ -24,16 +25,20 @@ class Options:
     model: Annotated[str, Doc("Causal LM, speech LLM or audio LLM: embedded: name, folder, hub name.")]
     out: Annotated[Path, Doc("Folder for records.json and pairs.jsonl.")]
     batch_size: Annotated[int, Ge(1)] = 32
+    device: DeviceOption = "auto"
+    dtype: DtypeOption = None
 
 
 def run(options: Options) -> Iterator[str]:
     from palimpsest.evaluation.probe import load_pairs, pair_losses, pairs_version, summarise_probe
-    from palimpsest.models.loading import fingerprint, load_language_model, resolve
+    from palimpsest.models.loading import choose_device, fingerprint, load_language_model, resolve
 
     model, out = options.model, options.out
     resolve(model)
+    device = choose_device(options.device)
     with Reporter(1).step("probe") as advance:
-        losses = pair_losses(*load_language_model(model), load_pairs(), options.batch_size, progress=advance)
+        loaded = load_language_model(model, dtype=options.dtype or "float32", device=device)
+        losses = pair_losses(*loaded, load_pairs(), options.batch_size, progress=advance)
     records = summarise_probe(losses, model)
     about = {"schema": 1, "pairs": pairs_version(), "model": fingerprint(model)}
     write_jsonl(out / "pairs.jsonl", (loss.to_row() for loss in losses))

@@ -27,7 +27,7 @@ from palimpsest.data.shards import DTYPE, Shards, claim, shard_name, write_shard
 from palimpsest.data.speech import read_audio
 from palimpsest.files import UserError, hash_file, hash_value, read_json, require_disk, write_json
 from palimpsest.models import SAMPLE_RATE
-from palimpsest.models.compute import Arithmetic, computing
+from palimpsest.models.compute import Arithmetic, many_forwards
 from palimpsest.models.speech_lm import encode_speech
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _encode(
 ) -> dict[str, Float16[ndarray, "time d_enc"]]:
     mels, counts = processor.features([read_audio(path) for path in audio.values()])
     mels = mels.to(encoder.conv1.weight.device)
-    with computing(compute, mels.device):
+    with many_forwards(encoder, compute):
         encoded = encode_speech(encoder, mels, counts, processor.speech_length)
     frames = {}
     for row, (key, path) in enumerate(audio.items()):

@@ -41,7 +41,7 @@ from palimpsest.files import (
     write_jsonl,
 )
 from palimpsest.intervals import wilson
-from palimpsest.models.compute import Arithmetic, computing
+from palimpsest.models.compute import Arithmetic, many_forwards
 from palimpsest.models.prompts import NEXT_TURN, PromptStyle, encode, render
 from palimpsest.options import require_shape
 from palimpsest.records import Modality, QARecord
@@ -429,7 +429,7 @@ def text_answerer(
                 )
         input_ids, attention_mask = pad_left(ids, settings["pad_token_id"])
         language_model.eval()
-        with torch.inference_mode(), computing(compute, language_model.device), without_own_settings(language_model):
+        with torch.inference_mode(), many_forwards(language_model, compute), without_own_settings(language_model):
             output = language_model.generate(
                 input_ids=input_ids.to(language_model.device),
                 attention_mask=attention_mask.to(language_model.device),

@@ -24,7 +24,7 @@ from palimpsest.evaluation.finite import finite_logits
 from palimpsest.evaluation.spoken import recordings
 from palimpsest.files import UserError
 from palimpsest.models import SAMPLE_RATE
-from palimpsest.models.compute import Arithmetic, computing
+from palimpsest.models.compute import Arithmetic, many_forwards
 from palimpsest.models.prompts import PromptStyle, apply_template, fixed_date
 from palimpsest.records import Modality
 
@@ -74,7 +74,7 @@ def audio_llm_answerer(
                 f"model's {longest} positions; shorten it."
             )
         model.eval()
-        with torch.inference_mode(), computing(compute, model.device), without_own_settings(model):
+        with torch.inference_mode(), many_forwards(model, compute), without_own_settings(model):
             finite = finite_logits(model, names_of(examples))
             output = model.generate(**_on_device(inputs, model), logits_processor=finite, **settings)
         return decoded(tokenizer, output[:, inputs["input_ids"].shape[1] :], settings, prompts, lengths)

@@ -21,7 +21,7 @@ from palimpsest.evaluation.scoring import number_words
 from palimpsest.evaluation.spoken import recordings
 from palimpsest.files import UserError
 from palimpsest.models import SAMPLE_RATE
-from palimpsest.models.compute import Arithmetic, computing
+from palimpsest.models.compute import Arithmetic, many_forwards
 from palimpsest.records import Modality
 
 MULTILINGUAL_VOCABULARY = 51865  # of Whisper; English-only checkpoints have fewer tokens and take no language
@@ -48,7 +48,7 @@ def transcribe(
         features = asr_processor(
             recordings(batch), sampling_rate=SAMPLE_RATE, return_attention_mask=True, return_tensors="pt"
         )
-        with torch.inference_mode(), computing(compute, asr_model.device):
+        with torch.inference_mode(), many_forwards(asr_model, compute):
             ids = asr_model.generate(
                 features["input_features"].to(asr_model.device, asr_model.dtype),
                 attention_mask=features["attention_mask"].to(asr_model.device),

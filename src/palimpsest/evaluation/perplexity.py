@@ -20,7 +20,7 @@ from palimpsest.data.collate import Batch, Collator, batches
 from palimpsest.data.examples import Example
 from palimpsest.evaluation.finite import not_finite
 from palimpsest.files import UserError, hash_value, read_json, write_json, write_jsonl
-from palimpsest.models.compute import Arithmetic, computing
+from palimpsest.models.compute import Arithmetic, many_forwards
 from palimpsest.models.loss import each_batch, supervised_losses
 from palimpsest.options import require_shape
 from palimpsest.records import PerplexityRecord
@@ -83,22 +83,25 @@ def perplexity(
     if model.training:
         raise UserError("Perplexity was asked of a model in training mode; call model.eval() first.")
     samples: dict[str, SampleLoss] = {}
-    for batch in each_batch(batches):
-        if "ids" not in batch:
-            raise UserError('Perplexity needs the examples\' ids; put a list of strings under "ids" into every batch.')
-        ids: list[str] = list(batch["ids"])
-        with torch.inference_mode(), computing(compute, batch["labels"].device):
-            losses, rows = supervised_losses(model, batch)
-        totals = torch.zeros(len(ids), dtype=torch.float64).index_add_(0, rows.cpu(), losses.double().cpu())
-        counts = torch.bincount(rows.cpu(), minlength=len(ids))
-        for id, total, count in zip(ids, totals.tolist(), counts.tolist(), strict=True):
-            if id in samples:
-                raise UserError(f"Example {id!r} comes twice; give every example its own id.")
-            if count == 0:
-                raise UserError(f"Example {id!r} has no supervised token; leave it out or check its labels.")
-            if not math.isfinite(total):
-                raise not_finite(model, f"example {id!r}")
-            samples[id] = SampleLoss(total, count)
+    with many_forwards(model, compute):
+        for batch in each_batch(batches):
+            if "ids" not in batch:
+                raise UserError(
+                    'Perplexity needs the examples\' ids; put a list of strings under "ids" into every batch.'
+                )
+            ids: list[str] = list(batch["ids"])
+            with torch.inference_mode():
+                losses, rows = supervised_losses(model, batch)
+            totals = torch.zeros(len(ids), dtype=torch.float64).index_add_(0, rows.cpu(), losses.double().cpu())
+            counts = torch.bincount(rows.cpu(), minlength=len(ids))
+            for id, total, count in zip(ids, totals.tolist(), counts.tolist(), strict=True):
+                if id in samples:
+                    raise UserError(f"Example {id!r} comes twice; give every example its own id.")
+                if count == 0:
+                    raise UserError(f"Example {id!r} has no supervised token; leave it out or check its labels.")
+                if not math.isfinite(total):
+                    raise not_finite(model, f"example {id!r}")
+                samples[id] = SampleLoss(total, count)
     if not samples:
         raise UserError("Perplexity was asked of no examples at all; pass at least one batch.")
     return Perplexity(samples)

@@ -20,7 +20,7 @@ from palimpsest.evaluation.answers import (
 )
 from palimpsest.evaluation.finite import finite_logits
 from palimpsest.files import UserError
-from palimpsest.models.compute import Arithmetic, computing
+from palimpsest.models.compute import Arithmetic, computing, many_forwards
 from palimpsest.models.prompts import pad_id
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _answerer(
         finite = finite_logits(model, names_of(examples))
         language_model = model.language_model
         inputs = to_device(batch, language_model.device)
-        with computing(compute, language_model.device), without_own_settings(language_model):
+        with many_forwards(model, compute), without_own_settings(language_model):
             new = model.generate(**inputs, logits_processor=finite, **settings).cpu()
         lengths = batch["attention_mask"].sum(1).tolist()
         return decoded(tokenizer, new, settings, [None] * len(new), lengths, further_turn(tokenizer))

@@ -10,8 +10,8 @@ are added up in, optimizer and losses are float32 either way.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -22,6 +22,7 @@ from palimpsest.files import UserError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 Compute = Literal["auto", "float32", "bfloat16"]  # what can be asked for
 Arithmetic = Literal["float32", "bfloat16", "float16"]  # what it can come to; float16: of such weights
@@ -82,14 +83,46 @@ def choose_compute(
 def computing(dtype: Arithmetic, device: str | torch.device) -> AbstractContextManager[Any]:
     """Within the block models on `device` form matrix products in `dtype`; float32 changes nothing.
 
-    Enter it around a forward or `generate`, where weights stand still, and leave it before backward: autocast keeps the
-    rounded copies of trainable weights until the outermost block ends, and would not see that one was changed.
+    Enter it around a forward and leave it before backward: autocast keeps the rounded copies of trainable weights until
+    the outermost block ends, and would not see that one was changed.
     """
     if dtype != "bfloat16":
         return nullcontext()
     import torch
 
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+
+
+@contextmanager
+def many_forwards(model: nn.Module, dtype: Arithmetic) -> Iterator[None]:
+    """`computing` for many forwards of `model` without gradients, such as those of `generate`, to the same numbers.
+
+    In inference mode autocast rounds every weight anew in every forward, which takes as long as a token of an answer.
+    Here linear layers and convolutions hold rounded weights meanwhile, and get theirs back after, also after an error.
+    Of a speech LLM it is the language model that runs often; only its weights are held.
+    """
+    if dtype != "bfloat16":
+        yield
+        return
+    import torch
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    often: nn.Module = getattr(model, "language_model", model)
+    own: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for module in often.modules():
+            if type(module) in (nn.Linear, nn.Conv1d, Conv1D):
+                for name, weight in module.named_parameters(recurse=False):
+                    if weight.dtype == torch.float32:
+                        own.append((module, name, weight))
+                        rounded = weight.detach().to(torch.bfloat16)
+                        module._parameters[name] = nn.Parameter(rounded, requires_grad=False)
+        with computing(dtype, next(often.parameters()).device):
+            yield
+    finally:
+        for module, name, weight in own:
+            module._parameters[name] = weight
 
 
 # ---------------------------------------------------------------------------------------------------------------------

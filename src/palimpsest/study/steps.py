@@ -38,7 +38,8 @@ def check(ws: Workspace) -> None:
     from palimpsest.training.train import require_options
 
     require_options(ws.settings, ws.device, sharded=sharded())
-    ws.reporter.note(f"computing in {ws.compute}; importance in {ws.importance_compute}.")
+    if ws.config.models.compute == "auto":
+        ws.reporter.note(f"computing in {ws.compute}; importance in {ws.importance_compute}.")
     if ws.device == "cuda" and world_size() == 1 and (n_gpus := visible_gpus()) > 1:
         ws.reporter.note(f"{n_gpus} GPUs are visible and one is used; torchrun --nproc-per-node {n_gpus} uses all.")
     if ws.config.speech.augmentation is not None:

@@ -294,11 +294,7 @@ class Workspace:
         return model
 
     def keep(self, name: str, model: SpeechLM) -> None:
-        """Remember a model that was just trained, so that it need not be read back.
-
-        Its weights take gradients, as those read back do: autocast rounds frozen ones anew in every forward.
-        """
-        model.language_model.requires_grad_(True)
+        """Remember a model that was just trained, so that it need not be read back."""
         self._tuned = (name, model)
 
     def forget(self) -> None:
