@@ -107,7 +107,10 @@ def print_speed(
         seconds = alternate(task, options)
         ratios = sorted(a / b for a, b in zip(*seconds.values(), strict=True))
         medians = " ".join(f"{compute} {statistics.median(times):.3f} s" for compute, times in seconds.items())
-        print(f"{name:<14} {statistics.median(ratios):5.2f} × ({ratios[0]:.2f} to {ratios[-1]:.2f})   {medians}")
+        print(
+            f"{name:<14} {statistics.median(ratios):5.2f} × ({ratios[0]:.2f} to {ratios[-1]:.2f})   {medians}",
+            flush=True,
+        )
 
 
 def alternate(task: Callable[[Arithmetic], None], options: argparse.Namespace) -> dict[Arithmetic, list[float]]:
@@ -144,7 +147,9 @@ def print_importance(model: torch.nn.Module, same: list[Batch], other: list[Batc
             a, b = flat(exact, reduction), flat(found, reduction)
             layers, others = layer_totals(exact, reduction), layer_totals(found, reduction)
             change = max(abs(others[layer] / total - 1) for layer, total in layers.items())
-            print(f"{reduction:<14} {name:<17} {spearman(a, b):8.4f}   {jaccard(a, b):21.3f}   {change:31.2%}")
+            print(
+                f"{reduction:<14} {name:<17} {spearman(a, b):8.4f}   {jaccard(a, b):21.3f}   {change:31.2%}", flush=True
+            )
     return exact
 
 
@@ -161,8 +166,10 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
     k = int(TOP * len(a))
-    first, second = (set(np.argpartition(values, -k)[-k:].tolist()) for values in (a, b))
-    return len(first & second) / len(first | second)
+    first, second = (np.zeros(len(a), dtype=bool) for _ in range(2))
+    for top, values in ((first, a), (second, b)):
+        top[np.argpartition(values, -k)[-k:]] = True
+    return float((first & second).sum() / (first | second).sum())
 
 
 def print_losses(model: torch.nn.Module, made: list[Batch], scores: Scores) -> None:
