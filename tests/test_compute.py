@@ -46,6 +46,7 @@ from tiny import save_tiny_models, tiny_llama, tiny_speech_lm, tiny_tokenizer
 
 FASTEST = compute.fastest  # what tests have in its place: conftest.py
 BF16 = torch.bfloat16
+EXACT = "auto keeps importance and deactivation in float32"  # the reason
 REDUCTIONS = ("signed_sum", "per_batch_abs", "per_sequence_abs", "fisher")
 
 
@@ -134,7 +135,9 @@ def test_auto_is_float32_where_nothing_is_known_and_for_what_must_be_exact(
     asks_the_device: pytest.MonkeyPatch, fast: None
 ) -> None:
     assert choose_compute("auto", "cpu").dtype == "bfloat16"
-    assert choose_compute("auto", "cpu", exact=True) == Choice("float32", "auto keeps importance in float32")
+    assert choose_compute("auto", "cpu", exact=True) == Choice(
+        "float32", "auto keeps importance and deactivation in float32"
+    )
     assert choose_compute("bfloat16", "cpu", exact=True) == Choice("bfloat16", "asked for")
     assert choose_compute("float32", "cpu") == Choice("float32", "asked for")
     assert FASTEST("mps").dtype == "float32"
@@ -398,14 +401,14 @@ def test_steps_of_one_arithmetic_are_not_those_of_another(models: Path, tmp_path
     exact, rounded, auto = (
         fingerprints(models, tmp_path, compute=wanted) for wanted in ("float32", "bfloat16", "auto")
     )
-    computed = {"features", "deactivation", "perplexity", "checkpoint", "t-text", "t-speech"}
-    scored = {"importance", "importance_other"}
+    computed = {"features", "perplexity", "checkpoint", "t-text", "t-speech"}
+    scored = {"importance", "importance_other", "deactivation"}
 
     def differing(a: dict[str, str], b: dict[str, str]) -> set[str]:
         return {name.rpartition("/")[2] for name in a if a[name] != b[name]}
 
     assert differing(exact, rounded) == computed | scored
-    assert differing(exact, auto) == computed  # auto leaves importance in float32
+    assert differing(exact, auto) == computed  # auto leaves the others in float32
     assert {name.rpartition("/")[2] for name in exact} - computed - scored == {"data", "probe", "analysis", "maps"}
 
 
@@ -419,7 +422,7 @@ def test_the_choice_and_its_reason_stand_in_the_provenance(models: Path, tmp_pat
         "device": "cpu",
         "dtype": "bfloat16",
         "reason": "this machine is fast",
-        "importance": {"dtype": "float32", "reason": "auto keeps importance in float32"},
+        "importance": {"dtype": "float32", "reason": EXACT},
     }
 
 
@@ -473,14 +476,17 @@ def test_answers_of_before_there_was_the_choice_are_in_float32(models: Path, tmp
 def test_importance_and_deactivate_say_what_they_computed_in(models: Path, tmp_path: Path, fast: None) -> None:
     model, scores = str(models / "llm"), tmp_path / "scores"
     lines = list(importance.run(importance.Options(model, QUESTIONS, scores, limit=4, device="cpu")))
-    assert "computed in float32 (auto keeps importance in float32)" in lines
+    assert f"computed in float32 ({EXACT})" in lines
     metadata = Scores.open(scores).metadata
-    assert (metadata["compute"], metadata["compute_reason"]) == ("float32", "auto keeps importance in float32")
+    assert (metadata["compute"], metadata["compute_reason"]) == (
+        "float32",
+        EXACT,
+    )
     options = deactivate.Options(model, scores, QUESTIONS, tmp_path / "off", limit=3, random_seeds=1, device="cpu")
     lines = list(deactivate.run(options))
-    assert "computed in bfloat16 (this machine is fast)" in lines
+    assert f"computed in float32 ({EXACT})" in lines
     for record in read_json(tmp_path / "off" / "records.json"):
-        assert record["compute"] == {"dtype": "bfloat16", "reason": "this machine is fast"}
+        assert record["compute"] == {"dtype": "float32", "reason": EXACT}
 
 
 def test_ask_computes_as_it_is_told(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

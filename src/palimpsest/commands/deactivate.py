@@ -61,7 +61,7 @@ def run(options: Options) -> Iterator[str]:
     scores = Scores.open(options.scores)
     tensors = scores.tensors(options.reduction)
     device, dtype = choose_device(options.device), options.dtype or "float32"
-    compute = choose_compute(options.compute, device, weights=dtype)
+    compute = choose_compute(options.compute, device, weights=dtype, exact=True)
     language_model, processor = load_text_model(options.model, dtype=dtype, device=device)
     scores.check_model(language_model)
     text = partial(batches, Collator(processor, "text"), examples, options.batch_size, language_model.device)

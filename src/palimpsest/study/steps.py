@@ -39,7 +39,7 @@ def check(ws: Workspace) -> None:
 
     require_options(ws.settings, ws.device, sharded=sharded())
     if ws.config.models.compute == "auto":
-        ws.reporter.note(f"computing in {ws.compute}; importance in {ws.importance_compute}.")
+        ws.reporter.note(f"computing in {ws.compute}; importance and deactivation in {ws.exact_compute}.")
     if ws.device == "cuda" and world_size() == 1 and (n_gpus := visible_gpus()) > 1:
         ws.reporter.note(f"{n_gpus} GPUs are visible and one is used; torchrun --nproc-per-node {n_gpus} uses all.")
     if ws.config.speech.augmentation is not None:
@@ -206,7 +206,7 @@ def importance(ws: Workspace, model: str, other: bool = False) -> None:
         "prompt": ws.prompt_inputs,
         "seed": ws.seed("importance"),
         "other": other,
-        "compute": ws.importance_compute.dtype,
+        "compute": ws.exact_compute.dtype,
     }
 
     def write(folder: Path, advance: Advance) -> None:
@@ -223,7 +223,7 @@ def importance(ws: Workspace, model: str, other: bool = False) -> None:
             metadata={"scored_model": model, "modality": "text", "questions": options.questions},
             progress=lambda done, _: advance(min(total, done * world_size()), total),
             distributed=world_size() > 1,
-            compute=ws.importance_compute.dtype,
+            compute=ws.exact_compute.dtype,
         )
         if is_main():
             scores.save(folder)
@@ -261,7 +261,7 @@ def deactivation(ws: Workspace, model: str) -> None:
         "options": asdict(options),
         "prompt": ws.prompt_inputs,
         "seed": ws.seed("deactivation"),
-        "compute": ws.compute.dtype,
+        "compute": ws.exact_compute.dtype,
     }
 
     def write(folder: Path, advance: Advance) -> None:
@@ -281,7 +281,7 @@ def deactivation(ws: Workspace, model: str) -> None:
             random_seeds=[ws.seed(f"deactivation/{i}") for i in range(options.random_seeds)],
             reduction=reduction,
             progress=advance,
-            compute=ws.compute.dtype,
+            compute=ws.exact_compute.dtype,
         )
         write_json(folder / "records.json", records)
 

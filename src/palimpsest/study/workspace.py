@@ -199,13 +199,13 @@ class Workspace:
 
     @cached_property
     def compute(self) -> Choice:
-        """The arithmetic of whatever runs a model, but for importance and the probe."""
+        """The arithmetic of whatever runs a model, but for importance, deactivation and the probe."""
         from palimpsest.models.compute import choose_compute
 
         return choose_compute(self.config.models.compute, self.device, weights=self.config.models.dtype)
 
     @cached_property
-    def importance_compute(self) -> Choice:
+    def exact_compute(self) -> Choice:
         from palimpsest.models.compute import choose_compute
 
         models = self.config.models
@@ -387,7 +387,7 @@ class Workspace:
                 "wanted": models.compute,
                 "device": self.device,
                 **asdict(self.compute),
-                "importance": asdict(self.importance_compute),
+                "importance": asdict(self.exact_compute),  # and deactivation
             },
             "prompts": self.processor.example_prompts(),
             "data": {
