@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import yaml
 
 from palimpsest.config import load_config, parse_config
 from palimpsest.files import UserError
+from palimpsest.planning import plan as module
 from palimpsest.planning.memory import memory
 from palimpsest.planning.plan import Assumptions, is_hub_name, make_plan
 from palimpsest.planning.plan_text import plan_recipe, refusal
@@ -138,7 +140,10 @@ def test_what_fits_only_on_several_gpus_is_told(tmp_path: Path) -> None:
     plan = make_plan(load_config(PAPER), Assumptions(gpu="H100", n_gpus=8))
     assert refusal(plan, PAPER) is None
     one = make_plan(load_config(PAPER), Assumptions(gpu="H100")).methods[0]
-    assert one.memory.weights > 7 * plan.methods[0].memory.weights
+    whole = 4 * one.setup.encoder.parameters  # it encodes in the loop, on every device
+    assert one.memory.weights - whole > 7 * (plan.methods[0].memory.weights - whole) > 0
+    kept = replace(plan.methods[0].setup, in_loop=False)
+    assert one.memory.weights > 7 * memory(kept, plan.methods[0].batch).weights
 
 
 def test_the_command_prints_the_plan_and_refuses_in_one_sentence() -> None:
@@ -222,6 +227,60 @@ def test_time_and_disk_follow_the_formulas(tmp_path: Path) -> None:
     assert full.checkpoint == weights
     assert full.while_training == 0  # six steps, a checkpoint every 500
     assert memory(full.setup, full.batch) == full.memory
+
+
+def changed(folder: Path, name: str, **speech: Any) -> Path:
+    """A recipe that ships, with other keys of its speech section."""
+    values = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
+    values["speech"] |= speech
+    path = folder / f"{name}-{len(list(folder.iterdir()))}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def test_the_paper_at_1b_takes_at_most_200_gb_of_disk_in_the_loop(tmp_path: Path) -> None:
+    def disk(path: Path) -> tuple[float, list[str]]:
+        lines = list(plan_recipe(path, Assumptions(gpu="H100")))
+        (said,) = [line for line in lines if line.startswith("Disk, GB")]
+        return float(said.split()[2]), lines
+
+    in_loop, lines = disk(ROOT / "recipes" / "paper-1b.yaml")
+    assert in_loop <= 200
+    assert any("encode the speech, 9 × in the loop" in line for line in lines)  # three methods, three epochs
+    cached, lines = disk(changed(tmp_path, "paper-1b", features="cache"))
+    assert cached > 2000
+    assert any("encode the speech, once" in line for line in lines)
+
+    plan = make_plan(load_config(ROOT / "recipes" / "paper-1b.yaml"), Assumptions(gpu="H100"))
+    assert plan.features == 0
+    assert plan.other_features == (500 + 300 + 2032) * 1500 * 1280 * 2  # held out, two tasks
+    assert plan.lengths.n == 470_054 + 51_349
+    assert plan.audio == ((470_054 + 51_349 + 300 + 2032) * 6 * 18_000)
+    kept = make_plan(load_config(changed(tmp_path, "paper-1b", features="cache")), Assumptions(gpu="H100"))
+    assert kept.features == (470_054 + 51_349 - 500) * 1500 * 1280 * 2
+    assert kept.other_features == plan.other_features
+
+
+def test_auto_is_planned_by_the_disk_that_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = changed(tmp_path, "paper-1b", features="auto")
+    for free, found in ((5e12, "cache"), (3e12, "loop")):  # 2.0 TB are half of 4
+        monkeypatch.setattr(module, "free_bytes", lambda folder, n=free: int(n))
+        plan = make_plan(load_config(path), Assumptions(gpu="H100"))
+        assert plan.frames.path == found
+        assert (plan.features > 0) == (found == "cache")
+        assert "2000.3 GB of frames" in plan.frames.reason
+
+
+def test_local_questions_count_with_their_frames_and_recordings(tmp_path: Path) -> None:
+    questions = [{"id": f"k{i}", "question": "c" * 20, "answer": "d"} for i in range(4)]
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    task = {"source": str(tmp_path / "task.jsonl"), "split": "test"}
+    data = {"train": {"source": str(tmp_path / "train.jsonl"), "split": "train"}, "heldout": task}
+    path = recipe(tmp_path, data=data, evaluation={"tasks": [{"name": "t", **task}]})
+    plan = make_plan(load_config(path), Assumptions(gpu="L4"))
+    # 1.4 s of speech, 70 frames of 384 numbers; four held out, four of the task; ten to train on of 2.8 s
+    assert plan.other_features == pytest.approx(8 * 70 * 384 * 2)
+    assert plan.audio == pytest.approx((8 * 1.4 + 10 * 2.8) * 18_000)
 
 
 @pytest.mark.slow

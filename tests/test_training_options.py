@@ -155,7 +155,7 @@ def test_the_trainer_sees_the_batches_of_each_epoch(setup: Setup, tmp_path: Path
     examples, collator = setup
 
     class Recording:
-        processor, modality = collator.processor, collator.modality
+        processor, modality, in_loop = collator.processor, collator.modality, False
 
         def __call__(self, rows: list[Example]) -> Any:
             seen.append([example.id for example in rows])

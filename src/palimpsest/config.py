@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, field_serializer, field_validator, m
 
 from palimpsest.data.augment import Augmentation
 from palimpsest.data.filters import Filters
+from palimpsest.data.in_loop import FramesWanted
 from palimpsest.data.splits import Split, TaskSplit
 from palimpsest.files import UserError, differences, in_words
 from palimpsest.models.compute import Compute, WeightDtype
@@ -56,6 +57,7 @@ class Speech:
     calibrate_adaptor: bool = False  # True: start from standardised inputs and the embedding's spread
     voice: str | list[str] = "hibari"  # speaks what has no recording; of a list, each example takes one by its id
     augmentation: Augmentation | None = None  # of the training utterances
+    features: FramesWanted = "cache"  # of training recordings: kept, made in the loop, or what the disk allows
     feature_cache: str | None = None  # folder of encoder frames that several studies share; none: in the run directory
 
 
@@ -225,6 +227,14 @@ class StudyConfig(BaseModel):
         if len(set(tasks)) < len(tasks):
             raise ValueError(f"evaluation.tasks names a task twice: {tasks}")
         return self
+
+    @property
+    def speech_reads(self) -> float:
+        """How often training reads each of its recordings: all epochs and phases of every run that takes speech."""
+        training = self.training
+        epochs = training.epochs + (training.adaptor_first.epochs if training.adaptor_first else 0)
+        epochs += training.align.epochs if training.align else 0
+        return epochs * self.seeds * sum(method.modality == "speech" for method in self.methods.values())
 
     @property
     def runs(self) -> dict[str, Method]:

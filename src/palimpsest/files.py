@@ -174,9 +174,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def free_bytes(folder: Path) -> int:
+    """Of the disk that `folder` is on, or will be."""
+    return shutil.disk_usage(existing(folder)).free
+
+
 def require_disk(folder: Path, n_bytes: int, what: str) -> None:
     """Raise UserError now rather than in the middle of a write."""
-    free = shutil.disk_usage(existing(folder)).free
+    free = free_bytes(folder)
     if free < n_bytes:
         raise UserError(
             f"{what} needs {n_bytes / 1e9:.2f} GB but {folder} has {free / 1e9:.2f} GB free; "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,25 +18,42 @@ from palimpsest.models.loss import IGNORED
 from palimpsest.models.prompts import pad_id
 
 if TYPE_CHECKING:
-    from palimpsest.data.features import Features
     from palimpsest.models.processor import SpeechLMProcessor
 
 Batch = dict[str, Any]
 
 
+class Speech(Protocol):
+    """Where the speech of a batch comes from: frames of the cache (features.Features), or recordings that the model
+    encodes (in_loop.Recordings)."""
+
+    @property
+    def in_loop(self) -> bool:
+        """Whether the model has to encode what `batch` gives."""
+        ...
+
+    def count(self, example_id: str, /) -> int:
+        """Encoder frames of an example, without reading them."""
+        ...
+
+    def batch(self, ids: Sequence[str], /) -> dict[str, Tensor]:
+        """frame_counts (speech,), and encoder_frames (speech, time, d_enc) or input_features (speech, mels, time)."""
+        ...
+
+
 @dataclass(frozen=True)
 class Collator:
-    """Callable: examples → batch. `modality` "text" puts the question as text, "speech" as encoder frames.
+    """Callable: examples → batch. `modality` "text" puts the question as text, "speech" as its recording.
 
     Args:
         processor: prompts and tokenizer.
         modality: how the question is put.
-        features: encoder frames by example id; needed for speech.
+        features: the speech by example id; needed for the modality of that name.
     """
 
     processor: SpeechLMProcessor
     modality: Literal["text", "speech"]
-    features: Features | None = None
+    features: Speech | None = None
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """Right-padded: input_ids, attention_mask, labels (batch, seq), ids, and the speech tensors."""
@@ -47,7 +64,9 @@ class Collator:
         return self._batch(examples, answers=False)
 
     def prompt(self, example: Example) -> list[int]:
-        question = self._question(example)
+        return self._prompt(self._question(example))
+
+    def _prompt(self, question: str | int) -> list[int]:
         if isinstance(question, str):
             return self.processor.text_prompt(question)
         return self.processor.speech_prompt(question)
@@ -55,6 +74,11 @@ class Collator:
     def sequence(self, example: Example) -> tuple[list[int], list[int]]:
         """Token ids of (prompt, answer with its end of turn)."""
         return self.processor.sequence(self._question(example), example.answer)
+
+    @property
+    def in_loop(self) -> bool:
+        """Whether the model has to encode the speech of each batch."""
+        return self.modality == "speech" and self._features.in_loop
 
     def _question(self, example: Example) -> str | int:
         """As text, or how many positions its speech takes."""
@@ -67,13 +91,24 @@ class Collator:
         return sum(map(len, self.sequence(example)))
 
     @property
-    def _features(self) -> Features:
+    def _features(self) -> Speech:
         if self.features is None:
             raise ValueError("the speech modality needs features")
         return self.features
 
     def _batch(self, examples: Sequence[Example], *, answers: bool) -> Batch:
-        pairs = [self.sequence(example) if answers else (self.prompt(example), []) for example in examples]
+        speech: dict[str, Tensor] = {}
+        questions: list[str | int]
+        if self.modality == "speech":
+            speech = self._features.batch([example.id for example in examples])
+            questions = [n_frames // self.processor.stack_factor for n_frames in speech["frame_counts"].tolist()]
+        else:
+            questions = [example.question for example in examples]
+        asked = zip(questions, examples, strict=True)
+        pairs = [
+            self.processor.sequence(question, example.answer) if answers else (self._prompt(question), [])
+            for question, example in asked
+        ]
 
         def padded(rows: Iterable[list[int]], value: int) -> Tensor:
             tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
@@ -87,11 +122,7 @@ class Collator:
         if answers:
             labels = ([IGNORED] * len(prompt) + target for prompt, target in pairs)
             batch["labels"] = padded(labels, IGNORED)
-        if self.modality == "speech":
-            frames = [self._features[example.id] for example in examples]
-            batch["encoder_frames"] = pad_sequence(frames, batch_first=True)
-            batch["frame_counts"] = torch.tensor([len(item) for item in frames])
-        return batch
+        return batch | speech
 
 
 def batches(

@@ -183,6 +183,11 @@ def embedding_width(name: str) -> int:
     return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
 
 
+def encoder_width(name: str) -> int:
+    """Numbers in a frame of a Whisper encoder, without its weights."""
+    return int(_config(text_source(name)).d_model)
+
+
 def weight_bytes(name: str) -> int:
     """Size of the weights on disk (local folders), or by the config's count of float32 numbers (hub)."""
     where = text_source(name)

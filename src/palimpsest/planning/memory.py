@@ -82,6 +82,7 @@ class Setup:
     fused_loss: bool = False  # Liger's kernel: no logits
     device: Literal["cpu", "cuda"] = "cuda"
     n_gpus: int = 1  # weights, gradients and optimizer state sharded over them (FSDP2)
+    in_loop: bool = False  # the encoder runs in every step, and stays whole on every device
 
     @property
     def adaptor_parameters(self) -> int:
@@ -163,6 +164,7 @@ def memory(setup: Setup, batch: Batch) -> Memory:
     # peft keeps the matrices of LoRA in float32 whatever the model's precision; the adaptor has the model's.
     lora = 4 * setup.lora_parameters
     weights = w * (decoder.parameters + setup.adaptor_parameters + setup.encoder.parameters) + lora
+    whole = w * setup.encoder.parameters if setup.in_loop else 0
     gradients = lora + w * (setup.trainable - setup.lora_parameters)
     kept, logits = activation_bytes(setup, batch), logit_bytes(setup, batch)
     embedding = decoder.vocabulary * decoder.hidden * w if setup.trains_decoder else 0
@@ -173,7 +175,7 @@ def memory(setup: Setup, batch: Batch) -> Memory:
         "backward ends": -(-gradients // shard) + (embedding if decoder.tied else 0) + kept // decoder.layers,
     }
     return Memory(
-        weights=-(-weights // shard),
+        weights=whole - (whole - weights) // shard,
         gradients=-(-gradients // shard),
         optimizer=-(-ADAM_STATES * gradients // shard),
         activations=kept,

@@ -21,10 +21,12 @@ from typing_extensions import Doc
 
 from palimpsest.config import StudyConfig
 from palimpsest.data.examples import Example
-from palimpsest.files import UserError
+from palimpsest.data.in_loop import FRAME_BYTES, FramesChoice, choose_frames
+from palimpsest.files import UserError, free_bytes
 from palimpsest.planning.memory import Batch, Memory, Setup, encoder_flops, memory, recomputed_flops, step_flops
 
 if TYPE_CHECKING:
+    from palimpsest.data.splits import Split
     from palimpsest.planning.sizes import Gpu
     from palimpsest.training.settings import Settings
 
@@ -32,6 +34,7 @@ GB = 1e9
 UTILISATION = 0.4  # of the GPU's published FLOP/s that training reaches; an assumption, --utilisation changes it
 BANDWIDTH_SHARE = 0.7  # of its published bandwidth that the optimizer's step reaches
 SECONDS_PER_CHARACTER = 0.07  # of a spoken question: 0.071 in hibari's facts, 0.067 in Llama Questions
+FLAC = 18_000  # bytes of a second of speech, 16 bits at 16 kHz: 17,400 in LibriSpeech
 SAMPLE = 2000  # examples whose lengths are read; a random choice stands for more
 CHARACTERS_PER_TOKEN = 4  # of English text, where there is no tokenizer to count with
 PROMPT_TOKENS = 64  # of a chat template and its instruction, likewise
@@ -69,6 +72,7 @@ class Lengths:
     n: int  # examples there are; `rows` may be a sample of them
     rows: tuple[tuple[int, int, float, int], ...]
     origin: str
+    written: float  # seconds of speech of an example that the study writes, on average: what is no file of its own yet
 
     def sequences(self, config: StudyConfig, modality: str) -> list[tuple[int, int, int]]:
         """(sequence, speech positions, answer) of each row, in tokens."""
@@ -110,8 +114,12 @@ class Plan:
     methods: tuple[MethodPlan, ...]
     lengths: Lengths
     origins: dict[str, str]
-    features: int  # bytes of encoder frames of the training data
-    encoding_flops: float
+    frames: FramesChoice
+    features: int  # bytes of encoder frames of the training data on disk
+    other_features: int  # of held-out and task questions
+    audio: int  # bytes of recordings that the study writes
+    encoding_flops: float  # of the training data, once
+    encodings: float  # how often
     scores: int  # bytes on disk of one model's importance
     capacity: int  # bytes of one device
     device: str  # in words
@@ -129,6 +137,21 @@ def make_plan(config: StudyConfig, options: Assumptions) -> Plan:
     lengths = read_lengths(config, options)
     training = config.training
     autocast = _computes_bfloat16(config, kind, here=gpu is None and options.memory is None)
+    frames = fmean(_frames(config, row[2]) for row in lengths.rows)
+    of_frame = encoder.dim * FRAME_BYTES
+    # Those held out by their number are taken out of the training data.
+    features = round((lengths.n - (config.data.heldout_examples or 0)) * frames * of_frame)
+    cache = config.speech.feature_cache
+    choice = choose_frames(
+        config.speech.features,
+        frame_bytes=features,
+        free=free_bytes(Path.cwd() if cache is None else Path(cache).expanduser()),
+        reads=config.speech_reads,
+    )
+    in_loop = choice.path == "loop"
+    others = [measured for measured in (_read_split(config, split, options) for split in _others(config)) if measured]
+    other_frames = (config.data.heldout_examples or 0) * frames
+    other_frames += sum(other.n * fmean(_frames(config, row[2]) for row in other.rows) for other in others)
     setups = {
         name: Setup(
             decoder=decoder,
@@ -148,17 +171,21 @@ def make_plan(config: StudyConfig, options: Assumptions) -> Plan:
             and (training.liger is True or (training.liger == "auto" and find_spec("liger_kernel") is not None)),
             device=kind,
             n_gpus=options.n_gpus,
+            in_loop=in_loop and method.modality == "speech",
         )
         for name, method in config.methods.items()
     }
-    frames = fmean(_frames(config, row[2]) for row in lengths.rows)
     return Plan(
         config=config,
         methods=tuple(_plan_method(config, lengths, name, setup) for name, setup in setups.items()),
         lengths=lengths,
         origins={"language model": decoder_origin, "encoder": encoder_origin},
-        features=round(lengths.n * frames * encoder.dim * 2),
+        frames=choice,
+        features=0 if in_loop else features,
+        other_features=round(other_frames * of_frame),
+        audio=round(FLAC * sum(part.n * part.written for part in (lengths, *others))),
         encoding_flops=encoder_flops(encoder, lengths.n * frames, frames),
+        encodings=config.speech_reads if in_loop else 1,
         scores=2 * 4 * decoder.matrices,
         capacity=capacity,
         device=device,
@@ -257,17 +284,31 @@ def _padded_length(training: Settings, rows: list[tuple[int, int, int]]) -> floa
 # ---------------------------------------------------------------------------------------------------------------------
 def read_lengths(config: StudyConfig, options: Assumptions) -> Lengths:
     """Lengths of the training examples: read where the data lies on this machine, else assumed from `options`."""
+    train = config.data.train
+    found = _read_split(config, train, options, options.examples)
+    if found is None:
+        raise UserError(f"{train.source} is not on this machine; give --examples, how many it will train on.")
+    return found
+
+
+def _others(config: StudyConfig) -> list[Split]:
+    """What is spoken besides the training data and what is held out of it."""
+    heldout = config.data.heldout
+    return [*([] if heldout is None else [heldout]), *config.evaluation.tasks]
+
+
+def _read_split(config: StudyConfig, split: Split, options: Assumptions, examples: int | None = None) -> Lengths | None:
+    """Lengths of a split's examples; None where it is on a hub and nobody knows how many they are."""
     from palimpsest.data.sources import JOIN, load_examples
 
-    train = config.data.train
-    parts = train.source.split(JOIN)
+    parts = split.source.split(JOIN)
     if any(is_hub_name(part) for part in parts):
         rows_of = [PUBLISHED_ROWS.get(part.partition("@")[0]) for part in parts]
         published = None if None in rows_of else sum(n for n in rows_of if n is not None)
-        n = options.examples or train.limit or published
+        n = examples or split.limit or published
         if n is None:
-            raise UserError(f"{train.source} is not on this machine; give --examples, how many it will train on.")
-        source = "asked for" if options.examples else "data.train.limit" if train.limit else "rows published"
+            return None
+        source = "asked for" if examples else "data.train.limit" if split.limit else "rows published"
         row = (PROMPT_TOKENS, round(options.question_seconds / SECONDS_PER_CHARACTER / CHARACTERS_PER_TOKEN),
                options.question_seconds, options.answer_tokens)  # fmt: skip
         longest = (PROMPT_TOKENS, row[1] * 3, min(30.0, 3 * options.question_seconds), options.longest_answer)
@@ -276,15 +317,16 @@ def read_lengths(config: StudyConfig, options: Assumptions) -> Lengths:
             f"{options.answer_tokens} tokens, the longest of {options.longest_answer}"
         )
         # One long example in a hundred.
-        return Lengths(n, tuple([row] * 99 + [longest]), origin)
+        return Lengths(n, tuple([row] * 99 + [longest]), origin, options.question_seconds)
 
-    examples = load_examples(train.source, train.split, train.limit, seed=config.seed)
-    sample = random.Random(0).sample(examples, SAMPLE) if len(examples) > SAMPLE else examples
+    there = load_examples(split.source, split.split, split.limit, seed=config.seed)
+    sample = random.Random(0).sample(there, SAMPLE) if len(there) > SAMPLE else there
     count, by = _counter(config)
     rows = tuple(count(example) for example in sample)
-    of = "" if len(sample) == len(examples) else f" of a random {SAMPLE}"
+    of = "" if len(sample) == len(there) else f" of a random {SAMPLE}"
     spoken = "" if all(example.audio for example in sample) else "; speech yet to be made at 0.07 s a character"
-    return Lengths(len(examples), rows, f"{len(examples):,} examples; lengths{of} counted {by}{spoken}")
+    written = fmean(0.0 if example.audio else row[2] for example, row in zip(sample, rows, strict=True))
+    return Lengths(len(there), rows, f"{len(there):,} examples; lengths{of} counted {by}{spoken}", written)
 
 
 def is_hub_name(source: str) -> bool:

@@ -122,7 +122,9 @@ def _time(plan: Plan, options: Assumptions) -> Iterator[str]:
         f"{options.utilisation:g} is an assumption (--utilisation)"
     )
     reached = options.utilisation * speed * options.n_gpus
-    rows = [["encode the speech, once", "", "", f"{plan.encoding_flops:.2e}", _duration(plan.encoding_flops / reached)]]
+    encoding = plan.encoding_flops * plan.encodings
+    times = "once" if plan.frames.path == "cache" else f"{plan.encodings:g} × in the loop"
+    rows = [[f"encode the speech, {times}", "", "", f"{encoding:.2e}", _duration(encoding / reached)]]
     all_runs = 0.0
     for method in plan.methods:
         traffic = method.steps * optimizer_traffic(method.setup) / options.n_gpus
@@ -140,17 +142,20 @@ def _disk(plan: Plan) -> Iterator[str]:
     config = plan.config
     models = 1 + sum(config.measures(run, "importance") for run in config.runs)
     checkpoints = config.seeds * sum(method.checkpoint for method in plan.methods)
-    kept = checkpoints + models * plan.scores + plan.features
+    kept = checkpoints + models * plan.scores + plan.features + plan.other_features + plan.audio
     passing = max(method.while_training for method in plan.methods)
     yield f"Disk, GB: {(kept + passing) / GB:.1f} at most, {kept / GB:.1f} in the end"
     n = len(plan.methods) * config.seeds
     rows = [
+        ["recordings that are no files yet (FLAC)", f"{plan.audio / GB:.2f}"],
         ["encoder frames of the training data (16-bit)", f"{plan.features / GB:.2f}"],
+        ["encoder frames of held-out and task questions", f"{plan.other_features / GB:.2f}"],
         [f"importance, two reductions of {models} models", f"{models * plan.scores / GB:.2f}"],
         [f"checkpoints of {n} {'methods' if config.seeds == 1 else 'training runs'}", f"{checkpoints / GB:.2f}"],
         ["while one trains: three checkpoints with optimizer state", f"{passing / GB:.2f}"],
     ]
     yield from _table(["", ""], rows)
+    yield f"Encoder frames of the training data: {plan.frames}."
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[int] = (0,)) -> list[str]:

@@ -94,14 +94,20 @@ def _data_inputs(ws: Workspace) -> dict[str, Any]:
 
 
 def features(ws: Workspace) -> None:
-    """features/: encoder frames of every recording, computed once for all methods, epochs and measurements."""
+    """features/: encoder frames of every recording, computed once for all methods, epochs and measurements.
+
+    Those of the training data, by far the most, are left out where training encodes them in its loop.
+    """
     speech = ws.config.speech
+    if speech.features != "cache":
+        ws.reporter.note(f"encoder frames of the training data: {ws.frames}.")
     inputs = {
         "data": ws.fingerprint("data"),
         "encoder": ws.encoder_hash,
         "length": speech.length,
         "stack_factor": speech.stack_factor,
         "compute": ws.compute.dtype,
+        "train": ws.frames.path,
     }
 
     def write(folder: Path, advance: Advance) -> None:
@@ -109,9 +115,12 @@ def features(ws: Workspace) -> None:
         from palimpsest.models.loading import load_encoder
 
         cache = folder / "cache" if speech.feature_cache is None else Path(speech.feature_cache).expanduser()
+        groups = {key: group for key, group in ws.groups.items() if key != "train" or ws.frames.path == "cache"}
+        if speech.feature_cache is None:
+            ws.require_disk(sum(map(ws.frame_bytes, groups.values())))
         encoder, _ = load_encoder(ws.config.models.encoder, device=ws.device)
-        total, before = sum(map(len, ws.groups.values())), 0
-        for key, group in ws.groups.items():
+        total, before = sum(map(len, groups.values())), 0
+        for key, group in groups.items():
 
             def group_advance(done: int, _: int, before: int = before) -> None:
                 advance(before + done, total)
@@ -142,7 +151,7 @@ def train(ws: Workspace, model: str) -> None:
         "encoder": ws.encoder_hash,
         "dtype": ws.config.models.dtype,
         "data": ws.fingerprint("features" if ws.config.takes_speech(model) else "data"),
-        "speech": {**asdict(ws.config.speech), "feature_cache": None},
+        "speech": {**asdict(ws.config.speech), "feature_cache": None, "features": ws.frames.path},
         "prompt": ws.prompt_inputs,
         "method": asdict(method),
         "training": {**asdict(ws.config.training), "compute": ws.compute.dtype},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +15,23 @@ from palimpsest.config import StudyConfig
 from palimpsest.data.collate import Collator
 from palimpsest.data.examples import Example, read_manifest
 from palimpsest.data.features import Features
+from palimpsest.data.in_loop import Encoded, FramesChoice, Recordings, choose_frames, frame_bytes
 from palimpsest.data.splits import Split, StudyData
 from palimpsest.data.voices import Voices
-from palimpsest.files import hash_file, hash_value, read_jsonl, require_disk, without_folders
+from palimpsest.files import (
+    free_bytes,
+    hash_file,
+    hash_value,
+    read_json,
+    read_jsonl,
+    require_disk,
+    without_folders,
+    write_json,
+)
 from palimpsest.parallel import is_main, share
 from palimpsest.progress import Advance, Reporter
 from palimpsest.records import BASE
-from palimpsest.rundir import DROPPED, RunDir, Step, checkpoint_of, folder_of, provenance
+from palimpsest.rundir import DROPPED, FRAMES, RunDir, Step, checkpoint_of, folder_of, provenance
 from palimpsest.study.code import step_code
 
 if TYPE_CHECKING:
@@ -158,8 +168,38 @@ class Workspace:
         return ["text", "speech"] if self.config.takes_speech(model) else ["text"]
 
     def collator(self, modality: AskedAs, group: str) -> Collator:
-        features = Features(self.path / "features" / group) if modality == "speech" else None
-        return Collator(self.processor, modality, features)
+        return Collator(self.processor, modality, self.speech(group) if modality == "speech" else None)
+
+    def speech(self, group: str) -> Features | Recordings:
+        """Only training may encode in its loop: held-out and task questions are few and asked of every model."""
+        if group == "train" and self.frames.path == "loop":
+            return Recordings(self.processor, self.groups[group])
+        return Features(self.path / "features" / group)
+
+    @cached_property
+    def frames(self) -> FramesChoice:
+        """Where training takes encoder frames from; all processes must ask at the same place."""
+        return share(self._choose_frames() if is_main() else None)
+
+    def _choose_frames(self) -> FramesChoice:
+        """What `auto` came to is kept: once the frames are written, the disk would say another thing."""
+        wanted, reads = self.config.speech.features, self.config.speech_reads
+        if wanted != "auto":
+            return choose_frames(wanted, frame_bytes=0, free=0, reads=reads)
+        n_bytes, file = self.frame_bytes(self.groups["train"]), self.path / FRAMES
+        asked = {"frame_bytes": n_bytes, "reads": reads}
+        if file.exists() and (before := read_json(file))["asked"] == asked:
+            return FramesChoice(**before["choice"])
+        cache = self.config.speech.feature_cache
+        free = free_bytes(self.path if cache is None else Path(cache).expanduser())
+        choice = choose_frames(wanted, frame_bytes=n_bytes, free=free, reads=reads)
+        write_json(file, {"asked": asked, "free": free, "choice": asdict(choice)})
+        return choice
+
+    def frame_bytes(self, examples: Sequence[Example]) -> int:
+        from palimpsest.models.loading import encoder_width
+
+        return frame_bytes(examples, self.processor, encoder_width(self.config.models.encoder))
 
     def held_out(self, name: str) -> HeldOut | None:
         """What a method's training is evaluated on between its steps, if it is; in speech only if it takes speech."""
@@ -182,12 +222,15 @@ class Workspace:
             lengths = sequence_lengths(self.collator("speech", "train"), examples)
             require_budget(examples, lengths, self.settings.max_tokens)
 
-    def require_disk(self) -> None:
+    def require_disk(self, frames: int = 0) -> None:
+        """`frames`: bytes of encoder frames that the run directory gets; known when the data are there."""
         from palimpsest.models.loading import weight_bytes
 
         # Per model a checkpoint and two reductions of importance; while one trains, its optimizer's state.
-        need = 3 * weight_bytes(self.config.models.language_model) * (len(self.config.runs) + 2)
-        have = sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+        need = frames + 3 * weight_bytes(self.config.models.language_model) * (len(self.config.runs) + 2)
+        data = self.path / "data"
+        written = (file for file in self.path.rglob("*") if file.is_file() and not file.is_relative_to(data))
+        have = sum(file.stat().st_size for file in written)
         require_disk(self.path, max(0, need - have), f"The study {self.config.name}")
 
     # -- models -------------------------------------------------------------------------------------------------------
@@ -286,8 +329,10 @@ class Workspace:
         elif speech.calibrate_adaptor:
             import torch
 
-            features = Features(self.path / "features" / "train")
-            sample = torch.cat([features[example.id] for example in self.groups["train"][:64]])
+            frames: Any = self.speech("train")
+            if isinstance(frames, Recordings):
+                frames = Encoded(frames, encoder.to(self.device), self.compute.dtype)
+            sample = torch.cat([frames[example.id].cpu() for example in self.groups["train"][:64]])
             spread = language_model.get_input_embeddings().weight.detach().float().std()
             model.adaptor.calibrate(sample[None], float(spread))
         model.to(self.device)
@@ -389,6 +434,7 @@ class Workspace:
                 **asdict(self.compute),
                 "importance": asdict(self.exact_compute),  # and deactivation
             },
+            "features": {"wanted": self.config.speech.features, **asdict(self.frames)},
             "prompts": self.processor.example_prompts(),
             "data": {
                 name: {

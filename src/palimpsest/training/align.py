@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from palimpsest.data.features import Features
+from palimpsest.data.in_loop import Encoded, Recordings
 from palimpsest.files import UserError, hash_value, replacing
 from palimpsest.parallel import is_main, share
 from palimpsest.training.batching import EpochBatches
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float, Int
     from torch import Tensor
 
-    from palimpsest.data.collate import Collator
+    from palimpsest.data.collate import Collator, Speech
     from palimpsest.data.examples import Example
     from palimpsest.models.speech_lm import SpeechAdaptor, SpeechLM
     from palimpsest.records import TrainingRecord
@@ -43,14 +45,18 @@ BLANK = 0
 STATE = "state"
 
 
-class Frames(Protocol):
-    """Encoder frames by example id, as data.features.Features has them."""
-
-    def __getitem__(self, example_id: str, /) -> Float[Tensor, "time d_enc"]: ...
+class Counts(Protocol):
+    """How many encoder frames each example has."""
 
     def count(self, example_id: str, /) -> int:
         """Frames of an example, without reading them."""
         ...
+
+
+class Frames(Counts, Protocol):
+    """Encoder frames by example id, as data.features.Features and data.in_loop.Encoded have them."""
+
+    def __getitem__(self, example_id: str, /) -> Float[Tensor, "time d_enc"]: ...
 
 
 class TokenReader(nn.Module):
@@ -175,7 +181,7 @@ def align_adaptor(
 
 def plan_of(
     examples: Sequence[Example],
-    frames: Frames,
+    frames: Counts,
     tokens: Mapping[str, Sequence[int]],
     stack_factor: int,
     settings: Align,
@@ -198,8 +204,8 @@ def align_steps(examples: Sequence[Example], collator: Collator, settings: Setti
     if settings.align is None:
         return 0
     assert collator.features is not None
-    tokens, factor = _spoken(examples, collator), collator.processor.stack_factor
-    plan = plan_of(examples, collator.features, tokens, factor, settings.align, settings.seed)[1]
+    counts, factor = collator.features, collator.processor.stack_factor
+    plan = plan_of(examples, counts, _spoken(examples, collator), factor, settings.align, settings.seed)[1]
     return settings.align.epochs * len(plan)
 
 
@@ -219,7 +225,7 @@ def align_phase(
             model.adaptor,
             model.get_input_embeddings().get_parameter("weight").detach(),
             examples,
-            collator.features,
+            frames_of(collator.features, model, settings),
             _spoken(examples, collator),
             settings.align,
             seed=settings.seed,
@@ -229,6 +235,14 @@ def align_phase(
     weights = {name: value.cpu() for name, value in model.adaptor.state_dict().items()} if is_main() else None
     model.adaptor.load_state_dict(share(weights))
     return []
+
+
+def frames_of(speech: Speech, model: SpeechLM, settings: Settings) -> Frames:
+    """Cached frames as they are; of recordings, what the model's own encoder makes of them."""
+    if isinstance(speech, Recordings):
+        return Encoded(speech, model.encoder, settings.compute)
+    assert isinstance(speech, Features)
+    return speech
 
 
 def _spoken(examples: Sequence[Example], collator: Collator) -> dict[str, list[int]]:

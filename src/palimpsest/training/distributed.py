@@ -78,19 +78,35 @@ class _Rows:
         return len(self.examples)
 
 
+@dataclass(frozen=True)
+class _Collated:
+    """No inner function: a worker process that is not forked gets it pickled."""
+
+    collate: Callable[[Sequence[Any]], Batch]
+
+    def __call__(self, rows: Sequence[tuple[Any, bool]]) -> Batch:
+        batch = self.collate([example for example, _ in rows])
+        return batch if rows[0][1] else {**batch, FILLER: True}
+
+
 def share_loader(
-    examples: Sequence[Any], batches: EpochBatches, collate: Callable[[Sequence[Any]], Batch], pin_memory: bool
+    examples: Sequence[Any],
+    batches: EpochBatches,
+    collate: Callable[[Sequence[Any]], Batch],
+    pin_memory: bool,
+    num_workers: int = 0,
 ) -> DataLoader[Any]:
     """Loader of this rank's share of the batches; with nothing drawn from the global generator."""
     from torch.utils.data import DataLoader
 
-    def collated(rows: Sequence[tuple[Any, bool]]) -> Batch:
-        batch = collate([example for example, _ in rows])
-        return batch if rows[0][1] else {**batch, FILLER: True}
-
     dataset: Any = _Rows(examples)
     return DataLoader(
-        dataset, batch_sampler=Share(batches), collate_fn=collated, pin_memory=pin_memory, generator=torch.Generator()
+        dataset,
+        batch_sampler=Share(batches),
+        collate_fn=_Collated(collate),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
     )
 
 
@@ -134,12 +150,13 @@ def twin_of(model: M) -> M:
     return copy.deepcopy(model, memo)
 
 
-def shard(twin: nn.Module, *, bf16: bool = False) -> None:
+def shard(twin: nn.Module, *, bf16: bool = False, whole_encoder: bool = False) -> None:
     """Divide the parameters of `twin` over the ranks, by rows; those of the model it was made from become empty.
 
     Each decoder layer is gathered when it runs; the encoder, which does not run in training, never; all the rest
     (embedding, head, adaptor) from the start of a forward to the end of its backward. bf16: as the Trainer does it,
-    float32 weights and autocast, but gathered in bfloat16.
+    float32 weights and autocast, but gathered in bfloat16. whole_encoder: it encodes every batch, so it stays whole and
+    as it is on every rank.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -153,11 +170,17 @@ def shard(twin: nn.Module, *, bf16: bool = False) -> None:
     for layer in decoder_layers(find_language_model(twin)).values():
         fully_shard(layer, **options)
     encoder = getattr(twin, "encoder", None)
+    kept: set[nn.Parameter] = set()
     if isinstance(encoder, nn.Module):
-        fully_shard(encoder, **options)
+        if whole_encoder:
+            kept = set(encoder.parameters())
+            options["ignored_params"] = kept
+        else:
+            fully_shard(encoder, **options)
     fully_shard(twin, **options)
     for parameter in parameters:
-        parameter.data = parameter.new_empty(0)
+        if parameter not in kept:
+            parameter.data = parameter.new_empty(0)
 
 
 def gather(twin: nn.Module, model: nn.Module) -> None:

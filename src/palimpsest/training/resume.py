@@ -51,6 +51,7 @@ def describe_run(
         "examples": hash_value([[example.id, example.question, example.answer] for example in examples])[:16],
         "modality": collator.modality,
         "prompt": asdict(collator.processor.style),
+        **({"features": "loop"} if collator.in_loop else {}),
     }
     normalised: dict[str, Any] = json.loads(json.dumps(described))  # tuples become lists, as they are in the file
     return normalised

@@ -1,7 +1,8 @@
 """Train a SpeechLM with one method: transformers' Trainer, our loss, our batches, our parameter groups.
 
-The encoder is frozen and its output cached, so only the adaptor and the language model run. The loss is the summed
-cross-entropy of the supervised tokens divided by their number over the whole optimizer step.
+The encoder is frozen. Its output is cached, or computed for each batch and never kept; so gradients run through the
+adaptor and the language model only. The loss is the summed cross-entropy of the supervised tokens divided by their
+number over the whole optimizer step.
 """
 
 from __future__ import annotations

@@ -17,7 +17,9 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from palimpsest.data.collate import to_device
+from palimpsest.data.in_loop import encode_batch
 from palimpsest.files import UserError
+from palimpsest.models.compute import Arithmetic
 from palimpsest.models.fused_loss import Kernel, fused_loss, require_same_loss
 from palimpsest.models.loss import describe_ids, supervised_losses
 from palimpsest.parallel import is_main, whole, world_size
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 STEP_FIELDS = ("loss", "learning_rate", "grad_norm")
 EVAL_FIELDS = ("loss", "perplexity", "n_tokens")
+MOST_WORKERS, EXAMPLES_PER_WORKER = 8, 256  # processes that read recordings; a small set is read before they have begun
 
 
 def run_phase(
@@ -56,7 +59,9 @@ def run_phase(
     if settings.gradient_checkpointing:
         model.language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if kernel is not None:
-        require_same_loss(model, to_device(phase.collator(phase.examples[:2]), model.device), kernel)
+        first = to_device(phase.collator(phase.examples[:2]), model.device)
+        encoded = encode_batch(first, model.encoder, model.config.speech_length, settings.compute)
+        require_same_loss(model, encoded, kernel)
     trained = distributed.twin_of(model) if sharded else model
     trainer = SpeechTrainer(
         trained,
@@ -65,6 +70,7 @@ def run_phase(
         kernel=kernel,
         held_out=held_out or {},
         max_tokens=settings.max_tokens,
+        compute=settings.compute,
         sharded=sharded,
     )
     if advance is not None:
@@ -121,6 +127,18 @@ def one_gpu(arguments: TrainingArguments) -> TrainingArguments:
     return arguments
 
 
+def n_workers(phase: Phase, device: torch.device) -> int:
+    """Processes that make the log-mel features of the next batches while a GPU is at this one.
+
+    None for cached frames, which are only copied, and none on a CPU, where they would take the model's own cores. What
+    a worker makes depends on its batch alone, so their number changes nothing.
+    """
+    if not phase.collator.in_loop or device.type == "cpu":
+        return 0
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(MOST_WORKERS, cores - 1, len(phase.examples) // EXAMPLES_PER_WORKER))
+
+
 class SpeechTrainer(Trainer):  # type: ignore[misc]
     """Overrides: the batches, the loss, the optimizer's parameter groups, the evaluation; gradients must be finite.
 
@@ -138,9 +156,10 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
         kernel: Kernel | None,
         held_out: HeldOut,
         max_tokens: int | None,
+        compute: Arithmetic = "float32",
         sharded: bool = False,
     ) -> None:
-        self.sharded = sharded
+        self.sharded, self.compute = sharded, compute
         self.phase, self.kernel, self.held_out, self.max_tokens = phase, kernel, held_out, max_tokens
         self.step_ids: list[str] = []  # of the examples since the last optimizer step
         super().__init__(
@@ -156,9 +175,10 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True
 
     def get_train_dataloader(self) -> DataLoader[Any]:
+        workers = n_workers(self.phase, self.args.device)
         if world_size() > 1:  # not prepared by accelerate, which would divide the batches once more
             shared: Any = distributed.share_loader(
-                self.phase.examples, self.phase.batches, self.phase.collator, self.args.dataloader_pin_memory
+                self.phase.examples, self.phase.batches, self.phase.collator, self.args.dataloader_pin_memory, workers
             )
             shared.set_epoch = self.phase.batches.set_epoch
             return shared  # type: ignore[no-any-return]
@@ -166,6 +186,7 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
             self.train_dataset,
             batch_sampler=self.phase.batches,
             collate_fn=self.data_collator,
+            num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory,
             generator=torch.Generator(),  # its own, so that dropout alone draws from the global one
         )
@@ -182,7 +203,10 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], torch.Tensor]:
-        batches = list(islice(epoch_iterator, num_batches))
+        try:
+            batches = list(islice(epoch_iterator, num_batches))
+        except UserError as error:  # a worker process puts its whole traceback in front of the sentence
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
         return batches, distributed.tokens_of_step(batches, device)
 
     def compute_loss(
@@ -193,6 +217,7 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
         self.step_ids += inputs.get("ids", [])
+        inputs = encode_batch(inputs, self.model.encoder, self.model.config.speech_length, self.compute)
         if self.kernel is None:
             losses, _ = supervised_losses(model, inputs)
             total, n_tokens = losses.sum(), len(losses)
@@ -220,7 +245,7 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer | None:
         if self.optimizer is None:
             if self.sharded:  # only now, when the weights of a checkpoint have been read
-                distributed.shard(self.model, bf16=self.args.bf16)
+                distributed.shard(self.model, bf16=self.args.bf16, whole_encoder=self.phase.collator.in_loop)
                 self.model._is_accelerate_prepared = True  # nothing more to wrap it with
             self.model.requires_grad_(True)  # a phase's rules decide alone: the one before may have frozen more
             groups = parameter_groups(self.model, self.phase.rules, self.args.learning_rate, self.args.weight_decay)
