@@ -158,7 +158,7 @@ def test_faulty_rows_are_dropped_and_listed(faulty: tuple[Split, Path], tmp_path
     reasons = sorted(reason for _, _, reason in dropped)
     assert reasons == sorted([*BROKEN, "empty question", "empty answer", "long question", "later turn"])
     assert len(groups["train"]) + len(groups["heldout"]) == 10
-    assert len(list((tmp_path / "audio").glob("*.flac"))) == 10
+    assert len(list((tmp_path / "audio").rglob("*.flac"))) == 10
 
 
 def test_strict_names_the_first_fault_but_not_later_turns(faulty: tuple[Split, Path], tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_missing_audio_is_dropped_from_training_and_refused_in_a_task(tmp_path: 
 def test_the_limit_does_not_read_recordings_it_leaves_out(faulty: tuple[Split, Path], tmp_path: Path) -> None:
     train = Split(faulty[0].source, "train", limit=4)
     _, dropped = read(study(train, 3), tmp_path)
-    assert len(list((tmp_path / "audio").glob("*.flac"))) + sum(r in BROKEN for *_, r in dropped) == 4 + 3
+    assert len(list((tmp_path / "audio").rglob("*.flac"))) + sum(r in BROKEN for *_, r in dropped) == 4 + 3
 
 
 def test_inputs_change_with_what_goes_in_and_only_then(tmp_path: Path) -> None:
@@ -222,9 +222,9 @@ def test_inputs_of_a_hub_source_do_not_ask_the_hub(tmp_path: Path, monkeypatch: 
 
 def test_a_second_reading_gives_the_same_and_writes_nothing(faulty: tuple[Split, Path], tmp_path: Path) -> None:
     first = read(study(faulty[0], 3), tmp_path)
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "audio").iterdir()}
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "audio").rglob("*")}
     assert read(study(faulty[0], 3), tmp_path) == first
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "audio").iterdir()} == times
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "audio").rglob("*")} == times
 
 
 # -- speaking ---------------------------------------------------------------------------------------------------------
