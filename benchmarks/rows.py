@@ -8,7 +8,8 @@ groups of 1,000 rows, as the published sets have. On it run, each in a process o
 
     prepare      palimpsest data prepare, all rows
     killed       the same into another folder, killed (SIGKILL) when half of the rows are done
-    resumed      the same command again; what it leaves must be what `prepare` left, byte for byte
+    resumed      the same command again; what it leaves must be what `prepare` left, byte for byte. With --only and
+                 without prepare nothing is compared, and the study reads this folder
     study        `palimpsest study` on the prepared folder: 10 steps of training tiny models on --limit rows, which are
                  chosen at random; with everything else that a study does, as small as a recipe makes it
     again        the same command: nothing is left to do
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -58,9 +60,8 @@ def main() -> None:
     folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     source = make_set(folder / f"rows-{options.rows}", options.rows)
-    print(
-        f"{options.rows:,} rows, {size(source) / 1e9:.2f} GB; {os.cpu_count()} cores, Python {platform.python_version()}"
-    )
+    machine = f"{os.cpu_count()} cores, Python {platform.python_version()}"
+    print(f"{options.rows:,} rows, {size(source) / 1e9:.2f} GB; {machine}", flush=True)
 
     found: dict[str, Any] = {}
     workers = ["--workers", str(options.workers)] if options.workers else []
@@ -75,9 +76,14 @@ def main() -> None:
         found["killed"] = run([*command, "--out", str(killed)], until=lambda: rows_done(killed) >= options.rows / 2)
         found["killed"]["rows"] = rows_done(killed)
         show("killed", found)
-        found["resumed"] = run([*command, "--out", str(killed)]) | {"same": content(killed) == content(whole)}
+        found["resumed"] = run([*command, "--out", str(killed)]) | files(killed)
+        if "prepare" in parts:
+            found["resumed"]["same"] = content(killed) == content(whole)
+            shutil.rmtree(killed)
+        else:
+            shutil.rmtree(whole, ignore_errors=True)
+            killed.rename(whole)
         show("resumed", found)
-        shutil.rmtree(killed)
     for name, data in (("study", whole), ("direct", source)):
         if name not in parts:
             continue
@@ -107,7 +113,7 @@ def make_set(folder: Path, n: int) -> Path:
     bounds = [n * i // FILES for i in range(FILES + 1)]
     moments = np.arange(round(RATE * SECONDS)) / RATE
     schema = pa.schema({"question": pa.string(), "answer": pa.string(), "audio": AUDIO})
-    for number, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for number, (start, stop) in enumerate(itertools.pairwise(bounds)):
         with pq.ParquetWriter(folder / f"train-{number:05}-of-{FILES:05}.parquet", schema) as writer:
             for first in range(start, stop, GROUP):
                 rows = range(first, min(first + GROUP, stop))

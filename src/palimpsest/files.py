@@ -48,6 +48,14 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_left_over(folder: Path) -> None:
+    """Remove the temporary files that killed processes left of `replacing` in a folder and those below it."""
+    for left in folder.rglob(".*.tmp"):
+        process = left.name.removesuffix(".tmp").rpartition(".")[2].partition("-")[0]
+        if process.isdecimal() and not _alive(int(process)):
+            left.unlink(missing_ok=True)
+
+
 def sync(path: Path) -> None:
     """Return when a file's contents, or a folder's list of names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

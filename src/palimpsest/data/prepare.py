@@ -27,7 +27,7 @@ from palimpsest.data.sources import open_table
 from palimpsest.data.speech import pool, speak
 from palimpsest.data.splits import spoken_or_dropped
 from palimpsest.data.voices import find_voices
-from palimpsest.files import UserError, append_jsonl, read_json, write_json
+from palimpsest.files import UserError, append_jsonl, read_json, remove_left_over, write_json
 from palimpsest.progress import Reporter
 
 CHUNK = 512  # rows between two notes of how far the work is
@@ -167,6 +167,8 @@ class _Work:
         self._parts = (self._left_out, self._kept)
         if self._kept.final.exists() and not before:
             raise UserError(f"{self._kept.final} exists and was not made by this command; give another --out.")
+        if state or (self.audio.is_dir() and not self.is_finished):
+            remove_left_over(self.audio)
         for part in self._parts if state else ():
             part.open()
 

@@ -40,7 +40,7 @@ ENCODING = "flac-16bit-16kHz"  # part of the file names: change it when the samp
 
 PER_WORKER = 32  # questions at least, where nobody says how many processes: to start one takes as long as some of them
 
-Workers: TypeAlias = "int | None | ProcessPoolExecutor"  # processes; None: one for each core; or those of a `pool`
+Workers: TypeAlias = "int | ProcessPoolExecutor | None"  # processes; None: one for each core; or those of a `pool`
 Call: TypeAlias = Callable[[], str | None]  # writes one file, in whichever process; returns what went wrong, or None
 
 

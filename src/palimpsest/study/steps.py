@@ -20,7 +20,7 @@ from palimpsest.data.examples import Example, write_manifest
 from palimpsest.data.speech import speak_several
 from palimpsest.data.splits import forget_notes, speak_groups
 from palimpsest.data.voices import find_voices
-from palimpsest.files import hash_value, read_jsonl, write_json, write_jsonl, write_tables, write_text
+from palimpsest.files import hash_value, read_jsonl, remove_left_over, write_json, write_jsonl, write_tables, write_text
 from palimpsest.parallel import is_main, sharded, visible_gpus, world_size
 from palimpsest.progress import Advance
 from palimpsest.records import BASE, Modality
@@ -69,6 +69,7 @@ def data(ws: Workspace) -> None:
             spoken = speak_several(voiced, folder / "audio", progress=advance)
             return dict(zip(groups, spoken, strict=True))
 
+        remove_left_over(folder)  # by a start that was killed
         groups, dropped = ws.sources.read(folder / "audio", advance, notes=folder)
         groups, unspoken = speak_groups(groups, say, ws.config.data.strict)
         if (changes := ws.config.speech.augmentation) is not None:
