@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -168,13 +168,8 @@ class StudyData:
             return row.position, take(row, name, self.filters, keep, self._strict)
 
         for source, table in self._tables.items():
-            names, start = self._chosen_of(source), 0
-            noted = (
-                None if notes is None else Notes(notes / f"{READING}{source}", _digest([p, *names[p]] for p in names))
-            )
-
-            def put(position: int, found: Example | Dropped, names: Mapping[int, tuple[str, str]] = names) -> None:
-                nonlocal done
+            names = self._chosen_of(source)
+            for position, found in _noting(table, names, taken, notes and notes / f"{READING}{source}"):
                 group = names[position][0]
                 if isinstance(found, Example):
                     groups[group].append(found)
@@ -182,17 +177,6 @@ class StudyData:
                     dropped.append((group, found))
                 done += 1
                 advance(done, total)
-
-            for position, found in noted or ():
-                put(position, found)
-                start = position + 1
-            rows = ((row, names[row.position][1]) for row in table.read(start, set(names), True))
-            for position, found in in_threads(taken, rows):
-                put(position, found)
-                if noted is not None:
-                    noted.add(position, found)
-            if noted is not None:
-                noted.write()
         self._require_some(groups, dropped)
         for name, task in self.tasks.items():
             groups[f"task-{name}"] = self._ask(task, audio)
@@ -287,6 +271,27 @@ def _faulty_audio(task: Split) -> FaultyAudio:
 
 def _hash(question: str) -> str:
     return hash_value(normalised_question(question))[:16]
+
+
+def _noting(
+    table: Table, names: Mapping[int, tuple[str, str]], taken: Callable[[tuple[Row, str]], Found], path: Path | None
+) -> Iterator[Found]:
+    """What becomes of the rows of a table, in order; `names`: position → (group, id).
+
+    With `path` it is noted there, and what was noted before is not read again.
+    """
+    start = 0
+    notes = None if path is None else Notes(path, _digest([position, *names[position]] for position in names))
+    for position, found in notes or ():
+        yield position, found
+        start = position + 1
+    rows = ((row, names[row.position][1]) for row in table.read(start, set(names), True))
+    for position, found in in_threads(taken, rows):
+        if notes is not None:
+            notes.add(position, found)
+        yield position, found
+    if notes is not None:
+        notes.write()
 
 
 def forget_notes(folder: Path) -> None:
