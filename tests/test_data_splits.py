@@ -12,8 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from audio_files import BROKEN, voice_assistant, wav
+from palimpsest.data import parquet, splits
 from palimpsest.data.examples import Example, write_manifest
 from palimpsest.data.filters import Filters
+from palimpsest.data.rows import Schema
+from palimpsest.data.sources import load_examples
 from palimpsest.data.splits import Split, StudyData, heldout_ids, speak_groups, spoken_or_dropped
 from palimpsest.files import UserError
 
@@ -158,7 +161,7 @@ def test_faulty_rows_are_dropped_and_listed(faulty: tuple[Split, Path], tmp_path
     reasons = sorted(reason for _, _, reason in dropped)
     assert reasons == sorted([*BROKEN, "empty question", "empty answer", "long question", "later turn"])
     assert len(groups["train"]) + len(groups["heldout"]) == 10
-    assert len(list((tmp_path / "audio").glob("*.flac"))) == 10
+    assert len(list((tmp_path / "audio").rglob("*.flac"))) == 10
 
 
 def test_strict_names_the_first_fault_but_not_later_turns(faulty: tuple[Split, Path], tmp_path: Path) -> None:
@@ -195,7 +198,7 @@ def test_missing_audio_is_dropped_from_training_and_refused_in_a_task(tmp_path: 
 def test_the_limit_does_not_read_recordings_it_leaves_out(faulty: tuple[Split, Path], tmp_path: Path) -> None:
     train = Split(faulty[0].source, "train", limit=4)
     _, dropped = read(study(train, 3), tmp_path)
-    assert len(list((tmp_path / "audio").glob("*.flac"))) + sum(r in BROKEN for *_, r in dropped) == 4 + 3
+    assert len(list((tmp_path / "audio").rglob("*.flac"))) + sum(r in BROKEN for *_, r in dropped) == 4 + 3
 
 
 def test_inputs_change_with_what_goes_in_and_only_then(tmp_path: Path) -> None:
@@ -222,9 +225,150 @@ def test_inputs_of_a_hub_source_do_not_ask_the_hub(tmp_path: Path, monkeypatch: 
 
 def test_a_second_reading_gives_the_same_and_writes_nothing(faulty: tuple[Split, Path], tmp_path: Path) -> None:
     first = read(study(faulty[0], 3), tmp_path)
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "audio").iterdir()}
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "audio").rglob("*")}
     assert read(study(faulty[0], 3), tmp_path) == first
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "audio").iterdir()} == times
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "audio").rglob("*")} == times
+
+
+# -- many rows --------------------------------------------------------------------------------------------------------
+class Killed(BaseException):
+    pass
+
+
+def hub_set(folder: Path, monkeypatch: pytest.MonkeyPatch, n: int = 40, group: int = 5) -> Split:
+    """A set that is read as from the hub: questions with recordings, one of them silent, in row groups of `group`."""
+    turns = [("1", f"Question {i}?", f"Answer {i}.", wav(pitch=200 + i)) for i in range(n)]
+    turns[7] = ("1", "Silent?", "A.", BROKEN["silent audio"])
+    path = voice_assistant(folder / "hub.parquet", turns, row_group_size=group)
+    monkeypatch.setattr("palimpsest.data.parquet.hub_files", lambda *_: ([str(path)], n))
+    return Split("gpt-omni/VoiceAssistant-400K", "train")
+
+
+def recordings_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Positions of the rows whose recording is handed on, from now on."""
+    positions: list[int] = []
+    original = Schema.row
+
+    def row(self: Schema, position: int, where: str, cells: Mapping[str, Any], folder: Path) -> Any:
+        if cells.get("audio") is not None:
+            positions.append(position)
+        return original(self, position, where, cells, folder)
+
+    monkeypatch.setattr(Schema, "row", row)
+    return positions
+
+
+def groups_read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """(row group, whether with its recordings) of every reading, from now on."""
+    groups: list[tuple[int, bool]] = []
+    original = parquet._cells
+
+    def cells(file: Any, group: int, columns: Mapping[str, str], *rest: Any) -> Any:
+        groups.append((group, "audio" in columns))
+        return original(file, group, columns, *rest)
+
+    monkeypatch.setattr(parquet, "_cells", cells)
+    return groups
+
+
+def test_a_random_limit_reads_the_recordings_it_keeps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = hub_set(tmp_path, monkeypatch).source
+    positions, groups = recordings_read(monkeypatch), groups_read(monkeypatch)
+    data = study(Split(source, "train", limit=4), 3)
+    groups_of, dropped = data.read(tmp_path / "audio", lambda *_: None)
+    assert len(positions) == len(set(positions)) == 4 + 3 == sum(map(len, groups_of.values())) + len(dropped)
+    with_audio = [group for group, audio in groups if audio]
+    assert with_audio == sorted({position // 5 for position in positions})  # each once, the others not at all
+
+    positions.clear(), groups.clear()
+    asked = load_examples(source, "train", 3, seed=1, audio=tmp_path / "task", faulty_audio="wrong")
+    assert len(positions) == len(asked) == 3
+    assert [group for group, audio in groups if audio] == sorted({position // 5 for position in positions})
+
+
+def test_a_row_group_is_not_read_beyond_the_last_row_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = [("1", f"Question {i}?", "A.", wav(0.25)) for i in range(100)]
+    path = voice_assistant(tmp_path / "one.parquet", turns, row_group_size=100)
+    monkeypatch.setattr(parquet, "BATCH_ROWS", 10)
+    file, batches = parquet._open(str(path)), 0
+
+    class Counted:
+        @staticmethod
+        def iter_batches(*arguments: Any, **options: Any) -> Any:
+            nonlocal batches
+            for batch in file.iter_batches(*arguments, **options):
+                batches += 1
+                yield batch
+
+    columns = {"audio": "question_audio"}
+    found = [n for n, _ in parquet._cells(Counted(), 0, columns, str(path), [3, 12, 25])]
+    assert (found, batches) == ([3, 12, 25], 3)
+
+
+@pytest.mark.parametrize("at", [3, 17, 33])
+def test_an_interrupted_reading_of_a_hub_set_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    monkeypatch.setattr("palimpsest.data.notes.EVERY", 8)
+    train = hub_set(tmp_path, monkeypatch)
+    whole = study(train, 5).read(tmp_path / "whole" / "audio", lambda *_: None)
+    (tmp_path / "killed").mkdir()
+
+    def advance(done: int, _: int) -> None:
+        if done == at:
+            raise Killed
+
+    with pytest.raises(Killed):
+        study(train, 5).read(tmp_path / "killed" / "audio", advance, notes=tmp_path / "killed")
+    note = next((tmp_path / "killed").glob(".reading-*"))
+    with note.open("ab") as file:
+        file.write(b'[39, {"id": "cut')  # a line that a kill cut short
+    positions = recordings_read(monkeypatch)
+    again = study(train, 5).read(tmp_path / "killed" / "audio", lambda *_: None, notes=tmp_path / "killed")
+    noted = (at - 1) // 8 * 8
+    assert positions == list(range(noted, 40))
+
+    def told(found: Any, folder: Path) -> Any:
+        groups, dropped = found
+        return {key: [example.to_row(folder) for example in group] for key, group in groups.items()}, dropped
+
+    assert told(again, tmp_path / "killed") == told(whole, tmp_path / "whole")
+    # Finished, and killed before the notes were forgotten: nothing is read.
+    positions.clear()
+    third = study(train, 5).read(tmp_path / "killed" / "audio", lambda *_: None, notes=tmp_path / "killed")
+    assert (positions, third) == ([], again)
+    # Another choice begins anew.
+    other = study(Split(train.source, "train", limit=10), 5)
+    other.read(tmp_path / "killed" / "audio", lambda *_: None, notes=tmp_path / "killed")
+    assert len(positions) == 15
+
+
+def test_recordings_are_not_hashed_again_and_a_changed_one_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(10):
+        (tmp_path / f"{i}.wav").write_bytes(wav(pitch=200 + i))
+    train = manifest(tmp_path, "train", [(f"e{i}", f"Q {i}?", tmp_path / f"{i}.wav") for i in range(10)])
+    hashed: list[str] = []
+    original = splits.hash_file
+    monkeypatch.setattr(splits, "hash_file", lambda path: hashed.append(path.name) or original(path))
+    first = study(train, 3)
+    before = first.inputs()
+    assert sorted(hashed) == [f"{i}.wav" for i in range(10)]
+
+    hashed.clear()
+    second = study(train, 3, known=first.found)
+    assert (second.inputs(), hashed, second.found) == (before, [], first.found)
+
+    same = (tmp_path / "4.wav").read_bytes()
+    changed = bytearray(same)
+    changed[-1] ^= 1
+    (tmp_path / "4.wav").write_bytes(changed)  # as long as before; its time is another
+    third = study(train, 3, known=first.found)
+    assert third.inputs() != before
+    assert sorted(hashed) == [f"{i}.wav" for i in range(10)]
+    (tmp_path / "4.wav").write_bytes(same)  # a copy: another time, the same content
+    assert study(train, 3, known=third.found).inputs() == before
 
 
 # -- speaking ---------------------------------------------------------------------------------------------------------
@@ -253,3 +397,17 @@ def test_what_cannot_be_spoken_is_left_out_of_training_but_refused_in_a_task() -
         speak_groups({"train": [good], "task-t": [bad]}, say_groups, strict=False)
     with pytest.raises(UserError, match="b cannot be spoken"):  # nothing at all: the voice may be at fault
         spoken_or_dropped([bad], say)
+
+
+def test_what_cannot_be_spoken_is_found_in_a_few_calls() -> None:
+    calls: list[int] = []
+
+    def say_counted(examples: Sequence[Example]) -> list[Example]:
+        calls.append(len(examples))
+        return say(examples)
+
+    examples = [Example(str(i), "%?" if i == 777 else "Fine?", ("A",), "A") for i in range(1024)]
+    spoken, dropped = spoken_or_dropped(examples, say_counted)
+    assert [e.id for e in spoken] == [str(i) for i in range(1024) if i != 777]
+    assert [(item.id, item.reason) for item in dropped] == [("777", "cannot be spoken")]
+    assert len(calls) <= 2 + 1 + 2 * 10  # none, all, and down the halves

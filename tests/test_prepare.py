@@ -24,6 +24,7 @@ from palimpsest.data.prepare import prepare_data
 from palimpsest.data.sources import load_examples
 from palimpsest.data.voices import VOICES, Voice
 from palimpsest.files import UserError
+from tones import load_tone, one
 
 
 def buzz(text: str, speed: float, seed: int) -> tuple[Any, int]:
@@ -150,6 +151,43 @@ def test_what_a_killed_run_had_done_is_not_done_again(tmp_path: Path, monkeypatc
     monkeypatch.setattr(prepare, "take", lambda row, *rest: taken.append(row.position) or original(row, *rest))
     run(source, tmp_path / "out")
     assert taken == list(range(16, 27))
+
+
+def test_as_many_cores_as_one_likes_leave_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "CHUNK", 8)
+    source = mixed(tmp_path)
+    monkeypatch.setattr("palimpsest.data.cores.MORE", 0)  # one thread
+    run(source, tmp_path / "one")
+    monkeypatch.setattr("palimpsest.data.cores.MORE", 15)
+    run(source, tmp_path / "many")
+    assert content(tmp_path / "many") == content(tmp_path / "one")
+
+
+def test_equal_recordings_are_stored_by_several_threads_at_once(tmp_path: Path) -> None:
+    turns = [("1", f"Q {i}?", "A.", wav()) for i in range(64)]
+    run(f"voice_assistant:{voice_assistant(tmp_path / 'x.parquet', turns)}", tmp_path / "out")
+    assert len({example.audio for example in load_examples(str(tmp_path / "out"), "train")}) == 1
+    assert len(list((tmp_path / "out/audio").rglob("*"))) == 2  # the file in its folder
+
+
+def test_no_folder_has_a_name_for_every_row(tmp_path: Path) -> None:
+    run(mixed(tmp_path), tmp_path / "out")
+    stored = [path.relative_to(tmp_path / "out/audio") for path in (tmp_path / "out/audio").rglob("*.flac")]
+    assert len(stored) == 21
+    assert all(path.parts == (path.name[:2], path.name) for path in stored)
+
+
+def test_one_pool_of_workers_speaks_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "CHUNK", 8)
+    monkeypatch.setitem(VOICES, "tone", Voice("tone", one, load_tone))
+    pools: list[int] = []
+    original = prepare.pool
+    monkeypatch.setattr(prepare, "pool", lambda n: pools.append(n) or original(n))
+    source = mixed(tmp_path)
+    run(source, tmp_path / "many", voice="tone", workers=2)
+    assert pools == [2]
+    run(source, tmp_path / "one", voice="tone")
+    assert content(tmp_path / "many/audio") == content(tmp_path / "one/audio")
 
 
 def test_equal_rows_keep_their_ids_through_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,10 @@ import pytest
 import soundfile
 import torch
 
+from audio_files import voice_assistant, wav
+from palimpsest import rundir
 from palimpsest.config import Importance, parse_config
+from palimpsest.data import splits
 from palimpsest.data.examples import Example
 from palimpsest.data.features import Features
 from palimpsest.data.voices import VOICES, Voice
@@ -146,3 +149,74 @@ def test_importance_is_measured_on_the_questions_that_the_recipe_names() -> None
         chosen, other = (ids(which, n_examples=n, questions=questions) for which in (False, True))
         assert [name[0] for name in other] == others
         assert not set(chosen) & set(other)
+
+
+def test_a_second_start_reads_no_recording_to_compare_it(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin(recipe, tmp_path / "run")
+    hashed: list[str] = []
+    for module in (splits, rundir):
+        original = module.hash_file
+        monkeypatch.setattr(module, "hash_file", lambda path, of=original: hashed.append(path.name) or of(path))
+    study = begin(recipe, tmp_path / "run")
+    assert all(step.skipped for step in study.ws.done)
+    assert not [name for name in hashed if name.endswith((".wav", ".flac"))]
+
+    soundfile.write(tmp_path / "own.wav", np.full(6_000, 0.2), 16_000)  # as long as before
+    changed = begin(recipe, tmp_path / "run")
+    assert "own.wav" in hashed
+    assert not any(step.skipped for step in changed.ws.done)
+
+    spoken = next((tmp_path / "run" / "data" / "audio").rglob("*.flac"))
+    content = bytearray(spoken.read_bytes())
+    content[-1] ^= 1
+    spoken.write_bytes(content)
+    assert changed.ws.dir.damage("data") is None  # looked at once in a process
+    name = spoken.relative_to(tmp_path / "run" / "data").as_posix()
+    assert rundir.RunDir(tmp_path / "run").damage("data") == f"{name} was changed"
+
+
+def test_an_interrupted_data_step_reads_no_row_again_and_leaves_nothing_of_it(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("palimpsest.data.notes.EVERY", 4)
+    turns = [("1", f"Question {i}?", f"Answer {i}.", wav(pitch=200 + i)) for i in range(12)]
+    table = voice_assistant(tmp_path / "set.parquet", turns, row_group_size=4)
+    recipe["data"] = {"train": {"source": f"voice_assistant:{table}", "split": "train"}, "heldout_examples": 2}
+
+    def data_step(folder: Path) -> Study:
+        study = Study(parse_config(recipe, "test"), folder)
+        study.check()
+        steps.data(study.ws)
+        return study
+
+    whole = data_step(tmp_path / "whole")
+    stored: list[int] = []
+    original = splits.store
+
+    def store(*arguments: Any) -> Any:
+        stored.append(1)
+        if len(stored) == 7:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr("palimpsest.data.cores.MORE", 0)
+    monkeypatch.setattr("palimpsest.data.cores.n_cores", lambda: 1)  # one thread: the seventh row is the seventh call
+    with monkeypatch.context() as patch:
+        patch.setattr(splits, "store", store)
+        with pytest.raises(KeyboardInterrupt):
+            data_step(tmp_path / "run")
+        stored[:] = [1] * 7
+        continued = data_step(tmp_path / "run")
+    assert len(stored) == 7 + 12 - 4  # of the first four it was noted what became of them
+
+    def files(study: Study) -> dict[str, bytes]:
+        folder = study.ws.path / "data"
+        return {
+            str(path.relative_to(folder)): path.read_bytes()
+            for path in sorted(folder.rglob("*"))
+            if path.is_file() and path.name not in ("step.json", "files.json")
+        }
+
+    assert files(continued) == files(whole)

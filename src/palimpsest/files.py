@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import get_native_id
 from typing import IO, Any
 
 
@@ -36,7 +37,8 @@ def replacing(path: Path) -> Iterator[Path]:
     Where the block raises, `path` stays as it was and the temporary file goes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two processes may write the same file
+    # Two processes, or two threads, may write the same file.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{get_native_id()}.tmp")
     try:
         yield temporary
         sync(temporary)
@@ -44,6 +46,14 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(path.parent)  # the name too
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_left_over(folder: Path) -> None:
+    """Remove the temporary files that killed processes left of `replacing` in a folder and those below it."""
+    for left in folder.rglob(".*.tmp"):
+        process = left.name.removesuffix(".tmp").rpartition(".")[2].partition("-")[0]
+        if process.isdecimal() and not _alive(int(process)):
+            left.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -259,7 +269,8 @@ def to_line(row: Any) -> str:
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    write_text(path, "".join(map(to_line, rows)))
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(map(to_line, rows))  # one after the other: there may be a million
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -272,7 +283,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------------------------------------------------------
 # JSON lines that grow: appended to, killed at any moment, continued
 # ---------------------------------------------------------------------------------------------------------------------
-def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+def append_jsonl(path: Path, rows: Iterable[Any]) -> int:
     """Append the rows and flush them to disk; returns the size of the file, in bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:

@@ -42,6 +42,7 @@ FRAMES = "frames.json"  # what speech.features: auto came to
 STEP_FILE = "step.json"  # inside every step's directory: fingerprint, inputs, seconds
 FILES_FILE = "files.json"  # beside it: every file of the step: bytes, sha256, time of change
 SET_ASIDE = ".set-aside"  # steps of an earlier recipe
+RECORDINGS = ".recordings.json"  # hashes of recordings that need not be read again (StudyData.found)
 DROPPED = "dropped"  # data/dropped.jsonl: what was left out of training and held-out data, and why
 
 
@@ -215,7 +216,8 @@ class RunDir:
         return records
 
 
-TRUSTED_BYTES = 16 * 2**20  # a larger file is read again only if its time of change is another
+TRUSTED_BYTES = 16 * 2**20  # a larger file is read again only if its time of change is another,
+TRUSTED_KINDS = (".flac",)  # and so is a recording: there may be very many
 
 
 def _files_in(folder: Path) -> list[str]:
@@ -239,7 +241,8 @@ def _damage(folder: Path, listed: str) -> str | None:
         stat = file.stat()
         if stat.st_size != about["bytes"]:
             return f"{name} has {stat.st_size:,} bytes where {about['bytes']:,} were written"
-        trusted = stat.st_size > TRUSTED_BYTES and stat.st_mtime_ns == about["modified_ns"]
+        is_large = stat.st_size > TRUSTED_BYTES or file.suffix in TRUSTED_KINDS
+        trusted = is_large and stat.st_mtime_ns == about["modified_ns"]
         if not trusted and hash_file(file) != about["sha256"]:
             return f"{name} was changed"
     return None

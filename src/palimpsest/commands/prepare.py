@@ -27,7 +27,7 @@ class Options:
     limit: Annotated[int | None, Ge(1), Doc("The first so many examples that pass the filters.")] = None
     strict: Strict = False
     voice: Annotated[str, Doc("Speaks what has no recording; none leaves it as text.")] = "hibari"
-    workers: Annotated[int, Ge(1), Doc("Processes that speak.")] = 2
+    workers: Annotated[int | None, Ge(1), Doc("Cores that store and speak; all if left out.")] = None
     filters: Filters = field(default_factory=list)
 
 

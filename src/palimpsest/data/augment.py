@@ -24,7 +24,7 @@ import soxr
 from annotated_types import Ge, Le
 
 from palimpsest.data.examples import MAX_AUDIO_SECONDS, Example
-from palimpsest.data.speech import ENCODING, Call, make_files, read_audio, write_flac
+from palimpsest.data.speech import ENCODING, Call, Workers, file_of, make_files, read_audio, write_flac
 from palimpsest.files import UserError, hash_file, hash_value
 from palimpsest.models import SAMPLE_RATE
 
@@ -89,7 +89,7 @@ def augment(
     folder: Path,
     augmentation: Augmentation,
     seed: int = 0,
-    workers: int = 2,
+    workers: Workers = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Example]:
     """The examples, then their changed copies with the ids `ID~1`, `ID~2`, …, each with its `augmentation` named.
@@ -119,7 +119,7 @@ def augment(
             if draw.speed is not None:
                 draw = replace(draw, speed=max(draw.speed, seconds / MAX_AUDIO_SECONDS))
             key = [ENCODING, VERSION, version, digest, [*vars(draw).values()]]
-            path = folder / f"{hash_value(key)[:32]}.flac"
+            path = file_of(folder, hash_value(key))
             jobs[path] = partial(_write_copy, example.audio, path, draw)
             copies.append(replace(example, id=name, audio=path, augmentation=str(draw)))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,12 @@ class Example:
             audio, root = Path(os.path.abspath(self.audio)), Path(os.path.abspath(folder))  # noqa: PTH100 (no symlinks)
             row["audio"] = (audio.relative_to(root) if audio.is_relative_to(root) else audio).as_posix()
         return {**row, "answers": list(self.answers)}
+
+    @classmethod
+    def from_row(cls, row: Mapping[str, Any], folder: Path) -> Example:
+        """What `to_row` was made of; nothing is checked."""
+        audio = None if row.get("audio") is None else folder / row["audio"]
+        return cls(**{**row, "answers": tuple(row["answers"]), "audio": audio})
 
 
 def write_manifest(path: Path, examples: Iterable[Example]) -> None:

@@ -24,7 +24,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from palimpsest.data.examples import Example, beyond
 from palimpsest.data.rows import Row
-from palimpsest.data.speech import ENCODING, to_16_khz, write_flac
+from palimpsest.data.speech import ENCODING, file_of, to_16_khz, write_flac
 from palimpsest.files import UserError, hash_value, is_file, replacing
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def store(audio: Path | bytes, folder: Path, filters: Filters) -> Path | Problem
     if isinstance(found, tuple):
         return found
     content = audio if isinstance(audio, bytes) else audio.read_bytes()
-    path = folder / f"{hash_value([ENCODING, asdict(filters), hashlib.sha256(content).hexdigest()])[:32]}.flac"
+    path = file_of(folder, hash_value([ENCODING, asdict(filters), hashlib.sha256(content).hexdigest()]))
     if path.exists():
         return path
     found = found or decode(audio, filters)

@@ -6,6 +6,7 @@ which columns a published set has; a hub name may end in @REVISION.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -106,11 +107,10 @@ def _reader(schema: Schema, where: str, files: Callable[[], Sequence[str]]) -> R
             for group in range(file.num_row_groups):
                 positions = range(first, first + file.metadata.row_group(group).num_rows)
                 first = positions.stop
-                if any(map(wanted, positions)):
-                    for position, cells in zip(positions, _cells(file, group, columns, url), strict=True):
-                        if wanted(position):
-                            values = {key: _python(cell) for key, cell in cells.items()}
-                            yield schema.row(position, f"{where}, row {position + 1}", values, Path(url).parent)
+                chosen = [position - positions.start for position in positions if wanted(position)]
+                for n, cells in _cells(file, group, columns, url, chosen) if chosen else ():
+                    position, values = positions[n], {key: _python(cell) for key, cell in cells.items()}
+                    yield schema.row(position, f"{where}, row {position + 1}", values, Path(url).parent)
 
     return read
 
@@ -124,16 +124,28 @@ def _python(cell: Any) -> Any:
     return float(str(cell.type.to_pandas_dtype()(value))) if narrow and value is not None else value
 
 
-def _cells(file: Any, group: int, columns: Mapping[str, str], url: str) -> Iterator[dict[str, Any]]:
-    """The cells of every row of a group; a file that breaks off or a connection that is lost becomes a UserError."""
+def _cells(
+    file: Any, group: int, columns: Mapping[str, str], url: str, chosen: Sequence[int]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number in the group, cells) of the chosen rows of a group, which is not read beyond the last of them.
+
+    A file that breaks off or a connection that is lost becomes a UserError.
+    """
     import pyarrow as pa
     from huggingface_hub.errors import HfHubHTTPError
 
     http_error: Any = HfHubHTTPError.__bases__[0]  # of the HTTP package in use, whose name changes between versions
     try:
+        first, waiting = 0, deque(chosen)
         for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=[*columns.values()]):
             arrays = {key: batch.column(column) for key, column in columns.items()}
-            yield from ({key: array[i] for key, array in arrays.items()} for i in range(batch.num_rows))
+            end = first + batch.num_rows
+            while waiting and waiting[0] < end:
+                n = waiting.popleft()
+                yield n, {key: array[n - first] for key, array in arrays.items()}
+            first = end
+            if not waiting:
+                return
     except (OSError, pa.ArrowException, http_error) as error:
         raise UserError(
             f"{url} cannot be read to its end ({_first_line(error)}); check the connection and start again, "

@@ -1,7 +1,7 @@
 """`palimpsest data prepare`: any source → a folder with a manifest and its audio, a source for every command.
 
     OUT/SPLIT.jsonl            the manifest
-    OUT/audio/*.flac           16 kHz mono, named by content
+    OUT/audio/??/*.flac        16 kHz mono, named by content, in folders of the first two digits
     OUT/dropped/SPLIT.jsonl    what was left out: id, where it stood, reason, detail
     OUT/prepared/SPLIT.json    source, options, counts
 
@@ -13,22 +13,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from palimpsest.data.cores import in_threads, n_cores
 from palimpsest.data.examples import Example, require_limit
 from palimpsest.data.filters import Dropped, Filters, Problem, counts, refuse_fault, require_some, store, take
-from palimpsest.data.rows import Names, identity_of
+from palimpsest.data.rows import Names, Row, identity_of
 from palimpsest.data.sources import open_table
-from palimpsest.data.speech import speak
+from palimpsest.data.speech import pool, speak
 from palimpsest.data.splits import spoken_or_dropped
 from palimpsest.data.voices import find_voices
-from palimpsest.files import UserError, append_jsonl, read_json, write_json
+from palimpsest.files import UserError, append_jsonl, read_json, remove_left_over, write_json
 from palimpsest.progress import Reporter
 
-CHUNK = 128  # rows between two notes of how far the work is
+CHUNK = 512  # rows between two notes of how far the work is
 NO_VOICE = "none"  # questions without a recording stay text
 
 
@@ -40,7 +42,7 @@ def prepare_data(
     limit: int | None = None,
     strict: bool = False,
     voice: str = "hibari",
-    workers: int = 2,
+    workers: int | None = None,
     filters: Filters | None = None,
 ) -> Iterator[str]:
     """Write the manifest folder `out`; yields lines about the result.
@@ -49,6 +51,7 @@ def prepare_data(
         limit: the first so many examples that pass the filters.
         strict: a faulty row is an error instead of being left out.
         voice: speaks what has no recording; "none" leaves it as text.
+        workers: processes that speak, by default one for each core; recordings are stored by as many cores.
 
     Raises:
         UserError: a source that cannot be read, a folder that was prepared with other options, nothing left.
@@ -73,21 +76,26 @@ def prepare_data(
         return store(recording, work.audio, limits)
 
     def say(examples: Sequence[Example]) -> list[Example]:
-        return speak(examples, work.audio, voice, min(workers, max(1, len(examples))))
+        return speak(examples, work.audio, voice, speakers)
+
+    def taken(named: tuple[Row, str]) -> tuple[int, Example | Dropped]:
+        row, name = named
+        return row.position + 1, take(row, name, limits, keep, reading)
 
     reading = table.where if strict else None
-    with Reporter(1).step(f"{source}, split {split}") as advance:
+    cores = workers or n_cores()
+    speaking = pool(cores) if cores > 1 else nullcontext(1)
+    with speaking as speakers, Reporter(1).step(f"{source}, split {split}") as advance:
         names = Names(table, work.ids())
         rows, n_rows = table.read(work.n_rows, None, True), table.count()
         while limit is None or work.n_kept < limit:
-            found, position = [], work.n_rows
-            for row in islice(rows, CHUNK if limit is None else min(CHUNK, limit - work.n_kept)):
-                found.append(take(row, names(row), limits, keep, reading))
-                position = row.position + 1
+            part = islice(rows, CHUNK if limit is None else min(CHUNK, limit - work.n_kept))
+            found = list(in_threads(taken, ((row, names(row)) for row in part), cores))
             if not found:
                 break
-            kept = [item for item in found if isinstance(item, Example)]
-            dropped = [item for item in found if isinstance(item, Dropped)]
+            position = found[-1][0]
+            kept = [item for _, item in found if isinstance(item, Example)]
+            dropped = [item for _, item in found if isinstance(item, Dropped)]
             if voice != NO_VOICE and any(example.audio is None for example in kept):
                 kept, silent = spoken_or_dropped(kept, say)
                 dropped += silent
@@ -159,6 +167,8 @@ class _Work:
         self._parts = (self._left_out, self._kept)
         if self._kept.final.exists() and not before:
             raise UserError(f"{self._kept.final} exists and was not made by this command; give another --out.")
+        if state or (self.audio.is_dir() and not self.is_finished):
+            remove_left_over(self.audio)
         for part in self._parts if state else ():
             part.open()
 

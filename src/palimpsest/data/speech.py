@@ -26,6 +26,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from palimpsest.data.cores import n_cores
 from palimpsest.data.examples import MAX_AUDIO_SECONDS, Example, audio_problem, beyond
 from palimpsest.data.voices import Speaker, Unspeakable, Voice, Voices, choose_voice, find_voices
 from palimpsest.files import UserError, hash_value, replacing
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
 
 ENCODING = "flac-16bit-16kHz"  # part of the file names: change it when the samples change for the same voice
 
+PER_WORKER = 32  # questions at least, where nobody says how many processes: to start one takes as long as some of them
+
+Workers: TypeAlias = "int | ProcessPoolExecutor | None"  # processes; None: one for each core; or those of a `pool`
 Call: TypeAlias = Callable[[], str | None]  # writes one file, in whichever process; returns what went wrong, or None
 
 
@@ -59,6 +63,11 @@ def read_audio(path: Path) -> Float32[ndarray, " samples"]:
     if not np.isfinite(audio).all():
         raise UserError(f"The audio file {path} holds values that are no numbers; record it again.")
     return audio
+
+
+def file_of(folder: Path, key: str) -> Path:
+    """The FLAC file in `folder` with the hash `key`: below its first two digits, so that no folder gets very long."""
+    return folder / key[:2] / f"{key[:32]}.flac"
 
 
 def write_flac(path: Path, audio: Float32[ndarray, " samples"]) -> None:
@@ -86,7 +95,7 @@ def speak(
     examples: Sequence[Example],
     folder: Path,
     voice: Voices = "hibari",
-    workers: int = 2,
+    workers: Workers = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Example]:
@@ -98,7 +107,7 @@ def speak(
     Args:
         voice: a name (see voices.py) or a Voice of your own; of several, each example takes one by a stable hash of
             its id (see `choose_voice`).
-        workers: processes; with 1 it all happens in this one.
+        workers: processes, by default one for each core; with 1 it all happens in this one.
         seed: of the voice's noise; the same text with the same seed gives the same bytes.
         progress: called as progress(files done, files in all), first with those that were there already.
 
@@ -112,7 +121,7 @@ def speak(
 def speak_several(
     groups: Sequence[tuple[Sequence[Example], Voices]],
     folder: Path,
-    workers: int = 2,
+    workers: Workers = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Example]]:
@@ -134,12 +143,14 @@ def speak_several(
             # Composed: a voice may know é and not e with an accent behind it.
             question = unicodedata.normalize("NFC", example.question)
             key = [ENCODING, voice.name, versions[voice], voice.speed, seed, question]
-            path = folder / f"{hash_value(key)[:32]}.flac"
+            path = file_of(folder, hash_value(key))
             jobs[path] = partial(_speak, path, question, seed, voice)
             used[voice.label] = None
             spoken[-1].append(replace(example, audio=path, voice=voice.label))
 
-    _speakers.clear()
+    for voice in {voice.name: voice for _, names in groups for voice in find_voices(names)}.values():
+        if voice.name in _speakers and _speakers[voice.name][0] is not voice.load:  # another of the same name
+            del _speakers[voice.name]
     problems = make_files(folder, jobs, workers, progress)
     if problems:
         raise UserError(
@@ -149,15 +160,16 @@ def speak_several(
     return spoken
 
 
-_speakers: dict[str, Speaker] = {}  # of this process, by the voice's name; a speaker takes every speed
+# Of this process, by the voice's name: what loaded it, and the speaker, which takes every speed.
+_speakers: dict[str, tuple[Callable[[], Speaker], Speaker]] = {}
 
 
 def _speak(path: Path, text: str, seed: int, voice: Voice) -> str | None:
     """Speak one file; returns why it could not be spoken, None if all went well."""
     if voice.name not in _speakers:
-        _speakers[voice.name] = voice.load()
+        _speakers[voice.name] = voice.load, voice.load()
     try:
-        audio, rate = _speakers[voice.name](text, voice.speed, seed)
+        audio, rate = _speakers[voice.name][1](text, voice.speed, seed)
     except Unspeakable as error:
         return f"{error} in {text[:80]!r}"
     if audio.ndim != 1 or audio.dtype.kind != "f" or not np.isfinite(audio).all():
@@ -175,7 +187,7 @@ def _speak(path: Path, text: str, seed: int, voice: Voice) -> str | None:
 
 
 def make_files(
-    folder: Path, jobs: Mapping[Path, Call], workers: int, progress: Callable[[int, int], None] | None
+    folder: Path, jobs: Mapping[Path, Call], workers: Workers, progress: Callable[[int, int], None] | None
 ) -> list[str]:
     """Make every call whose file in `folder` is not there yet; returns what went wrong in those that failed."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -190,20 +202,27 @@ def make_files(
     return problems
 
 
-def _run(jobs: Sequence[Call], workers: int) -> Iterator[str | None]:
-    """Results in the order of the jobs; in this process or in `workers` of them."""
-    if workers <= 1 or not jobs:
+def pool(workers: int) -> ProcessPoolExecutor:
+    """Processes for several calls of `speak` or `augment`; they start when there is work for them."""
+    # Spawned, not forked: a fork would copy the locks of torch's threads in an unknown state.
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+
+
+def _run(jobs: Sequence[Call], workers: Workers) -> Iterator[str | None]:
+    """Results in the order of the jobs; in this process or in others."""
+    if workers is None:
+        workers = min(n_cores(), len(jobs) // PER_WORKER)
+    if len(jobs) <= 1 or (isinstance(workers, int) and workers <= 1):
         yield from map(call, jobs)
         return
-    # Spawned, not forked: a fork would copy the locks of torch's threads in an unknown state.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context)
+    own = pool(min(workers, len(jobs))) if isinstance(workers, int) else None
     try:
-        yield from pool.map(call, jobs, chunksize=4)
+        yield from (own or workers).map(call, jobs, chunksize=4)  # type: ignore[union-attr]
     except BrokenProcessPool as error:
         raise UserError(
             "The speech workers stopped: memory may be short, or a script works on speech outside "
             '`if __name__ == "__main__":`; correct that, or use one worker.'
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)
+        if own is not None:
+            own.shutdown(cancel_futures=True)

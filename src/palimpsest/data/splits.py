@@ -12,15 +12,17 @@ In this order, so that the result does not depend on how the rows are ordered:
 
 from __future__ import annotations
 
+import hashlib
 import heapq
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from annotated_types import Ge
 
+from palimpsest.data.cores import in_threads
 from palimpsest.data.examples import Example
 from palimpsest.data.filters import (
     IN_HELDOUT,
@@ -35,12 +37,14 @@ from palimpsest.data.filters import (
     store,
     take,
 )
-from palimpsest.data.rows import Names, Table, identity_of
+from palimpsest.data.notes import Found, Notes
+from palimpsest.data.rows import Names, Row, Table, identity_of
 from palimpsest.data.sources import FaultyAudio, choose, is_on_hub, load_examples, open_table
 from palimpsest.files import UserError, hash_file, hash_value, is_file
 from palimpsest.progress import Advance
 
 TRAIN, HELDOUT = "train", "heldout"
+READING = ".reading-"  # begins the names of notes
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class TaskSplit(Split):
     faulty_audio: FaultyAudio = "error"  # "wrong": a question whose recording cannot be asked is kept, and not right
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Chosen:
     """What is left of a row after its text was read: enough to choose, little enough to keep for every row."""
 
@@ -85,6 +89,10 @@ class StudyData:
     strict: bool
     seed: int
     decontaminate: bool = True  # False: also train on questions that a task asks
+    # Hashes of content by hashes of the same with the sizes and times of the recordings, which are not read where one
+    # is there; `inputs` puts those that it has come to, known or not, into `found`.
+    known: Mapping[str, str] = field(default_factory=dict)
+    found: dict[str, str] = field(default_factory=dict, init=False)
 
     # -- what went in, for the fingerprint of the data step ----------------------------------------------------------
     def inputs(self) -> dict[str, Any]:
@@ -105,15 +113,21 @@ class StudyData:
             # What is chosen depends on the task's questions, for which the hub would have to be asked.
             identity = identity_of(self._table(group))
         if identity is None:
-            rows = self._table(group).read(0, set(self._chosen_of(group)), False)
-            identity = hash_value([_identity(Example.of(row, row.id or "", row.audio)) for row in rows])
+            table, chosen = self._table(group), set(self._chosen_of(group))
+            identity = self._content(lambda: (_as_it_is(row) for row in table.read(0, chosen, False)))
         return [identity, wanted.limit]
 
     def _task_inputs(self, name: str, task: Split) -> list[Any]:
         identity = open_table(task.source, task.split).identity
         if identity is None:
-            identity = hash_value([_identity(example) for example in self._asked[name]])
+            identity = self._content(lambda: self._asked[name])
         return [identity, task.limit, _faulty_audio(task)]
+
+    def _content(self, examples: Callable[[], Iterable[Example]]) -> str:
+        """A hash of the examples and of what is in their recordings."""
+        looked_at = _digest(map(_look, examples()))
+        self.found[looked_at] = self.known.get(looked_at) or _digest(in_threads(_identity, examples()))
+        return self.found[looked_at]
 
     # -- checks before the long work ----------------------------------------------------------------------------------
     def check(self) -> None:
@@ -127,10 +141,14 @@ class StudyData:
         _ = self._asked, self._selection
 
     # -- reading ------------------------------------------------------------------------------------------------------
-    def read(self, audio: Path, advance: Advance) -> tuple[dict[str, list[Example]], list[tuple[str, Dropped]]]:
+    def read(
+        self, audio: Path, advance: Advance, notes: Path | None = None
+    ) -> tuple[dict[str, list[Example]], list[tuple[str, Dropped]]]:
         """Examples by group (train, heldout, task-NAME), and what was left out of which group.
 
-        Recordings inside tables are written to the folder `audio`, one at a time; one that is there already is kept.
+        Recordings inside tables are written to the folder `audio`; one that is there already is kept. With `notes`, a
+        folder, it is noted there how far this is, and a call after a kill continues: no row of training or held-out
+        data is read again. `forget_notes` when all that follows from the result is on the disk.
         Raises UserError for a faulty row in strict reading, and for a split of which nothing is left.
         """
         chosen, dropped = self._selection[0], [*self._selection[1]]
@@ -144,11 +162,15 @@ class StudyData:
 
         groups: dict[str, list[Example]] = {TRAIN: [], HELDOUT: []}
         total, done = sum(map(len, chosen.values())), 0
+
+        def taken(named: tuple[Row, str]) -> Found:
+            row, name = named
+            return row.position, take(row, name, self.filters, keep, self._strict)
+
         for source, table in self._tables.items():
             names = self._chosen_of(source)
-            for row in table.read(0, set(names), True):
-                group, name = names[row.position]
-                found = take(row, name, self.filters, keep, self._strict)
+            for position, found in _noting(table, names, taken, notes and notes / f"{READING}{source}"):
+                group = names[position][0]
                 if isinstance(found, Example):
                     groups[group].append(found)
                 else:
@@ -251,10 +273,58 @@ def _hash(question: str) -> str:
     return hash_value(normalised_question(question))[:16]
 
 
+def _noting(
+    table: Table, names: Mapping[int, tuple[str, str]], taken: Callable[[tuple[Row, str]], Found], path: Path | None
+) -> Iterator[Found]:
+    """What becomes of the rows of a table, in order; `names`: position → (group, id).
+
+    With `path` it is noted there, and what was noted before is not read again.
+    """
+    start = 0
+    notes = None if path is None else Notes(path, _digest([position, *names[position]] for position in names))
+    for position, found in notes or ():
+        yield position, found
+        start = position + 1
+    rows = ((row, names[row.position][1]) for row in table.read(start, set(names), True))
+    for position, found in in_threads(taken, rows):
+        if notes is not None:
+            notes.add(position, found)
+        yield position, found
+    if notes is not None:
+        notes.write()
+
+
+def forget_notes(folder: Path) -> None:
+    for path in folder.glob(f"{READING}*"):
+        path.unlink()
+
+
+def _as_it_is(row: Row) -> Example:
+    return Example.of(row, row.id or "", row.audio)
+
+
+def _digest(values: Iterable[Any]) -> str:
+    """A hash of JSON values one after the other, which are not held at once."""
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(hash_value(value).encode())
+    return digest.hexdigest()
+
+
 def _identity(example: Example) -> list[Any]:
     recording = hash_file(example.audio) if example.audio is not None and is_file(example.audio) else None
+    return [*_texts(example), recording]
+
+
+def _look(example: Example) -> list[Any]:
+    """As `_identity`, but without reading the recording."""
+    stat = example.audio.stat() if example.audio is not None and is_file(example.audio) else None
+    return [*_texts(example), stat and [stat.st_size, stat.st_mtime_ns]]
+
+
+def _texts(example: Example) -> list[Any]:
     texts = [example.id, example.question, example.answer, list(example.answers)]
-    return [*texts, example.voice, example.kind, str(example.audio), recording]
+    return [*texts, example.voice, example.kind, str(example.audio)]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -302,13 +372,20 @@ def spoken_or_dropped(examples: Sequence[Example], say: Say) -> tuple[list[Examp
     try:
         return say(examples), []
     except UserError:
-        spoken: list[Example] = []
-        dropped: list[Dropped] = []
-        for example in examples:
-            try:
-                spoken += say([example])
-            except UserError as error:
-                dropped.append(Dropped(example.id, f"example {example.id!r}", "cannot be spoken", str(error)))
+        spoken, dropped = _without_silent(examples, say)
         if not spoken:
             raise
         return spoken, dropped
+
+
+def _without_silent(examples: Sequence[Example], say: Say) -> tuple[list[Example], list[Dropped]]:
+    """The halves of what `say` refuses are asked for, and their halves, down to those that it refuses by themselves."""
+    try:
+        return say(examples), []
+    except UserError as error:
+        if len(examples) == 1:
+            (silent,) = examples
+            return [], [Dropped(silent.id, f"example {silent.id!r}", "cannot be spoken", str(error))]
+    middle = len(examples) // 2
+    first, rest = (_without_silent(half, say) for half in (examples[:middle], examples[middle:]))
+    return first[0] + rest[0], first[1] + rest[1]

@@ -18,9 +18,9 @@ from palimpsest.data.augment import augment, require_library
 from palimpsest.data.collate import batches
 from palimpsest.data.examples import Example, write_manifest
 from palimpsest.data.speech import speak_several
-from palimpsest.data.splits import speak_groups
+from palimpsest.data.splits import forget_notes, speak_groups
 from palimpsest.data.voices import find_voices
-from palimpsest.files import hash_value, read_jsonl, write_json, write_jsonl, write_tables, write_text
+from palimpsest.files import hash_value, read_jsonl, remove_left_over, write_json, write_jsonl, write_tables, write_text
 from palimpsest.parallel import is_main, sharded, visible_gpus, world_size
 from palimpsest.progress import Advance
 from palimpsest.records import BASE, Modality
@@ -67,12 +67,12 @@ def data(ws: Workspace) -> None:
 
     def write(folder: Path, advance: Advance) -> None:
         def say(groups: Mapping[str, Sequence[Example]]) -> dict[str, list[Example]]:
-            workers = min(2, max(1, sum(map(len, groups.values()))))
             voiced = [(group, ws.voices[key]) for key, group in groups.items()]
-            spoken = speak_several(voiced, folder / "audio", workers, progress=advance)
+            spoken = speak_several(voiced, folder / "audio", progress=advance)
             return dict(zip(groups, spoken, strict=True))
 
-        groups, dropped = ws.sources.read(folder / "audio", advance)
+        remove_left_over(folder)  # by a start that was killed
+        groups, dropped = ws.sources.read(folder / "audio", advance, notes=folder)
         groups, unspoken = speak_groups(groups, say, ws.config.data.strict)
         if (changes := ws.config.speech.augmentation) is not None:
             seed = ws.seed("augmentation")
@@ -80,8 +80,11 @@ def data(ws: Workspace) -> None:
         for key, group in groups.items():
             write_manifest(folder / f"{key}.jsonl", group)
         write_jsonl(folder / f"{DROPPED}.jsonl", [item.to_row(group) for group, item in dropped + unspoken])
+        forget_notes(folder)
 
-    ws.step("data", data, _data_inputs(ws), write)
+    inputs = _data_inputs(ws) if is_main() else {}  # rank 0 alone compares them
+    ws.remember_recordings()
+    ws.step("data", data, inputs, write)
 
 
 def _data_inputs(ws: Workspace) -> dict[str, Any]:

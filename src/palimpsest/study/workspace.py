@@ -6,6 +6,7 @@ import gc
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from palimpsest.data.in_loop import Encoded, FramesChoice, Recordings, choose_fr
 from palimpsest.data.splits import Split, StudyData
 from palimpsest.data.voices import Voices
 from palimpsest.files import (
+    UserError,
     free_bytes,
     hash_file,
     hash_value,
@@ -31,7 +33,7 @@ from palimpsest.files import (
 from palimpsest.parallel import is_main, share
 from palimpsest.progress import Advance, Reporter
 from palimpsest.records import BASE
-from palimpsest.rundir import DROPPED, FRAMES, RunDir, Step, checkpoint_of, folder_of, provenance
+from palimpsest.rundir import DROPPED, FRAMES, RECORDINGS, RunDir, Step, checkpoint_of, folder_of, provenance
 from palimpsest.study.code import step_code
 
 if TYPE_CHECKING:
@@ -134,7 +136,21 @@ class Workspace:
             data.strict,
             self.seed("data"),
             data.decontaminate,
+            self._known_recordings(),
         )
+
+    def _known_recordings(self) -> dict[str, str]:
+        """What an earlier start found in recordings that have their size and time still; any other file is none."""
+        file = self.path / RECORDINGS
+        with suppress(UserError):
+            found = read_json(file) if file.exists() else {}
+            return found if isinstance(found, dict) else {}
+        return {}
+
+    def remember_recordings(self) -> None:
+        """So that the next start need not read them all."""
+        if is_main() and self.sources.found != self._known_recordings():
+            write_json(self.path / RECORDINGS, self.sources.found)
 
     @cached_property
     def source_inputs(self) -> dict[str, Any]:
@@ -154,7 +170,8 @@ class Workspace:
     def groups(self) -> dict[str, list[Example]]:
         """The examples of data/, with audio, by manifest: train, heldout, task-NAME."""
         paths = sorted((self.path / "data").glob("*.jsonl"))
-        return {path.stem: read_manifest(path) for path in paths if path.stem != DROPPED}
+        # One process looks at the recordings' headers.
+        return {path.stem: read_manifest(path, check=is_main()) for path in paths if path.stem != DROPPED}
 
     @cached_property
     def dropped(self) -> dict[str, dict[str, int]]:

@@ -1,0 +1,39 @@
+"""All cores of this machine: how many there are, and work that threads do while results keep their order."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+MORE = 8  # threads than cores: these wait for the disk meanwhile
+
+
+def n_cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_threads(function: Callable[[Item], Result], items: Iterable[Item], cores: int | None = None) -> Iterator[Result]:
+    """`map` by threads on as many cores, by default all: for decoding, hashing and writing, which need no lock.
+
+    Items are taken one after the other and only a few ahead of the results, so that they may be many and large. An
+    exception is raised in the place of its result.
+    """
+    n = (cores or n_cores()) + MORE
+    waiting: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(n)
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * n:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
