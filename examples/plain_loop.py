@@ -16,6 +16,7 @@ import torch
 from transformers import get_cosine_schedule_with_warmup
 
 from palimpsest.data.collate import to_device
+from palimpsest.data.in_loop import encode_batch
 from palimpsest.models.compute import computing
 from palimpsest.models.loss import supervised_losses
 from palimpsest.training.batching import epoch_batches
@@ -40,6 +41,8 @@ def train(model, examples, collator, method, settings, scales=None):
         epoch, within = divmod(step, steps_per_epoch)
         rows = epoch_batches(len(examples), settings.batch_size, seed=settings.seed, epoch=epoch)[within]
         batch = to_device(collator([examples[i] for i in rows]), model.device)
+        # Where the study encodes in its loop; cached frames stay as they are.
+        batch = encode_batch(batch, model.encoder, model.config.speech_length, settings.compute)
         with computing(settings.compute, model.device):
             losses, _ = supervised_losses(model, batch)
         (losses.sum() / len(losses)).backward()
