@@ -354,7 +354,7 @@ def test_transcripts_are_asked_of_every_model_and_the_base_s_answers_to_them_are
     import palimpsest.evaluation.cascade as cascade
     import palimpsest.models.loading as loading
 
-    def hear(_: object, __: object, examples: Any) -> dict[str, str]:
+    def hear(_: object, __: object, examples: Any, **_more: object) -> dict[str, str]:
         return {e.id: e.question.replace("is", "was") for e in examples}
 
     monkeypatch.setattr(cascade, "transcribe", hear)

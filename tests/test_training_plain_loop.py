@@ -79,10 +79,10 @@ def test_the_demos_methods_on_the_embedded_models(tmp_path: Path) -> None:
     steps.features(study.ws)
     n_layers = study.ws.base.config.num_hidden_layers
     examples, collator = study.ws.groups["train"], study.ws.collator("speech", "train")
-    for name, options in study.config.methods.items():
+    for name, options in study.ws.config.methods.items():
         method = options
         scales = {i: 1 - 0.4 * i / n_layers for i in range(n_layers)} if method.kind == "layer_lr" else None
-        ours, theirs = study.ws.new_speech_lm(), study.ws.new_speech_lm()
+        ours, theirs = study.ws.new_speech_lm(name), study.ws.new_speech_lm(name)
         records = train(ours, examples, collator, method, study.ws.settings, tmp_path / name, name=name, scales=scales)
         plain_loop().train(theirs, examples, collator, method, study.ws.settings, scales)
         assert len(records) == 2
