@@ -336,7 +336,7 @@ def test_data_from_a_table_held_out_by_hash_and_what_was_dropped(inputs: Path, t
     groups = study.ws.groups
     assert set(groups) == {"train", "heldout", "task-numbers"}
     assert len(groups["heldout"]) + len(groups["train"]) == 12
-    assert all(e.audio and e.audio.parent == folder / "audio" for e in groups["train"] + groups["heldout"])
+    assert all(e.audio and e.audio.is_relative_to(folder / "audio") for e in groups["train"] + groups["heldout"])
     rows = [json.loads(line) for line in (folder / "dropped.jsonl").read_text().splitlines()]
     assert sorted(row["reason"] for row in rows) == ["later turn", "silent audio"]
     assert sum(study.ws.dropped.get("train", {}).values()) + sum(study.ws.dropped.get("heldout", {}).values()) == 2

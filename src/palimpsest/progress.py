@@ -70,14 +70,17 @@ class Reporter:
         self.console.print(line, markup=False, highlight=False)
 
     def _log(self, label: str, started: float) -> Advance:
-        last = started
+        last, first = started, (0, started)
 
         def advance(done: int, total: int) -> None:
-            nonlocal last
+            nonlocal last, first
             now = time.monotonic()
-            if now - last >= LOG_EVERY and done:
+            n, since = done - first[0], now - first[1]
+            if first[0] == 0:
+                first = done, now  # what an earlier start did took no time of this one
+            if now - last >= LOG_EVERY and n > 0:
                 last = now
-                left = (now - started) / done * (total - done)
+                left = since / n * (total - done)
                 self.console.print(f"{label}  {done}/{total}, about {left:.0f} s left", markup=False, highlight=False)
 
         return advance
