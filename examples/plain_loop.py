@@ -33,7 +33,8 @@ def train(model, examples, collator, method, settings, scales=None):
     optimizer = torch.optim.AdamW(groups, fused=True)
     steps_per_epoch = math.ceil(len(examples) / settings.batch_size)
     n_steps = math.ceil(steps_per_epoch * settings.epochs)
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(settings.warmup_ratio * n_steps), n_steps)
+    n_warmup = min(math.ceil(settings.warmup_ratio * n_steps), n_steps - 1)  # it begins at rate 0
+    schedule = get_cosine_schedule_with_warmup(optimizer, n_warmup, n_steps)
 
     torch.manual_seed(settings.seed)  # dropout
     model.train()

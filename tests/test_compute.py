@@ -423,6 +423,7 @@ def test_the_choice_and_its_reason_stand_in_the_provenance(models: Path, tmp_pat
         "dtype": "bfloat16",
         "reason": "this machine is fast",
         "importance": {"dtype": "float32", "reason": EXACT},
+        "deactivation": {"dtype": "float32", "reason": EXACT},
     }
 
 
@@ -486,7 +487,7 @@ def test_importance_and_deactivate_say_what_they_computed_in(models: Path, tmp_p
     lines = list(deactivate.run(options))
     assert f"computed in float32 ({EXACT})" in lines
     for record in read_json(tmp_path / "off" / "records.json"):
-        assert record["compute"] == {"dtype": "float32", "reason": EXACT}
+        assert record["compute"] == {"dtype": "float32", "reason": EXACT, "scores": "float32"}
 
 
 def test_ask_computes_as_it_is_told(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,6 +137,14 @@ def test_a_loss_that_is_not_finite_stops_with_the_examples_names(setup, tmp_path
         train(model, examples, collator, Method("full"), SETTINGS, tmp_path, name="full")
 
 
+def test_a_training_of_one_step_changes_the_weights(setup, tmp_path: Path) -> None:
+    one_step = replace(SETTINGS, epochs=1, batch_size=len(setup[0]), warmup_ratio=0.03)
+    model, (record,) = run(setup, tmp_path, "full", one_step)
+    assert record["learning_rate"] == 1e-2
+    before = state(tiny_speech_lm()[0])
+    assert not torch.equal(state(model)["language_model.lm_head.weight"], before["language_model.lm_head.weight"])
+
+
 def test_weights_that_the_last_step_made_infinite_are_not_kept(setup, tmp_path: Path) -> None:
     examples, collator = setup
     model, _ = tiny_speech_lm()

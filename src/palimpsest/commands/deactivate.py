@@ -79,12 +79,14 @@ def run(options: Options) -> Iterator[str]:
             progress=advance,
             compute=compute.dtype,
         )
-    write_json(options.out / "records.json", [{**record, "compute": asdict(compute)} for record in records])
+    made_in = scores.metadata.get("compute", "float32")
+    about = {"compute": {**asdict(compute), "scores": made_in}}
+    write_json(options.out / "records.json", [{**record, **about} for record in records])
     for record in records:
         label = record["condition"] + ("" if record["seed"] is None else f" (seed {record['seed']})")
         share = f"{record['scope']:<10} {100 * record['ratio']:>6g} %"
         yield f"{label:<16} {share} {record['n_removed']:>12} removed   perplexity {record['perplexity']:.4g}"
-    yield f"computed in {compute}"
+    yield f"computed in {compute}" + (f"; the scores in {made_in}" if made_in != compute.dtype else "")
     curves = areas(records)
     if curves:
         write_json(options.out / "areas.json", [asdict(curve) for curve in curves])

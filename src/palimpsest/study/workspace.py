@@ -449,7 +449,8 @@ class Workspace:
                 "wanted": models.compute,
                 "device": self.device,
                 **asdict(self.compute),
-                "importance": asdict(self.exact_compute),  # and deactivation
+                "importance": asdict(self.exact_compute),
+                "deactivation": asdict(self.exact_compute),
             },
             "features": {"wanted": self.config.speech.features, **asdict(self.frames)},
             "prompts": self.processor.example_prompts(),

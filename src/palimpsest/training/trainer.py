@@ -94,7 +94,8 @@ def arguments(folder: Path, phase: Phase, settings: Settings, name: str, device:
             learning_rate=phase.learning_rate,
             weight_decay=settings.weight_decay,
             lr_scheduler_type="cosine",
-            warmup_steps=math.ceil(settings.warmup_ratio * phase.steps),
+            # It begins at rate 0, so the only step of a phase is no warm-up.
+            warmup_steps=min(math.ceil(settings.warmup_ratio * phase.steps), phase.steps - 1),
             max_grad_norm=settings.max_grad_norm,
             bf16=settings.compute == "bfloat16",
             torch_compile=settings.compile,
