@@ -287,6 +287,16 @@ def test_damaged_losses(tmp_path: Path, damage: Any, message: str) -> None:
         compared(tmp_path / "a", tmp_path / "b")
 
 
+def test_two_arithmetics_are_said(tmp_path: Path) -> None:
+    for name in "ab":
+        losses(tmp_path / name, [2.0, 4.0, 9.0], [1, 2, 3])
+    assert compared(tmp_path / "a", tmp_path / "b")["notes"] == []
+    sidecar = tmp_path / "b" / "losses-text.json"
+    write_json(sidecar, {**read_json(sidecar), "compute": "bfloat16"})
+    (note,) = compared(tmp_path / "a", tmp_path / "b")["notes"]
+    assert note == "a was computed in float32, b in bfloat16: differences hold that of the rounding too."
+
+
 # -- what is refused -----------------------------------------------------------------------------------------
 def test_other_questions_other_rules_other_lengths_are_refused(tmp_path: Path) -> None:
     a = evaluation(tmp_path / "a", range(20))

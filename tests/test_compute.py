@@ -518,6 +518,8 @@ def test_wrong_values_on_the_command_line(models: Path, tmp_path: Path) -> None:
     question = ask.Options(str(models / "llm"), text="What?")
     with pytest.raises(UserError, match=r"^There is no device 'gpu'; give auto, cpu, cuda, cuda:0, mps or xpu\.$"):
         ask.answer(replace(question, device="gpu"))
+    with pytest.raises(UserError, match=r"^There is no device xpu here \(.*\); give auto or cpu\.$"):
+        ask.answer(replace(question, device="xpu"))
     with pytest.raises(UserError, match=r"^There is no device cuda:99 here, CUDA shows \d+; give auto or cpu\.$"):
         ask.answer(replace(question, device="cuda:99"))
     with pytest.raises(UserError, match="Weights in bfloat16 cannot compute in float32"):

@@ -314,6 +314,13 @@ def test_what_auto_came_to_stays_when_the_disk_has_filled(
     full = begin(values, tmp_path / "full")
     assert full.ws.frames.path == "loop"
     assert not (tmp_path / "full" / "features" / "train").exists()
+    file = tmp_path / "run" / "frames.json"
+    kept = file.read_text()
+    for damaged in ("[1, 2]", "{}", kept.replace('"choice"', '"chosen"'), kept.replace('"cache"', '"cash"')):
+        file.write_text(damaged)
+        with pytest.raises(UserError, match=r"frames\.json is damaged"):
+            begin(values, tmp_path / "run")
+    file.write_text(kept)
     # Another question is asked anew: one method, once.
     once = begin({**values, "methods": {"full": {"kind": "full"}}}, tmp_path / "run")
     assert "once at most" in once.ws.frames.reason

@@ -96,6 +96,22 @@ def test_a_second_call_does_nothing_and_other_options_are_refused(tmp_path: Path
         run(source, tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda file, _: file.write_text("".join(file.read_text().splitlines(True)[:-1])), "rows where"),
+        (lambda _, recording: recording.write_bytes(b""), "is empty or not there any more"),
+        (lambda _, recording: recording.unlink(), "is empty or not there any more"),
+    ],
+)
+def test_a_prepared_folder_that_was_damaged_is_not_called_finished(tmp_path: Path, damage: Any, said: str) -> None:
+    source, out = mixed(tmp_path), tmp_path / "out"
+    run(source, out)
+    damage(out / "train.jsonl", min(out.rglob("*.flac")))
+    with pytest.raises(UserError, match=f"{said}.*delete {out} and prepare it again"):
+        run(source, out)
+
+
 class Killed(BaseException):
     pass
 

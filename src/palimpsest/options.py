@@ -41,6 +41,9 @@ def checked(kind: type[T], values: Mapping[str, Any], origin: str) -> T:
             near = nearest(str(location[-1]), _keys_at(kind, location[:-1]))
             raise UserError(f"{origin}: there is no key {where!r}; the nearest known key is {near!r}.") from error
         said = first["msg"].removeprefix("Value error, ")
+        if first["type"] in ("dataclass_type", "dict_type", "model_type"):
+            keys = _keys_at(kind, location)
+            said = f"a mapping of keys belongs there ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
         raise UserError(f"{origin}: {f'{where}: ' if where else ''}{said}.") from error
 
 

@@ -516,5 +516,6 @@ class Comparison(Paired):
     schema: int
     seed: int  # of the bootstrap
     systems: list[SystemRecord]
+    notes: list[str]  # what a reader of the differences must know, a sentence each
     retention: list[RetentionRecord]
     modality_gap: list[GapRecord]

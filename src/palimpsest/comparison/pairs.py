@@ -102,6 +102,7 @@ def compare_runs(
         "modality_gap": gap_records(systems, metric, seed),
         "perplexity": loss_records(pairs),
         "not_compared": not_compared(pairs),
+        "notes": arithmetic_notes(pairs),
     }
     if not pairs and not tables["modality_gap"]:
         raise UserError(
@@ -112,6 +113,16 @@ def compare_runs(
     if seeds and with_losses:
         tables["not_compared"].append("Losses of several seeds; leave out --seeds to compare those of single runs.")
     return tables
+
+
+def arithmetic_notes(pairs: Sequence[tuple[System, System]]) -> list[str]:
+    """A sentence for each pair that was computed in two arithmetics, whose rounding is part of a difference."""
+    return [
+        f"{a.label} was computed in {' and '.join(sorted(a.arithmetic))}, {b.label} in "
+        f"{' and '.join(sorted(b.arithmetic))}: differences hold that of the rounding too."
+        for a, b in pairs
+        if a.arithmetic != b.arithmetic
+    ]
 
 
 def not_compared(pairs: Sequence[tuple[System, System]]) -> list[str]:

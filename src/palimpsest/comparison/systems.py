@@ -51,6 +51,7 @@ class System:
     method: str | None  # None for an evaluation folder
     answers: Mapping[Key, Answers]
     losses: Mapping[Key, Losses]
+    arithmetic: frozenset[str] = frozenset()  # that its answers and losses were computed in
     text_of_base: bool = False  # only an adaptor was trained: the language model is the base's by construction
 
 
@@ -173,8 +174,10 @@ def _loss_files(folder: Path) -> list[Path]:
 
 def _read(label: str, run: Path, method: str | None, folder: Path, metric: str) -> System:
     answers: dict[Key, Answers] = {}
+    arithmetic = set()
     for file in _sample_files(folder):
         binding, rows = read_finished(file)
+        arithmetic.add(str(binding.get("compute", "float32")))
         key = (str(binding["task"]), str(binding["modality"]))
         version, verdicts = _verdicts(file, rows, metric, str(binding["metric_version"]), key[1])
         task = str(binding["task_version"])
@@ -183,8 +186,9 @@ def _read(label: str, run: Path, method: str | None, folder: Path, metric: str) 
     losses: dict[Key, Losses] = {}
     for file in _loss_files(folder):
         binding, result = read_losses(file)
+        arithmetic.add(str(binding.get("compute", "float32")))
         losses[str(binding["task"]), str(binding["modality"])] = Losses(str(binding["data"]), result, file)
-    return System(label, run, method, answers, losses)
+    return System(label, run, method, answers, losses, frozenset(arithmetic))
 
 
 def _verdicts(

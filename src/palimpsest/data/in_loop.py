@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import soundfile
+from typing_extensions import TypedDict
 
 from palimpsest.data.examples import Example
 from palimpsest.data.speech import read_audio
@@ -47,6 +48,19 @@ class FramesChoice:
     def __str__(self) -> str:
         where = "read from the cache" if self.path == "cache" else "computed in the training loop"
         return f"{where} ({self.reason})"
+
+
+class FramesChoiceRecord(TypedDict):
+    path: FramesPath
+    reason: str
+
+
+class FramesRecord(TypedDict):
+    """The file that keeps what "auto" came to, and of what."""
+
+    asked: dict[str, float]
+    free: int
+    choice: FramesChoiceRecord
 
 
 def choose_frames(wanted: FramesWanted, *, frame_bytes: int, free: int, reads: float) -> FramesChoice:

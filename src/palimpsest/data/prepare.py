@@ -27,7 +27,7 @@ from palimpsest.data.sources import open_table
 from palimpsest.data.speech import pool, speak
 from palimpsest.data.splits import spoken_or_dropped
 from palimpsest.data.voices import find_voices
-from palimpsest.files import UserError, append_jsonl, read_json, remove_left_over, write_json
+from palimpsest.files import UserError, append_jsonl, is_file, read_json, read_jsonl, remove_left_over, write_json
 from palimpsest.progress import Reporter
 
 CHUNK = 512  # rows between two notes of how far the work is
@@ -165,12 +165,25 @@ class _Work:
         self._kept = _Part(out / f"{split}.jsonl", state.get("kept_bytes", 0))
         self._left_out = _Part(out / "dropped" / f"{split}.jsonl", state.get("dropped_bytes", 0))
         self._parts = (self._left_out, self._kept)
+        if self.is_finished:
+            self._require_whole(before["n_kept"])
         if self._kept.final.exists() and not before:
             raise UserError(f"{self._kept.final} exists and was not made by this command; give another --out.")
         if state or (self.audio.is_dir() and not self.is_finished):
             remove_left_over(self.audio)
         for part in self._parts if state else ():
             part.open()
+
+    def _require_whole(self, n_kept: int) -> None:
+        """Raise UserError unless what was prepared before is still there: every row, every recording."""
+        file, remedy = self._kept.final, f"delete {self.out} and prepare it again"
+        rows = read_jsonl(file)
+        if len(rows) != n_kept:
+            raise UserError(f"{file} has {len(rows)} rows where {n_kept} were written; {remedy}.")
+        for row in rows:
+            recording = self.out / row["audio"] if row.get("audio") else None
+            if recording is not None and not (is_file(recording) and recording.stat().st_size):
+                raise UserError(f"The recording {recording} is empty or not there any more; {remedy}.")
 
     def ids(self) -> Iterator[str]:
         """Of all rows read so far."""

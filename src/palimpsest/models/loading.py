@@ -81,6 +81,11 @@ def choose_device(wanted: str) -> str:
     place = torch.device(wanted)
     if place.type == "cuda" and (place.index or 0) >= (n_gpus := torch.cuda.device_count()):
         raise UserError(f"There is no device {wanted} here, CUDA shows {n_gpus}; give auto or cpu.")
+    try:
+        torch.empty(1, device=place)
+    except (RuntimeError, AssertionError) as error:  # a torch that was built without it says so in either
+        reason = str(error).splitlines()[0]
+        raise UserError(f"There is no device {wanted} here ({reason}); give auto or cpu.") from error
     return wanted
 
 

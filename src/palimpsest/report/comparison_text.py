@@ -62,6 +62,8 @@ def markdown(compared: Comparison) -> str:
     for title, fields, rows, note in sections:
         if rows:
             parts += [f"## {title}", "", to_aligned_markdown(table("", title, fields, rows)), "", note, ""]
+    if compared["notes"]:
+        parts += [*(f"**Note.** {inline_markdown(line)}" for line in compared["notes"]), ""]
     if compared["not_compared"]:
         parts += ["## Not compared", "", *(f"- {inline_markdown(line)}" for line in compared["not_compared"]), ""]
     return "\n".join(parts)

@@ -16,7 +16,7 @@ from palimpsest.config import StudyConfig
 from palimpsest.data.collate import Collator
 from palimpsest.data.examples import Example, read_manifest
 from palimpsest.data.features import Features
-from palimpsest.data.in_loop import Encoded, FramesChoice, Recordings, choose_frames, frame_bytes
+from palimpsest.data.in_loop import Encoded, FramesChoice, FramesRecord, Recordings, choose_frames, frame_bytes
 from palimpsest.data.splits import Split, StudyData
 from palimpsest.data.voices import Voices
 from palimpsest.files import (
@@ -30,6 +30,7 @@ from palimpsest.files import (
     without_folders,
     write_json,
 )
+from palimpsest.options import require_shape
 from palimpsest.parallel import is_main, share
 from palimpsest.progress import Advance, Reporter
 from palimpsest.records import BASE
@@ -205,8 +206,11 @@ class Workspace:
             return choose_frames(wanted, frame_bytes=0, free=0, reads=reads)
         n_bytes, file = self.frame_bytes(self.groups["train"]), self.path / FRAMES
         asked = {"frame_bytes": n_bytes, "reads": reads}
-        if file.exists() and (before := read_json(file))["asked"] == asked:
-            return FramesChoice(**before["choice"])
+        if file.exists():
+            before = read_json(file)
+            require_shape(before, FramesRecord, str(file), "delete it and run the study again")
+            if before["asked"] == asked:
+                return FramesChoice(**before["choice"])
         cache = self.config.speech.feature_cache
         free = free_bytes(self.path if cache is None else Path(cache).expanduser())
         choice = choose_frames(wanted, frame_bytes=n_bytes, free=free, reads=reads)
