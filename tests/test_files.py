@@ -22,9 +22,12 @@ from palimpsest.files import (
     read_json,
     read_jsonl,
     read_lines,
+    remove_left_over,
+    rename_folder,
     replacing,
     system_failure,
     without_folders,
+    working_folder,
     write_tables,
 )
 
@@ -175,3 +178,20 @@ def test_an_error_of_the_system_is_a_sentence_and_another_error_is_not(error: Ex
 )
 def test_a_name_that_others_read_has_no_folders_of_this_machine(name: str, shown: str) -> None:
     assert without_folders(name) == shown
+
+
+def test_what_ended_processes_left_goes_and_what_others_write_stays(tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    gone, here = ended.stdout.strip(), os.getppid()
+    for name in (f".model.{gone}.tmp", f".model.{here}.tmp", f".other.{gone}.tmp", ".model.x.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f".a.wav.{gone}-7.tmp").touch()
+        (tmp_path / name / f".a.wav.{here}-7.tmp").touch()
+    working = working_folder(tmp_path / "model")
+    names = {working.name, f".model.{here}.tmp", f".other.{gone}.tmp", ".model.x.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    (working / "weights").touch()
+    rename_folder(working, tmp_path / "model")
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["weights"]
+    remove_left_over(tmp_path / f".other.{gone}.tmp")
+    assert [path.name for path in (tmp_path / f".other.{gone}.tmp").iterdir()] == [f".a.wav.{here}-7.tmp"]

@@ -22,7 +22,7 @@ from palimpsest.data.filters import Filters
 from palimpsest.data.in_loop import FramesWanted
 from palimpsest.data.splits import Split, TaskSplit
 from palimpsest.files import UserError, differences, in_words
-from palimpsest.models.compute import Compute, WeightDtype
+from palimpsest.models.compute import DEVICE, Compute, WeightDtype
 from palimpsest.models.prompts import PromptStyle, written_out
 from palimpsest.options import checked, nearest
 from palimpsest.records import BASE, SCOPES, Modality, Scope, method_of, run_name
@@ -43,7 +43,7 @@ class Models:
     device: str = "auto"  # "auto": CUDA if there is one, else CPU
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"(auto|cpu|mps|(cuda|xpu)(:\d+)?)", self.device):
+        if not DEVICE.fullmatch(self.device):
             raise ValueError(f"there is no device {self.device!r}; give auto, cpu, cuda, cuda:0, mps or xpu")
         if self.dtype == "bfloat16" and self.compute == "float32":
             raise ValueError("compute float32 needs weights in float32; set dtype to float32, or compute to auto")

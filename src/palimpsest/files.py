@@ -51,8 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def remove_left_over(folder: Path) -> None:
     """Remove the temporary files that killed processes left of `replacing` in a folder and those below it."""
     for left in folder.rglob(".*.tmp"):
-        process = left.name.removesuffix(".tmp").rpartition(".")[2].partition("-")[0]
-        if process.isdecimal() and not _alive(int(process)):
+        if _abandoned(left):
             left.unlink(missing_ok=True)
 
 
@@ -76,22 +75,25 @@ def rename_folder(working: Path, target: Path) -> None:
 def working_folder(target: Path) -> Path:
     """A new folder beside `target` to write in; what killed processes left of theirs goes."""
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
-        number = left.name.removesuffix(".tmp").rpartition(".")[2]
-        if number.isdecimal() and not _alive(int(number)):
+        if _abandoned(left):
             shutil.rmtree(left, ignore_errors=True)
     working = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     working.mkdir(parents=True)
     return working
 
 
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
+def _abandoned(temporary: Path) -> bool:
+    """Whether the process that a temporary name (`.NAME.PROCESS.tmp`, `.NAME.PROCESS-THREAD.tmp`) holds has ended."""
+    process = temporary.name.removesuffix(".tmp").rpartition(".")[2].partition("-")[0]
+    if not process.isdecimal():
         return False
+    try:
+        os.kill(int(process), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
     except PermissionError:
         pass  # somebody else's
-    return True
+    return False
 
 
 def write_text(path: Path, text: str) -> None:

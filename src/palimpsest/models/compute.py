@@ -10,6 +10,7 @@ are added up in, optimizer and losses are float32 either way.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ DtypeOption = Annotated[
 
 # What makes a processor's bfloat16 products faster than its float32 ones, by torch's names for it.
 INSTRUCTIONS = {"amx_bf16": "AMX", "amx_tile": "AMX", "avx512_bf16": "AVX512-BF16", "bf16": "ARM's bf16"}
+DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")  # what a device can be called
 AMPERE = 8  # the first major compute capability of CUDA with bfloat16 tensor cores
 
 

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from palimpsest.files import UserError, hash_file, hash_value, read_json
 from palimpsest.models import embedded, light
 from palimpsest.models.anatomy import layer_index, scored_parameters
+from palimpsest.models.compute import DEVICE
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,6 @@ UNUSED = re.compile(
     r"|(^|\.)(multi_modal_projector|mm_projector|embed_vision|embed_audio)\."
 )
 COMMIT = re.compile("[0-9a-f]{40}")
-DEVICE = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")
 LFS_POINTER = b"version https://git-lfs"
 
 
