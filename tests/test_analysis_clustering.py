@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from palimpsest.analysis import nulls
 from palimpsest.analysis.clustering import (
     cluster_records,
     concentration,
@@ -113,6 +114,37 @@ def test_deals_are_draws_of_the_full_shuffle() -> None:
         assert dealt[name].std() / np.std(values) == pytest.approx(1.0, abs=0.2), name
         within = dealt[name].reshape(40, DEALS).std(axis=1, ddof=1).mean()  # the deals of one shuffle differ, too
         assert within / np.std(values) == pytest.approx(1.0, abs=0.2), name
+
+
+@pytest.mark.parametrize("null", ["everywhere", "within_rows", "within_columns"])
+def test_sums_have_the_moments_that_shuffling_gives(null: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of n places drawn from N without putting back: mean n μ, variance n σ² (N − n) / (N − 1)."""
+    monkeypatch.setattr(nulls, "PLACED_LEAST", 40)
+    rng = np.random.default_rng(3)
+    matrix = np.exp(rng.standard_normal((40, 60)) + np.linspace(0, 2, 60)).astype(np.float32)
+    drawn = nulls.sums_of_shuffles(nulls.split_entries(matrix), null, 20_000, np.random.default_rng(0))
+    assert set(drawn) == {"everywhere": {"rows", "columns"}, "within_rows": {"columns"}}.get(null, {"rows"})
+    for axis, sums in drawn.items():
+        lines = matrix if axis == "rows" else matrix.T
+        n_lines = len(lines)
+        # The groups within which entries move: all of them, or each line of the other axis.
+        groups = lines.reshape(1, -1) if null == "everywhere" else lines.T
+        n = groups.shape[1] / n_lines  # places of a line in each group
+        size = groups.shape[1]
+        variance = float((groups.var(axis=1, dtype=np.float64) * n * (size - n) / (size - 1)).sum())
+        assert sums.shape == (20_000, n_lines)
+        assert sums.sum(axis=1) == pytest.approx(float(matrix.sum(dtype=np.float64)), rel=1e-5)
+        assert sums.mean() == pytest.approx(float(matrix.sum(dtype=np.float64)) / n_lines, rel=1e-5)
+        assert sums.var(axis=0).mean() == pytest.approx(variance, rel=0.02)
+
+
+def test_entries_of_a_column_never_meet_in_one_row() -> None:
+    """A column of giants has one for every row, however its entries are shuffled."""
+    matrix = np.full((300, 200), 1e-6, dtype=np.float32)
+    matrix[:, 7] = np.linspace(1, 1.01, 300)
+    draws = null_draws(matrix, "within_columns", 2, np.random.default_rng(0))
+    assert draws["gini_rows"].max() < 0.01
+    assert draws["top1_rows"] == pytest.approx(1 / 100, rel=0.02)
 
 
 def test_a_deal_keeps_every_entry() -> None:

@@ -93,7 +93,8 @@ def test_z_of_noise_is_centred_and_of_unit_size(noise_z: dict[tuple[str, str, st
         pooled[kind == HEAVY, measure, null].append(z)
     for key, groups in pooled.items():
         z = np.concatenate(groups)
-        assert abs(z.mean()) < 0.1 + 4 / np.sqrt(len(z)), key
+        # Of the heavy entries, full shuffles too give means of 0.3 to 0.5, for they are skewed: by their own error.
+        assert abs(z.mean()) < 0.1 + 4 * max(1, z.std()) / np.sqrt(len(z)), key
         if key[0]:  # two giants that meet on one line give a z of 10 and more, rarely: look at the bulk
             assert 0.5 < float(np.diff(np.quantile(z, [0.16, 0.84]))[0]) / 2 < 1.3, key
         else:

@@ -15,11 +15,11 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
 
 from palimpsest.ablation.exact import Float64Throughout, exact_changes, signed_products
-from palimpsest.ablation.packing import SharedPrefix, pack
 from palimpsest.files import UserError
 from palimpsest.importance.estimate import estimate_importance
 from palimpsest.models.anatomy import find_language_model, module_kind, named_parameters, scored_parameters
 from palimpsest.models.loss import supervised_losses
+from palimpsest.models.packing import SharedPrefix, pack
 
 
 def test_by_hand() -> None:

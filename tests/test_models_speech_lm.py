@@ -77,7 +77,7 @@ def test_calibrated_adaptor_starts_at_the_spread_of_the_embedding() -> None:
 def test_speech_positions_are_replaced_in_order_and_nothing_else() -> None:
     model, processor = tiny_speech_lm()
     batch = speech_inputs(processor, 0.5, 1.3)
-    embeds = model._embed(batch["input_ids"], batch["input_features"], None, batch["frame_counts"])["inputs_embeds"]
+    embeds = model.embed(batch["input_ids"], batch["input_features"], None, batch["frame_counts"])["inputs_embeds"]
     frames = encode_speech(model.encoder, batch["input_features"], batch["frame_counts"], "trim")
     for row in range(2):
         is_speech = batch["input_ids"][row] == SPEECH_POSITION

@@ -30,7 +30,6 @@ from palimpsest.ablation.agreement import (
     sign_agreement,
 )
 from palimpsest.ablation.exact import exact_changes, signed_products
-from palimpsest.ablation.packing import SharedPrefix, pack
 from palimpsest.data.collate import Batch, Collator, batches
 from palimpsest.data.examples import Example
 from palimpsest.data.sources import load_examples
@@ -40,6 +39,7 @@ from palimpsest.models.anatomy import named_parameters
 from palimpsest.models.compute import Arithmetic, Compute, choose_compute
 from palimpsest.models.loading import choose_device, fingerprint, load_text_model
 from palimpsest.models.loss import IGNORED, supervised_losses
+from palimpsest.models.packing import SharedPrefix, pack
 from palimpsest.progress import Advance, Reporter
 from palimpsest.rundir import provenance
 

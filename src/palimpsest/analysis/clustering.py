@@ -25,15 +25,14 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from scipy import stats
 
 from palimpsest.analysis.layers import in_layers
-from palimpsest.analysis.nulls import SHUFFLES, Matrix, Values, row_sums_of_deals
+from palimpsest.analysis.nulls import DEALS, SHUFFLES, Entries, Matrix, Values, split_entries, sums_of_shuffles
+from palimpsest.data.cores import one_core_each
 from palimpsest.files import UserError
 from palimpsest.records import ClusteringRecord, ClusteringSummaryRecord
 
@@ -137,26 +136,28 @@ def axis_measures(rows: Values, columns: Values) -> dict[str, float]:
 
 
 def null_draws(
-    matrix: Matrix, null: str, n_shuffles: int, rng: np.random.Generator, *, rank_draws: int = 0
+    matrix: Matrix,
+    null: str,
+    n_shuffles: int,
+    rng: np.random.Generator,
+    *,
+    rank_draws: int = 0,
+    entries: Entries | None = None,
 ) -> dict[str, Values]:
-    """The measures with the entries moved as `null` says (`nulls.SHUFFLES`).
+    """The measures with the entries moved as `null` says.
 
     (n_shuffles · DEALS,) draws each of those that the null can move; (rank_draws,) of the effective rank, if any.
+    entries: what `split_entries` gives of the matrix, if it is there already.
     """
-    axes = [axis for axis in AXES if null != f"within_{axis}"]
-    draws: dict[str, list[Values]] = defaultdict(list)
-    ranks: list[float] = []
-    for number in range(max(n_shuffles, rank_draws)):
-        shuffled = SHUFFLES[null](matrix, rng)
-        if number < rank_draws:
-            ranks.append(effective_rank(shuffled))
-        if number < n_shuffles:
-            for axis in axes:
-                view = shuffled if axis == "rows" else shuffled.T
-                for measure, values in concentration(row_sums_of_deals(view, rng)).items():
-                    draws[f"{measure}_{axis}"].append(values)
-    result = {measure: np.concatenate(values) for measure, values in draws.items()}
-    return {**result, EFFECTIVE_RANK: np.array(ranks)} if ranks else result
+    entries = split_entries(matrix) if entries is None else entries
+    draws = {
+        f"{measure}_{axis}": values
+        for axis, sums in sums_of_shuffles(entries, null, n_shuffles * DEALS, rng).items()
+        for measure, values in concentration(sums).items()
+    }
+    if rank_draws:
+        draws[EFFECTIVE_RANK] = np.array([effective_rank(SHUFFLES[null](matrix, rng)) for _ in range(rank_draws)])
+    return draws
 
 
 def cluster_records(
@@ -199,9 +200,9 @@ def cluster_records(
         # Seeded by name, so that a subset of layers gives the same numbers, and so do threads.
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         varies = bool(matrix.min() < matrix.max())  # of equal entries, rounding is all that varies
+        entries, n_ranks = split_entries(matrix), rank_draws if rank_draws > 2 else 0
         draws = {
-            null: null_draws(matrix, null, n_shuffles, rng, rank_draws=rank_draws if rank_draws > 2 else 0)
-            for null in SHUFFLES
+            null: null_draws(matrix, null, n_shuffles, rng, rank_draws=n_ranks, entries=entries) for null in SHUFFLES
         }
         records: list[ClusteringRecord] = []
         for measure, value in measure_matrix(matrix).items():
@@ -218,9 +219,7 @@ def cluster_records(
         return records
 
     places = [place for place in in_layers(tensors) if layers is None or place["layer"] in layers]
-    # Shuffling, which is most of the work, lets other threads run.
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        return [record for records in threads.map(of_matrix, places) for record in records]
+    return [record for records in one_core_each(of_matrix, places) for record in records]
 
 
 def against(value: float, draws: Values) -> tuple[float, float, float]:

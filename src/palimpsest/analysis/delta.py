@@ -7,7 +7,6 @@ changes: its overlap is nan, written as null.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from scipy.linalg import eigh
 
 from palimpsest.analysis.clustering import gram, rank_of_gram
 from palimpsest.analysis.layers import in_layers
+from palimpsest.data.cores import one_core_each
 from palimpsest.files import UserError
 from palimpsest.records import DeltaRecord
 
@@ -115,8 +115,7 @@ def delta_records(
             **_spectrum(change),
         }
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        return list(threads.map(of_matrix, in_layers(importance)))
+    return list(one_core_each(of_matrix, in_layers(importance)))
 
 
 def _spectrum(change: Float[Tensor, "*shape"]) -> dict[str, float]:

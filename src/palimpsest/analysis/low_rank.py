@@ -12,6 +12,7 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 
 from palimpsest.analysis.clustering import FIELDS, against, axis_measures
 from palimpsest.analysis.layers import in_layers
+from palimpsest.data.cores import one_core_each
 from palimpsest.records import ClusteringRecord
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 OVERSAMPLING = 16  # more directions than asked for, and POWERS iterations: errors far below 1e-3 of the energy
 POWERS = 4
+GENERATOR = Lock()  # svd_lowrank draws from torch's one global generator
 
 
 def leading(
@@ -37,7 +40,7 @@ def leading(
     Fewer where the matrix has fewer rows or columns.
     """
     rank = min(rank, *matrix.shape)
-    with torch.random.fork_rng(devices=[]):
+    with GENERATOR, torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         u, values, v = torch.svd_lowrank(matrix, q=min(rank + OVERSAMPLING, *matrix.shape), niter=POWERS)
     return u[:, :rank], values[:rank], v[:, :rank]
@@ -57,20 +60,26 @@ def low_rank_records(
     "delta_rank<rank>"; their null has random singular vectors (of the same number and singular values); unchanged
     matrices hold nan.
     """
-    records: list[ClusteringRecord] = []
-    for place in in_layers(change):
+
+    def of_matrix(place: Mapping[str, Any]) -> list[ClusteringRecord]:
         matrix = change[place["name"]]
         if matrix.ndim != 2:
-            continue
+            return []
         changed = bool(matrix.any())
         u, values, v = leading(matrix, rank, seed)
         generator = torch.Generator().manual_seed(zlib.crc32(place["name"].encode()) ^ seed)
         draws: dict[str, list[float]] = defaultdict(list)
         for _ in range(n_draws if changed else 0):
             random_u, random_v = (_orthonormal(len(side), len(values), generator) for side in (u, v))
-            for measure, value in _measures((random_u * values) @ random_v.T).items():
+            absolute = ((random_u * values) @ random_v.T).abs_()
+            # Float32 sums, by products: of draws, the eighth digit does not matter.
+            sums = absolute @ absolute.new_ones(len(v)), absolute.new_ones(len(u)) @ absolute
+            for measure, value in axis_measures(*(lines.double().numpy() for lines in sums)).items():
                 draws[measure].append(value)
-        for measure, value in _measures((u * values) @ v.T).items():
+        absolute = ((u * values) @ v.T).abs_()
+        exact = (absolute.sum(dim=dimension, dtype=torch.float64).numpy() for dimension in (1, 0))
+        records: list[ClusteringRecord] = []
+        for measure, value in axis_measures(*exact).items():
             record: Any = {
                 "model": model,
                 "of": f"delta_rank{rank}",
@@ -81,14 +90,11 @@ def low_rank_records(
             }
             record |= dict(zip(FIELDS["everywhere"], against(value, np.array(draws[measure])), strict=True))
             records.append(record)
-    return records
+        return records
+
+    return [record for records in one_core_each(of_matrix, in_layers(change)) for record in records]
 
 
 def _orthonormal(size: int, rank: int, generator: torch.Generator) -> Float[Tensor, "size rank"]:
     q: Tensor = torch.linalg.qr(torch.randn(size, rank, generator=generator))[0]
     return q
-
-
-def _measures(matrix: Float[Tensor, "rows columns"]) -> dict[str, float]:
-    absolute = matrix.abs()
-    return axis_measures(*(absolute.sum(dim=dimension, dtype=torch.float64).numpy() for dimension in (1, 0)))

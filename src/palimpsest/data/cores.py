@@ -37,3 +37,19 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item], cores:
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def one_core_each(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`map` by as many threads as torch may use, for functions that compute: each has one core to itself.
+
+    Without that BLAS and OpenMP would use all cores in each of the threads, which then wait for each other.
+    """
+    import torch
+    from threadpoolctl import threadpool_limits
+
+    n = torch.get_num_threads()
+    try:
+        with threadpool_limits(1), ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(function, items)
+    finally:
+        torch.set_num_threads(n)

@@ -21,7 +21,8 @@ from palimpsest.data.examples import Example
 from palimpsest.evaluation.finite import not_finite
 from palimpsest.files import UserError, hash_value, read_json, write_json, write_jsonl
 from palimpsest.models.compute import Arithmetic, many_forwards
-from palimpsest.models.loss import each_batch, supervised_losses
+from palimpsest.models.loss import each_batch
+from palimpsest.models.packing import Losses
 from palimpsest.options import require_shape
 from palimpsest.records import PerplexityRecord
 
@@ -83,6 +84,7 @@ def perplexity(
     if model.training:
         raise UserError("Perplexity was asked of a model in training mode; call model.eval() first.")
     samples: dict[str, SampleLoss] = {}
+    losses_of = Losses(model)
     with many_forwards(model, compute):
         for batch in each_batch(batches):
             if "ids" not in batch:
@@ -91,7 +93,7 @@ def perplexity(
                 )
             ids: list[str] = list(batch["ids"])
             with torch.inference_mode():
-                losses, rows = supervised_losses(model, batch)
+                losses, rows = losses_of(batch)
             totals = torch.zeros(len(ids), dtype=torch.float64).index_add_(0, rows.cpu(), losses.double().cpu())
             counts = torch.bincount(rows.cpu(), minlength=len(ids))
             for id, total, count in zip(ids, totals.tolist(), counts.tolist(), strict=True):

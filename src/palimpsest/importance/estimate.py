@@ -34,6 +34,7 @@ from palimpsest.importance.scores import Scores
 from palimpsest.models.anatomy import scored_parameters
 from palimpsest.models.compute import Arithmetic, computing
 from palimpsest.models.loss import describe_ids, each_batch, supervised_losses
+from palimpsest.models.packing import Losses
 from palimpsest.parallel import local, reshard
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 # What the estimation writes into the metadata of its scores.
 RECORDED = {
     *("reductions", "normalisation", "n_tokens", "n_sequences", "n_batches", "loss"),
-    *("model", "data", "versions", "tied", "without_gradient", "one_by_one", "parameters", "compute"),
+    *("model", "data", "versions", "tied", "without_gradient", "one_by_one", "parameters", "compute", "packed"),
 }
 
 
@@ -115,6 +116,10 @@ def _scores(
     described = layouts.describe_weights(weights, layout)
     sequences = SequenceGradients(model, weights, accumulators, compute) if accumulators.by_sequence else None
 
+    # Gradients of single sequences need rows of their own, and ranks with parts of a model the same forwards.
+    alike = sequences is not None or layout == "sharded"
+    losses_of = partial(supervised_losses, model) if alike else Losses(model)
+
     mine: list[layouts.BatchRecord] = []
     installed = sequences.installed() if sequences else nullcontext()
     with evaluating(model, weights), _checkpointing_in_eval_mode(model), _hooks(weights, accumulators.fold), installed:
@@ -123,7 +128,7 @@ def _scores(
             if sequences:
                 sequences.expect(batch)
             with computing(compute, device):
-                losses, _ = supervised_losses(model, batch)
+                losses, _ = losses_of(batch)
             if not losses.requires_grad:
                 raise UserError(f"The loss of {where} depends on no scored parameter; check `parameters`.")
             if sequences:
@@ -165,6 +170,7 @@ def _scores(
         "tied": tied,  # name left out → name it was scored under
         "without_gradient": [name for name in weights if name not in with_gradient],  # scored 0
         "compute": compute,
+        "packed": isinstance(losses_of, Losses) and losses_of.n_packed > 0,  # rows shared their beginning
         "one_by_one": one_by_one,  # name → why its sequences went through the model one by one
         "parameters": described,
     }

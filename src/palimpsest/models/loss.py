@@ -65,8 +65,15 @@ def supervised_losses(
     targets = labels[:, 1:][:, columns][wanted]
     # index_select, not logits[wanted]: its backward is a plain copy instead of a scatter with accumulation.
     logits = logits.flatten(0, 1).index_select(0, wanted.flatten().nonzero().squeeze(1))
+    return token_losses(logits, targets), rows
+
+
+def token_losses(
+    logits: Float[Tensor, "supervised vocabulary"], targets: Int64[Tensor, " supervised"]
+) -> Float[Tensor, " supervised"]:
+    """Cross-entropy in nats, float32 or wider."""
     precision = torch.promote_types(logits.dtype, torch.float32)
-    return cross_entropy(logits.to(precision), targets, reduction="none"), rows
+    return cross_entropy(logits.to(precision), targets, reduction="none")
 
 
 def supervised_positions(batch: Mapping[str, Any]) -> Bool[Tensor, "batch seq_minus_1"]:

@@ -236,7 +236,7 @@ class SpeechLM(PreTrainedModel):  # type: ignore[misc]
         `input_features` (log-mel) or as `encoder_frames` computed before, with `frame_counts`, the number of valid
         encoder frames of each utterance. `labels` are −100 wherever nothing is supervised.
         """
-        inputs = self._embed(input_ids, input_features, encoder_frames, frame_counts)
+        inputs = self.embed(input_ids, input_features, encoder_frames, frame_counts)
         if (
             isinstance(logits_to_keep, torch.Tensor) or logits_to_keep
         ):  # language models without it get no such argument
@@ -254,16 +254,16 @@ class SpeechLM(PreTrainedModel):  # type: ignore[misc]
         **kwargs: Any,
     ) -> Int[Tensor, "batch new"]:
         """The language model's own `generate` on left-padded prompts; returns only the new tokens, always."""
-        inputs = self._embed(input_ids, input_features, encoder_frames, frame_counts)
+        inputs = self.embed(input_ids, input_features, encoder_frames, frame_counts)
         new = self.language_model.generate(**inputs, attention_mask=attention_mask, **kwargs)
         return new if "inputs_embeds" in inputs else new[:, input_ids.shape[1] :]  # type: ignore[no-any-return]
 
-    def _embed(
+    def embed(
         self,
         input_ids: Int[Tensor, "batch seq"],
-        input_features: Float[Tensor, "speech mels mel_time"] | None,
-        encoder_frames: Float[Tensor, "speech time d_enc"] | None,
-        frame_counts: Int[Tensor, " speech"] | None,
+        input_features: Float[Tensor, "speech mels mel_time"] | None = None,
+        encoder_frames: Float[Tensor, "speech time d_enc"] | None = None,
+        frame_counts: Int[Tensor, " speech"] | None = None,
     ) -> dict[str, Tensor]:
         """`input_ids` untouched without speech, else `inputs_embeds` with the adaptor's output spliced in."""
         is_speech: Bool[Tensor, "batch seq"] = input_ids == SPEECH_POSITION
