@@ -530,3 +530,22 @@ def test_every_command_that_runs_a_model_has_the_options() -> None:
     for command in ("evaluate", "importance", "deactivate", "validate-importance", "ask"):
         said = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
         assert all(option in said for option in ("--compute", "--device", "--dtype")), command
+
+
+def test_attention_with_gradients_is_float32_under_autocast() -> None:
+    """The queries of SDPA are what they are without autocast; matrix products stay rounded."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    from palimpsest.models.compute import attention_with_gradients
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 5, 8, generator=generator) for _ in range(3))
+    exact = scaled_dot_product_attention(q, k, v, is_causal=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = scaled_dot_product_attention(q, k, v, is_causal=True)
+        with attention_with_gradients("cpu"):
+            found = scaled_dot_product_attention(q, k, v.bfloat16().float(), is_causal=True)
+            assert (q @ k.mT).dtype == torch.bfloat16
+    assert rounded.dtype == torch.bfloat16
+    assert not torch.equal(rounded.float(), exact)
+    assert torch.equal(found, scaled_dot_product_attention(q, k, v.bfloat16().float(), is_causal=True))

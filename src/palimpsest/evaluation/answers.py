@@ -41,6 +41,7 @@ from palimpsest.files import (
     write_jsonl,
 )
 from palimpsest.intervals import wilson
+from palimpsest.models.cache import generation_cache
 from palimpsest.models.compute import Arithmetic, many_forwards
 from palimpsest.models.prompts import NEXT_TURN, PromptStyle, encode, render
 from palimpsest.options import require_shape
@@ -434,6 +435,7 @@ def text_answerer(
                 input_ids=input_ids.to(language_model.device),
                 attention_mask=attention_mask.to(language_model.device),
                 logits_processor=finite_logits(language_model, names_of(examples)),
+                **generation_cache(language_model),
                 **settings,
             )
         new = output[:, input_ids.shape[1] :]

@@ -20,6 +20,7 @@ from palimpsest.evaluation.answers import (
 )
 from palimpsest.evaluation.finite import finite_logits
 from palimpsest.files import UserError
+from palimpsest.models.cache import generation_cache
 from palimpsest.models.compute import Arithmetic, computing, many_forwards
 from palimpsest.models.prompts import pad_id
 
@@ -97,7 +98,8 @@ def _answerer(
         language_model = model.language_model
         inputs = to_device(batch, language_model.device)
         with many_forwards(model, compute), without_own_settings(language_model):
-            new = model.generate(**inputs, logits_processor=finite, **settings).cpu()
+            cache = generation_cache(language_model)
+            new = model.generate(**inputs, logits_processor=finite, **cache, **settings).cpu()
         lengths = batch["attention_mask"].sum(1).tolist()
         return decoded(tokenizer, new, settings, [None] * len(new), lengths, further_turn(tokenizer))
 

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from palimpsest.models.anatomy import unwrap
+from palimpsest.models.cache import attends_to_everything
 from palimpsest.models.loss import IGNORED, right_padded, supervised_losses, supervised_positions, token_losses
 
 if TYPE_CHECKING:
@@ -128,17 +129,12 @@ def _may_pack(model: nn.Module, batch: Mapping[str, Any]) -> bool:
         allowed = PACKABLE
     if any(isinstance(value, torch.Tensor) and key not in allowed for key, value in batch.items()):
         return False
-    config = getattr(inner, "config", None)
-    if config is None or getattr(config, "is_encoder_decoder", False):
-        return False
     taken = inspect.signature(inner.forward).parameters
-    if not {"attention_mask", "position_ids", "logits_to_keep"} <= taken.keys():
-        return False
-    if set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
-        return False
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        return False
-    return getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
+    return (
+        {"attention_mask", "position_ids", "logits_to_keep"} <= taken.keys()
+        and attends_to_everything(inner)
+        and getattr(inner.config, "_attn_implementation", None) in ("sdpa", "eager")
+    )
 
 
 def _hidden_size(model: nn.Module) -> int:

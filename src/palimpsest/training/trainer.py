@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from palimpsest.data.collate import to_device
 from palimpsest.data.in_loop import encode_batch
 from palimpsest.files import UserError
-from palimpsest.models.compute import Arithmetic
+from palimpsest.models.compute import Arithmetic, attention_with_gradients
 from palimpsest.models.fused_loss import Kernel, fused_loss, require_same_loss
 from palimpsest.models.loss import describe_ids, supervised_losses
 from palimpsest.parallel import is_main, whole, world_size
@@ -71,6 +72,7 @@ def run_phase(
         held_out=held_out or {},
         max_tokens=settings.max_tokens,
         compute=settings.compute,
+        checkpointed=settings.gradient_checkpointing,
         sharded=sharded,
     )
     if advance is not None:
@@ -158,9 +160,10 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
         held_out: HeldOut,
         max_tokens: int | None,
         compute: Arithmetic = "float32",
+        checkpointed: bool = False,
         sharded: bool = False,
     ) -> None:
-        self.sharded, self.compute = sharded, compute
+        self.sharded, self.compute, self.checkpointed = sharded, compute, checkpointed
         self.phase, self.kernel, self.held_out, self.max_tokens = phase, kernel, held_out, max_tokens
         self.step_ids: list[str] = []  # of the examples since the last optimizer step
         super().__init__(
@@ -220,7 +223,8 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
         self.step_ids += inputs.get("ids", [])
         inputs = encode_batch(inputs, self.model.encoder, self.model.config.speech_length, self.compute)
         if self.kernel is None:
-            losses, _ = supervised_losses(model, inputs)
+            with nullcontext() if self.checkpointed else attention_with_gradients(self.args.device):
+                losses, _ = supervised_losses(model, inputs)
             total, n_tokens = losses.sum(), len(losses)
         else:
             with self.accelerator.autocast():
