@@ -134,7 +134,7 @@ def compute_features(
         compute: the arithmetic of the encoder; frames of one are never taken for those of another.
         progress: called as progress(utterances encoded, utterances in all), first with those that were there already.
         distributed: every rank calls, with a replica of the encoder; shards and batches, and so the files, are those of
-            one process. As many whole shards as go round are dealt to the ranks, which write them; of the rest, fewer
+            one process. As many whole shards as go round are dealt to the ranks, which write them; of the rest, no more
             than there are ranks, each encodes every n-th batch, and rank 0 writes.
 
     Raises:
@@ -163,7 +163,8 @@ def compute_features(
         report(min(done, total), total)
         return frames
 
-    n_whole = len(work.parts) // ranks * ranks
+    # The last shard is smaller than the others, so it is never one of a round.
+    n_whole = len(work.parts) if ranks == 1 else max(0, len(work.parts) - 1) // ranks * ranks
     waiting: list[list[str]] = list(my_share(work.parts[:n_whole])) if distributed else work.parts
     for wait in (False, True):  # first what no other process is at, then what the others have not finished
         taken, waiting = waiting, []
