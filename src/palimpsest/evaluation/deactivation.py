@@ -52,8 +52,8 @@ def deletion_curve(
         data: modality → function that yields the same batches at every call.
         ratios: shares of the scored weights to zero, within each scope.
         compute: the arithmetic of the forward passes.
-        distributed: every rank calls, with a replica of the model; each takes its share of the conditions, whole, since
-            to select a large model's weights takes longer than to measure it. Every rank has the records of all.
+        distributed: every rank calls, with a replica of the model; each takes its share of the conditions, whole, so
+            that selecting their weights is divided too. Every rank has the records of all.
 
     Raises UserError for ratios that are not between 0 and 1 or not ascending.
     """
