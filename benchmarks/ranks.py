@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--random-seeds", type=int, default=3, help="masks, beside top, bottom and none")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--only", nargs="+", choices=WORK, default=list(WORK))
     parser.add_argument("--audio", help=argparse.SUPPRESS)  # of a worker
     options = parser.parse_args()
     if options.audio:
@@ -61,7 +62,7 @@ def main() -> None:
               f"Python {platform.python_version()}, torch {version('torch')}, transformers {version('transformers')}, "
               f"float32, {options.repeats} repeats, {options.clock} time")  # fmt: skip
         print(f"{'':14} {'one, s':>8} {'two, s':>8} {'ratio':>7}  {'repeats':14} the same")
-        for what in WORK:
+        for what in options.only:
             print_work(what, alone, together, Path(folder), options)
         for process in (*alone, *together):
             process.communicate()
@@ -90,7 +91,7 @@ def start(options: argparse.Namespace, world: int) -> list[Any]:
     from torch.distributed import TCPStore
 
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    given = [f"--{key.replace('_', '-')}={value}" for key, value in vars(options).items()]
+    given = [f"--{key.replace('_', '-')}={value}" for key, value in vars(options).items() if key != "only"]
     processes = []
     for rank in range(world):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_PORT": store.port}
@@ -160,7 +161,7 @@ def load(options: argparse.Namespace) -> dict[str, Callable[[Path], Any]]:
 
     language_model, tokenizer = load_language_model(options.model)
     encoder, extractor = load_encoder(options.encoder)
-    processor = SpeechLMProcessor(tokenizer, extractor)
+    processor = SpeechLMProcessor(tokenizer, extractor, speech_length="pad_to_30s")
     examples = speak(examples_of(options), Path(options.audio))  # spoken before: found
     magnitudes = {name: weight.detach().abs() for name, weight in scored_parameters(language_model).items()}
     language_model.eval()
