@@ -1,16 +1,22 @@
 """Several processes of one study, as torchrun or accelerate launch start them: who writes, who waits, whose part is it.
 
 Every process runs the same program. Rank 0 alone reads what is finished, writes and reports; `share` gives its answer
-to the others, who wait for it as long as it takes. One process is rank 0, and shares with nobody. With a model in parts
-(FSDP2, `fully_shard`) a tensor is a DTensor: `local` is this rank's part, `whole` gathers it.
+to the others, who wait for it as long as it takes. Work is dealt item by item (`my_share`), and what came of it is put
+in order again (`gathered`, `dealt_back`, or all at once `by_ranks`); an item is never cut, so its result is that of one
+process. One process is rank 0, and shares with nobody. With a model in parts (FSDP2, `fully_shard`) a tensor is a
+DTensor: `local` is this rank's part, `whole` gathers it.
+
+An error on one rank ends that process, and torchrun, or the connection that breaks, ends the others; `joined` sees to
+it that one of them speaks.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +27,8 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+R = TypeVar("R")
+FAILED = "palimpsest/failed"  # key of the processes' store: how many of them met an error
 PATIENCE = timedelta(days=30)  # others wait while rank 0 evaluates; torchrun ends them if rank 0 fails
 
 # What the FSDP section of an accelerate configuration must say: variable → (value, why).
@@ -73,6 +81,43 @@ def share(value: T | None = None) -> T:
     return value  # type: ignore[return-value]
 
 
+def from_rank_0(function: Callable[[], T]) -> T:
+    """What `function` gives on rank 0, which alone calls it, on every rank; all must call this."""
+    return share(function() if is_main() else None)
+
+
+def my_share(items: Iterable[T]) -> Iterator[T]:
+    """Every n-th of the items, from this rank's number on; all of them in a single process."""
+    return itertools.islice(items, rank(), None, world_size())
+
+
+def gathered(value: T, *, by_all: bool = True) -> list[T]:
+    """Every rank's `value` in the order of the ranks, on every rank or, without `by_all`, on rank 0 (elsewhere []).
+
+    All must call; they wait for each other as long as it takes.
+    """
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    if by_all:
+        _dist().all_gather_object(values, value, group=_patient_group())
+        return values
+    _dist().gather_object(value, values if is_main() else None, dst=0, group=_patient_group())
+    return values if is_main() else []
+
+
+def dealt_back(shares: Sequence[Sequence[T]]) -> list[T]:
+    """One list of what each rank made of its `my_share`, an item of one thing each, in the order of the whole."""
+    return [share[i] for i in range(max(map(len, shares), default=0)) for share in shares if i < len(share)]
+
+
+def by_ranks(function: Callable[[T], R], items: Iterable[T], *, distributed: bool = True) -> list[R]:
+    """`[function(item) for item in items]` on every rank, each item being the work of one; all must call."""
+    if not distributed:
+        return list(map(function, items))
+    return dealt_back(gathered(list(map(function, my_share(items)))))
+
+
 def wait_for_all() -> None:
     """Return when every rank has called this."""
     if world_size() > 1:
@@ -85,6 +130,9 @@ def joined() -> Iterator[None]:
 
     `accelerate launch` with an FSDP section asks for `sharded()`; accelerate itself must then not shard a second time,
     so its variable is cleared. Raises UserError for what such a section asks and this project does not do.
+
+    Of the errors that leave the block on several ranks the first stays what it is. The others only follow from it (a
+    connection that broke) or say it again: those processes end without a word, by SystemExit with code 2.
     """
     global _sharded
     _require_recipes_precision()
@@ -97,14 +145,26 @@ def joined() -> Iterator[None]:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    _dist().init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo")
+    store, number, world = next(_dist().rendezvous("env://"))
+    _dist().init_process_group("cuda:nccl,cpu:gloo" if cuda else "gloo", store=store, rank=number, world_size=world)
     _sharded = wanted
     try:
         yield
+    except Exception as error:
+        if _failed_before(store):
+            raise SystemExit(2) from error
+        raise
     finally:
         _sharded = False
         _waiting.clear()
         _dist().destroy_process_group()
+
+
+def _failed_before(store: Any) -> bool:
+    """Whether another rank has met an error before; from now on this one has."""
+    with suppress(RuntimeError):  # the store may have gone with its process
+        return int(store.add(FAILED, 1)) > 1
+    return False
 
 
 def _require_recipes_precision() -> None:

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from palimpsest.data.examples import Example
 from palimpsest.models.loss import IGNORED
 from palimpsest.models.prompts import pad_id
+from palimpsest.parallel import my_share
 
 if TYPE_CHECKING:
     from palimpsest.models.processor import SpeechLMProcessor
@@ -132,10 +133,15 @@ def batches(
     device: str | torch.device = "cpu",
     *,
     by_length: bool = True,
+    distributed: bool = False,
 ) -> Iterator[Batch]:
-    """Batches on `device`, the same every time: similar lengths together, so that little is padding, or in order."""
+    """Batches on `device`, the same every time: similar lengths together, so that little is padding, or in order.
+
+    distributed: those of this rank, every n-th of all; only they are made.
+    """
     order = sorted(examples, key=collator.length) if by_length else examples
-    for start in range(0, len(order), batch_size):
+    starts = range(0, len(order), batch_size)
+    for start in my_share(starts) if distributed else starts:
         yield to_device(collator(order[start : start + batch_size]), device)
 
 

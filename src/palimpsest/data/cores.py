@@ -1,12 +1,15 @@
-"""All cores of this machine: how many there are, and work that threads do while results keep their order."""
+"""All cores of this machine: how many there are, whose they are, and work of threads whose results keep their order."""
 
 from __future__ import annotations
 
 import os
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
+
+from palimpsest.parallel import gathered
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -17,6 +20,12 @@ MORE = 8  # threads than cores: these wait for the disk meanwhile
 def n_cores() -> int:
     """Those that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cores_of_this_rank() -> int:
+    """This rank's share of them where several use the same ones, so that all together use each once; all must call."""
+    mine = socket.gethostname(), sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return max(1, n_cores() // gathered(mine).count(mine))
 
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item], cores: int | None = None) -> Iterator[Result]:

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import soundfile
@@ -29,6 +29,7 @@ from palimpsest.files import UserError, hash_file, hash_value, read_json, requir
 from palimpsest.models import SAMPLE_RATE
 from palimpsest.models.compute import Arithmetic, many_forwards
 from palimpsest.models.speech_lm import encode_speech
+from palimpsest.parallel import from_rank_0, gathered, is_main, my_share, world_size
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float16
@@ -118,6 +119,7 @@ def compute_features(
     batch_size: int = 8,
     compute: Arithmetic = "float32",
     progress: Callable[[int, int], None] | None = None,
+    distributed: bool = False,
 ) -> None:
     """Encode the audio of every example without a fault, so that `Features(folder)` finds its frames.
 
@@ -131,12 +133,85 @@ def compute_features(
         batch_size: utterances encoded at once.
         compute: the arithmetic of the encoder; frames of one are never taken for those of another.
         progress: called as progress(utterances encoded, utterances in all), first with those that were there already.
+        distributed: every rank calls, with a replica of the encoder; shards and batches, and so the files, are those of
+            one process. As many whole shards as go round are dealt to the ranks, which write them; of the rest, no more
+            than there are ranks, each encodes every n-th batch, and rank 0 writes.
 
     Raises:
         UserError: before any encoding when an example has no audio, the disk has no room, or a shard is damaged.
     """
     examples = [example for example in examples if example.fault is None]
-    audio: dict[str, Path] = {}  # by hash of the file
+    encoding = describe_encoding(encoder, processor, compute)
+    shards = Shards((cache or folder / "cache") / hash_value(encoding)[:16])
+
+    def look() -> _Work:
+        found = _look(examples, processor, encoder.config.d_model, shards)
+        shards.folder.mkdir(parents=True, exist_ok=True)
+        write_json(shards.folder / "encoding.json", encoding)
+        return found
+
+    work = from_rank_0(look) if distributed else look()
+    ranks, audio, total = world_size() if distributed else 1, work.audio, len(work.audio)
+    done = total - sum(map(len, work.parts))
+    report = progress or (lambda done, total: None)
+    report(done, total)
+
+    def encoded(batch: Sequence[str]) -> dict[str, Float16[ndarray, "time d_enc"]]:
+        nonlocal done
+        frames = _encode(encoder, processor, {key: audio[key] for key in batch}, compute)
+        done += len(batch) * ranks
+        report(min(done, total), total)
+        return frames
+
+    # The last shard is smaller than the others, so it is never one of a round.
+    n_whole = len(work.parts) if ranks == 1 else max(0, len(work.parts) - 1) // ranks * ranks
+    waiting: list[list[str]] = list(my_share(work.parts[:n_whole])) if distributed else work.parts
+    for wait in (False, True):  # first what no other process is at, then what the others have not finished
+        taken, waiting = waiting, []
+        for part in taken:
+            shards.refresh()
+            todo = [key for key in part if key not in shards]
+            if not todo:
+                done += len(part) * ranks
+                continue
+            path = shards.folder / shard_name(todo)
+            file = claim(path, wait)
+            if file is None:
+                waiting.append(part)
+                continue
+            with file:
+                frames: dict[str, Float16[ndarray, "time d_enc"]] = {}
+                for batch in _in_batches(todo, batch_size):
+                    frames |= encoded(batch)
+                write_shard(file, path, frames)
+    if distributed:
+        rest = work.parts[n_whole:]
+        pieces = gathered(
+            [encoded(batch) for batch in my_share(batch for part in rest for batch in _in_batches(part, batch_size))],
+            by_all=False,
+        )
+        if not is_main():
+            return
+        together = {key: frames for share in pieces for batch in share for key, frames in batch.items()}
+        for part in rest:
+            path = shards.folder / shard_name(part)
+            if (file := claim(path, wait=True)) is not None:
+                with file:
+                    write_shard(file, path, {key: together[key] for key in part})
+    shards.refresh()
+    report(total, total)
+    _write_index(folder, examples, work.keys, shards, encoder.config.d_model)
+
+
+class _Work(NamedTuple):
+    keys: list[str]  # hash of the audio of each example
+    audio: dict[str, Path]  # by that hash
+    parts: list[list[str]]  # what is missing, by the shard that it belongs to
+
+
+def _look(examples: Sequence[Example], processor: SpeechLMProcessor, dim: int, shards: Shards) -> _Work:
+    """What is to be encoded. Raises UserError for an example without audio, a damaged shard and a disk without room."""
+    audio: dict[str, Path] = {}
     keys: list[str] = []
     for example in examples:
         if example.audio is None:
@@ -148,46 +223,20 @@ def compute_features(
         key: processor.n_frames(-(-header.frames * SAMPLE_RATE // header.samplerate))  # samples at 16 kHz
         for key, header in headers.items()
     }
-    n_bytes = {key: n * encoder.config.d_model * DTYPE.itemsize for key, n in n_frames.items()}
+    n_bytes = {key: n * dim * DTYPE.itemsize for key, n in n_frames.items()}
     # Similar lengths together waste no padding; by hash among equals, so that the order of the examples plays no part.
     order = sorted(audio, key=lambda key: (n_frames[key], key))
-
-    encoding = describe_encoding(encoder, processor, compute)
-    shards = Shards((cache or folder / "cache") / hash_value(encoding)[:16])
     shards.refresh()
     shards.verify(order)
     missing = audio.keys() - shards.keys()
     room = sum(n_bytes[key] for key in missing)
     require_disk(shards.folder, room, f"Caching the speech features of {len(missing)} utterances")
-    shards.folder.mkdir(parents=True, exist_ok=True)
-    write_json(shards.folder / "encoding.json", encoding)
+    parts = ([key for key in part if key in missing] for part in _plan(order, n_bytes))
+    return _Work(keys, audio, [part for part in parts if part])
 
-    report = progress or (lambda done, total: None)
-    report(len(order) - len(missing), len(order))
-    waiting = _plan(order, n_bytes)
-    for wait in (False, True):  # first what no other process is at, then what the others have not finished
-        taken, waiting = waiting, []
-        for part in taken:
-            shards.refresh()
-            missing -= shards.keys()
-            todo = [key for key in part if key in missing]
-            if not todo:
-                continue
-            path = shards.folder / shard_name(todo)
-            file = claim(path, wait)
-            if file is None:
-                waiting.append(part)
-                continue
-            with file:
-                frames: dict[str, Float16[ndarray, "time d_enc"]] = {}
-                for start in range(0, len(todo), batch_size):
-                    batch = todo[start : start + batch_size]
-                    frames |= _encode(encoder, processor, {key: audio[key] for key in batch}, compute)
-                    report(len(order) - len(missing) + len(frames), len(order))
-                write_shard(file, path, frames)
-    shards.refresh()
-    report(len(order), len(order))
-    _write_index(folder, examples, keys, shards, encoder.config.d_model)
+
+def _in_batches(part: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    return (part[start : start + size] for start in range(0, len(part), size))
 
 
 def describe_encoding(

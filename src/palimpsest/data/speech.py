@@ -26,11 +26,12 @@ import numpy as np
 import soundfile
 import soxr
 
-from palimpsest.data.cores import n_cores
+from palimpsest.data.cores import cores_of_this_rank, n_cores
 from palimpsest.data.examples import MAX_AUDIO_SECONDS, Example, audio_problem, beyond
 from palimpsest.data.voices import Speaker, Unspeakable, Voice, Voices, choose_voice, find_voices
 from palimpsest.files import UserError, hash_value, replacing
 from palimpsest.models import SAMPLE_RATE
+from palimpsest.parallel import dealt_back, gathered, my_share, share, world_size
 
 if TYPE_CHECKING:
     from jaxtyping import Float32
@@ -124,8 +125,14 @@ def speak_several(
     workers: Workers = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    distributed: bool = False,
 ) -> list[list[Example]]:
-    """`speak` for several sets of examples at once, each with voices of its own; one pool of workers does it all."""
+    """`speak` for several sets of examples at once, each with voices of its own; one pool of workers does it all.
+
+    distributed: rank 0 calls, and each rank speaks its share, the others in `speak_for_rank_0`. Ranks on one machine
+    divide its cores.
+    """
     spoken: list[list[Example]] = []
     jobs: dict[Path, Call] = {}
     used: dict[str, None] = {}  # labels of the voices that are needed, in order
@@ -151,7 +158,7 @@ def speak_several(
     for voice in {voice.name: voice for _, names in groups for voice in find_voices(names)}.values():
         if voice.name in _speakers and _speakers[voice.name][0] is not voice.load:  # another of the same name
             del _speakers[voice.name]
-    problems = make_files(folder, jobs, workers, progress)
+    problems = make_files(folder, jobs, workers, progress, distributed=distributed)
     if problems:
         raise UserError(
             f"{len(problems)} of {len(jobs)} questions cannot be spoken by the voice {', '.join(used)}, "
@@ -187,19 +194,59 @@ def _speak(path: Path, text: str, seed: int, voice: Voice) -> str | None:
 
 
 def make_files(
-    folder: Path, jobs: Mapping[Path, Call], workers: Workers, progress: Callable[[int, int], None] | None
+    folder: Path,
+    jobs: Mapping[Path, Call],
+    workers: Workers,
+    progress: Callable[[int, int], None] | None,
+    *,
+    distributed: bool = False,
 ) -> list[str]:
     """Make every call whose file in `folder` is not there yet; returns what went wrong in those that failed."""
     folder.mkdir(parents=True, exist_ok=True)
     waiting = [job for path, job in jobs.items() if not path.exists()]
     report = progress or (lambda done, total: None)
-    n_there, problems = len(jobs) - len(waiting), []
+    n_there = len(jobs) - len(waiting)
     report(n_there, len(jobs))
+    if distributed and world_size() > 1:
+        share(waiting)
+        results = _by_ranks(waiting, lambda done: report(min(n_there + done, len(jobs)), len(jobs)))
+        return [problem for problem in results if problem is not None]
+    problems = []
     for done, problem in enumerate(_run(waiting, workers), start=n_there + 1):
         if problem is not None:
             problems.append(problem)
         report(done, len(jobs))
     return problems
+
+
+def speak_for_rank_0() -> None:
+    """What the other ranks do while rank 0 speaks with `distributed`, until it calls `spoken_all`."""
+    jobs: list[Call] | None
+    while (jobs := share()) is not None:
+        _by_ranks(jobs, lambda done: None)
+
+
+def spoken_all() -> None:
+    """Rank 0 has nothing more to be spoken: the other ranks return from `speak_for_rank_0`."""
+    share(None)
+
+
+def _by_ranks(jobs: Sequence[Call], report: Callable[[int], None]) -> list[str | None]:
+    """Results in the order of the jobs, on rank 0; it raises the UserError of any rank, for it alone decides on it."""
+    mine = list(my_share(jobs))
+    done: list[str | None] = []
+    failure: UserError | None = None
+    try:
+        for result in _run(mine, min(cores_of_this_rank(), len(mine) // PER_WORKER)):
+            done.append(result)
+            report(len(done) * world_size())
+    except UserError as error:
+        failure = error
+    shares = gathered((done, failure), by_all=False)
+    for _, found in shares:
+        if found is not None:
+            raise found
+    return dealt_back([results for results, _ in shares])
 
 
 def pool(workers: int) -> ProcessPoolExecutor:

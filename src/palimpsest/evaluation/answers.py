@@ -16,6 +16,7 @@ Shapes: batch = prompts answered together, seq = tokens of the longest prompt, n
 
 from __future__ import annotations
 
+import itertools
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -45,6 +46,7 @@ from palimpsest.models.cache import generation_cache
 from palimpsest.models.compute import Arithmetic, many_forwards
 from palimpsest.models.prompts import NEXT_TURN, PromptStyle, encode, render
 from palimpsest.options import require_shape
+from palimpsest.parallel import from_rank_0, gathered, rank, world_size
 from palimpsest.records import Modality, QARecord
 
 if TYPE_CHECKING:
@@ -276,6 +278,7 @@ def answer_questions(
     compute: Arithmetic = "float32",
     progress: Callable[[int, int], None] | None = None,
     notice: Callable[[str], None] | None = None,
+    distributed: bool = False,
 ) -> list[SampleRow]:
     """Answer every question of the task and write `out`, a JSON-lines file with one `SampleRow` each.
 
@@ -293,6 +296,9 @@ def answer_questions(
         max_new_tokens, compute: what `answer` was made with; recorded, and part of what a resumed file must match.
         progress: called as progress(answered, total), first with what an earlier run left.
         notice: gets a sentence when questions of an earlier run are asked again, see `resume`.
+        distributed: every rank calls, with a replica of the model, and answers every n-th of the batches, which are
+            those of one process. They go on together, a batch each, and rank 0 appends the rows of all: what a kill
+            can lose is one batch of each. Every rank has the rows of all.
 
     Raises:
         UserError: `out` belongs to another evaluation or is damaged (see `resume`), every single question
@@ -311,27 +317,37 @@ def answer_questions(
         "n": len(task.examples),
         "compute": compute,
     }
-    recordings = {e.id: None if modality == "text" else recording_hash(e) for e in task.examples}
-    rows = {row["id"]: row for row in resume(out, binding, recordings, notice)}
+
+    def begin() -> tuple[dict[str, str | None], list[SampleRow]]:
+        recordings = {e.id: None if modality == "text" else recording_hash(e) for e in task.examples}
+        return recordings, resume(out, binding, recordings, notice)
+
+    place, ranks = (rank(), world_size()) if distributed else (0, 1)
+    recordings, before = from_rank_0(begin) if distributed else begin()
+    rows = {row["id"]: row for row in before}
     # Longest first: memory runs out in the first batch or never. Similar lengths together: little padding.
     # A batch that an earlier run left unfinished is answered again as a whole: its padding, and with it the last bits
     # of every logit, depends on who is in it, and a resumed run must end as an uninterrupted one.
     plan = sorted(task.examples, key=lambda e: (-len(e.question), e.id))
     if progress is not None:
         progress(len(rows), len(task.examples))
-    for start in range(0, len(plan), batch_size):
-        batch = plan[start : start + batch_size]
-        if all(example.id in rows for example in batch):
-            continue
-        new = {row["id"]: row for row in _answer_batch(answer, batch, modality) if row["id"] not in rows}
-        for id, row in new.items():
-            row["recording"] = recordings[id]
-        append_jsonl(out, new.values())
-        rows |= new
+    planned = (plan[start : start + batch_size] for start in range(0, len(plan), batch_size))
+    todo = [batch for batch in planned if not all(example.id in rows for example in batch)]
+    for start in range(0, len(todo), ranks):
+        mine = todo[start + place] if start + place < len(todo) else []
+        new = [row for row in _answer_batch(answer, mine, modality) if row["id"] not in rows]
+        if distributed:
+            new = list(itertools.chain.from_iterable(gathered(new)))
+        for row in new:
+            row["recording"] = recordings[row["id"]]
+        if place == 0:
+            append_jsonl(out, new)
+        rows |= {row["id"]: row for row in new}
         if progress is not None:
             progress(len(rows), len(task.examples))
     ordered = [rows[example.id] for example in task.examples]
-    write_jsonl(out, ordered)
+    if place == 0:
+        write_jsonl(out, ordered)
     if all(row["failed"] for row in ordered):
         raise UserError(
             f"None of the {len(ordered)} questions of {task.name} could be answered, the first because: "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,7 @@ from palimpsest.files import UserError
 from palimpsest.importance.deactivate import deactivate
 from palimpsest.importance.select import select
 from palimpsest.models.compute import Arithmetic
+from palimpsest.parallel import by_ranks, world_size
 from palimpsest.records import DeactivationRecord, Scope
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def deletion_curve(
     reduction: str,
     progress: Callable[[int, int], None] | None = None,
     compute: Arithmetic = "float32",
+    distributed: bool = False,
 ) -> list[DeactivationRecord]:
     """One record per scope, ratio, condition (random: and seed) and modality, after the base's.
 
@@ -50,6 +52,8 @@ def deletion_curve(
         data: modality → function that yields the same batches at every call.
         ratios: shares of the scored weights to zero, within each scope.
         compute: the arithmetic of the forward passes.
+        distributed: every rank calls, with a replica of the model; each takes its share of the conditions, whole, so
+            that selecting their weights is divided too. Every rank has the records of all.
 
     Raises UserError for ratios that are not between 0 and 1 or not ascending.
     """
@@ -58,41 +62,49 @@ def deletion_curve(
             f"The ratios {', '.join(map(str, ratios))} are no ascending shares above 0 and up to 1; "
             "give for example 0.0001,0.001,0.01,0.1."
         )
-    conditions: list[tuple[Condition, int | None]] = [("top", None), ("bottom", None)]
-    conditions += [("random", seed) for seed in random_seeds]
-    total = (1 + len(scopes) * len(ratios) * len(conditions)) * len(data)
-    done = 0
+    each: list[tuple[Condition, int | None]] = [("top", None), ("bottom", None)]
+    each += [("random", seed) for seed in random_seeds]
+    wanted: list[tuple[Scope, float, Condition, int | None]] = [(scopes[0], 0.0, "base", None)]
+    wanted += [(scope, ratio, *condition) for scope in scopes for ratio in ratios for condition in each]
+    total = len(wanted) * len(data)
+    ranks, done = world_size() if distributed else 1, 0
 
-    def measure(scope: Scope, ratio: float, condition: Condition, seed: int | None) -> Iterator[DeactivationRecord]:
+    def measure(which: tuple[Scope, float, Condition, int | None]) -> list[DeactivationRecord]:
+        """A record for each modality."""
         nonlocal done
+        scope, ratio, condition, seed = which
+        records: list[DeactivationRecord] = []
         mask = select(tensors, ratio, "bottom" if condition == "base" else condition, scope, seed or 0)
         with deactivate(model, mask):
             for modality, batches in data.items():
                 result = perplexity(model, batches(), compute=compute)
-                done += 1
+                done += ranks
                 if progress is not None:
-                    progress(done, total)
-                yield {
-                    "model": name,
-                    "modality": modality,
-                    "condition": condition,
-                    "ratio": ratio,
-                    "scope": scope,
-                    "seed": seed,
-                    "reduction": reduction,
-                    "n_removed": mask.count,
-                    "n_examples": len(result.samples),
-                    "n_tokens": result.n_tokens,
-                    "loss": result.loss,
-                    "perplexity": result.perplexity,
-                }
+                    progress(min(done, total), total)
+                records.append(
+                    {
+                        "model": name,
+                        "modality": modality,
+                        "condition": condition,
+                        "ratio": ratio,
+                        "scope": scope,
+                        "seed": seed,
+                        "reduction": reduction,
+                        "n_removed": mask.count,
+                        "n_examples": len(result.samples),
+                        "n_tokens": result.n_tokens,
+                        "loss": result.loss,
+                        "perplexity": result.perplexity,
+                    }
+                )
+        return records
 
-    base = list(measure(scopes[0], 0.0, "base", None))
+    base, *others = by_ranks(measure, wanted, distributed=distributed)
     records: list[DeactivationRecord] = []
-    for scope in scopes:
+    for i, scope in enumerate(scopes):
         records += [{**record, "scope": scope} for record in base]
-        for ratio, (condition, seed) in itertools.product(ratios, conditions):
-            records += measure(scope, ratio, condition, seed)
+        n = len(ratios) * len(each)
+        records += itertools.chain.from_iterable(others[i * n : (i + 1) * n])
     return records
 
 

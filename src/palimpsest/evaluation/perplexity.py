@@ -6,6 +6,7 @@ example, {"id", "loss" (nats, summed over the answer), "n_tokens"}; `losses-MODA
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from palimpsest.models.compute import Arithmetic, many_forwards
 from palimpsest.models.loss import each_batch
 from palimpsest.models.packing import Losses
 from palimpsest.options import require_shape
+from palimpsest.parallel import dealt_back, gathered, is_main
 from palimpsest.records import PerplexityRecord
 
 if TYPE_CHECKING:
@@ -69,7 +71,11 @@ class Perplexity:
 
 
 def perplexity(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]], *, compute: Arithmetic = "float32"
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    compute: Arithmetic = "float32",
+    distributed: bool = False,
 ) -> Perplexity:
     """Perplexity of a model on batches with "labels" and "ids"; see `models.loss.supervised_losses` for both.
 
@@ -77,14 +83,17 @@ def perplexity(
     batched beyond the rounding of the forward pass. The model must be in eval mode and the batches on its
     device. `compute` is the arithmetic of the forward pass (models.compute); losses are float32 or wider.
 
+    distributed: `batches` are this rank's share (`parallel.my_share`), with a replica of the model on every rank; all
+    must call, and have the result of one process on all batches.
+
     Raises:
         UserError: one batch in the place of a list, a batch without labels or "ids", an id that comes twice, an
         example without a supervised token or without a finite loss, no batch.
     """
     if model.training:
         raise UserError("Perplexity was asked of a model in training mode; call model.eval() first.")
-    samples: dict[str, SampleLoss] = {}
     losses_of = Losses(model)
+    mine: list[list[tuple[str, SampleLoss]]] = []  # batch by batch
     with many_forwards(model, compute):
         for batch in each_batch(batches):
             if "ids" not in batch:
@@ -96,14 +105,18 @@ def perplexity(
                 losses, rows = losses_of(batch)
             totals = torch.zeros(len(ids), dtype=torch.float64).index_add_(0, rows.cpu(), losses.double().cpu())
             counts = torch.bincount(rows.cpu(), minlength=len(ids))
+            mine.append([])
             for id, total, count in zip(ids, totals.tolist(), counts.tolist(), strict=True):
-                if id in samples:
-                    raise UserError(f"Example {id!r} comes twice; give every example its own id.")
                 if count == 0:
                     raise UserError(f"Example {id!r} has no supervised token; leave it out or check its labels.")
                 if not math.isfinite(total):
                     raise not_finite(model, f"example {id!r}")
-                samples[id] = SampleLoss(total, count)
+                mine[-1].append((id, SampleLoss(total, count)))
+    samples: dict[str, SampleLoss] = {}
+    for id, sample in itertools.chain.from_iterable(dealt_back(gathered(mine)) if distributed else mine):
+        if id in samples:
+            raise UserError(f"Example {id!r} comes twice; give every example its own id.")
+        samples[id] = sample
     if not samples:
         raise UserError("Perplexity was asked of no examples at all; pass at least one batch.")
     return Perplexity(samples)
@@ -120,13 +133,15 @@ def measure_losses(
     task: str,
     progress: Callable[[int, int], None] | None = None,
     compute: Arithmetic = "float32",
+    distributed: bool = False,
 ) -> PerplexityRecord:
     """The perplexity of `model` on the examples' target answers; writes both files of the modality to `folder`.
 
-    `collator` decides how the questions are put; progress is called as progress(batches done, batches).
+    `collator` decides how the questions are put; progress is called as progress(batches done, batches). distributed:
+    every rank calls with its replica of the model and measures its share of the batches; rank 0 writes.
     """
     modality = collator.modality
-    made = list(batches(collator, examples, batch_size, model.device))
+    made = list(batches(collator, examples, batch_size, model.device, distributed=distributed))
 
     def counted() -> Iterator[Batch]:
         for done, batch in enumerate(made):
@@ -134,14 +149,9 @@ def measure_losses(
                 progress(done, len(made))
             yield batch
 
-    result = perplexity(model, counted(), compute=compute)
-    rows = [{"id": example.id, **asdict(result.samples[example.id])} for example in examples]
-    write_jsonl(folder / f"losses-{modality}.jsonl", rows)
-    data = hash_value([[e.id, e.question, e.answer] for e in examples])[:12]
-    write_json(
-        folder / f"losses-{modality}.json",
-        {"schema": 1, "task": task, "modality": modality, "data": data, "n": len(examples), "compute": compute},
-    )
+    result = perplexity(model, counted(), compute=compute, distributed=distributed)
+    if is_main() or not distributed:
+        _write_losses(folder, task, modality, examples, result, compute)
     return {
         "method": method,
         "task": task,
@@ -151,6 +161,18 @@ def measure_losses(
         "loss": result.loss,
         "perplexity": result.perplexity,
     }
+
+
+def _write_losses(
+    folder: Path, task: str, modality: str, examples: Sequence[Example], result: Perplexity, compute: Arithmetic
+) -> None:
+    rows = [{"id": example.id, **asdict(result.samples[example.id])} for example in examples]
+    write_jsonl(folder / f"losses-{modality}.jsonl", rows)
+    data = hash_value([[e.id, e.question, e.answer] for e in examples])[:12]
+    write_json(
+        folder / f"losses-{modality}.json",
+        {"schema": 1, "task": task, "modality": modality, "data": data, "n": len(examples), "compute": compute},
+    )
 
 
 class Binding(TypedDict):

@@ -15,6 +15,7 @@ Shapes: batch = rows of tokens, seq = their longest, kept = positions at which s
 from __future__ import annotations
 
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -31,6 +32,7 @@ from palimpsest.files import UserError, hash_file, read_jsonl
 from palimpsest.intervals import wilson
 from palimpsest.models.anatomy import unwrap
 from palimpsest.models.prompts import encode
+from palimpsest.parallel import by_ranks, world_size
 from palimpsest.records import ProbeRecord
 
 if TYPE_CHECKING:
@@ -114,10 +116,12 @@ def pair_losses(
     batch_size: int = 32,
     *,
     progress: Callable[[int, int], None] | None = None,
+    distributed: bool = False,
 ) -> list[PairLoss]:
     """The losses of every pair, in order. In float32 they do not depend on `batch_size` beyond rounding.
 
-    Where both continuations are one token, as nearly always, one row of tokens serves both.
+    Where both continuations are one token, as nearly always, one row of tokens serves both. distributed: every rank
+    calls with its replica of the model, computes its share of the batches and has the losses of all.
 
     Raises UserError for a model that gives NaN or infinite losses.
     """
@@ -129,21 +133,30 @@ def pair_losses(
     for index, (tokens, _, _) in enumerate(spans):
         rows.setdefault(tokens, []).append(index)
     order = sorted(rows, key=lambda tokens: (-len(tokens), tokens))
-    means = [0.0] * len(spans)
+    starts = range(0, len(order), batch_size)
+    ranks, done = world_size() if distributed else 1, 0
+
+    def measured(start: int) -> list[tuple[int, float]]:
+        """(continuation, its mean loss) of one batch."""
+        nonlocal done
+        batch = order[start : start + batch_size]
+        wanted = [(row, index) for row, tokens in enumerate(batch) for index in rows[tokens]]
+        means = list(_losses(model, batch, [(row, index, *spans[index][1:]) for row, index in wanted]))
+        for index, mean in means:
+            if not math.isfinite(mean):
+                raise not_finite(model, f"pair {pairs[index // 2].id!r}")
+        done += len(batch) * ranks
+        if progress is not None:
+            progress(min(done, len(order)), len(order))
+        return means
+
     training = model.training
     model.eval()
     try:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            wanted = [(row, index) for row, tokens in enumerate(batch) for index in rows[tokens]]
-            for index, mean in _losses(model, batch, [(row, index, *spans[index][1:]) for row, index in wanted]):
-                if not math.isfinite(mean):
-                    raise not_finite(model, f"pair {pairs[index // 2].id!r}")
-                means[index] = mean
-            if progress is not None:
-                progress(min(start + batch_size, len(order)), len(order))
+        found = by_ranks(measured, starts, distributed=distributed)
     finally:
         model.train(training)
+    means = dict(itertools.chain.from_iterable(found))
     return [PairLoss(p.id, p.kind, means[2 * i], means[2 * i + 1]) for i, p in enumerate(pairs)]
 
 

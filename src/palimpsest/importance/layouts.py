@@ -32,7 +32,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from palimpsest.files import UserError, hash_value
 from palimpsest.importance.scores import Scores, describe_parameters
-from palimpsest.parallel import local, rank, world_size
+from palimpsest.parallel import local
+from palimpsest.parallel import my_share as my_share  # documented here
 
 if TYPE_CHECKING:
     from jaxtyping import Float64
@@ -97,11 +98,6 @@ def layout_of(model: nn.Module, weights: Mapping[str, Tensor], reductions: Itera
                 f"their sum over all ranks; choose among {', '.join(POSSIBLE_SHARDED)}, or replicate the model."
             )
     return "sharded"
-
-
-def my_share(batches: Iterable[T]) -> Iterator[T]:
-    """Every n-th of the batches, from this rank's number on; all of them in a single process."""
-    return itertools.islice(batches, rank(), None, world_size())
 
 
 def in_step(batches: Iterable[T], layout: Layout, device: torch.device) -> Iterator[T]:

@@ -29,8 +29,8 @@ def run_study(config: StudyConfig, folder: Path, reporter: Reporter | None = Non
 
     One process, or one group of processes, works in a folder at a time. A folder that holds a study of another
     configuration is refused, unless `changed`: then the steps that the change touches run again. Raises UserError for
-    bad input, before the long work where it can be known. Several processes (torchrun, accelerate launch) train and
-    score together; all else is done by rank 0.
+    bad input, before the long work where it can be known. Several processes (torchrun, accelerate launch) speak,
+    encode, train, score and evaluate together; reading the data, the analysis and the report are done by rank 0.
     """
     with joined(), locked(folder) if is_main() else nullcontext():
         if is_main() and not changed:

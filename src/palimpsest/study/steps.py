@@ -17,7 +17,7 @@ from palimpsest.config import Importance, dump_config
 from palimpsest.data.augment import augment, require_library
 from palimpsest.data.collate import batches
 from palimpsest.data.examples import Example, write_manifest
-from palimpsest.data.speech import speak_several
+from palimpsest.data.speech import speak_for_rank_0, speak_several, spoken_all
 from palimpsest.data.splits import forget_notes, speak_groups
 from palimpsest.data.voices import find_voices
 from palimpsest.files import hash_value, read_jsonl, remove_left_over, write_json, write_jsonl, write_tables, write_text
@@ -68,12 +68,15 @@ def data(ws: Workspace) -> None:
     def write(folder: Path, advance: Advance) -> None:
         def say(groups: Mapping[str, Sequence[Example]]) -> dict[str, list[Example]]:
             voiced = [(group, ws.voices[key]) for key, group in groups.items()]
-            spoken = speak_several(voiced, folder / "audio", progress=advance)
+            spoken = speak_several(voiced, folder / "audio", progress=advance, distributed=True)
             return dict(zip(groups, spoken, strict=True))
 
+        if not is_main():  # reading and deciding is rank 0's
+            return speak_for_rank_0()
         remove_left_over(folder)  # by a start that was killed
         groups, dropped = ws.sources.read(folder / "audio", advance, notes=folder)
         groups, unspoken = speak_groups(groups, say, ws.config.data.strict)
+        spoken_all()
         if (changes := ws.config.speech.augmentation) is not None:
             seed = ws.seed("augmentation")
             groups["train"] = augment(groups["train"], folder / "audio", changes, seed, progress=advance)
@@ -84,7 +87,7 @@ def data(ws: Workspace) -> None:
 
     inputs = _data_inputs(ws) if is_main() else {}  # rank 0 alone compares them
     ws.remember_recordings()
-    ws.step("data", data, inputs, write)
+    ws.step("data", data, inputs, write, together=True)
 
 
 def _data_inputs(ws: Workspace) -> dict[str, Any]:
@@ -119,7 +122,7 @@ def features(ws: Workspace) -> None:
 
         cache = folder / "cache" if speech.feature_cache is None else Path(speech.feature_cache).expanduser()
         groups = {key: group for key, group in ws.groups.items() if key != "train" or ws.frames.path == "cache"}
-        if speech.feature_cache is None:
+        if speech.feature_cache is None and is_main():
             ws.require_disk(sum(map(ws.frame_bytes, groups.values())))
         encoder, _ = load_encoder(ws.config.models.encoder, device=ws.device)
         total, before = sum(map(len, groups.values())), 0
@@ -136,10 +139,11 @@ def features(ws: Workspace) -> None:
                 cache=cache,
                 compute=ws.compute.dtype,
                 progress=group_advance,
+                distributed=True,
             )
             before += len(group)
 
-    ws.step("features", features, inputs, write)
+    ws.step("features", features, inputs, write, together=True)
     ws.require_budget()  # a training example above it is an error now, not after hours of other steps
 
 
@@ -223,14 +227,20 @@ def importance(ws: Workspace, model: str, other: bool = False) -> None:
 
     def write(folder: Path, advance: Advance) -> None:
         from palimpsest.importance.estimate import estimate_importance
-        from palimpsest.importance.layouts import my_share
 
         chosen = importance_questions(ws.groups, options, ws.seed("importance"), other=other)
         total = -(-len(chosen) // options.batch_size)
         scores = estimate_importance(
             ws.language_model(model),
             # In random order: batches sorted by length would not be alike, and the bootstrap draws batches.
-            my_share(batches(ws.collator("text", "train"), chosen, options.batch_size, ws.device, by_length=False)),
+            batches(
+                ws.collator("text", "train"),
+                chosen,
+                options.batch_size,
+                ws.device,
+                by_length=False,
+                distributed=True,
+            ),
             ("signed_sum", "per_batch_abs"),
             metadata={"scored_model": model, "modality": "text", "questions": options.questions},
             progress=lambda done, _: advance(min(total, done * world_size()), total),
@@ -294,10 +304,12 @@ def deactivation(ws: Workspace, model: str) -> None:
             reduction=reduction,
             progress=advance,
             compute=ws.exact_compute.dtype,
+            distributed=True,
         )
-        write_json(folder / "records.json", records)
+        if is_main():
+            write_json(folder / "records.json", records)
 
-    ws.step(f"{folder_of(model)}/deactivation", deactivation, inputs, write)
+    ws.step(f"{folder_of(model)}/deactivation", deactivation, inputs, write, together=True)
 
 
 def perplexity(ws: Workspace, model: str) -> None:
@@ -318,12 +330,13 @@ def perplexity(ws: Workspace, model: str) -> None:
         for modality in ws.modalities(model):
             asked = ws.language_model(model) if modality == "text" else ws.speech_lm(model)
             about: dict[str, Any] = {"method": model, "task": "heldout", "progress": advance}
-            about["compute"] = ws.compute.dtype
+            about |= {"compute": ws.compute.dtype, "distributed": True}
             collator = ws.collator(modality, "heldout")
             records.append(measure_losses(asked, collator, ws.groups["heldout"], size, folder, **about))
-        write_json(folder / "records.json", records)
+        if is_main():
+            write_json(folder / "records.json", records)
 
-    ws.step(f"{folder_of(model)}/perplexity", perplexity, inputs, write)
+    ws.step(f"{folder_of(model)}/perplexity", perplexity, inputs, write, together=True)
 
 
 def probe(ws: Workspace, model: str) -> None:
@@ -331,11 +344,14 @@ def probe(ws: Workspace, model: str) -> None:
     from palimpsest.evaluation.probe import load_pairs, pair_losses, pairs_version, summarise_probe
 
     def write(folder: Path, advance: Advance) -> None:
-        losses = pair_losses(ws.language_model(model), ws.processor.tokenizer, load_pairs(), progress=advance)
-        write_jsonl(folder / "pairs.jsonl", (loss.to_row() for loss in losses))
-        write_json(folder / "records.json", summarise_probe(losses, model))
+        asked, tokenizer = ws.language_model(model), ws.processor.tokenizer
+        losses = pair_losses(asked, tokenizer, load_pairs(), progress=advance, distributed=True)
+        if is_main():
+            write_jsonl(folder / "pairs.jsonl", (loss.to_row() for loss in losses))
+            write_json(folder / "records.json", summarise_probe(losses, model))
 
-    ws.step(f"{folder_of(model)}/probe", probe, {"model": ws.model_inputs(model), "pairs": pairs_version()}, write)
+    inputs = {"model": ws.model_inputs(model), "pairs": pairs_version()}
+    ws.step(f"{folder_of(model)}/probe", probe, inputs, write, together=True)
 
 
 def answers(ws: Workspace, model: str, task: str, modality: Modality) -> None:
@@ -375,9 +391,10 @@ def answers(ws: Workspace, model: str, task: str, modality: Modality) -> None:
             compute=ws.compute.dtype,
             progress=advance,
             notice=ws.reporter.note,
+            distributed=True,
         )
 
-    ws.step(f"{folder_of(model)}/samples/{task}-{modality}", answers, inputs, write)
+    ws.step(f"{folder_of(model)}/samples/{task}-{modality}", answers, inputs, write, together=True)
 
 
 def _answerer(ws: Workspace, model: str, task: str, modality: Modality) -> Any:

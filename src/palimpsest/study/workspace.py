@@ -76,8 +76,8 @@ class Workspace:
     ) -> None:
         """Run `write(folder, advance)` unless the step is there with the same inputs and code, that of `made_by`.
 
-        Of several processes rank 0 does this, and the others wait; `together`: all call `write`, and what writes into
-        the folder is rank 0's.
+        Of several processes rank 0 does this, and the others wait; `together`: all call `write`, with the same folder,
+        in which rank 0 writes what is not divided.
         """
         full = {**inputs, "code": step_code(made_by)}
         step = share(self.dir.finished(name, full) if is_main() else None)
