@@ -120,10 +120,9 @@ def _general_text(
         },
     )
     first = records[0]
-    yield (
-        f"general text: {first['n_texts']} texts of {first['n_documents']} documents, {first['n_bytes']:,} bytes; "
-        f"{first['n_long']} longer than {options.window} tokens, cut into windows, nothing left out"
-    )
+    yield f"general text: {first['n_texts']} texts of {first['n_documents']} documents, {first['n_bytes']:,} bytes"
+    if n_long := max(record["n_long"] for record in records):
+        yield f"  {n_long} are longer than {options.window} tokens and were cut into windows; nothing is left out"
     for record in records:
         yield (
             f"  {record['model']}: {record['per_byte']:.4f} nats per byte [{record['per_byte_ci_low']:.4f}, "
