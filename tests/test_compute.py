@@ -46,7 +46,7 @@ from tiny import save_tiny_models, tiny_llama, tiny_speech_lm, tiny_tokenizer
 
 FASTEST = compute.fastest  # what tests have in its place: conftest.py
 BF16 = torch.bfloat16
-EXACT = "auto keeps importance and deactivation in float32"  # the reason
+EXACT = "auto keeps importance, deactivation and drift in float32"  # the reason
 REDUCTIONS = ("signed_sum", "per_batch_abs", "per_sequence_abs", "fisher")
 
 
@@ -136,7 +136,7 @@ def test_auto_is_float32_where_nothing_is_known_and_for_what_must_be_exact(
 ) -> None:
     assert choose_compute("auto", "cpu").dtype == "bfloat16"
     assert choose_compute("auto", "cpu", exact=True) == Choice(
-        "float32", "auto keeps importance and deactivation in float32"
+        "float32", "auto keeps importance, deactivation and drift in float32"
     )
     assert choose_compute("bfloat16", "cpu", exact=True) == Choice("bfloat16", "asked for")
     assert choose_compute("float32", "cpu") == Choice("float32", "asked for")

@@ -109,6 +109,29 @@ def paired_bootstrap(
     return float(low), float(high)
 
 
+def bootstrap_ratio(
+    totals: ArrayLike, counts: ArrayLike, seed: int, n: int = 10_000, level: float = 0.95
+) -> NDArray[np.float64]:
+    """Percentile intervals of Σ totals / Σ counts, resampling the units (texts, documents) with replacement.
+
+    totals: (units, measures), sums over each unit; counts: (units,), what they are divided by, such as tokens. Every
+    measure sees the same draws. Returns (2, measures): the low ends, the high ends. Draws without any count, which a
+    measure of few units can have, are left out.
+    """
+    sums, sizes = np.asarray(totals, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    if sums.ndim != 2 or sizes.shape != sums.shape[:1] or sizes.sum() <= 0 or (sizes < 0).any():
+        raise UserError(f"A ratio needs totals (units, measures) and a count each, not {sums.shape} and {sizes.shape}.")
+    random, units = np.random.default_rng(seed), len(sizes)
+    ratios = []
+    step = max(1, _CHUNK // units)
+    for start in range(0, n, step):
+        drawn = random.multinomial(units, np.full(units, 1 / units), size=min(step, n - start))  # (draws, units)
+        divisor = drawn @ sizes
+        ratios.append((drawn @ sums)[divisor > 0] / divisor[divisor > 0, None])
+    bounds: NDArray[np.float64] = np.quantile(np.concatenate(ratios), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return bounds
+
+
 def holm(pvalues: Sequence[float]) -> list[float]:
     """Holm's step-down correction (Holm 1979), in the order of the input."""
     corrected = [0.0] * len(pvalues)

@@ -335,6 +335,79 @@ class PerplexityRecord(TypedDict):
     perplexity: Number
 
 
+class DriftRecord(TypedDict):
+    """How far a model's next-token distributions are from the base's, on text of the base's; see evaluation/drift.py.
+
+    Means over tokens, as ratios of totals; 95 % intervals over texts.
+    """
+
+    model: str
+    base: str
+    text: str  # plain | chat
+    tokens: str  # all, or a class of tokens
+    n_texts: int  # that have such tokens
+    n_tokens: int
+    kl: float  # KL(base ‖ model), nats per token
+    kl_ci_low: float
+    kl_ci_high: float
+    reverse_kl: float  # KL(model ‖ base)
+    reverse_kl_ci_low: float
+    reverse_kl_ci_high: float
+    agreement: float  # share of positions at which both have the same most likely token
+    agreement_ci_low: float
+    agreement_ci_high: float
+    loss_base: float  # nats per token; the text is the base's own, so this is about its entropy
+    loss: float  # of the model; minus the base's it is an estimate of `kl` from the text alone
+    loss_difference: float
+    loss_difference_ci_low: float
+    loss_difference_ci_high: float
+    new_tokens_share: float  # of the model's probability, on tokens that the base does not have; not in the rest
+
+
+class GeneralTextRecord(TypedDict):
+    """Loss on text that somebody gave (evaluation/general_text.py); 95 % intervals over documents."""
+
+    model: str
+    text: str  # its name
+    n_texts: int
+    n_documents: int
+    n_windows: int
+    n_long: int  # texts longer than a window, cut into several of which none is left out
+    n_tokens: int
+    n_bytes: int  # of UTF-8
+    loss: Number  # nats per token
+    loss_ci_low: Number
+    loss_ci_high: Number
+    per_byte: Number  # nats per byte, comparable over tokenizers
+    per_byte_ci_low: Number
+    per_byte_ci_high: Number
+    perplexity: Number  # per token
+
+
+class GeneralTextComparisonRecord(TypedDict):
+    """Loss of a model minus that of the base on the same texts, paired by document."""
+
+    method: str
+    base: str
+    text: str
+    n: int  # documents
+    per_byte_base: float  # nats per byte
+    per_byte: float
+    difference: float  # nats per byte; above 0: the text is less likely than before
+    ci_low: float
+    ci_high: float
+    per_token_difference: float | None  # nats per token; None: other tokenizers
+    per_token_ci_low: float | None
+    per_token_ci_high: float | None
+    p_value: float
+    p_holm: float
+    detectable: float | None  # nats per byte
+    verdict: str  # better | worse | no difference shown, of the model
+    family: NotRequired[str]
+    n_family: NotRequired[int]
+    left_out: NotRequired[str | None]
+
+
 class PairRecord(TypedDict):
     """`palimpsest compare`: two systems on the same questions; `difference` = accuracy(b) − accuracy(a)."""
 

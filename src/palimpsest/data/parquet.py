@@ -88,7 +88,7 @@ def local_table(kind: str, path: Path, split: str) -> Table:
     # Names, sizes and times of change: hashing hundreds of gigabytes at every start would take longer than reading.
     identity = [[Path(file).name, Path(file).stat().st_size, Path(file).stat().st_mtime_ns] for file in files]
     read = _reader(SCHEMAS[kind], str(path), lambda: files)
-    return Table(kind, str(path), read, identity, lambda: sum(_open(file).metadata.num_rows for file in files))
+    return Table(kind, str(path), read, identity, lambda: sum(open_parquet(file).metadata.num_rows for file in files))
 
 
 def _reader(schema: Schema, where: str, files: Callable[[], Sequence[str]]) -> Read:
@@ -100,7 +100,7 @@ def _reader(schema: Schema, where: str, files: Callable[[], Sequence[str]]) -> R
 
         first = 0  # position of the row group's first row
         for url in files():
-            file = _open(url)
+            file = open_parquet(url)
             columns = schema.columns(file.schema_arrow.names, f"{where} ({url.rsplit('/', 1)[-1]})")
             if not audio:
                 columns.pop("audio", None)
@@ -153,7 +153,7 @@ def _cells(
         ) from error
 
 
-def _open(url: str) -> Any:
+def open_parquet(url: str) -> Any:
     try:
         import fsspec
         import pyarrow as pa

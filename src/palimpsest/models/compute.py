@@ -61,7 +61,8 @@ def choose_compute(
     """The arithmetic on `device` ("cpu", "cuda:1", …), found by asking the device what it is, never by a timing.
 
     weights: the dtype of the model's weights; weights of 16 bits compute as what they are.
-    exact: "auto" is float32, for measurements that rounding changes more than it should (importance, deactivation).
+    exact: "auto" is float32, for measurements that rounding changes more than it should (importance, deactivation,
+        drift).
 
     Raises UserError for an unknown arithmetic, and for float32 with weights of 16 bits.
     """
@@ -78,7 +79,7 @@ def choose_compute(
     if wanted != "auto":
         return Choice(wanted, "asked for")
     if exact:
-        return Choice("float32", "auto keeps importance and deactivation in float32")
+        return Choice("float32", "auto keeps importance, deactivation and drift in float32")
     return fastest(device)
 
 

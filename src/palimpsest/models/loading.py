@@ -1,6 +1,7 @@
 """One way to load a model: by `embedded:` name, by local folder, or by hub name.
 
-A SpeechLM's folder is a whole checkpoint or a light one (light.py); both are taken wherever a SpeechLM is.
+A SpeechLM's folder is a whole checkpoint or a light one (light.py); both are taken wherever a SpeechLM is. A PEFT
+adapter's folder (adapters.py) is taken wherever its base is, and is that base with the adapter merged.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from safetensors import safe_open
 
 from palimpsest.files import UserError, hash_file, hash_value, read_json
 from palimpsest.models import embedded, light
+from palimpsest.models.adapters import Adapter, find_adapter, merge_adapter
 from palimpsest.models.anatomy import layer_index, scored_parameters
 from palimpsest.models.compute import DEVICE
 
@@ -46,11 +48,13 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 def resolve(name: str) -> str:
-    """A local folder's path or a hub name, checked as far as it can be without loading.
+    """A local folder's path or a hub name, checked as far as it can be without loading; of an adapter "BASE + FOLDER".
 
-    Raises UserError for an unknown embedded model, a folder without a config or weights, and a file in it that is cut
-    short or only a pointer to one (git-lfs).
+    Raises UserError for an unknown embedded model, a folder without a config or weights, a file in it that is cut
+    short or only a pointer to one (git-lfs), and an adapter whose base is not there.
     """
+    if (adapter := find_adapter(name)) is not None:
+        return _resolve_adapter(adapter)
     if name.startswith(embedded.PREFIX):
         return str(embedded.checkpoint(name))
     path = Path(name)
@@ -68,6 +72,18 @@ def resolve(name: str) -> str:
             f"{name} is not a folder; give a checkpoint folder, a hub name (owner/model) or an embedded: name."
         )
     return name
+
+
+def _resolve_adapter(adapter: Adapter) -> str:
+    try:
+        resolve(adapter.base)
+    except UserError as error:
+        raise UserError(
+            f"{adapter.folder} is an adapter on {adapter.base}, which is not to be had here: "
+            f"{str(error).removesuffix('.')}; name its base in front: 'BASE + {adapter.folder}'."
+        ) from error
+    _require_whole_files(adapter.folder)
+    return adapter.name
 
 
 def choose_device(wanted: str) -> str:
@@ -97,13 +113,19 @@ def fingerprint(name: str) -> str:
     """
     where = resolve(name)
     folder = Path(where)
+    if (adapter := find_adapter(where)) is not None:
+        return hash_value([_hashes(adapter.folder), fingerprint(adapter.base)])
     if folder.is_dir():
         if light.is_light(folder):  # which names the weights under it by their hashes, but not tokenizer and template
             parts = light.read_light(folder)
             under = [fingerprint(part.name) for part in (parts.language_model, parts.encoder)]
             return hash_value([hash_file(folder / light.FILE), *under])
-        return hash_value([[file.relative_to(folder).as_posix(), hash_file(file)] for file in _files_read(folder)])
+        return hash_value(_hashes(folder))
     return hash_value([where, _commit(where)])
+
+
+def _hashes(folder: Path) -> list[list[str]]:
+    return [[file.relative_to(folder).as_posix(), hash_file(file)] for file in _files_read(folder)]
 
 
 @cache
@@ -172,13 +194,21 @@ def _require_whole(file: Path) -> None:
 
 
 def text_source(name: str) -> str:
-    """Where the config, the tokenizer and most weights of a language model are: of a light SpeechLM, its base model."""
+    """Where the config, the tokenizer and most weights of a language model are.
+
+    Of a light SpeechLM and of an adapter their base; an adapter may have a tokenizer of its own (`load_tokenizer`).
+    """
     where = Path(resolve(name))
+    if (adapter := find_adapter(str(where))) is not None:
+        return text_source(adapter.base)
     return text_source(light.read_light(where).language_model.name) if light.is_light(where) else str(where)
 
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a language model or SpeechLM."""
+    adapter = find_adapter(name)
+    if adapter is not None and (adapter.folder / "tokenizer_config.json").is_file():
+        return _load_tokenizer(str(adapter.folder))
     return _load_tokenizer(text_source(name))
 
 
@@ -249,6 +279,8 @@ class StoredLanguageModel(Mapping[str, "Tensor"]):
 
 
 def is_speech_lm(name: str) -> bool:
+    if (adapter := find_adapter(name)) is not None:
+        return is_speech_lm(resolve(adapter.base))
     path = Path(name)
     if light.is_light(path):
         return True
@@ -264,7 +296,12 @@ def _json_object(file: Path) -> dict[str, Any]:
 
 
 def model_kind(where: str) -> Literal["speech_lm", "audio_llm", "language_model"]:
-    """What a resolved name is, by its config alone: ours, an audio LLM of transformers, or neither."""
+    """What a resolved name is, by its config alone: ours, an audio LLM of transformers, or neither.
+
+    An adapter is what its base is.
+    """
+    if (adapter := find_adapter(where)) is not None:
+        return model_kind(resolve(adapter.base))
     if is_speech_lm(where):
         return "speech_lm"
     return "audio_llm" if _takes_audio(_config(where).to_dict()) else "language_model"
@@ -322,6 +359,9 @@ def load_text_model(
     if kind == "audio_llm":
         audio_llm, audio_processor = load_audio_llm(where, dtype=dtype, device=device)
         return audio_llm, SpeechLMProcessor(audio_processor.tokenizer, None)
+    if (adapter := find_adapter(where)) is not None:
+        base, _ = load_language_model(adapter.base, device=_first_place(device))
+        return _adapted(base, adapter, dtype, device), SpeechLMProcessor(load_tokenizer(where), None)
     tokenizer = _load_tokenizer(where)
     return _load(AutoModelForCausalLM, where, device, dtype=dtype), SpeechLMProcessor(tokenizer, None)
 
@@ -337,6 +377,9 @@ def load_audio_llm(
     import transformers
 
     where = resolve(name)
+    if (adapter := find_adapter(where)) is not None:
+        base, processor = load_audio_llm(adapter.base, device=_first_place(device))
+        return _adapted(base, adapter, dtype, device), processor
     config = _config(where)
     if not _takes_audio(config.to_dict()):
         raise UserError(f"{name} is a {config.model_type} model and takes no audio; ask it in text, or use a cascade.")
@@ -405,6 +448,9 @@ def load_speech_lm(
         raise UserError(
             f"{folder} is not a speech LLM written by palimpsest; give a methods/NAME/checkpoint folder of a run."
         )
+    if (adapter := find_adapter(str(where))) is not None:
+        base, base_processor = load_speech_lm(adapter.base, device=_first_place(device))
+        return _adapted(base, adapter, dtype, device), base_processor
     if light.is_light(where):
         parts = light.read_light(where)
         dtype = parts.dtype if dtype == "auto" else dtype  # the one it was trained in
@@ -419,6 +465,26 @@ def load_speech_lm(
     processor = _from_pretrained(SpeechLMProcessor, str(where))
     _require_tokens(processor.tokenizer, str(where))
     return model, processor
+
+
+def _first_place(device: str) -> str:
+    """Where an adapter is merged: with the base in host memory, so that a GPU holds one copy."""
+    return "meta" if device == "meta" else "cpu"
+
+
+def _adapted(base: Any, adapter: Adapter, dtype: torch.dtype | str, device: str) -> Any:
+    """The base, which is in float32 and changed in place, with the adapter merged; then in `dtype`, on `device`.
+
+    "auto" is the dtype that the base is stored in.
+    """
+    import torch
+
+    wanted = _config(text_source(adapter.base)).dtype if dtype == "auto" else dtype
+    merged = merge_adapter(base, adapter.folder)
+    if device == "meta":
+        return merged.eval()
+    require_finite(merged.state_dict().items(), adapter.name)
+    return merged.to(device, getattr(torch, wanted) if isinstance(wanted, str) else wanted or torch.float32).eval()
 
 
 def _load_tokenizer(where: str) -> Any:

@@ -43,6 +43,14 @@ def supervised_losses(
     Raises UserError for what is no batch or has no labels, for a batch without any supervised label, for a label where
     attention_mask is 0, and for a model whose sequence is not as long as the labels.
     """
+    logits, targets, rows = supervised_logits(model, batch)
+    return token_losses(logits, targets), rows
+
+
+def supervised_logits(
+    model: nn.Module, batch: Mapping[str, Any]
+) -> tuple[Float[Tensor, "supervised vocabulary"], Int64[Tensor, " supervised"], Int64[Tensor, " supervised"]]:
+    """(logits that predict every supervised token, these tokens, their rows): what `supervised_losses` is made of."""
     batch = right_padded(batch)
     labels: Tensor = batch["labels"]
     supervised = supervised_positions(batch)
@@ -65,7 +73,7 @@ def supervised_losses(
     targets = labels[:, 1:][:, columns][wanted]
     # index_select, not logits[wanted]: its backward is a plain copy instead of a scatter with accumulation.
     logits = logits.flatten(0, 1).index_select(0, wanted.flatten().nonzero().squeeze(1))
-    return token_losses(logits, targets), rows
+    return logits, targets, rows
 
 
 def token_losses(
