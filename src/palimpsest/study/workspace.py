@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import time
 from collections import Counter
@@ -52,6 +53,13 @@ if TYPE_CHECKING:
 AskedAs = Literal["text", "speech"]  # what a collator can put; records.Modality has those of evaluation
 
 
+def give_back_memory() -> None:
+    """glibc keeps what a step has freed, up to gigabytes of small blocks that the next step's large ones do not fit."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Workspace:
     """State of one study in progress; at most one tuned model is in memory at a time."""
 
@@ -93,6 +101,7 @@ class Workspace:
                 elif together:
                     write(share(), advance)
                 step = share(step)
+            give_back_memory()
         self.done.append(step)
 
     def _say_why(self, name: str, inputs: Mapping[str, Any]) -> None:
