@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from palimpsest.config import Importance, dump_config
+from palimpsest.config import STUDY_REDUCTIONS, Importance, dump_config
 from palimpsest.data.augment import augment, require_library
 from palimpsest.data.collate import batches
 from palimpsest.data.examples import Example, write_manifest
@@ -24,7 +24,7 @@ from palimpsest.files import hash_value, read_jsonl, remove_left_over, write_jso
 from palimpsest.parallel import is_main, sharded, visible_gpus, world_size
 from palimpsest.progress import Advance
 from palimpsest.records import BASE, Modality
-from palimpsest.rundir import DROPPED, PROVENANCE, RESULTS, SET_ASIDE, STUDY, folder_of, samples_of
+from palimpsest.rundir import DROPPED, MASKS, PROVENANCE, RESULTS, SET_ASIDE, STUDY, folder_of, samples_of
 from palimpsest.study.workspace import Workspace
 
 
@@ -163,6 +163,8 @@ def train(ws: Workspace, model: str) -> None:
     }
     if method.kind == "layer_lr":
         inputs |= {"scores": ws.fingerprint(f"{BASE}/importance"), "reduction": reduction}
+    if ws.config.kept_light(model):
+        inputs["checkpoint"] = "light"
     if method.importance == "shuffled":
         inputs["shuffle"] = ws.seed("shuffled layers", model)
 
@@ -193,8 +195,7 @@ def train(ws: Workspace, model: str) -> None:
             progress=advance,
         )
         if is_main():
-            speech_lm.save_pretrained(folder)
-            ws.processor.save_pretrained(folder)
+            ws.save(model, speech_lm, folder)
             write_json(folder / "training.json", records)
         ws.keep(model, speech_lm)
 
@@ -220,8 +221,14 @@ def importance(ws: Workspace, model: str, other: bool = False) -> None:
         "other": other,
         "compute": ws.exact_compute.dtype,
     }
+    masks = other and options.keep_other == "masks"
+    if masks:
+        inputs["masks"] = [options.reduction, ws.config.deactivation.ratio]
+    elif options.keep != STUDY_REDUCTIONS:
+        inputs["keep"] = list(options.keep)
 
     def write(folder: Path, advance: Advance) -> None:
+        from palimpsest.analysis.overlap import most_important
         from palimpsest.importance.estimate import estimate_importance
         from palimpsest.importance.layouts import my_share
 
@@ -231,14 +238,16 @@ def importance(ws: Workspace, model: str, other: bool = False) -> None:
             ws.language_model(model),
             # In random order: batches sorted by length would not be alike, and the bootstrap draws batches.
             my_share(batches(ws.collator("text", "train"), chosen, options.batch_size, ws.device, by_length=False)),
-            ("signed_sum", "per_batch_abs"),
+            STUDY_REDUCTIONS,
             metadata={"scored_model": model, "modality": "text", "questions": options.questions},
             progress=lambda done, _: advance(min(total, done * world_size()), total),
             distributed=world_size() > 1,
             compute=ws.exact_compute.dtype,
         )
         if is_main():
-            scores.save(folder)
+            if masks:
+                most_important(scores.tensors(options.reduction), ws.config.deactivation.ratio).save(folder / MASKS)
+            scores.keeping(() if masks else options.keep).save(folder)
 
     ws.step(f"{folder_of(model)}/importance{'_other' * other}", importance, inputs, write, together=True)
 
@@ -419,6 +428,7 @@ def analysis(ws: Workspace) -> None:
             scores=ws.scores,
             weights=ws.weights,
             other=lambda: ws.scores(BASE, other=True),
+            other_mask=ws.other_mask if ws.config.importance.keep_other == "masks" else None,
             reduction=ws.config.importance.reduction,
             ratio=ws.config.deactivation.ratio,
             rank=next((m.rank for m in ws.config.methods.values() if m.kind == "lora"), 8),

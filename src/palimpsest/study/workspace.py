@@ -34,13 +34,14 @@ from palimpsest.options import require_shape
 from palimpsest.parallel import is_main, share
 from palimpsest.progress import Advance, Reporter
 from palimpsest.records import BASE
-from palimpsest.rundir import DROPPED, FRAMES, RECORDINGS, RunDir, Step, checkpoint_of, folder_of, provenance
+from palimpsest.rundir import DROPPED, FRAMES, MASKS, RECORDINGS, RunDir, Step, checkpoint_of, folder_of, provenance
 from palimpsest.study.code import step_code
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from palimpsest.importance.mask import Mask
     from palimpsest.importance.scores import Scores
     from palimpsest.models.compute import Choice
     from palimpsest.models.processor import SpeechLMProcessor
@@ -359,9 +360,35 @@ class Workspace:
         model.to(self.device)
         return model
 
+    def save(self, run: str, model: SpeechLM, folder: Path) -> None:
+        """Write the checkpoint of a run that was just trained; a light one leaves `model` on the CPU."""
+        from palimpsest.models.light import ADAPTER, write_light
+        from palimpsest.models.loading import load_encoder, load_language_model
+
+        if not self.config.kept_light(run):
+            model.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+            return
+        models, adapter = self.config.models, folder / ADAPTER.parent
+        write_light(
+            folder,
+            model.to("cpu"),
+            self.processor,
+            language_model=(models.language_model, load_language_model(models.language_model, dtype=models.dtype)[0]),
+            encoder=(models.encoder, load_encoder(models.encoder, dtype=models.dtype)[0]),
+            adapter=adapter if adapter.exists() else None,
+            trained={"method": run},
+            exact=True,
+        )
+
     def keep(self, name: str, model: SpeechLM) -> None:
-        """Remember a model that was just trained, so that it need not be read back."""
-        self._tuned = (name, model)
+        """Remember a model that was just trained, so that it need not be read back.
+
+        Not one whose checkpoint is light: merged elsewhere than in training it may differ in the last bit, and a study
+        that is continued must measure the same model as one that was not interrupted.
+        """
+        if not self.config.kept_light(name):
+            self._tuned = (name, model)
 
     def forget(self) -> None:
         self._tuned = None
@@ -389,14 +416,22 @@ class Workspace:
 
         return Scores.open(self.path / folder_of(name) / f"importance{'_other' * other}")
 
+    def other_mask(self) -> Mask:
+        """The most important weights of the base on other questions, where their scores are not kept."""
+        from palimpsest.importance.mask import Mask
+
+        return Mask.open(self.path / BASE / "importance_other" / MASKS)
+
     def weights(self, name: str) -> Mapping[str, Tensor]:
-        """The scored weights by canonical name; a tuned model's are read from its checkpoint as needed."""
+        """The scored weights by canonical name, on the CPU; a tuned model's are read from its checkpoint as needed."""
         from palimpsest.models.anatomy import scored_parameters
-        from palimpsest.models.loading import StoredLanguageModel
+        from palimpsest.models.light import LightWeights
+        from palimpsest.models.loading import OnCpu, StoredLanguageModel
 
         if name == BASE:
-            return {key: parameter.detach() for key, parameter in scored_parameters(self.base).items()}
-        return StoredLanguageModel(checkpoint_of(self.path, name))
+            return OnCpu(scored_parameters(self.base))
+        folder = checkpoint_of(self.path, name)
+        return LightWeights(folder, self.base) if self.config.kept_light(name) else StoredLanguageModel(folder)
 
     # -- what went in -------------------------------------------------------------------------------------------------
     @cached_property
