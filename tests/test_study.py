@@ -25,12 +25,14 @@ from palimpsest.commands import compare
 from palimpsest.config import parse_config
 from palimpsest.export.folders import export
 from palimpsest.files import UserError, locked
+from palimpsest.importance.scores import Scores
 from palimpsest.models.anatomy import scored_parameters
 from palimpsest.models.light import LightWeights
 from palimpsest.models.loading import StoredLanguageModel, load_language_model, load_speech_lm
+from palimpsest.planning.sizes import decoder_of
 from palimpsest.records import RESULT_TABLES
 from palimpsest.report import figures, page
-from palimpsest.study import steps
+from palimpsest.study import steps, workspace
 from palimpsest.study.run import Study, run_study
 from palimpsest.ui.asking import open_panel
 from tiny import save_tiny_models
@@ -185,6 +187,48 @@ def test_a_study_that_keeps_little_has_the_same_tables_and_its_models_still_work
     assert open_panel(run).refusals.keys() == open_panel(finished).refusals.keys()
     run_study(parse_config(little, "test"), run)  # everything is there
     assert results(run) == results(finished)
+
+
+def test_where_and_how_importance_is_summed_changes_no_number(inputs: Path, tmp_path: Path) -> None:
+    def scored(**options: Any) -> Scores:
+        little = recipe(inputs)
+        little["importance"] |= options
+        study = Study(parse_config(little, "test"), tmp_path / "-".join(map(str, options.values() or ["plain"])))
+        steps.data(study.ws)
+        steps.importance(study.ws, "base")
+        assert not [path for path in study.ws.path.rglob("*") if path.name.startswith("tmp")]
+        return study.ws.scores("base")
+
+    plain = scored()
+    for options in ({"offload": "cpu"}, {"offload": "disk"}, {"gradient_checkpointing": True}):
+        other = scored(**options)
+        for reduction in plain.reductions:
+            for name, tensor in plain.tensors(reduction).items():
+                assert torch.equal(tensor, other.tensors(reduction)[name]), (options, name)
+    one = scored(keep=["signed_sum"], accumulate="kept")
+    assert (one.reductions, one.estimated) == (("signed_sum",), ("signed_sum", "per_batch_abs"))
+    sums = [float(plain.tensors("per_batch_abs")[name].double().sum()) for name in plain.names]
+    assert one.sums["per_batch_abs"] == pytest.approx(sums, rel=1e-6)
+    assert plain.metadata["reductions"] == one.metadata["reductions"]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_step_that_the_disk_is_too_small_for_is_named_before_the_work(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse_config(recipe(inputs), "test")
+    ws = Study(config, tmp_path / "run").ws
+    decoder = decoder_of(load_language_model(str(inputs / "llm"))[0])
+    score = 4 * decoder.matrices
+    monkeypatch.setattr(workspace, "free_bytes", lambda folder: 4 * score - 1)  # two models by two reductions
+    with pytest.raises(UserError, match=r"needs .* GB by its step base/importance_other but"):
+        ws.require_disk()
+    monkeypatch.setattr(workspace, "free_bytes", lambda folder: 4 * score)
+    with pytest.raises(UserError, match=r"by its step methods/full/checkpoint but .*Keeping less"):
+        ws.require_disk()
+    monkeypatch.setattr(workspace, "free_bytes", lambda folder: 4 * score + 100)
+    with pytest.raises(UserError, match=r"by its step features but"):
+        ws.require_disk(4 * score + 101)
 
 
 def test_a_finished_study_can_be_compared(finished: Path, tmp_path: Path) -> None:

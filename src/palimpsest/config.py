@@ -91,11 +91,16 @@ class Importance:
     reduction: StudyReduction = "signed_sum"  # the one Eq. 3 and deactivation use
     # Reductions whose score of every weight stays on disk; of the others the sums over parameters, as layers need them.
     keep: Annotated[tuple[StudyReduction, ...], MinLen(1)] = STUDY_REDUCTIONS
-    keep_other: Literal["scores", "masks"] = "scores"  # likewise of the base on other questions; masks: the top weights
+    accumulate: Literal["all", "kept"] = "all"  # kept: sums of per_batch_abs come from the batches' totals, if not kept
+    keep_other: Literal["scores", "masks"] = "scores"  # of the base on other questions; masks: which weights are on top
+    offload: Literal["none", "cpu", "disk"] = "none"  # where the sums are: on the device, in host memory, in files
+    gradient_checkpointing: bool = False  # each layer's forward twice, its activations once at a time
 
     def __post_init__(self) -> None:
         if self.reduction not in self.keep:
             raise ValueError(f"keep has no {self.reduction}, which Eq. 3 and deactivation need (reduction); add it")
+        if self.accumulate == "kept" and "signed_sum" not in self.keep:
+            raise ValueError("accumulate: kept gives no sums of signed_sum, which keep leaves out; add it, or say all")
 
 
 @dataclass(frozen=True)

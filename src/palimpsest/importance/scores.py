@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from typing_extensions import TypedDict
 
 from palimpsest.files import UserError, hash_file, hash_value, read_json, replacing, write_json
+from palimpsest.importance.reduce import REDUCTIONS
 from palimpsest.models.anatomy import scored_parameters
 from palimpsest.parallel import is_sharded, reshard, whole
 
@@ -130,6 +131,21 @@ class Scores:
         }
         return Scores(
             self.metadata, kept, self.batch_totals, self.batch_tokens, self._origin, sums={**self.sums, **sums}
+        )
+
+    def with_batch_sums(self) -> Scores:
+        """With the sums of per_batch_abs over parameters, if that was not estimated, from the totals of the batches.
+
+        Σ_b Σ_j |θ_j · g_bj| is both; only where it was rounded to float32 differs.
+        """
+        name = "per_batch_abs"
+        if name in self.estimated:
+            return self
+        sums = (self.batch_totals.sum(0) / self.batch_tokens.sum()).tolist()
+        reductions = {**self.metadata["reductions"], name: REDUCTIONS[name].formula}
+        metadata = {**self.metadata, "reductions": reductions}
+        return Scores(
+            metadata, self._tensors, self.batch_totals, self.batch_tokens, self._origin, sums={**self.sums, name: sums}
         )
 
     def save(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:

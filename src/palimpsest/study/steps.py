@@ -119,8 +119,7 @@ def features(ws: Workspace) -> None:
 
         cache = folder / "cache" if speech.feature_cache is None else Path(speech.feature_cache).expanduser()
         groups = {key: group for key, group in ws.groups.items() if key != "train" or ws.frames.path == "cache"}
-        if speech.feature_cache is None:
-            ws.require_disk(sum(map(ws.frame_bytes, groups.values())))
+        ws.require_disk(0 if speech.feature_cache is not None else sum(map(ws.frame_bytes, groups.values())))
         encoder, _ = load_encoder(ws.config.models.encoder, device=ws.device)
         total, before = sum(map(len, groups.values())), 0
         for key, group in groups.items():
@@ -222,6 +221,8 @@ def importance(ws: Workspace, model: str, other: bool = False) -> None:
         "compute": ws.exact_compute.dtype,
     }
     masks = other and options.keep_other == "masks"
+    if options.accumulate == "kept":
+        inputs["accumulated"] = list(options.keep)
     if masks:
         inputs["masks"] = [options.reduction, ws.config.deactivation.ratio]
     elif options.keep != STUDY_REDUCTIONS:
@@ -234,17 +235,24 @@ def importance(ws: Workspace, model: str, other: bool = False) -> None:
 
         chosen = importance_questions(ws.groups, options, ws.seed("importance"), other=other)
         total = -(-len(chosen) // options.batch_size)
+        language_model = ws.language_model(model)
+        if options.gradient_checkpointing:
+            language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         scores = estimate_importance(
-            ws.language_model(model),
+            language_model,
             # In random order: batches sorted by length would not be alike, and the bootstrap draws batches.
             my_share(batches(ws.collator("text", "train"), chosen, options.batch_size, ws.device, by_length=False)),
-            STUDY_REDUCTIONS,
+            options.keep if options.accumulate == "kept" else STUDY_REDUCTIONS,
+            offload={"none": None, "cpu": "cpu", "disk": folder}[options.offload],
             metadata={"scored_model": model, "modality": "text", "questions": options.questions},
             progress=lambda done, _: advance(min(total, done * world_size()), total),
             distributed=world_size() > 1,
             compute=ws.exact_compute.dtype,
         )
+        if options.gradient_checkpointing:
+            language_model.gradient_checkpointing_disable()
         if is_main():
+            scores = scores.with_batch_sums()
             if masks:
                 most_important(scores.tensors(options.reduction), ws.config.deactivation.ratio).save(folder / MASKS)
             scores.keeping(() if masks else options.keep).save(folder)
@@ -420,6 +428,7 @@ def analysis(ws: Workspace) -> None:
     def write(folder: Path, advance: Advance) -> None:
         from palimpsest.analysis.analyse import write_tables
 
+        ws.forget()  # the base is loaded beside what checkpoints hold
         options = ws.config.analysis
         write_tables(
             folder,
@@ -449,6 +458,7 @@ def maps(ws: Workspace) -> None:
     def write(folder: Path, advance: Advance) -> None:
         from palimpsest.analysis.analyse import write_study_maps
 
+        ws.forget()
         reduction = ws.config.importance.reduction
         write_study_maps(folder, models=names, scores=ws.scores, weights=ws.weights, reduction=reduction)
         advance(1, 1)

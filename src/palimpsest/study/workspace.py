@@ -26,15 +26,25 @@ from palimpsest.files import (
     hash_value,
     read_json,
     read_jsonl,
-    require_disk,
     without_folders,
     write_json,
 )
 from palimpsest.options import require_shape
-from palimpsest.parallel import is_main, share
+from palimpsest.parallel import is_main, share, world_size
 from palimpsest.progress import Advance, Reporter
 from palimpsest.records import BASE
-from palimpsest.rundir import DROPPED, FRAMES, MASKS, RECORDINGS, RunDir, Step, checkpoint_of, folder_of, provenance
+from palimpsest.rundir import (
+    DROPPED,
+    FRAMES,
+    MASKS,
+    RECORDINGS,
+    STEP_FILE,
+    RunDir,
+    Step,
+    checkpoint_of,
+    folder_of,
+    provenance,
+)
 from palimpsest.study.code import step_code
 
 if TYPE_CHECKING:
@@ -245,15 +255,34 @@ class Workspace:
             require_budget(examples, lengths, self.settings.max_tokens)
 
     def require_disk(self, frames: int = 0) -> None:
-        """`frames`: bytes of encoder frames that the run directory gets; known when the data are there."""
-        from palimpsest.models.loading import weight_bytes
+        """Raise UserError that names the first step yet to come whose files would not fit beside those before it.
 
-        # Per model a checkpoint and two reductions of importance; while one trains, its optimizer's state.
-        need = frames + 3 * weight_bytes(self.config.models.language_model) * (len(self.config.runs) + 2)
-        data = self.path / "data"
-        written = (file for file in self.path.rglob("*") if file.is_file() and not file.is_relative_to(data))
-        have = sum(file.stat().st_size for file in written)
-        require_disk(self.path, max(0, need - have), f"The study {self.config.name}")
+        frames: bytes of encoder frames that the run directory gets; known when the data are there.
+        """
+        from palimpsest.models.loading import blank_language_model
+        from palimpsest.planning.needs import StepDisk, disk_of_steps, first_that_fails, steps_at_most
+        from palimpsest.planning.plan import setups_of
+        from palimpsest.planning.sizes import decoder_of, encoder_sizes
+
+        models = self.config.models
+        decoder, encoder = decoder_of(blank_language_model(models.language_model)), encoder_sizes(models.encoder)[0]
+        there = (self.path / "data" / STEP_FILE).exists()
+        n_steps = steps_at_most(self.config, len(self.groups["train"]) if there else None)
+        setups = setups_of(self.config, decoder, encoder)
+        steps = disk_of_steps(self.config, decoder, setups, dict.fromkeys(setups, n_steps), world_size())
+        left = [
+            step for step in (StepDisk("features", frames), *steps) if not (self.path / step.name / STEP_FILE).exists()
+        ]
+        begun = (file for file in (self.path / ".working").rglob("*") if file.is_file())
+        have, free = sum(file.stat().st_size for file in begun), free_bytes(self.path)
+        short = first_that_fails(left, have + free)
+        if short is not None:
+            step, needed = short
+            raise UserError(
+                f"The study {self.config.name} needs {(needed - have) / 1e9:.2f} GB by its step {step} but {self.path} "
+                f"has {free / 1e9:.2f} GB free; free some space, choose another folder with --out, or let the recipe "
+                "keep less (docs/run-directory.md, Keeping less)."
+            )
 
     # -- models -------------------------------------------------------------------------------------------------------
     @cached_property
