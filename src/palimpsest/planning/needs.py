@@ -17,22 +17,18 @@ from typing import Any
 
 from palimpsest.config import STUDY_REDUCTIONS, StudyConfig
 from palimpsest.planning.memory import (
+    ACCUMULATED,
     ADAM_STATES,
-    ALLOCATOR_SHARE,
     RUNTIME_BYTES,
     Batch,
     Decoder,
     Encoder,
     Setup,
-    activation_bytes,
+    importance_parts,
     layer_bytes_per_token,
-    logit_bytes,
 )
 from palimpsest.records import BASE
 from palimpsest.rundir import folder_of
-
-ACCUMULATED = 4  # bytes of a score, float32
-PIECE = 1 << 24  # weights whose gradient is folded at a time on CUDA, with three temporaries (importance/reduce.py)
 
 
 @dataclass(frozen=True)
@@ -63,17 +59,8 @@ def importance_memory(config: StudyConfig, setup: Setup, batch: Batch, *, tuned:
     setup = replace(setup, method="full", modality="text", checkpointing=options.gradient_checkpointing, n_gpus=1)
     batch = replace(batch, rows=options.batch_size)
     sums = ACCUMULATED * decoder.matrices * accumulated(config)
-    kept = activation_bytes(setup, batch)
-    largest = decoder.hidden * decoder.intermediate  # the matrix whose gradient is folded and freed
-    folded = 3 * 4 * min(PIECE, largest) if setup.device == "cuda" else 0
-    whole = activation_bytes(replace(setup, checkpointing=False), batch)
-    parts = {
-        "weights": _weights(setup, tuned),
-        "accumulators": sums if options.offload == "none" else 0,
-        "activations": kept,
-        "loss or gradient": max(logit_bytes(setup, batch), setup.weight_bytes * largest + folded),
-        "runtime": RUNTIME_BYTES[setup.device] + round(ALLOCATOR_SHARE[setup.device] * whole),
-    }
+    parts = importance_parts(setup, batch, sums if options.offload == "none" else 0)
+    parts["weights"] = _weights(setup, tuned)
     name = f"{'methods/NAME' if tuned else BASE}/importance"
     return StepMemory(name, parts, host=sums if options.offload == "cpu" else 0)
 

@@ -24,6 +24,7 @@ from palimpsest.data.examples import Example
 from palimpsest.data.in_loop import FRAME_BYTES, FramesChoice, choose_frames
 from palimpsest.files import UserError, free_bytes
 from palimpsest.planning.memory import (
+    ACCUMULATED,
     Batch,
     Decoder,
     Encoder,
@@ -35,7 +36,6 @@ from palimpsest.planning.memory import (
     step_flops,
 )
 from palimpsest.planning.needs import (
-    ACCUMULATED,
     StepDisk,
     StepMemory,
     checkpoint_bytes,
