@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.analysis.correlation import correlation_records
-from palimpsest.analysis.overlap import overlap_records
+from palimpsest.analysis.overlap import most_important, overlap_records
 from palimpsest.files import UserError
 from palimpsest.records import run_name
 
@@ -27,6 +27,9 @@ def test_overlap_by_hand() -> None:
     assert (rows["all"]["ci_low"], rows["all"]["ci_high"]) == (0.5, 1.0)
     assert rows[Q0]["ci_low"] is None
     assert rows["all"]["layer"] is None
+    mask = most_important(other, 0.5)
+    masks = {name: mask.tensor(name) for name in mask.names}
+    assert {row["name"]: row for row in overlap_records("full", tuned, "base", base, other=masks, ratio=0.5)} == rows
 
 
 def test_overlap_of_unrelated_scores_is_chance() -> None:

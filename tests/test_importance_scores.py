@@ -44,6 +44,22 @@ def test_save_and_open(tmp_path: Path, shard_bytes: int) -> None:
     assert not list((tmp_path / "scores").glob(".*"))
 
 
+def test_of_a_reduction_that_is_not_kept_the_sums_are(tmp_path: Path) -> None:
+    scores = estimated()
+    scores.keeping(["signed_sum"]).save(tmp_path)
+    opened = Scores.open(tmp_path, verify=True)
+    assert (opened.reductions, opened.estimated) == (("signed_sum",), ("signed_sum", "per_batch_abs"))
+    for name, total in zip(opened.names, opened.sums["per_batch_abs"], strict=True):
+        assert total == float(scores.tensors("per_batch_abs")[name].numpy().sum(dtype=np.float64))  # to the bit
+    assert not list(tmp_path.glob("per_batch_abs*"))
+    with pytest.raises(UserError, match="no reduction 'per_batch_abs', only signed_sum"):
+        opened.tensors("per_batch_abs")
+    none = opened.keeping(())
+    assert (none.reductions, none.estimated, none.sums.keys()) == (
+        (), scores.reductions, {"signed_sum", "per_batch_abs"}
+    )  # fmt: skip
+
+
 def test_opening_loads_no_tensor_and_access_loads_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     estimated().save(tmp_path)
     loaded: list[str] = []

@@ -146,6 +146,56 @@ def test_what_fits_only_on_several_gpus_is_told(tmp_path: Path) -> None:
     assert one.memory.weights > 7 * memory(kept, plan.methods[0].batch).weights
 
 
+def test_importance_is_planned_and_refused_with_the_keys_that_make_room(tmp_path: Path) -> None:
+    """8B in float32 on 80 GB: weights 32 and sums of two reductions 56, before any activation."""
+
+    def plan_with(**importance: Any) -> tuple[Any, Path]:
+        values = yaml.safe_load(PAPER.read_text())
+        values["importance"] = {"batch_size": 8, **importance}
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return make_plan(load_config(path), Assumptions(gpu="H100", n_gpus=8)), path
+
+    plan, path = plan_with()
+    base, tuned = plan.steps[:2]
+    matrices, decoder = plan.methods[0].setup.decoder.matrices, plan.methods[0].setup.decoder.parameters
+    assert base.parts["weights"] == 4 * decoder
+    assert base.parts["accumulators"] == 2 * 4 * matrices
+    assert tuned.parts["weights"] - base.parts["weights"] == 4 * (
+        plan.methods[0].setup.encoder.parameters + plan.methods[0].setup.adaptor_parameters
+    )
+    said = refusal(plan, path)
+    assert said is not None
+    assert "base/importance and methods/NAME/importance would need up to" in said
+    with pytest.raises(UserError, match=r"base/importance .* set importance\.accumulate: kept, .*keep: \[signed_sum\]"):
+        list(plan_recipe(path, Assumptions(gpu="H100", n_gpus=8)))
+    assert base.remedy is not None
+    keys = yaml.safe_load("{" + base.remedy.replace("importance.", "") + "}")
+    fits, path = plan_with(**keys)
+    assert refusal(fits, path) is None
+    assert fits.steps[0].parts["accumulators"] == 4 * matrices
+    host, _ = plan_with(offload="cpu", gradient_checkpointing=True)
+    assert (host.steps[0].parts["accumulators"], host.steps[0].host) == (0, 8 * matrices)
+    shipped = make_plan(load_config(PAPER), Assumptions(gpu="H100", n_gpus=8))
+    assert all(step.peak <= shipped.capacity for step in shipped.steps)
+    assert "where base/importance" in str(refusal(*plan_with(batch_size=1)))
+
+
+def test_a_batch_of_answers_that_does_not_fit_is_given_a_size(tmp_path: Path) -> None:
+    values = yaml.safe_load(recipe(tmp_path).read_text())
+    values["evaluation"] |= {"batch_size": 100_000}
+    path = tmp_path / "answers.yaml"
+    path.write_text(yaml.safe_dump(values))
+    plan = make_plan(load_config(path), Assumptions(memory=4))
+    said = refusal(plan, path)
+    found = re.search(r"answers would need up to .*: set evaluation\.batch_size: (\d+)", str(said))
+    assert found is not None, said
+    for rows, expected in ((int(found[1]), True), (int(found[1]) + 1, False)):
+        values["evaluation"]["batch_size"] = rows
+        path.write_text(yaml.safe_dump(values))
+        assert (refusal(make_plan(load_config(path), Assumptions(memory=4)), path) is None) == expected
+
+
 def test_the_command_prints_the_plan_and_refuses_in_one_sentence() -> None:
     command = [sys.executable, "-m", "palimpsest.cli", "plan", str(PAPER)]
     small = subprocess.run([*command, "--gpu", "L4"], capture_output=True, text=True)
@@ -225,6 +275,26 @@ def test_time_and_disk_follow_the_formulas(tmp_path: Path) -> None:
     full = plan.methods[0]
     weights = 4 * (full.setup.decoder.parameters + full.setup.adaptor_parameters + full.setup.encoder.parameters)
     assert full.checkpoint == weights
+    often = make_plan(load_config(recipe(tmp_path, training={"batch_size": 4, "checkpoint_every": 2})), Assumptions())
+    # Three times the model and two numbers for each that is trained, in float32.
+    assert often.methods[0].while_training == 3 * (weights + 8 * often.methods[0].setup.trainable)
+    little = {"keep": ["per_batch_abs"], "reduction": "per_batch_abs", "keep_other": "masks", "offload": "disk"}
+    models = yaml.safe_load(recipe(tmp_path).read_text())["models"]
+    of = make_plan(
+        load_config(recipe(tmp_path, importance=little, models={**models, "checkpoints": "light"})), Assumptions()
+    )
+    matrices, lora = full.setup.decoder.matrices, of.methods[2].setup
+    assert [(step.name, step.kept) for step in of.disk] == [
+        ("base/importance", 4 * matrices),
+        ("base/importance_other", matrices / 8),
+        ("methods/full/checkpoint", weights),
+        ("methods/full/importance", 4 * matrices),
+        ("methods/layer_lr/checkpoint", weights),
+        ("methods/layer_lr/importance", 4 * matrices),
+        ("methods/lora/checkpoint", 4 * (lora.lora_parameters + lora.adaptor_parameters)),
+        ("methods/lora/importance", 4 * matrices),
+    ]
+    assert {step.passing for step in of.disk if "importance" in step.name} == {8 * matrices}
     assert full.while_training == 0  # six steps, a checkpoint every 500
     assert memory(full.setup, full.batch) == full.memory
 

@@ -16,17 +16,25 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 from audio_files import BROKEN, voice_assistant, wav
 from palimpsest.commands import compare
 from palimpsest.config import parse_config
+from palimpsest.export.folders import export
 from palimpsest.files import UserError, locked
+from palimpsest.importance.scores import Scores
+from palimpsest.models.anatomy import scored_parameters
+from palimpsest.models.light import LightWeights
+from palimpsest.models.loading import StoredLanguageModel, load_language_model, load_speech_lm
+from palimpsest.planning.sizes import decoder_of
 from palimpsest.records import RESULT_TABLES
 from palimpsest.report import figures, page
-from palimpsest.study import steps
+from palimpsest.study import steps, workspace
 from palimpsest.study.run import Study, run_study
+from palimpsest.ui.asking import open_panel
 from tiny import save_tiny_models
 
 METHODS = ("full", "layer_lr", "lora")
@@ -146,6 +154,81 @@ def test_the_run_directory_is_complete(finished: Path) -> None:
     assert all(text in html.unescape((finished / "report.html").read_text()) for text in provenance["prompts"].values())
     scales = json.loads((finished / "methods/layer_lr/checkpoint/layer_scales.json").read_text())
     assert sorted(scales.values()) == pytest.approx([0.6, 1.0])
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_study_that_keeps_little_has_the_same_tables_and_its_models_still_work(
+    finished: Path, inputs: Path, tmp_path: Path
+) -> None:
+    little = recipe(inputs)
+    little["models"]["checkpoints"] = "light"
+    little["importance"] |= {"keep": ["signed_sum"], "keep_other": "masks"}
+    run = tmp_path / "run"
+    run_study(parse_config(little, "test"), run)
+    assert results(run) == results(finished)
+    assert sorted(path.name for path in (run / "base/importance_other").glob("*.safetensors")) == ["masks.safetensors"]
+    assert not list(run.rglob("per_batch_abs*"))
+    light = run / "methods/lora/checkpoint"
+    assert not (light / "model.safetensors").exists()
+    assert (run / "methods/full/checkpoint/model.safetensors").exists()
+    whole = StoredLanguageModel(finished / "methods/lora/checkpoint")
+    added = LightWeights(light, load_language_model(str(inputs / "llm"))[0])
+    assert list(added) == list(whole)
+    assert all(torch.equal(added[name], whole[name]) for name in whole)
+    base = scored_parameters(load_language_model(str(inputs / "llm"))[0])
+    assert not any(torch.equal(whole[name], weight) for name, weight in base.items())
+    model, _ = load_speech_lm(light)
+    before = load_file(finished / "methods/lora/checkpoint/model.safetensors")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items() if name in before)
+    export(run, method="lora", text_llm=tmp_path / "text", adapter=tmp_path / "adapter", light=tmp_path / "light")
+    export(run, method="full", speech_lm=tmp_path / "speech")
+    tensors = load_file(tmp_path / "text/model.safetensors")
+    assert torch.equal(tensors["model.layers.0.mlp.up_proj.weight"], whole["model.layers.0.mlp.up_proj.weight"])
+    assert open_panel(run).refusals.keys() == open_panel(finished).refusals.keys()
+    run_study(parse_config(little, "test"), run)  # everything is there
+    assert results(run) == results(finished)
+
+
+def test_where_and_how_importance_is_summed_changes_no_number(inputs: Path, tmp_path: Path) -> None:
+    def scored(**options: Any) -> Scores:
+        little = recipe(inputs)
+        little["importance"] |= options
+        study = Study(parse_config(little, "test"), tmp_path / "-".join(map(str, options.values() or ["plain"])))
+        steps.data(study.ws)
+        steps.importance(study.ws, "base")
+        assert not [path for path in study.ws.path.rglob("*") if path.name.startswith("tmp")]
+        return study.ws.scores("base")
+
+    plain = scored()
+    for options in ({"offload": "cpu"}, {"offload": "disk"}, {"gradient_checkpointing": True}):
+        other = scored(**options)
+        for reduction in plain.reductions:
+            for name, tensor in plain.tensors(reduction).items():
+                assert torch.equal(tensor, other.tensors(reduction)[name]), (options, name)
+    one = scored(keep=["signed_sum"], accumulate="kept")
+    assert (one.reductions, one.estimated) == (("signed_sum",), ("signed_sum", "per_batch_abs"))
+    sums = [float(plain.tensors("per_batch_abs")[name].double().sum()) for name in plain.names]
+    assert one.sums["per_batch_abs"] == pytest.approx(sums, rel=1e-6)
+    assert plain.metadata["reductions"] == one.metadata["reductions"]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_step_that_the_disk_is_too_small_for_is_named_before_the_work(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse_config(recipe(inputs), "test")
+    ws = Study(config, tmp_path / "run").ws
+    decoder = decoder_of(load_language_model(str(inputs / "llm"))[0])
+    score = 4 * decoder.matrices
+    monkeypatch.setattr(workspace, "free_bytes", lambda folder: 4 * score - 1)  # two models by two reductions
+    with pytest.raises(UserError, match=r"needs .* GB by its step base/importance_other but"):
+        ws.require_disk()
+    monkeypatch.setattr(workspace, "free_bytes", lambda folder: 4 * score)
+    with pytest.raises(UserError, match=r"by its step methods/full/checkpoint but .*Keeping less"):
+        ws.require_disk()
+    monkeypatch.setattr(workspace, "free_bytes", lambda folder: 4 * score + 100)
+    with pytest.raises(UserError, match=r"by its step features but"):
+        ws.require_disk(4 * score + 101)
 
 
 def test_a_finished_study_can_be_compared(finished: Path, tmp_path: Path) -> None:

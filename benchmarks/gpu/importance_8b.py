@@ -1,15 +1,18 @@
 """Speed and memory of importance at the size of real models, on one GPU: Llama-3.2-1B and Llama-3.1-8B shapes.
 
-    PYTHONPATH=src python benchmarks/gpu/importance_8b.py OUT.json             # CUDA, 80 GB for the 8B shape
-    PYTHONPATH=src python benchmarks/gpu/importance_8b.py OUT.json --dry-run   # a tiny model on the CPU
+    PYTHONPATH=src python benchmarks/gpu/importance_8b.py OUT.json          # CUDA, 80 GB for the 8B shape
+    PYTHONPATH=src python benchmarks/gpu/importance_8b.py OUT.json --tiny   # a tiny model on the CPU
 
 Weights and tokens are random, so nothing is downloaded; bfloat16 as one would load such a model. Needs torch,
-transformers and numpy. Everything that is compared is measured in one run, on the same batches:
+transformers, safetensors and numpy. Everything that is compared is measured in one run, on the same batches:
 
     bare            forward + backward of the same weights, gradients kept until the backward ends
     REDUCTIONS      `estimate_importance`, between two batches; what it does once (hashing the weights, finishing
                     the scores) stands in its own column
     loop of one     per_batch_abs on batches of one sequence: per_sequence_abs without its batched backward
+    study           float32 as a study scores, by the keys of its recipe: the 1B shape by both reductions, the 8B shape
+                    as recipes/paper-8b.yaml (one reduction, gradient checkpointing), and with both in host memory;
+                    `planned` is what `palimpsest plan` says of it, without what lies outside PyTorch's allocator
 
 Times are medians over batches after one for warming up. TFLOP/s counts 6 · N · tokens, N the scored weights
 (embedding and head are left out of N, not out of the time). `error` compares one matrix of the first estimate
@@ -21,22 +24,23 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Iterable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from shared import describe_machine, require_cuda
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from palimpsest.importance.estimate import estimate_importance
 from palimpsest.importance.scores import Scores
 from palimpsest.models.anatomy import scored_parameters
 from palimpsest.models.loss import supervised_losses
+from palimpsest.planning.memory import ACCUMULATED, RUNTIME_BYTES, Encoder, Setup, importance_parts
+from palimpsest.planning.memory import Batch as Sizes
+from palimpsest.planning.sizes import decoder_of
 
 LLAMA_3 = {"vocab_size": 128_256, "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -64,6 +68,13 @@ TINY: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
+}
+BOTH = ["signed_sum", "per_batch_abs"]
+# As a study scores these shapes: (what, reductions, gradient checkpointing, offload).
+STUDIES: dict[str, list[tuple[str, list[str], bool, Any]]] = {
+    "Llama-3.2-1B": [("study", BOTH, False, None)],
+    "Llama-3.1-8B": [("study", ["signed_sum"], True, None), ("study, in host memory", BOTH, True, "cpu")],
+    "tiny": [("study", ["signed_sum"], True, None), ("study, in host memory", BOTH, False, "cpu")],
 }
 Batch = dict[str, Any]
 
@@ -100,14 +111,19 @@ class Stopwatch:
         return torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None
 
 
-def random_batches(n: int, rows: int, length: int, vocabulary: int, device: torch.device) -> list[Batch]:
+def random_batches(
+    n: int, rows: int, length: int, vocabulary: int, device: torch.device, supervised: int | None = None
+) -> list[Batch]:
+    """supervised: tokens at the end of a row that have a loss; None: all."""
     generator = torch.Generator().manual_seed(rows * length)
     batches = []
     for number in range(n):
         input_ids = torch.randint(vocabulary, (rows, length), generator=generator).to(device)
         ids = [f"{number}/{row}" for row in range(rows)]
         mask = torch.ones_like(input_ids)
-        batches.append({"input_ids": input_ids, "attention_mask": mask, "labels": input_ids.clone(), "ids": ids})
+        labels = input_ids.clone()
+        labels[:, : -(supervised or length)] = -100
+        batches.append({"input_ids": input_ids, "attention_mask": mask, "labels": labels, "ids": ids})
     return batches
 
 
@@ -138,13 +154,15 @@ def bare(model: Any, batches: list[Batch], checked: str, watch: Stopwatch) -> to
 class Measurements:
     """The rows of one model's table, measured one after the other and printed as they come."""
 
-    def __init__(self, name: str, shape: dict[str, Any], device: torch.device, n_batches: int) -> None:
+    def __init__(
+        self, name: str, shape: dict[str, Any], device: torch.device, n_batches: int, dtype: torch.dtype
+    ) -> None:
         self.name, self.device, self.n_batches = name, device, n_batches
         self.rows: list[dict[str, Any]] = []
         torch.manual_seed(0)
         config = LlamaConfig(**shape, bos_token_id=1, eos_token_id=2)
         with device:
-            self.model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+            self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         self.weights = scored_parameters(self.model)
         self.n_scored = sum(weight.numel() for weight in self.weights.values())
         self.weight_gb = sum(p.numel() * p.element_size() for p in self.model.parameters()) / 1e9
@@ -177,6 +195,23 @@ class Measurements:
         self._estimate("per_sequence_abs", size, batches, ["per_sequence_abs"])
         self._estimate("loop of one", size, one_by_one(batches[:3]), ["per_batch_abs"], repeat=n_rows)
 
+    def run_as_study(self, n_rows: int, length: int, supervised: int) -> None:
+        """Float32 weights and arithmetic; without bare passes, whose gradients would not fit."""
+        model = self.model
+        size, vocabulary = (n_rows, length), model.config.vocab_size
+        batches = random_batches(self.n_batches + 1, n_rows, length, vocabulary, self.device, supervised)
+        for what, reductions, checkpointing, offload in STUDIES[self.name]:
+            setup = Setup(decoder_of(model), Encoder(0, 0, 0), "full", modality="text", checkpointing=checkpointing,
+                          device="cuda" if self.device.type == "cuda" else "cpu")  # fmt: skip
+            sums = 0 if offload else ACCUMULATED * self.n_scored * len(reductions)
+            parts = importance_parts(setup, Sizes(n_rows, length, 0, supervised, supervised), sums)
+            if checkpointing:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self._estimate(what, size, batches[: 3 if offload else None], reductions, offload=offload)
+            model.gradient_checkpointing_disable()
+            self.rows[-1] |= {"planned_gb": (sum(parts.values()) - RUNTIME_BYTES[setup.device]) / 1e9, "plan": parts}
+            print(f"{'':<14} planned {self.rows[-1]['planned_gb']:.1f} GB", flush=True)
+
     def _estimate(
         self,
         what: str,
@@ -202,7 +237,7 @@ class Measurements:
     def _add(self, what: str, size: tuple[int, int], watch: Stopwatch, seconds: float, once: float) -> None:
         batch, tokens = f"{size[0]} x {size[1]}", size[0] * size[1]
         bare_rows = [row for row in self.rows if (row["what"], row["batch"]) == ("bare", batch)]
-        reference = bare_rows[0]["seconds_per_batch"] if bare_rows else seconds
+        bare_seconds = bare_rows[0]["seconds_per_batch"] if bare_rows else seconds if what == "bare" else None
         row = {
             "model": self.name,
             "what": what,
@@ -210,7 +245,7 @@ class Measurements:
             "seconds_per_batch": seconds,
             "all_seconds": watch.per_batch,
             "microseconds_per_token": 1e6 * seconds / tokens,
-            "times_bare": seconds / reference,
+            "times_bare": seconds / bare_seconds if bare_seconds else None,
             "tflops": 6 * self.n_scored * tokens / seconds / 1e12,
             "peak_gb": watch.peak_gb,
             "seconds_once": once,
@@ -218,56 +253,43 @@ class Measurements:
             "weight_gb": self.weight_gb,
         }
         self.rows.append(row)
+        times = "-" if row["times_bare"] is None else f"{row['times_bare']:.3f}"
         peak = "-" if watch.peak_gb is None else f"{watch.peak_gb:.1f}"
         print(
-            f"{self.name:<14} {what:<22} {batch:>9} {row['microseconds_per_token']:>10.2f} {row['times_bare']:>7.3f} "
+            f"{self.name:<14} {what:<22} {batch:>9} {row['microseconds_per_token']:>10.2f} {times:>7} "
             f"{row['tflops']:>9.3f} {peak:>8} {once:>8.2f}",
             flush=True,
         )
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    machine: dict[str, Any] = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": {package: version(package) for package in ("torch", "transformers", "numpy")},
-        "cuda": torch.version.cuda,
-        "threads": torch.get_num_threads(),
-        "device": str(device),
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        machine |= {"gpu": properties.name, "gpu_gb": properties.total_memory / 1e9}
-    return machine
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="JSON file for the measurements")
-    parser.add_argument("--dry-run", action="store_true", help="a tiny model on the CPU")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
     parser.add_argument("--models", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--batches", type=int, default=8, help="measured batches, after one for warming up")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512, help="tokens per row")
     settings = parser.parse_args()
-    if not settings.dry_run and not torch.cuda.is_available():
-        sys.exit("There is no CUDA device; use --dry-run to try the script on the CPU.")
-
-    device = torch.device("cpu" if settings.dry_run else "cuda")
+    device = require_cuda(settings.tiny)
     machine = describe_machine(device)
     print(machine.get("gpu", "CPU, dry run"), "| torch", machine["versions"]["torch"])
     heads = ("batch", 9), ("µs/token", 10), ("× bare", 7), ("TFLOP/s", 9), ("peak GB", 8), ("once, s", 8)
     print(f"{'model':<14} {'what':<22}", *(f"{head:>{width}}" for head, width in heads))
     rows: list[dict[str, Any]] = []
-    for name, shape in (TINY if settings.dry_run else {name: SHAPES[name] for name in settings.models}).items():
-        measurements = Measurements(name, shape, device, settings.batches)
-        measurements.run(settings.rows, settings.length)
-        measurements.run_by_sequence(16, 64)
-        rows += measurements.rows
-        # Written after every model: a later one that fails takes nothing away.
-        settings.out.parent.mkdir(parents=True, exist_ok=True)
-        settings.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-        del measurements
+    for name, shape in (TINY if settings.tiny else {name: SHAPES[name] for name in settings.models}).items():
+        for dtype in (torch.bfloat16, torch.float32):
+            measurements = Measurements(name, shape, device, settings.batches, dtype)
+            if dtype == torch.bfloat16:
+                measurements.run(settings.rows, settings.length)
+                measurements.run_by_sequence(16, 64)
+            else:
+                measurements.run_as_study(8, settings.length, min(100, settings.length - 1))
+            rows += measurements.rows
+            # Written after every model: a later one that fails takes nothing away.
+            settings.out.parent.mkdir(parents=True, exist_ok=True)
+            settings.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+            del measurements
     for row in rows:
         if "error" in row:
             print(f"{row['model']}: relative difference of {row['what']} from the bare gradients {row['error']:.1e}")

@@ -10,7 +10,7 @@ compute in bf16, as recipes/paper-1b.yaml does; the 8B cases hold bf16 weights w
 what fits on one GPU: they measure speed and memory, not learning.
 
 A case's time is the median of its optimizer steps after `WARM_UP`. tokens/s counts tokens without padding; MFU is
-`training.budget.step_flops` of these tokens over the GPU's published dense bf16 FLOP/s, recomputation not counted.
+`planning.memory.step_flops` of these tokens over the GPU's published dense bf16 FLOP/s, recomputation not counted.
 `peak` is torch.cuda.max_memory_allocated; `planned` the plan's peak without what lies outside PyTorch's allocator.
 """
 
@@ -20,25 +20,22 @@ import argparse
 import gc
 import itertools
 import json
-import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from shared import TINY, byte_tokenizer, describe_machine, require_cuda
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    PreTrainedTokenizerFast,
     WhisperConfig,
     WhisperFeatureExtractor,
 )
@@ -52,18 +49,11 @@ from palimpsest.models.anatomy import scored_parameters
 from palimpsest.models.processor import SpeechLMProcessor
 from palimpsest.models.speech_lm import SpeechLM
 from palimpsest.planning.memory import RUNTIME_BYTES, Batch, Decoder, Encoder, Setup, largest_rows, memory, step_flops
-from palimpsest.planning.sizes import DECODERS, ENCODERS, GPUS
+from palimpsest.planning.sizes import DECODERS, ENCODERS
 from palimpsest.training.methods import Method
 from palimpsest.training.train import Settings, train
 
 WARM_UP = 3  # steps: allocator, kernels' own tuning
-TINY = {
-    "decoder": {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "head_dim": 8,
-                "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-                "tie_word_embeddings": True},
-    "encoder": {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
-                "num_mel_bins": 80},
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,11 +87,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="of speech in each")
     parser.add_argument("--stop-after", type=float, default=480, help="seconds after which no further case is begun")
     options = parser.parse_args()
-    if not options.tiny and not torch.cuda.is_available():
-        sys.exit("There is no CUDA device; use --tiny to try the script on the CPU.")
-
     started = time.perf_counter()
-    device = torch.device("cpu" if options.tiny else "cuda")
+    device = require_cuda(options.tiny)
     machine = describe_machine(device)
     print(
         machine.get("gpu", "CPU, dry run"), "| torch", machine["versions"]["torch"], "| fused loss:", fused_loss(device)
@@ -281,40 +268,6 @@ def synthetic_data(model: SpeechLM, options: argparse.Namespace, folder: Path) -
         return [Example(str(i), "q", (answer,), answer) for i, answer in enumerate(answers)]
 
     return collator, make
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    specials = ["<pad>", "<s>", "</s>", "<end>", "<user>", "<assistant>"]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate([*specials, *alphabet])}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<end>", pad_token="<pad>",
-        additional_special_tokens=["<user>", "<assistant>"],
-    )  # fmt: skip
-    fast.chat_template = (
-        "<s>{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}<end>{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>{% endif %}"
-    )
-    return fast
-
-
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    machine: dict[str, Any] = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": {package: version(package) for package in ("torch", "transformers", "peft", "accelerate")},
-        "cuda": torch.version.cuda,
-        "device": str(device),
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        known = [gpu for key, gpu in GPUS.items() if key.split("-")[0] in properties.name]
-        machine |= {"gpu": properties.name, "gpu_gb": properties.total_memory / 1e9}
-        if known:
-            machine |= {"table_entry": known[0].name, "published_bf16_flops": known[0].bf16}
-    return machine
 
 
 def show(row: dict[str, Any]) -> None:

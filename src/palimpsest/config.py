@@ -39,6 +39,8 @@ class Models:
     asr: str | None = None  # the cascade's recogniser; none: no cascade
     adaptor: str | None = None  # a speech LLM whose adaptor every method starts from; none: a fresh one
     dtype: WeightDtype = "float32"  # of the weights
+    # Of the runs: whole models, or of adaptor and lora what was trained alone, beside the names of what it belongs to.
+    checkpoints: Literal["whole", "light"] = "whole"
     compute: Compute = "auto"  # of matrix products; auto: bfloat16 where the device multiplies it faster
     device: str = "auto"  # "auto": CUDA if there is one, else CPU
 
@@ -75,13 +77,30 @@ class Data:
             raise ValueError("give exactly one of heldout (a split) and heldout_examples (how many of train)")
 
 
+# Estimated in one pass; results.json has the layers and their shift by both.
+StudyReduction = Literal["signed_sum", "per_batch_abs"]
+STUDY_REDUCTIONS: tuple[StudyReduction, ...] = get_args(StudyReduction)
+
+
 @dataclass(frozen=True)
 class Importance:
     n_examples: Annotated[int, Ge(2)] | None = None  # questions; None: as many as 1/30 of the training data (the paper)
     # On which questions: the paper's are training questions, on which the loss of a tuned model may have collapsed.
     questions: Literal["train", "heldout"] = "train"
     batch_size: Annotated[int, Ge(1)] = 8
-    reduction: Literal["signed_sum", "per_batch_abs"] = "signed_sum"  # the one Eq. 3 and deactivation use
+    reduction: StudyReduction = "signed_sum"  # the one Eq. 3 and deactivation use
+    # Reductions whose score of every weight stays on disk; of the others the sums over parameters, as layers need them.
+    keep: Annotated[tuple[StudyReduction, ...], MinLen(1)] = STUDY_REDUCTIONS
+    accumulate: Literal["all", "kept"] = "all"  # kept: sums of per_batch_abs come from the batches' totals, if not kept
+    keep_other: Literal["scores", "masks"] = "scores"  # of the base on other questions; masks: which weights are on top
+    offload: Literal["none", "cpu", "disk"] = "none"  # where the sums are: on the device, in host memory, in files
+    gradient_checkpointing: bool = False  # each layer's forward twice, its activations once at a time
+
+    def __post_init__(self) -> None:
+        if self.reduction not in self.keep:
+            raise ValueError(f"keep has no {self.reduction}, which Eq. 3 and deactivation need (reduction); add it")
+        if self.accumulate == "kept" and "signed_sum" not in self.keep:
+            raise ValueError("accumulate: kept gives no sums of signed_sum, which keep leaves out; add it, or say all")
 
 
 @dataclass(frozen=True)
@@ -262,6 +281,10 @@ class StudyConfig(BaseModel):
         if run != BASE and self.evaluation.text_asr:
             asked.append("text_asr")
         return asked
+
+    def kept_light(self, run: str) -> bool:
+        """Whether a run's checkpoint holds only what was trained; full and layer_lr train all there is."""
+        return self.models.checkpoints == "light" and self.runs[run].kind in ("adaptor", "lora")
 
     def takes_speech(self, run: str) -> bool:
         """Whether a model can be asked in speech: the base if the recipe names an adaptor, not one tuned on text."""

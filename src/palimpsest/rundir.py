@@ -42,6 +42,7 @@ FRAMES = "frames.json"  # what speech.features: auto came to
 STEP_FILE = "step.json"  # inside every step's directory: fingerprint, inputs, seconds
 FILES_FILE = "files.json"  # beside it: every file of the step: bytes, sha256, time of change
 SET_ASIDE = ".set-aside"  # steps of an earlier recipe
+MASKS = "masks.safetensors"  # base/importance_other/: its most important weights, where the scores are not kept
 RECORDINGS = ".recordings.json"  # hashes of recordings that need not be read again (StudyData.found)
 DROPPED = "dropped"  # data/dropped.jsonl: what was left out of training and held-out data, and why
 
@@ -72,6 +73,11 @@ def manifest_of(run: Path, group: str) -> Path:
 
 def checkpoint_of(run: Path, model: str) -> Path:
     return run / folder_of(model) / "checkpoint"
+
+
+def has_checkpoint(run: Path, model: str) -> bool:
+    """Whether a run's model is there: a whole one has a config, a light one its own file (models/light.py)."""
+    return any((checkpoint_of(run, model) / name).is_file() for name in ("config.json", "light.json"))
 
 
 def samples_of(run: Path, model: str, task: str, modality: str) -> Path:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palimpsest.analysis.clustering import cluster_records, summary_records
 from palimpsest.analysis.delta import AbsoluteChange, Change, delta_records
-from palimpsest.analysis.layers import ModelLayers, layer_batches, layer_distribution, layer_records
+from palimpsest.analysis.layers import (
+    ModelLayers,
+    distribution_of_sums,
+    layer_batches,
+    layer_distribution,
+    layer_records,
+)
 from palimpsest.analysis.low_rank import low_rank_records
 from palimpsest.analysis.maps import block_map, write_maps
 from palimpsest.analysis.overlap import overlap_records
@@ -40,6 +47,7 @@ def write_tables(
     scores: Callable[[str], Scores],
     weights: Callable[[str], Weights],
     other: Callable[[], Scores] | None = None,
+    other_mask: Callable[[], Mask] | None = None,
     reduction: str,
     ratio: float,
     rank: int = 8,
@@ -53,7 +61,9 @@ def write_tables(
 
     models: "base" first. clustered: those whose clustering, change and overlap are computed too; None: all. `scores`,
     `weights` and `other` open a model's files; they are opened for each use and dropped, since pages of a mapped file
-    count as memory as long as it is open. other: the base's scores on other data, for noise floors. `reduction` is the
+    count as memory as long as it is open. other: the base's scores on other data, for noise floors; other_mask:
+    which of its weights are among the most important `ratio` of their matrix, where the scores of single weights were
+    not kept. `reduction` is the
     one that clustering and overlaps are taken of; layers and shift are given for every reduction. rank: to which
     changes are cut for the clustering that low rank does not explain.
     """
@@ -65,7 +75,7 @@ def write_tables(
         progress(next(done), total)
 
     tables: dict[str, list[Any]] = {name: [] for name in TABLES}
-    for kind in scores(BASE).reductions:
+    for kind in scores(BASE).estimated:
         by_model = {name: _model_layers(name, scores(name), kind) for name in models}
         elsewhere = _model_layers(BASE, other(), kind) if other else None
         options: dict[str, Any] = {"modality": "text", "reduction": kind}
@@ -100,7 +110,7 @@ def write_tables(
             scores(name).tensors(reduction),
             BASE,
             base_scores,
-            other=other().tensors(reduction) if other else None,
+            other=_Flags(other_mask()) if other_mask else other().tensors(reduction) if other else None,
             ratio=ratio,
             seed=seed,
         )
@@ -119,14 +129,14 @@ def _full_of(name: str, models: Sequence[str]) -> str | None:
     return full if full in models and full != name else None
 
 
-class _Unpacked(Mapping[str, "Tensor"]):
-    """The matrices of a mask as float32 zeros and ones, unpacked on access."""
+class _Flags(Mapping[str, "Tensor"]):
+    """The matrices of a mask as booleans, unpacked on access."""
 
     def __init__(self, mask: Mask) -> None:
         self._mask = mask
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._mask.tensor(name).float()
+        return self._mask.tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._mask.names)
@@ -135,9 +145,20 @@ class _Unpacked(Mapping[str, "Tensor"]):
         return len(self._mask.names)
 
 
+class _Unpacked(_Flags):
+    """The same as float32 zeros and ones."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return super().__getitem__(name).float()
+
+
 def _model_layers(name: str, scores: Scores, reduction: str) -> ModelLayers:
     batches = layer_batches(scores.batch_totals, scores.names) if reduction in ADDITIVE_OVER_BATCHES else None
-    return ModelLayers(name, layer_distribution(scores.tensors(reduction)), batches)
+    if reduction in scores.reductions:
+        return ModelLayers(name, layer_distribution(scores.tensors(reduction)), batches)
+    sums = dict(zip(scores.names, scores.sums[reduction], strict=True))
+    sizes = {parameter["name"]: math.prod(parameter["shape"]) for parameter in scores.metadata["parameters"]}
+    return ModelLayers(name, distribution_of_sums(sums, sizes), batches)
 
 
 def write_study_maps(

@@ -5,6 +5,7 @@ Sums are in float64. What compares two distributions is in shift.py. Shapes: n_l
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,17 +74,31 @@ def layer_distribution(scores: Mapping[str, Float[Tensor, "*shape"]]) -> LayerDi
 
     Raises UserError if a score is negative or not finite, if all are zero, or if a layer is missing.
     """
+    sums: dict[str, float] = {}
+    sizes: dict[str, int] = {}
+    for place in in_layers(scores):
+        name, values = place["name"], scores[place["name"]].numpy()
+        # A negative score would pass as part of a sum.
+        sums[name] = float(values.sum(dtype=np.float64)) if values.min(initial=0.0) >= 0 else math.nan
+        sizes[name] = values.size
+    return distribution_of_sums(sums, sizes)
+
+
+def distribution_of_sums(sums: Mapping[str, float], sizes: Mapping[str, int]) -> LayerDistribution:
+    """The same from the sum of the scores of each parameter, and the number of its weights.
+
+    Raises UserError if a sum is negative or not finite, if all are zero, or if a layer is missing.
+    """
     totals: dict[tuple[int, str], float] = defaultdict(float)
     counts: dict[tuple[int, str], int] = defaultdict(int)
-    for place in in_layers(scores):
-        values = scores[place["name"]].numpy()
-        total = float(values.sum(dtype=np.float64))
-        if not np.isfinite(total) or values.min(initial=0.0) < 0:
+    for place in in_layers(sums):
+        name, total = place["name"], sums[place["name"]]
+        if not np.isfinite(total) or total < 0:
             raise UserError(
-                f"The importance scores of {place['name']} hold negative or non-finite values; score the model again."
+                f"The importance scores of {name} hold negative or non-finite values; score the model again."
             )
         totals[place["layer"], place["kind"]] += total
-        counts[place["layer"], place["kind"]] += values.size
+        counts[place["layer"], place["kind"]] += sizes[name]
     layers = sorted({layer for layer, _ in totals})
     if not layers or layers != list(range(len(layers))):
         raise UserError(f"The importance scores hold layers {layers}, not every layer from 0 up; score all layers.")

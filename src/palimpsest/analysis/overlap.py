@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from palimpsest.analysis.clustering import bootstrap_mean
 from palimpsest.analysis.delta import largest, share_in
 from palimpsest.analysis.layers import in_layers
 from palimpsest.files import UserError
+from palimpsest.importance.mask import Mask
 from palimpsest.records import MaskOverlapRecord
 
 if TYPE_CHECKING:
@@ -36,7 +39,8 @@ def overlap_records(
     importance lies; shifts between matrices are the business of shift.py. `overlap` is the share of the model's mask
     that is also in the reference's, `overlap_by_chance` the reference mask's share of the matrix.
 
-    other: the reference model scored on other data; gives `noise_floor`, the overlap that change of data alone leaves.
+    other: the reference model scored on other data, or the masks of these scores (boolean); gives `noise_floor`, the
+        overlap that change of data alone leaves.
 
     Raises UserError if a parameter is missing from one of them.
     """
@@ -57,10 +61,21 @@ def overlap_records(
                 "overlap_by_chance": float(mask.mean()),
                 "ci_low": None,
                 "ci_high": None,
-                "noise_floor": None if other is None else share_in(largest(other[name].numpy(), ratio), mask),
+                "noise_floor": None if other is None else share_in(_mask_of(other[name], ratio), mask),
             }
         )
     return [*records, _over_all(records, seed)] if records else []
+
+
+def most_important(scores: Scores, ratio: float) -> Mask:
+    """The masks that overlaps are taken of: the most important `ratio` of each parameter's weights."""
+    masks = {name: torch.from_numpy(largest(scores[name].cpu().numpy(), ratio)) for name in scores}
+    return Mask.from_tensors(masks, {"ratio": ratio, "scope": "per_matrix"})
+
+
+def _mask_of(scores: Float[Tensor, "*shape"], ratio: float) -> NDArray[np.bool_]:
+    values: NDArray[Any] = scores.numpy()
+    return values if values.dtype == np.bool_ else largest(values, ratio)
 
 
 def _over_all(records: list[MaskOverlapRecord], seed: int) -> MaskOverlapRecord:

@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import soundfile
-
 from palimpsest.data.rows import CellError, Row, json_objects, located, sentence
 from palimpsest.files import UserError, is_file, write_jsonl
 
@@ -119,6 +117,8 @@ def audio_problem(path: Path) -> str | None:
     """What a file's header says is wrong with it, as a sentence with its remedy; None if all is well."""
     if not is_file(path):
         return f"the audio file {path} does not exist; correct its path or restore the file."
+    import soundfile
+
     try:
         header = soundfile.info(str(path))
     except (soundfile.SoundFileError, OSError) as error:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
-import soundfile
 import torch
 
 from palimpsest.data.examples import Example
@@ -218,6 +217,8 @@ def _look(examples: Sequence[Example], processor: SpeechLMProcessor, dim: int, s
             raise UserError(f"The example {example.id!r} has no audio to encode; speak the data first.")
         keys.append(hash_file(example.audio))
         audio.setdefault(keys[-1], example.audio)
+    import soundfile
+
     headers = {key: soundfile.info(str(path)) for key, path in audio.items()}
     n_frames = {
         key: processor.n_frames(-(-header.frames * SAMPLE_RATE // header.samplerate))  # samples at 16 kHz

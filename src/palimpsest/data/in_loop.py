@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import soundfile
 from typing_extensions import TypedDict
 
 from palimpsest.data.examples import Example
@@ -109,6 +108,8 @@ class Recordings:
         if self.processor.speech_length == "pad_to_30s":
             return self.processor.n_frames(0)
         if example_id not in self._counts:
+            import soundfile
+
             header = soundfile.info(str(self._path(example_id)))
             n_samples = -(-header.frames * SAMPLE_RATE // header.samplerate)
             self._counts[example_id] = self.processor.n_frames(n_samples)

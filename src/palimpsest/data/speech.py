@@ -23,8 +23,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import soundfile
-import soxr
 
 from palimpsest.data.cores import cores_of_this_rank, n_cores
 from palimpsest.data.examples import MAX_AUDIO_SECONDS, Example, audio_problem, beyond
@@ -54,6 +52,8 @@ def read_audio(path: Path) -> Float32[ndarray, " samples"]:
     problem = audio_problem(path)
     if problem is not None:
         raise UserError(problem[0].upper() + problem[1:])
+    import soundfile
+
     try:
         frames, rate = soundfile.read(str(path), dtype="float32", always_2d=True)  # (frames, channels)
     except soundfile.SoundFileError as error:
@@ -75,6 +75,8 @@ def write_flac(path: Path, audio: Float32[ndarray, " samples"]) -> None:
     """Write 16 kHz mono audio as 16-bit FLAC, under a temporary name first; values beyond ±1 are clipped."""
     if audio.ndim != 1 or len(audio) == 0 or not np.isfinite(audio).all():
         raise ValueError(f"write_flac takes finite, non-empty mono audio, not shape {audio.shape} for {path}")
+    import soundfile
+
     pcm = np.round(np.clip(audio * 32768, -32768, 32767)).astype(np.int16)  # inverse of reading
     # In memory first: what libsndfile says of a full disk is "System error.", without the number that Python's own has.
     buffer = io.BytesIO()
@@ -85,8 +87,11 @@ def write_flac(path: Path, audio: Float32[ndarray, " samples"]) -> None:
 
 def to_16_khz(audio: Float32[ndarray, " frames"], rate: int) -> Float32[ndarray, " samples"]:
     """Resampled where `rate` (Hz) is another."""
-    resampled = audio if rate == SAMPLE_RATE else soxr.resample(audio, rate, SAMPLE_RATE)
-    return np.ascontiguousarray(resampled, dtype=np.float32)
+    if rate != SAMPLE_RATE:
+        import soxr
+
+        audio = soxr.resample(audio, rate, SAMPLE_RATE)
+    return np.ascontiguousarray(audio, dtype=np.float32)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -36,6 +36,8 @@ from palimpsest.models.loading import (
     weight_bytes,
 )
 from palimpsest.models.prompts import used_arguments
+from palimpsest.records import BASE
+from palimpsest.rundir import has_checkpoint, models_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -147,7 +149,7 @@ def find_checkpoint(source: Path, method: str | None = None) -> Checkpoint:
         if source.absolute().name == "checkpoint" and len(parents) > 2 and parents[1].name == "methods":
             return Checkpoint(source, run=parents[2], method=parents[0].name)
         return Checkpoint(source, run=None, method=None)
-    present = sorted(path.parent.parent.name for path in source.glob("methods/*/checkpoint/config.json"))
+    present = [name for name in models_in(source) if name != BASE and has_checkpoint(source, name)]
     if not present:
         raise UserError(
             f"{source} is neither a run with trained methods nor the folder of a speech LLM; give the --out of a study "
@@ -171,7 +173,7 @@ def _check(checkpoint: Checkpoint, wanted: dict[Kind, Path]) -> None:
             raise UserError(f"{folder} is there already and not empty; give a new folder.")
     if "adapter" in wanted and not (checkpoint.path / ADAPTER).exists():
         raise UserError(f"{checkpoint.path} has no adapter to export; only methods of kind lora have one.")
-    if "light" in wanted and light_folder.is_light(checkpoint.path):
+    if "light" in wanted and checkpoint.run is None and light_folder.is_light(checkpoint.path):
         raise UserError(f"{checkpoint.path} is a light folder already; copy it.")
     for kind, folder in wanted.items():
         if kind in ("text_llm", "speech_lm"):

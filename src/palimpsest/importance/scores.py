@@ -6,6 +6,7 @@ On disk, a folder:
     signed_sum-00000.safetensors …   tensors of one reduction, canonical parameter names
     batches.npz               per batch: Σ_j |θ_j · g_bj| of each parameter, number of supervised tokens
 
+Of a reduction whose tensors are not kept (`Scores.keeping`) scores.json has the sums over each parameter.
 Opening a folder reads scores.json and the small npz; tensors are memory-mapped and loaded one at a time.
 """
 
@@ -13,10 +14,10 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from safetensors.torch import save_file
 from typing_extensions import TypedDict
 
 from palimpsest.files import UserError, hash_file, hash_value, read_json, replacing, write_json
+from palimpsest.importance.reduce import REDUCTIONS
 from palimpsest.models.anatomy import scored_parameters
 from palimpsest.parallel import is_sharded, reshard, whole
 
@@ -63,6 +65,7 @@ class _Stored(TypedDict):
     metadata: _Metadata
     files: dict[str, list[_File]]
     batches: _File
+    sums: NotRequired[dict[str, list[float]]]
 
 
 class Scores:
@@ -72,6 +75,8 @@ class Scores:
     batch_totals: float64 (n_batches, n_parameters), Σ_j |θ_j · g_bj| per batch and parameter, columns in the
         order of `names`, not divided by tokens: enough to bootstrap layer totals over batches.
     batch_tokens: int64 (n_batches,), supervised tokens of each batch.
+    sums: reduction → the sum of the scores of each parameter in the order of `names`, of reductions whose tensors are
+        not here.
     """
 
     def __init__(
@@ -81,8 +86,10 @@ class Scores:
         batch_totals: NDArray[np.float64],
         batch_tokens: NDArray[np.int64],
         origin: str = "these scores",
+        sums: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
         self.metadata = metadata
+        self.sums = dict(sums or {})
         self.batch_totals = batch_totals
         self.batch_tokens = batch_tokens
         self._tensors = tensors
@@ -90,7 +97,14 @@ class Scores:
 
     @property
     def reductions(self) -> tuple[str, ...]:
+        """Those with a score for every weight."""
         return tuple(self._tensors)
+
+    @property
+    def estimated(self) -> tuple[str, ...]:
+        """Those of which at least the sum over each parameter is known, in the order they were asked for."""
+        known = dict.fromkeys((*self._tensors, *self.sums))
+        return tuple(name for name in self.metadata.get("reductions", known) if name in known)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -100,11 +114,39 @@ class Scores:
     def tensors(self, reduction: str) -> Mapping[str, Tensor]:
         """Name → float32 tensor in the parameter's shape, in model order; from disk, loaded when accessed."""
         if reduction not in self._tensors:
+            only = ", ".join(self.reductions) or "sums over parameters"
             raise UserError(
-                f"{self._origin} have no reduction {reduction!r}, only {', '.join(self.reductions)}; "
+                f"{self._origin} have no reduction {reduction!r}, only {only}; "
                 f"choose one of them or estimate the importance again with {reduction!r}."
             )
         return self._tensors[reduction]
+
+    def keeping(self, reductions: Collection[str]) -> Scores:
+        """These scores with the tensors of some reductions only, and the float64 sums over parameters of the others."""
+        kept = {name: tensors for name, tensors in self._tensors.items() if name in reductions}
+        sums = {
+            name: [float(tensors[key].cpu().numpy().sum(dtype=np.float64)) for key in self.names]
+            for name, tensors in self._tensors.items()
+            if name not in reductions
+        }
+        return Scores(
+            self.metadata, kept, self.batch_totals, self.batch_tokens, self._origin, sums={**self.sums, **sums}
+        )
+
+    def with_batch_sums(self) -> Scores:
+        """With the sums of per_batch_abs over parameters, if that was not estimated, from the totals of the batches.
+
+        Σ_b Σ_j |θ_j · g_bj| is both; only where it was rounded to float32 differs.
+        """
+        name = "per_batch_abs"
+        if name in self.estimated:
+            return self
+        sums = (self.batch_totals.sum(0) / self.batch_tokens.sum()).tolist()
+        reductions = {**self.metadata["reductions"], name: REDUCTIONS[name].formula}
+        metadata = {**self.metadata, "reductions": reductions}
+        return Scores(
+            metadata, self._tensors, self.batch_totals, self.batch_tokens, self._origin, sums={**self.sums, name: sums}
+        )
 
     def save(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
         """Write the folder: each file under a temporary name first, scores.json last, so never half of it."""
@@ -122,10 +164,8 @@ class Scores:
         with replacing(folder / BATCHES_FILE) as temporary, temporary.open("wb") as file:
             np.savez(file, totals=self.batch_totals, tokens=self.batch_tokens)
         batches = _describe_file(folder / BATCHES_FILE)
-        write_json(
-            folder / SCORES_FILE,
-            {"schema": SCHEMA, "metadata": self.metadata, "files": files, "batches": batches},
-        )
+        record = {"schema": SCHEMA, "metadata": self.metadata, "files": files, "batches": batches}
+        write_json(folder / SCORES_FILE, {**record, "sums": self.sums} if self.sums else record)
 
     @classmethod
     def open(cls, folder: Path, verify: bool = False) -> Scores:
@@ -153,7 +193,8 @@ class Scores:
         }
         with np.load(folder / BATCHES_FILE) as batches:
             totals, tokens = batches["totals"], batches["tokens"]
-        return cls(record["metadata"], tensors, totals, tokens, origin=f"the scores in {folder}")
+        sums = record.get("sums", {})
+        return cls(record["metadata"], tensors, totals, tokens, origin=f"the scores in {folder}", sums=sums)
 
     def check_model(self, model: nn.Module, parameters: Mapping[str, nn.Parameter] | None = None) -> None:
         """Raise UserError naming the first difference if these weights are not those that were scored.

@@ -4,6 +4,7 @@
     adaptor.safetensors   the adaptor: matrices float16, biases and the buffers of its calibration float32
     adapter/              the low-rank updates in PEFT's format, float16, of a method of kind lora
 
+A study that keeps its checkpoints light (`models.checkpoints`) has all numbers as they were trained, not in float16.
 `load_speech_lm` composes the SpeechLM again: language model, low-rank updates merged, encoder, adaptor. Another
 language model or encoder than the one trained on is refused.
 """
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from palimpsest.files import UserError, hash_file, read_json, write_json
+from palimpsest.models.anatomy import scored_parameters
 from palimpsest.models.prompts import PromptStyle
 
 if TYPE_CHECKING:
@@ -138,6 +140,44 @@ def merged(language_model: Any, adapter: Path) -> Any:
     return PeftModel.from_pretrained(language_model.float(), str(adapter)).merge_and_unload().to(dtype)
 
 
+class LightWeights(Mapping[str, "Tensor"]):
+    """The scored weights of the language model that a light folder describes, by canonical name, on the CPU.
+
+    language_model: the one that it names; its weights with the low-rank updates added, one at a time on access, as
+    `merged` would have them. Raises UserError for damaged files.
+    """
+
+    def __init__(self, folder: Path, language_model: Any) -> None:
+        from safetensors.torch import load_file
+
+        read_light(folder)
+        written = {id(parameter): name for name, parameter in language_model.named_parameters()}
+        scored = scored_parameters(language_model)
+        self._module = {name: written[id(parameter)].removesuffix(".weight") for name, parameter in scored.items()}
+        self._weights = {name: parameter.detach() for name, parameter in scored.items()}
+        self._updates: dict[str, Tensor] = {}
+        if (folder / ADAPTER).exists():
+            config = read_json(folder / ADAPTER.parent / "adapter_config.json")
+            self._scaling, self._transposed = config["lora_alpha"] / config["r"], config["fan_in_fan_out"]
+            self._updates = load_file(folder / ADAPTER)
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self._weights[name].cpu()
+        start = f"base_model.model.{self._module[name]}"
+        down, up = (self._updates.get(f"{start}.lora_{side}.weight") for side in "AB")
+        if down is None or up is None:
+            return weight
+        product = up @ down
+        summed: Tensor = weight.float() + (product.T if self._transposed else product) * self._scaling
+        return summed.to(weight.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,11 +190,13 @@ def write_light(
     encoder: tuple[str, Any],
     adapter: Path | None,
     trained: Mapping[str, Any],
+    exact: bool = False,
 ) -> None:
-    """What `model` has learned, into `folder`, which exists and is empty.
+    """What `model`, which is on the CPU, has learned, into `folder`, which exists.
 
     language_model, encoder: name and model of what it was trained on, in its dtype; the language model is changed.
-    adapter: the PEFT folder of its training, if it has one.
+    adapter: the PEFT folder of its training, if it has one; it may be the one in `folder`, which then stays as it is.
+    exact: nothing is rounded to float16.
     Raises UserError unless those, with the low-rank updates merged, are the model's own.
     """
     from safetensors.torch import load_file, save_file
@@ -168,12 +210,14 @@ def write_light(
         raise UserError(f"The encoder of the checkpoint is not {encoder[0]}; name the one it was trained with.")
     _require_made_of(model.language_model, base if adapter is None else merged(base, adapter), name, adapter)
 
-    save_file({key: _stored(tensor) for key, tensor in model.adaptor.state_dict().items()}, folder / ADAPTOR)
+    stored = _as_it_is if exact else _stored
+    save_file({key: stored(tensor) for key, tensor in model.adaptor.state_dict().items()}, folder / ADAPTOR)
     files = [ADAPTOR]
     if adapter is not None:
-        (folder / ADAPTER).parent.mkdir()
-        updates = load_file(adapter / ADAPTER.name)
-        save_file({key: _stored(tensor) for key, tensor in updates.items()}, folder / ADAPTER)
+        if adapter != folder / ADAPTER.parent:
+            (folder / ADAPTER).parent.mkdir()
+            updates = load_file(adapter / ADAPTER.name)
+            save_file({key: stored(tensor) for key, tensor in updates.items()}, folder / ADAPTER)
         config = read_json(adapter / "adapter_config.json")
         write_json(folder / ADAPTER.parent / "adapter_config.json", {**config, "base_model_name_or_path": name})
         files.append(ADAPTER.as_posix())
@@ -197,6 +241,10 @@ def _stored(tensor: Tensor) -> Tensor:
     import torch
 
     return tensor.detach().to("cpu", torch.float16 if tensor.ndim == 2 else torch.float32).contiguous()
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
 
 
 def _require_made_of(trained: Any, expected: Any, name: str, adapter: Path | None) -> None:

@@ -278,6 +278,22 @@ class StoredLanguageModel(Mapping[str, "Tensor"]):
         return len(self._keys)
 
 
+class OnCpu(Mapping[str, "Tensor"]):
+    """Tensors by name, each brought to the CPU on access: analysis runs there, wherever the model is."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].detach().cpu()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
 def is_speech_lm(name: str) -> bool:
     if (adapter := find_adapter(name)) is not None:
         return is_speech_lm(resolve(adapter.base))

@@ -32,6 +32,8 @@ RUNTIME_BYTES = {"cpu": 550_000_000, "cuda": 1_000_000_000}
 # (benchmarks/plan.py, docs/machines.md). CUDA's fragmentation is left to the margin of nominal memory.
 ALLOCATOR_SHARE = {"cpu": 0.5, "cuda": 0.0}
 ADAM_STATES = 2  # AdamW: first and second moment, in the precision of the weights
+ACCUMULATED = 4  # bytes of a score, float32
+PIECE = 1 << 24  # weights whose gradient is folded at a time on CUDA, with three temporaries (importance/reduce.py)
 N_PROJECTIONS = 7  # q, k, v, o, gate, up, down: what LoRA wraps in a Llama layer
 
 
@@ -185,6 +187,23 @@ def memory(setup: Setup, batch: Batch) -> Memory:
         allocator=round(ALLOCATOR_SHARE[setup.device] * activation_bytes(replace(setup, checkpointing=False), batch)),
         moments=moments,
     )
+
+
+def importance_parts(setup: Setup, batch: Batch, accumulators: int) -> dict[str, int]:
+    """Peak memory of scoring a language model, by part: a backward whose gradients are folded and freed one by one.
+
+    accumulators: bytes of them on the device.
+    """
+    largest = setup.decoder.hidden * setup.decoder.intermediate
+    folded = 3 * 4 * min(PIECE, largest) if setup.device == "cuda" else 0
+    whole = activation_bytes(replace(setup, checkpointing=False), batch)
+    return {
+        "weights": setup.weight_bytes * setup.decoder.parameters,
+        "accumulators": accumulators,
+        "activations": activation_bytes(setup, batch),
+        "loss or gradient": max(logit_bytes(setup, batch), setup.weight_bytes * largest + folded),
+        "runtime": RUNTIME_BYTES[setup.device] + round(ALLOCATOR_SHARE[setup.device] * whole),
+    }
 
 
 def layer_bytes_per_token(setup: Setup) -> dict[str, int]:

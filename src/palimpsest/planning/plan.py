@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 from typing_extensions import Doc
@@ -23,7 +23,29 @@ from palimpsest.config import StudyConfig
 from palimpsest.data.examples import Example
 from palimpsest.data.in_loop import FRAME_BYTES, FramesChoice, choose_frames
 from palimpsest.files import UserError, free_bytes
-from palimpsest.planning.memory import Batch, Memory, Setup, encoder_flops, memory, recomputed_flops, step_flops
+from palimpsest.planning.memory import (
+    ACCUMULATED,
+    Batch,
+    Decoder,
+    Encoder,
+    Memory,
+    Setup,
+    encoder_flops,
+    memory,
+    recomputed_flops,
+    step_flops,
+)
+from palimpsest.planning.needs import (
+    StepDisk,
+    StepMemory,
+    checkpoint_bytes,
+    disk_of_steps,
+    forward_memory,
+    importance_memory,
+    importance_that_fits,
+    recogniser_bytes,
+    trainer_bytes,
+)
 
 if TYPE_CHECKING:
     from palimpsest.data.splits import Split
@@ -121,6 +143,10 @@ class Plan:
     encoding_flops: float  # of the training data, once
     encodings: float  # how often
     scores: int  # bytes on disk of one model's importance
+    steps: tuple[StepMemory, ...]  # of the study but training
+    disk: tuple[StepDisk, ...]  # of weights and scores
+    importance_flops: float  # of all models, and of the base on other questions
+    importance_bf16: bool  # its arithmetic
     capacity: int  # bytes of one device
     device: str  # in words
     gpu: Gpu | None
@@ -135,7 +161,6 @@ def make_plan(config: StudyConfig, options: Assumptions) -> Plan:
     decoder, decoder_origin = decoder_sizes(config.models.language_model, options.shape, options.config)
     encoder, encoder_origin = encoder_sizes(config.models.encoder)
     lengths = read_lengths(config, options)
-    training = config.training
     autocast = _computes_bfloat16(config, kind, here=gpu is None and options.memory is None)
     frames = fmean(_frames(config, row[2]) for row in lengths.rows)
     of_frame = encoder.dim * FRAME_BYTES
@@ -152,7 +177,43 @@ def make_plan(config: StudyConfig, options: Assumptions) -> Plan:
     others = [measured for measured in (_read_split(config, split, options) for split in _others(config)) if measured]
     other_frames = (config.data.heldout_examples or 0) * frames
     other_frames += sum(other.n * fmean(_frames(config, row[2]) for row in other.rows) for other in others)
-    setups = {
+    setups = setups_of(config, decoder, encoder, autocast=autocast, device=kind, n_gpus=options.n_gpus, in_loop=in_loop)
+    methods = tuple(_plan_method(config, lengths, name, setup) for name, setup in setups.items())
+    n_steps = {method.name: float(method.steps) for method in methods}
+    exact = _computes_bfloat16(config, kind, here=gpu is None and options.memory is None, exact=True)
+    passes = 2 + sum(config.measures(run, "importance") for run in config.runs)
+    return Plan(
+        config=config,
+        methods=methods,
+        steps=_memory_of_steps(config, lengths, others, setups, exact, capacity),
+        disk=tuple(disk_of_steps(config, decoder, setups, n_steps, options.n_gpus)),
+        importance_flops=passes * _importance_flops(config, lengths, next(iter(setups.values()))),
+        importance_bf16=exact or config.models.dtype == "bfloat16",
+        lengths=lengths,
+        origins={"language model": decoder_origin, "encoder": encoder_origin},
+        frames=choice,
+        features=0 if in_loop else features,
+        other_features=round(other_frames * of_frame),
+        audio=round(FLAC * sum(part.n * part.written for part in (lengths, *others))),
+        encoding_flops=encoder_flops(encoder, lengths.n * frames, frames),
+        encodings=config.speech_reads if in_loop else 1,
+        scores=ACCUMULATED * decoder.matrices * len(config.importance.keep),
+        capacity=capacity,
+        device=device,
+        gpu=gpu,
+    )
+
+
+def setups_of(config: StudyConfig, decoder: Decoder, encoder: Encoder, **how: Any) -> dict[str, Setup]:
+    """What each method of a recipe trains, and how: `how` are the fields of Setup that the machine decides.
+
+    in_loop: whether training encodes speech as it goes.
+    """
+    training, machine = config.training, {"device": "cpu", "n_gpus": 1, "in_loop": False, **how}
+    # A sharded head is not there as a whole for the fused kernel.
+    fused = machine["n_gpus"] == 1 and machine["device"] == "cuda"
+    wanted = training.liger is True or (training.liger == "auto" and find_spec("liger_kernel") is not None)
+    return {
         name: Setup(
             decoder=decoder,
             encoder=encoder,
@@ -162,35 +223,66 @@ def make_plan(config: StudyConfig, options: Assumptions) -> Plan:
             stack_factor=config.speech.stack_factor,
             adaptor_hidden=config.speech.adaptor_hidden_size,
             weight_bytes=4 if config.models.dtype == "float32" else 2,
-            autocast=autocast,
             checkpointing=training.gradient_checkpointing,
             accumulation=training.accumulation,
-            # A sharded head is not there as a whole for the fused kernel.
-            fused_loss=options.n_gpus == 1
-            and kind == "cuda"
-            and (training.liger is True or (training.liger == "auto" and find_spec("liger_kernel") is not None)),
-            device=kind,
-            n_gpus=options.n_gpus,
-            in_loop=in_loop and method.modality == "speech",
+            fused_loss=fused and wanted,
+            **{**machine, "in_loop": machine["in_loop"] and method.modality == "speech"},
         )
         for name, method in config.methods.items()
     }
-    return Plan(
-        config=config,
-        methods=tuple(_plan_method(config, lengths, name, setup) for name, setup in setups.items()),
-        lengths=lengths,
-        origins={"language model": decoder_origin, "encoder": encoder_origin},
-        frames=choice,
-        features=0 if in_loop else features,
-        other_features=round(other_frames * of_frame),
-        audio=round(FLAC * sum(part.n * part.written for part in (lengths, *others))),
-        encoding_flops=encoder_flops(encoder, lengths.n * frames, frames),
-        encodings=config.speech_reads if in_loop else 1,
-        scores=2 * 4 * decoder.matrices,
-        capacity=capacity,
-        device=device,
-        gpu=gpu,
-    )
+
+
+def _memory_of_steps(
+    config: StudyConfig,
+    lengths: Lengths,
+    others: Sequence[Lengths],
+    setups: Mapping[str, Setup],
+    exact: bool,
+    capacity: int,
+) -> tuple[StepMemory, ...]:
+    """Memory of every kind of step but training, with the keys that would make room where one does not fit.
+
+    exact: whether importance and deactivation compute in bfloat16; the others do as training does.
+    """
+    setup = next(iter(setups.values()))
+    measured = replace(setup, autocast=exact)
+    batch = _largest_batch(config.training, lengths.sequences(config, "text"), 1, budget=False)
+    found = []
+    for tuned in (False, True):
+        step = importance_memory(config, measured, batch, tuned=tuned)
+        if step.peak > capacity:
+            step = replace(step, remedy=importance_that_fits(config, measured, batch, capacity, tuned=tuned))
+        found.append(step)
+
+    longest, most = (max(row[k] for row in lengths.sequences(config, "speech")) for k in (0, 2))
+    questions = [row[0] - row[2] for part in (lengths, *others) for row in part.sequences(config, "speech")]
+    limit = config.evaluation.max_new_tokens
+    recogniser = 0 if config.models.asr is None else recogniser_bytes(setup.encoder)
+    size, asked = config.deactivation.batch_size, config.evaluation.batch_size
+    forward: list[tuple[str, str, int, dict[str, Any]]] = [
+        ("deactivation", "deactivation", size, {"setup": measured, "length": longest, "columns": most, "cached": 0}),
+        ("perplexity", "deactivation", size, {"setup": setup, "length": longest, "columns": most, "cached": 0}),
+        ("answers", "evaluation", asked, {"setup": setup, "length": max(questions), "columns": 1,
+                                          "cached": max(questions) + limit}),
+        ("cascade", "evaluation", asked, {"setup": setup, "length": max(questions), "columns": 1,
+                                          "cached": max(questions) + limit, "beside": recogniser, "tuned": False}),
+    ]  # fmt: skip
+    for name, section, rows, sizes in forward if recogniser else forward[:-1]:
+        step = forward_memory(name, rows=rows, **sizes)
+        if step.peak > capacity:
+            fits = next((n for n in range(rows, 0, -1) if forward_memory(name, rows=n, **sizes).peak <= capacity), None)
+            step = replace(step, remedy=None if fits is None else f"{section}.batch_size: {fits}")
+        found.append(step)
+    return tuple(found)
+
+
+def _importance_flops(config: StudyConfig, lengths: Lengths, setup: Setup) -> float:
+    """Of one pass over the questions that importance is measured on."""
+    rows = lengths.sequences(config, "text")
+    n = config.importance.n_examples or max(2, lengths.n // 30)
+    setup = replace(setup, method="full", modality="text", checkpointing=config.importance.gradient_checkpointing)
+    length, answer = (fmean(row[k] for row in rows) for k in (0, 2))
+    return step_flops(setup, n * length, length, 0, n * answer) + recomputed_flops(setup, n * length, length)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -210,14 +302,17 @@ def _device(config: StudyConfig, options: Assumptions, gpu: Gpu | None) -> tuple
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine's memory", "cpu"
 
 
-def _computes_bfloat16(config: StudyConfig, kind: str, *, here: bool) -> bool:
-    """Whether training forms its products in bfloat16; a GPU that is not here is taken for Ampere or later."""
+def _computes_bfloat16(config: StudyConfig, kind: str, *, here: bool, exact: bool = False) -> bool:
+    """Whether training, or importance (`exact`), forms its products in bfloat16.
+
+    A GPU that is not here is taken for Ampere or later.
+    """
     from palimpsest.models.compute import choose_compute
 
     models = config.models
-    if models.compute == "auto" and not here:
+    if models.compute == "auto" and not here and not exact:
         return True
-    return choose_compute(models.compute, kind, weights=models.dtype).dtype == "bfloat16"
+    return choose_compute(models.compute, kind, weights=models.dtype, exact=exact).dtype == "bfloat16"
 
 
 def _plan_method(config: StudyConfig, lengths: Lengths, name: str, setup: Setup) -> MethodPlan:
@@ -232,8 +327,6 @@ def _plan_method(config: StudyConfig, lengths: Lengths, name: str, setup: Setup)
     if training.max_tokens is not None:
         batches = max(batches, math.ceil(tokens / training.max_tokens))
     steps = max(1, math.ceil(math.ceil(batches / training.accumulation) * training.epochs))
-    weights = setup.weight_bytes * (setup.decoder.parameters + setup.encoder.parameters + setup.adaptor_parameters)
-    saves = training.checkpoint_every < steps
     return MethodPlan(
         name=name,
         setup=setup,
@@ -242,18 +335,20 @@ def _plan_method(config: StudyConfig, lengths: Lengths, name: str, setup: Setup)
         tokens=tokens,
         steps=steps,
         flops=flops * training.epochs,
-        checkpoint=weights,
-        # Two checkpoints of the Trainer are kept and a third is being written.
-        while_training=3 * (weights + 2 * setup.weight_bytes * setup.trainable) if saves else 0,
+        checkpoint=checkpoint_bytes(setup, light=config.kept_light(name)),
+        while_training=trainer_bytes(setup) if training.checkpoint_every < steps else 0,
     )
 
 
-def _largest_batch(training: Settings, rows: list[tuple[int, int, int]], n_gpus: int) -> Batch:
-    """The batch that needs most memory on one device: as many rows as it takes, all as long as the longest example."""
+def _largest_batch(training: Settings, rows: list[tuple[int, int, int]], n_gpus: int, *, budget: bool = True) -> Batch:
+    """The batch that needs most memory on one device: as many rows as it takes, all as long as the longest example.
+
+    budget: whether training.max_tokens holds, which is of training alone.
+    """
     longest = max(length for length, _, _ in rows)
     answers = [answer for _, _, answer in rows]
     n_rows, supervised = training.batch_size, round(fmean(answers))
-    if training.max_tokens is not None:
+    if training.max_tokens is not None and budget:
         if longest > training.max_tokens:
             raise UserError(
                 f"training.max_tokens is {training.max_tokens}, the longest example has {longest} tokens; raise it."

@@ -9,6 +9,7 @@ from pathlib import Path
 from palimpsest.config import load_config
 from palimpsest.files import UserError
 from palimpsest.planning.memory import largest_rows, memory, optimizer_traffic
+from palimpsest.planning.needs import most_disk
 from palimpsest.planning.plan import BANDWIDTH_SHARE, GB, Assumptions, Plan, make_plan
 from palimpsest.report.table import Cell, Column, Table, to_plain
 
@@ -32,7 +33,7 @@ FORMULAS = (
 def plan_recipe(recipe: Path, options: Assumptions) -> Iterator[str]:
     """The plan as lines of text. Raises UserError after the last of them if a method does not fit."""
     plan = make_plan(load_config(recipe), options)
-    for section in (_what(plan), _memory(plan, options), _time(plan, options), _disk(plan)):
+    for section in (_what(plan), _memory(plan, options), _steps(plan), _time(plan, options), _disk(plan)):
         yield from section
         yield ""
     yield from FORMULAS
@@ -42,7 +43,28 @@ def plan_recipe(recipe: Path, options: Assumptions) -> Iterator[str]:
 
 
 def refusal(plan: Plan, recipe: Path) -> str | None:
-    """One sentence about the methods that do not fit on the device; None if all do."""
+    """One sentence about the methods and other steps that do not fit on the device; None if all do."""
+    training, steps = _training_refusal(plan), _steps_refusal(plan)
+    faults = [fault for fault in (training, steps) if fault is not None]
+    return f"{recipe} does not fit: {'; and '.join(faults)}." if faults else None
+
+
+def _steps_refusal(plan: Plan) -> str | None:
+    too_large = [step for step in plan.steps if step.peak > plan.capacity]
+    if not too_large:
+        return None
+    said = []
+    for remedy in dict.fromkeys(step.remedy for step in too_large):
+        steps = [step for step in too_large if step.remedy == remedy]
+        worst = max(steps, key=lambda step: step.peak)
+        parts = ", ".join(f"{name} {size / GB:.1f}" for name, size in worst.parts.items() if size)
+        makes_room = f"set {remedy}" if remedy else "no key makes room for that, so take a larger device"
+        names = " and ".join(step.name for step in steps)
+        said.append(f"{names} would need up to {worst.peak / GB:.1f} GB ({parts}): {makes_room}")
+    return f"{plan.device} has {plan.capacity / GB:.1f} GB, where {'; '.join(said)}"
+
+
+def _training_refusal(plan: Plan) -> str | None:
     too_large = [method for method in plan.methods if method.memory.peak > plan.capacity]
     if not too_large:
         return None
@@ -50,7 +72,7 @@ def refusal(plan: Plan, recipe: Path) -> str | None:
     rows = largest_rows(worst.setup, worst.batch, plan.capacity)
     names = ", ".join(method.name for method in too_large)
     sentence = (
-        f"{recipe} does not fit: {names} would need up to {worst.memory.peak / GB:.1f} GB with "
+        f"{names} would need up to {worst.memory.peak / GB:.1f} GB with "
         f"{worst.batch.rows} rows of {worst.batch.length} tokens, and {plan.device} has {plan.capacity / GB:.1f} GB; "
     )
     if rows:
@@ -58,13 +80,13 @@ def refusal(plan: Plan, recipe: Path) -> str | None:
         total = worst.batch.rows * config.accumulation
         return sentence + (
             f"the largest batch that fits is {rows} {'row' if rows == 1 else 'rows'}: set training.batch_size to "
-            f"{rows * worst.setup.n_gpus} and training.accumulation to {-(-total // rows)}, or gradient_checkpointing."
+            f"{rows * worst.setup.n_gpus} and training.accumulation to {-(-total // rows)}, or gradient_checkpointing"
         )
     setup, batch = worst.setup, replace(worst.batch, rows=1)
     counts = range(setup.n_gpus + 1, 129)
     n = next((n for n in counts if memory(replace(setup, n_gpus=n), batch).peak <= plan.capacity), None)
     more = f"at least {n} such devices are needed (--n-gpus {n})" if n else "no number of such devices is enough"
-    return sentence + f"not even a batch of one row fits, and {more}."
+    return sentence + f"not even a batch of one row fits, and {more}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,6 +131,23 @@ def _memory(plan: Plan, options: Assumptions) -> Iterator[str]:
     yield from _table(heads, rows, words=(0, len(heads) - 2, len(heads) - 1))
 
 
+def _steps(plan: Plan) -> Iterator[str]:
+    """Every process has the whole model in these, however many train together."""
+    yield f"Memory of the other steps, GB on each device, of {plan.capacity / GB:.1f}"
+    names = list(plan.steps[0].parts)
+    rows = [
+        [
+            step.name,
+            *(f"{step.parts[name] / GB:.2f}" for name in names),
+            f"{step.peak / GB:.2f}",
+            f"{step.host / GB:.2f}",
+            "fits" if step.peak <= plan.capacity else "does not fit",
+        ]
+        for step in plan.steps
+    ]
+    yield from _table(["", *names, "peak", "host memory", ""], rows, words=(0, len(names) + 3))
+
+
 def _time(plan: Plan, options: Assumptions) -> Iterator[str]:
     if plan.gpu is None:
         yield "Time: name a GPU with --gpu for an estimate."
@@ -132,27 +171,35 @@ def _time(plan: Plan, options: Assumptions) -> Iterator[str]:
         tokens = method.tokens * plan.config.training.epochs
         rows.append([method.name, f"{tokens:.3g}", f"{method.steps:,}", f"{method.flops:.2e}", _duration(seconds)])
         all_runs += plan.config.seeds * seconds
+    exact = plan.gpu.bf16 if plan.importance_bf16 else plan.gpu.float32
+    in_float32 = "" if plan.importance_bf16 else ", in float32"
+    seconds = plan.importance_flops / (options.utilisation * exact * options.n_gpus)
+    rows.append([f"importance of all models{in_float32}", "", "", f"{plan.importance_flops:.2e}", _duration(seconds)])
     if plan.config.seeds > 1:
         rows.append([f"all methods, {plan.config.seeds} runs of each", "", "", "", _duration(all_runs)])
     yield from _table(["", "tokens", "steps", "FLOPs", "time"], rows)
-    yield "Not counted: making speech, importance, deactivation and evaluation."
+    yield "Not counted: making speech, deactivation, evaluation, and sums of importance that are not on the device."
 
 
 def _disk(plan: Plan) -> Iterator[str]:
     config = plan.config
     models = 1 + sum(config.measures(run, "importance") for run in config.runs)
     checkpoints = config.seeds * sum(method.checkpoint for method in plan.methods)
-    kept = checkpoints + models * plan.scores + plan.features + plan.other_features + plan.audio
-    passing = max(method.while_training for method in plan.methods)
-    yield f"Disk, GB: {(kept + passing) / GB:.1f} at most, {kept / GB:.1f} in the end"
+    before = plan.features + plan.other_features + plan.audio
+    in_the_end = before + sum(step.kept for step in plan.disk)
+    largest = max(plan.disk, key=lambda step: step.passing)
+    yield f"Disk, GB: {most_disk(plan.disk, before) / GB:.1f} at most, {in_the_end / GB:.1f} in the end"
     n = len(plan.methods) * config.seeds
+    reductions = {1: "one reduction", 2: "two reductions"}[len(config.importance.keep)]
+    others = next(step.kept for step in plan.disk if step.name.endswith("importance_other"))
     rows = [
         ["recordings that are no files yet (FLAC)", f"{plan.audio / GB:.2f}"],
         ["encoder frames of the training data (16-bit)", f"{plan.features / GB:.2f}"],
         ["encoder frames of held-out and task questions", f"{plan.other_features / GB:.2f}"],
-        [f"importance, two reductions of {models} models", f"{models * plan.scores / GB:.2f}"],
+        [f"importance, {reductions} of {models} models", f"{models * plan.scores / GB:.2f}"],
+        [f"importance of the base on other questions, {config.importance.keep_other}", f"{others / GB:.2f}"],
         [f"checkpoints of {n} {'methods' if config.seeds == 1 else 'training runs'}", f"{checkpoints / GB:.2f}"],
-        ["while one trains: three checkpoints with optimizer state", f"{passing / GB:.2f}"],
+        [f"at most beside these, while {largest.name} is made", f"{largest.passing / GB:.2f}"],
     ]
     yield from _table(["", ""], rows)
     yield f"Encoder frames of the training data: {plan.frames}."

@@ -84,23 +84,25 @@ def decoder_sizes(name: str, shape: str | None = None, config_file: Path | None 
     config, origin = _decoder_config(name, shape, config_file)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
+    return decoder_of(model), origin
+
+
+def decoder_of(model: Any) -> Decoder:
+    """Sizes of a causal language model, which may be on the meta device. One without attention counts one head."""
     matrices = list(scored_parameters(model).values())
-    config = config.get_text_config(decoder=True)
-    heads = config.num_attention_heads
-    return (
-        Decoder(
-            layers=config.num_hidden_layers,
-            hidden=config.hidden_size,
-            heads=heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-            intermediate=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-            vocabulary=config.vocab_size,
-            tied=bool(config.tie_word_embeddings),
-            parameters=sum(parameter.numel() for parameter in model.parameters()),
-            matrices=sum(matrix.numel() for matrix in matrices),
-            lora_sides=sum(sum(matrix.shape) for matrix in matrices if matrix.ndim == 2),
-        ),
-        origin,
+    config = model.config.get_text_config(decoder=True)
+    hidden, heads = config.hidden_size, getattr(config, "num_attention_heads", None) or 1
+    return Decoder(
+        layers=config.num_hidden_layers,
+        hidden=hidden,
+        heads=heads,
+        head_dim=getattr(config, "head_dim", None) or hidden // heads,
+        intermediate=getattr(config, "intermediate_size", None) or 4 * hidden,
+        vocabulary=config.vocab_size,
+        tied=bool(config.tie_word_embeddings),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        matrices=sum(matrix.numel() for matrix in matrices),
+        lora_sides=sum(sum(matrix.shape) for matrix in matrices if matrix.ndim == 2),
     )
 
 

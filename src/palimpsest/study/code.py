@@ -17,7 +17,7 @@ from palimpsest.files import hash_file, hash_value
 ROOT = Path(__file__).parent.parent
 NAME = ROOT.name
 # What reads, writes and shows, and decides no number; the study's own modules are followed function by function.
-LEFT_OUT = ("config", "files", "options", "progress", "records", "rundir", "study")
+LEFT_OUT = ("config", "files", "options", "planning", "progress", "records", "rundir", "study")
 
 
 @cache

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from palimpsest.config import Importance, dump_config
+from palimpsest.config import STUDY_REDUCTIONS, Importance, dump_config
 from palimpsest.data.augment import augment, require_library
 from palimpsest.data.collate import batches
 from palimpsest.data.examples import Example, write_manifest
@@ -24,7 +24,7 @@ from palimpsest.files import hash_value, read_jsonl, remove_left_over, write_jso
 from palimpsest.parallel import is_main, sharded, visible_gpus, world_size
 from palimpsest.progress import Advance
 from palimpsest.records import BASE, Modality
-from palimpsest.rundir import DROPPED, PROVENANCE, RESULTS, SET_ASIDE, STUDY, folder_of, samples_of
+from palimpsest.rundir import DROPPED, MASKS, PROVENANCE, RESULTS, SET_ASIDE, STUDY, folder_of, samples_of
 from palimpsest.study.workspace import Workspace
 
 
@@ -122,8 +122,8 @@ def features(ws: Workspace) -> None:
 
         cache = folder / "cache" if speech.feature_cache is None else Path(speech.feature_cache).expanduser()
         groups = {key: group for key, group in ws.groups.items() if key != "train" or ws.frames.path == "cache"}
-        if speech.feature_cache is None and is_main():
-            ws.require_disk(sum(map(ws.frame_bytes, groups.values())))
+        if is_main():
+            ws.require_disk(0 if speech.feature_cache is not None else sum(map(ws.frame_bytes, groups.values())))
         encoder, _ = load_encoder(ws.config.models.encoder, device=ws.device)
         total, before = sum(map(len, groups.values())), 0
         for key, group in groups.items():
@@ -167,6 +167,8 @@ def train(ws: Workspace, model: str) -> None:
     }
     if method.kind == "layer_lr":
         inputs |= {"scores": ws.fingerprint(f"{BASE}/importance"), "reduction": reduction}
+    if ws.config.kept_light(model):
+        inputs["checkpoint"] = "light"
     if method.importance == "shuffled":
         inputs["shuffle"] = ws.seed("shuffled layers", model)
 
@@ -197,8 +199,7 @@ def train(ws: Workspace, model: str) -> None:
             progress=advance,
         )
         if is_main():
-            speech_lm.save_pretrained(folder)
-            ws.processor.save_pretrained(folder)
+            ws.save(model, speech_lm, folder)
             write_json(folder / "training.json", records)
         ws.keep(model, speech_lm)
 
@@ -224,14 +225,25 @@ def importance(ws: Workspace, model: str, other: bool = False) -> None:
         "other": other,
         "compute": ws.exact_compute.dtype,
     }
+    masks = other and options.keep_other == "masks"
+    if options.accumulate == "kept":
+        inputs["accumulated"] = list(options.keep)
+    if masks:
+        inputs["masks"] = [options.reduction, ws.config.deactivation.ratio]
+    elif options.keep != STUDY_REDUCTIONS:
+        inputs["keep"] = list(options.keep)
 
     def write(folder: Path, advance: Advance) -> None:
+        from palimpsest.analysis.overlap import most_important
         from palimpsest.importance.estimate import estimate_importance
 
         chosen = importance_questions(ws.groups, options, ws.seed("importance"), other=other)
         total = -(-len(chosen) // options.batch_size)
+        language_model = ws.language_model(model)
+        if options.gradient_checkpointing:
+            language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         scores = estimate_importance(
-            ws.language_model(model),
+            language_model,
             # In random order: batches sorted by length would not be alike, and the bootstrap draws batches.
             batches(
                 ws.collator("text", "train"),
@@ -241,14 +253,20 @@ def importance(ws: Workspace, model: str, other: bool = False) -> None:
                 by_length=False,
                 distributed=True,
             ),
-            ("signed_sum", "per_batch_abs"),
+            options.keep if options.accumulate == "kept" else STUDY_REDUCTIONS,
+            offload={"none": None, "cpu": "cpu", "disk": folder}[options.offload],
             metadata={"scored_model": model, "modality": "text", "questions": options.questions},
             progress=lambda done, _: advance(min(total, done * world_size()), total),
             distributed=world_size() > 1,
             compute=ws.exact_compute.dtype,
         )
+        if options.gradient_checkpointing:
+            language_model.gradient_checkpointing_disable()
         if is_main():
-            scores.save(folder)
+            scores = scores.with_batch_sums()
+            if masks:
+                most_important(scores.tensors(options.reduction), ws.config.deactivation.ratio).save(folder / MASKS)
+            scores.keeping(() if masks else options.keep).save(folder)
 
     ws.step(f"{folder_of(model)}/importance{'_other' * other}", importance, inputs, write, together=True)
 
@@ -428,6 +446,7 @@ def analysis(ws: Workspace) -> None:
     def write(folder: Path, advance: Advance) -> None:
         from palimpsest.analysis.analyse import write_tables
 
+        ws.forget()  # the base is loaded beside what checkpoints hold
         options = ws.config.analysis
         write_tables(
             folder,
@@ -436,6 +455,7 @@ def analysis(ws: Workspace) -> None:
             scores=ws.scores,
             weights=ws.weights,
             other=lambda: ws.scores(BASE, other=True),
+            other_mask=ws.other_mask if ws.config.importance.keep_other == "masks" else None,
             reduction=ws.config.importance.reduction,
             ratio=ws.config.deactivation.ratio,
             rank=next((m.rank for m in ws.config.methods.values() if m.kind == "lora"), 8),
@@ -456,6 +476,7 @@ def maps(ws: Workspace) -> None:
     def write(folder: Path, advance: Advance) -> None:
         from palimpsest.analysis.analyse import write_study_maps
 
+        ws.forget()
         reduction = ws.config.importance.reduction
         write_study_maps(folder, models=names, scores=ws.scores, weights=ws.weights, reduction=reduction)
         advance(1, 1)

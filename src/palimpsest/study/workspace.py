@@ -27,21 +27,32 @@ from palimpsest.files import (
     hash_value,
     read_json,
     read_jsonl,
-    require_disk,
     without_folders,
     write_json,
 )
 from palimpsest.options import require_shape
-from palimpsest.parallel import is_main, share
+from palimpsest.parallel import is_main, share, world_size
 from palimpsest.progress import Advance, Reporter
 from palimpsest.records import BASE
-from palimpsest.rundir import DROPPED, FRAMES, RECORDINGS, RunDir, Step, checkpoint_of, folder_of, provenance
+from palimpsest.rundir import (
+    DROPPED,
+    FRAMES,
+    MASKS,
+    RECORDINGS,
+    STEP_FILE,
+    RunDir,
+    Step,
+    checkpoint_of,
+    folder_of,
+    provenance,
+)
 from palimpsest.study.code import step_code
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from palimpsest.importance.mask import Mask
     from palimpsest.importance.scores import Scores
     from palimpsest.models.compute import Choice
     from palimpsest.models.processor import SpeechLMProcessor
@@ -253,15 +264,34 @@ class Workspace:
             require_budget(examples, lengths, self.settings.max_tokens)
 
     def require_disk(self, frames: int = 0) -> None:
-        """`frames`: bytes of encoder frames that the run directory gets; known when the data are there."""
-        from palimpsest.models.loading import weight_bytes
+        """Raise UserError that names the first step yet to come whose files would not fit beside those before it.
 
-        # Per model a checkpoint and two reductions of importance; while one trains, its optimizer's state.
-        need = frames + 3 * weight_bytes(self.config.models.language_model) * (len(self.config.runs) + 2)
-        data = self.path / "data"
-        written = (file for file in self.path.rglob("*") if file.is_file() and not file.is_relative_to(data))
-        have = sum(file.stat().st_size for file in written)
-        require_disk(self.path, max(0, need - have), f"The study {self.config.name}")
+        frames: bytes of encoder frames that the run directory gets; known when the data are there.
+        """
+        from palimpsest.models.loading import blank_language_model
+        from palimpsest.planning.needs import StepDisk, disk_of_steps, first_that_fails, steps_at_most
+        from palimpsest.planning.plan import setups_of
+        from palimpsest.planning.sizes import decoder_of, encoder_sizes
+
+        models = self.config.models
+        decoder, encoder = decoder_of(blank_language_model(models.language_model)), encoder_sizes(models.encoder)[0]
+        there = (self.path / "data" / STEP_FILE).exists()
+        n_steps = steps_at_most(self.config, len(self.groups["train"]) if there else None)
+        setups = setups_of(self.config, decoder, encoder)
+        steps = disk_of_steps(self.config, decoder, setups, dict.fromkeys(setups, n_steps), world_size())
+        left = [
+            step for step in (StepDisk("features", frames), *steps) if not (self.path / step.name / STEP_FILE).exists()
+        ]
+        begun = (file for file in (self.path / ".working").rglob("*") if file.is_file())
+        have, free = sum(file.stat().st_size for file in begun), free_bytes(self.path)
+        short = first_that_fails(left, have + free)
+        if short is not None:
+            step, needed = short
+            raise UserError(
+                f"The study {self.config.name} needs {(needed - have) / 1e9:.2f} GB by its step {step} but {self.path} "
+                f"has {free / 1e9:.2f} GB free; free some space, choose another folder with --out, or let the recipe "
+                "keep less (docs/run-directory.md, Keeping less)."
+            )
 
     # -- models -------------------------------------------------------------------------------------------------------
     @cached_property
@@ -368,9 +398,35 @@ class Workspace:
         model.to(self.device)
         return model
 
+    def save(self, run: str, model: SpeechLM, folder: Path) -> None:
+        """Write the checkpoint of a run that was just trained; a light one leaves `model` on the CPU."""
+        from palimpsest.models.light import ADAPTER, write_light
+        from palimpsest.models.loading import load_encoder, load_language_model
+
+        if not self.config.kept_light(run):
+            model.save_pretrained(folder)
+            self.processor.save_pretrained(folder)
+            return
+        models, adapter = self.config.models, folder / ADAPTER.parent
+        write_light(
+            folder,
+            model.to("cpu"),
+            self.processor,
+            language_model=(models.language_model, load_language_model(models.language_model, dtype=models.dtype)[0]),
+            encoder=(models.encoder, load_encoder(models.encoder, dtype=models.dtype)[0]),
+            adapter=adapter if adapter.exists() else None,
+            trained={"method": run},
+            exact=True,
+        )
+
     def keep(self, name: str, model: SpeechLM) -> None:
-        """Remember a model that was just trained, so that it need not be read back."""
-        self._tuned = (name, model)
+        """Remember a model that was just trained, so that it need not be read back.
+
+        Not one whose checkpoint is light: merged elsewhere than in training it may differ in the last bit, and a study
+        that is continued must measure the same model as one that was not interrupted.
+        """
+        if not self.config.kept_light(name):
+            self._tuned = (name, model)
 
     def forget(self) -> None:
         self._tuned = None
@@ -398,14 +454,22 @@ class Workspace:
 
         return Scores.open(self.path / folder_of(name) / f"importance{'_other' * other}")
 
+    def other_mask(self) -> Mask:
+        """The most important weights of the base on other questions, where their scores are not kept."""
+        from palimpsest.importance.mask import Mask
+
+        return Mask.open(self.path / BASE / "importance_other" / MASKS)
+
     def weights(self, name: str) -> Mapping[str, Tensor]:
-        """The scored weights by canonical name; a tuned model's are read from its checkpoint as needed."""
+        """The scored weights by canonical name, on the CPU; a tuned model's are read from its checkpoint as needed."""
         from palimpsest.models.anatomy import scored_parameters
-        from palimpsest.models.loading import StoredLanguageModel
+        from palimpsest.models.light import LightWeights
+        from palimpsest.models.loading import OnCpu, StoredLanguageModel
 
         if name == BASE:
-            return {key: parameter.detach() for key, parameter in scored_parameters(self.base).items()}
-        return StoredLanguageModel(checkpoint_of(self.path, name))
+            return OnCpu(scored_parameters(self.base))
+        folder = checkpoint_of(self.path, name)
+        return LightWeights(folder, self.base) if self.config.kept_light(name) else StoredLanguageModel(folder)
 
     # -- what went in -------------------------------------------------------------------------------------------------
     @cached_property

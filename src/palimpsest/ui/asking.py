@@ -18,7 +18,7 @@ from palimpsest.data.speech import read_audio
 from palimpsest.files import UserError
 from palimpsest.records import BASE
 from palimpsest.report.inputs import method_name
-from palimpsest.rundir import checkpoint_of
+from palimpsest.rundir import checkpoint_of, has_checkpoint
 
 if TYPE_CHECKING:
     from palimpsest.evaluation.answers import Answerer
@@ -71,7 +71,7 @@ def open_panel(run: Path) -> Panel:
     for name, method in config.runs.items():
         if method.modality == "text":
             refusals[name, "speech"] = f"{method_name(name)} was tuned on text alone and takes no speech."
-        if not (checkpoint_of(run, name) / "config.json").is_file():
+        if not has_checkpoint(run, name):
             absent = f"methods/{name}/checkpoint is not there: the study has not trained {method_name(name)} yet."
             refusals |= {(name, "text"): absent, (name, "speech"): absent}
     return Panel(run, config, refusals)
