@@ -290,7 +290,7 @@ def test_a_row_group_is_not_read_beyond_the_last_row_asked_for(tmp_path: Path, m
     turns = [("1", f"Question {i}?", "A.", wav(0.25)) for i in range(100)]
     path = voice_assistant(tmp_path / "one.parquet", turns, row_group_size=100)
     monkeypatch.setattr(parquet, "BATCH_ROWS", 10)
-    file, batches = parquet._open(str(path)), 0
+    file, batches = parquet.open_parquet(str(path)), 0
 
     class Counted:
         @staticmethod
