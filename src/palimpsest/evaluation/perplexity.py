@@ -25,7 +25,7 @@ from palimpsest.models.compute import Arithmetic, many_forwards
 from palimpsest.models.loss import each_batch
 from palimpsest.models.packing import Losses
 from palimpsest.options import require_shape
-from palimpsest.parallel import dealt_back, gathered, is_main
+from palimpsest.parallel import dealt_back, gathered, is_main, world_size
 from palimpsest.records import PerplexityRecord
 
 if TYPE_CHECKING:
@@ -141,12 +141,14 @@ def measure_losses(
     every rank calls with its replica of the model and measures its share of the batches; rank 0 writes.
     """
     modality = collator.modality
-    made = list(batches(collator, examples, batch_size, model.device, distributed=distributed))
+    total = -(-len(examples) // batch_size)
+    ranks = world_size() if distributed else 1
 
-    def counted() -> Iterator[Batch]:
+    def counted() -> Iterator[Batch]:  # made as they are wanted: all of them would fill a device
+        made = batches(collator, examples, batch_size, model.device, distributed=distributed)
         for done, batch in enumerate(made):
             if progress is not None:
-                progress(done, len(made))
+                progress(min(total, done * ranks), total)
             yield batch
 
     result = perplexity(model, counted(), compute=compute, distributed=distributed)
