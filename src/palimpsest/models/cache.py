@@ -71,5 +71,7 @@ def attends_to_everything(model: nn.Module) -> bool:
     config: Any = getattr(model, "config", None)
     if config is None or getattr(config, "is_encoder_decoder", False):
         return False
+    if hasattr(config, "get_text_config"):  # of a multimodal model, the part that says how text is read
+        config = config.get_text_config()
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return not windowed and not set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
