@@ -29,7 +29,9 @@ from palimpsest.importance.scores import Scores
 from palimpsest.models.anatomy import scored_parameters
 from palimpsest.models.light import LightWeights
 from palimpsest.models.loading import StoredLanguageModel, load_language_model, load_speech_lm
-from palimpsest.planning.sizes import decoder_of
+from palimpsest.planning.needs import checkpoint_bytes
+from palimpsest.planning.plan import setups_of
+from palimpsest.planning.sizes import decoder_of, encoder_sizes
 from palimpsest.records import RESULT_TABLES
 from palimpsest.report import figures, page
 from palimpsest.study import steps, workspace
@@ -225,6 +227,11 @@ def test_a_step_that_the_disk_is_too_small_for_is_named_before_the_work(
         ws.require_disk()
     monkeypatch.setattr(workspace, "free_bytes", lambda folder: 4 * score)
     with pytest.raises(UserError, match=r"by its step methods/full/checkpoint but .*Keeping less"):
+        ws.require_disk()
+    encoder = encoder_sizes(str(inputs / "whisper"))[0]
+    whole = checkpoint_bytes(setups_of(config, decoder, encoder)["full"], light=False)  # without the Trainer's own
+    monkeypatch.setattr(workspace, "free_bytes", lambda folder: 4 * score + whole)
+    with pytest.raises(UserError, match=r"by its step methods/full/checkpoint but"):
         ws.require_disk()
     monkeypatch.setattr(workspace, "free_bytes", lambda folder: 4 * score + 100)
     with pytest.raises(UserError, match=r"by its step features but"):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from palimpsest.analysis.clustering import bootstrap_mean
 from palimpsest.analysis.delta import largest, share_in
@@ -39,8 +38,8 @@ def overlap_records(
     importance lies; shifts between matrices are the business of shift.py. `overlap` is the share of the model's mask
     that is also in the reference's, `overlap_by_chance` the reference mask's share of the matrix.
 
-    other: the reference model scored on other data, or the masks of these scores (boolean); gives `noise_floor`, the
-        overlap that change of data alone leaves.
+    other: the reference model scored on other data; gives `noise_floor`, the overlap that change of data alone leaves.
+        The masks of these scores by the same ratio (`most_important`) do as well: the largest of a mask are the mask.
 
     Raises UserError if a parameter is missing from one of them.
     """
@@ -61,7 +60,7 @@ def overlap_records(
                 "overlap_by_chance": float(mask.mean()),
                 "ci_low": None,
                 "ci_high": None,
-                "noise_floor": None if other is None else share_in(_mask_of(other[name], ratio), mask),
+                "noise_floor": None if other is None else share_in(largest(other[name].numpy(), ratio), mask),
             }
         )
     return [*records, _over_all(records, seed)] if records else []
@@ -71,11 +70,6 @@ def most_important(scores: Scores, ratio: float) -> Mask:
     """The masks that overlaps are taken of: the most important `ratio` of each parameter's weights."""
     masks = {name: torch.from_numpy(largest(scores[name].cpu().numpy(), ratio)) for name in scores}
     return Mask.from_tensors(masks, {"ratio": ratio, "scope": "per_matrix"})
-
-
-def _mask_of(scores: Float[Tensor, "*shape"], ratio: float) -> NDArray[np.bool_]:
-    values: NDArray[Any] = scores.numpy()
-    return values if values.dtype == np.bool_ else largest(values, ratio)
 
 
 def _over_all(records: list[MaskOverlapRecord], seed: int) -> MaskOverlapRecord:
