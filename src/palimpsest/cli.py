@@ -27,6 +27,7 @@ from palimpsest.commands import (
     compare,
     deactivate,
     demo,
+    diagnose,
     drift,
     evaluate,
     export,
@@ -47,6 +48,7 @@ from palimpsest.progress import printable
 COMMANDS: dict[str, ModuleType] = {
     "study": study,
     "demo": demo,
+    "diagnose": diagnose,
     "plan": plan,
     "report": report,
     "figure": figure,

@@ -23,6 +23,7 @@ from palimpsest.data.in_loop import FramesWanted
 from palimpsest.data.splits import Split, TaskSplit
 from palimpsest.files import UserError, differences, in_words
 from palimpsest.models.compute import DEVICE, Compute, WeightDtype
+from palimpsest.models.given import takes_speech
 from palimpsest.models.prompts import PromptStyle, written_out
 from palimpsest.options import checked, nearest
 from palimpsest.records import BASE, SCOPES, Modality, Scope, method_of, run_name
@@ -35,7 +36,7 @@ class Models:
     """Hub names, local folders, or `embedded:` names."""
 
     language_model: str
-    encoder: str
+    encoder: str | None = None  # none: a study of given models that are asked in text alone
     asr: str | None = None  # the cascade's recogniser; none: no cascade
     adaptor: str | None = None  # a speech LLM whose adaptor every method starts from; none: a fresh one
     dtype: WeightDtype = "float32"  # of the weights
@@ -236,6 +237,16 @@ class StudyConfig(BaseModel):
                 f"models.dtype {self.models.dtype} would round most of the update of methods.{lora} (lora) away when "
                 "it is merged; use float32; models.compute can be bfloat16 all the same"
             )
+        trained = next((name for name, method in self.methods.items() if method.kind != "given"), None)
+        if self.models.encoder is None and (trained is not None or self.models.adaptor is not None):
+            needs = "models.adaptor" if trained is None else f"methods.{trained} ({self.methods[trained].kind})"
+            raise ValueError(f"{needs} needs models.encoder; only a study of given models can do without")
+        given = next((name for name, method in self.methods.items() if method.kind == "given"), None)
+        if given is not None and self.seeds > 1:
+            raise ValueError(
+                f"seeds: {self.seeds} trains every method so often, and methods.{given} is given; set seeds to 1, and "
+                "give its other training runs as methods of their own"
+            )
         if self.models.adaptor is not None and self.speech.calibrate_adaptor:
             raise ValueError("speech.calibrate_adaptor is for a fresh adaptor; that of models.adaptor brings its own")
         if self.models.adaptor is not None and self.training.align is not None:
@@ -253,7 +264,18 @@ class StudyConfig(BaseModel):
         training = self.training
         epochs = training.epochs + (training.adaptor_first.epochs if training.adaptor_first else 0)
         epochs += training.align.epochs if training.align else 0
-        return epochs * self.seeds * sum(method.modality == "speech" for method in self.methods.values())
+        trained = (method for method in self.methods.values() if method.kind != "given")
+        return epochs * self.seeds * sum(method.modality == "speech" for method in trained)
+
+    @property
+    def trains(self) -> bool:
+        """Whether any method does: of given models alone the training questions are read, and not spoken."""
+        return any(method.kind != "given" for method in self.methods.values())
+
+    @property
+    def speaks(self) -> bool:
+        """Whether held-out and task questions are needed as speech: by a speech LLM, or by the cascade's recogniser."""
+        return self.models.encoder is not None or self.models.asr is not None
 
     @property
     def runs(self) -> dict[str, Method]:
@@ -287,10 +309,16 @@ class StudyConfig(BaseModel):
         return self.models.checkpoints == "light" and self.runs[run].kind in ("adaptor", "lora")
 
     def takes_speech(self, run: str) -> bool:
-        """Whether a model can be asked in speech: the base if the recipe names an adaptor, not one tuned on text."""
+        """Whether a model can be asked in speech: the base if the recipe names an adaptor, not one tuned on text.
+
+        Of a given one its files say so.
+        """
         if run == BASE:
             return self.models.adaptor is not None
-        return self.runs[run].modality == "speech"
+        method = self.runs[run]
+        if method.checkpoint is not None and (self.models.encoder is None or not takes_speech(method.checkpoint)):
+            return False
+        return method.modality == "speech"
 
 
 class _Loader(yaml.SafeLoader):

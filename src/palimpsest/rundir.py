@@ -42,6 +42,7 @@ FRAMES = "frames.json"  # what speech.features: auto came to
 STEP_FILE = "step.json"  # inside every step's directory: fingerprint, inputs, seconds
 FILES_FILE = "files.json"  # beside it: every file of the step: bytes, sha256, time of change
 SET_ASIDE = ".set-aside"  # steps of an earlier recipe
+GIVEN = "given.json"  # methods/NAME/checkpoint/: which model stands in place of a trained one
 MASKS = "masks.safetensors"  # base/importance_other/: its most important weights, where the scores are not kept
 RECORDINGS = ".recordings.json"  # hashes of recordings that need not be read again (StudyData.found)
 DROPPED = "dropped"  # data/dropped.jsonl: what was left out of training and held-out data, and why

@@ -29,6 +29,7 @@ from palimpsest.evaluation.own_text import OwnText
 from palimpsest.files import UserError, read_jsonl, write_jsonl
 from palimpsest.intervals import bootstrap_ratio
 from palimpsest.models.compute import Arithmetic, many_forwards
+from palimpsest.models.given import differing_tokens
 from palimpsest.models.loss import IGNORED, supervised_logits
 from palimpsest.records import DriftRecord
 
@@ -163,18 +164,12 @@ def _wide(logits: Tensor) -> Tensor:
 # Are the tokens the same?
 # ---------------------------------------------------------------------------------------------------------------------
 def require_same_tokens(base: Any, tuned: Any) -> None:
-    """Raise VocabularyError unless each id that both tokenizers have is the same token in both.
-
-    Added tokens (turns, reserved ones) may be called otherwise: models that learn a modality rename reserved tokens.
-    """
-    ours, theirs = ({id: token for token, id in it.get_vocab().items()} for it in (base, tuned))
-    added = {id for it in (base, tuned) for id in it.added_tokens_decoder}
-    differing = [id for id in ours if id in theirs and ours[id] != theirs[id] and id not in added]
-    if differing:
-        id = min(differing)
+    """Raise VocabularyError unless each id that both tokenizers have is the same token in both, or an added one."""
+    if found := differing_tokens(base, tuned):
+        id, (ours, theirs) = next(iter(found.items()))
         raise VocabularyError(
-            f"its tokens are not the base's ({len(differing)} differ, the first is {id}: {theirs[id]!r} instead of "
-            f"{ours[id]!r}), so the distributions cannot be compared; compare the loss of general text per byte."
+            f"its tokens are not the base's ({len(found)} differ, the first is {id}: {theirs!r} instead of {ours!r}), "
+            "so the distributions cannot be compared; compare the loss of general text per byte."
         )
 
 

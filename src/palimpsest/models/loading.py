@@ -218,9 +218,25 @@ def embedding_width(name: str) -> int:
     return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)
 
 
+def encoder_source(name: str) -> str:
+    """Where an encoder's config and weights are: Whisper's, or those inside a SpeechLM; a light one names its own."""
+    where = resolve(name)
+    return encoder_source(light.read_light(Path(where)).encoder.name) if light.is_light(Path(where)) else where
+
+
+def encoder_config(name: str) -> Any:
+    """Whisper's, without the weights."""
+    where = encoder_source(name)
+    if not is_speech_lm(where):
+        return _config(where)
+    from palimpsest.models.speech_lm import SpeechLMConfig
+
+    return _from_pretrained(SpeechLMConfig, where).encoder_config
+
+
 def encoder_width(name: str) -> int:
     """Numbers in a frame of a Whisper encoder, without its weights."""
-    return int(_config(text_source(name)).d_model)
+    return int(encoder_config(name).d_model)
 
 
 def weight_bytes(name: str) -> int:
@@ -236,19 +252,25 @@ def weight_bytes(name: str) -> int:
 
 
 class StoredLanguageModel(Mapping[str, "Tensor"]):
-    """The scored weights of the language model in a SpeechLM's folder by canonical name, read one at a time.
+    """The scored weights of a language model's or SpeechLM's folder by canonical name, read one at a time.
 
     Names and shapes are those of the model's class, as `scored_parameters` has them. Where the files hold the weights
     in another form (transformers writes the stacked experts of most mixtures one by one) the whole model is read.
+    dtype: what they are read as; None: as they are stored.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: str | None = None) -> None:
         import torch
 
         from palimpsest.models.speech_lm import SpeechLM, SpeechLMConfig
 
-        with torch.device("meta"):
-            model = SpeechLM(_from_pretrained(SpeechLMConfig, str(folder)))
+        self._dtype = None if dtype is None else getattr(torch, dtype)
+
+        if is_speech_lm(str(folder)):
+            with torch.device("meta"):
+                model = SpeechLM(_from_pretrained(SpeechLMConfig, str(folder)))
+        else:
+            model = blank_language_model(str(folder))
         written = {id(parameter): name for name, parameter in model.named_parameters()}
         scored = scored_parameters(model)
         self._keys = {name: written[id(parameter)] for name, parameter in scored.items()}
@@ -262,14 +284,18 @@ class StoredLanguageModel(Mapping[str, "Tensor"]):
             if key in files and list(files[key].get_slice(key).get_shape()) == list(scored[name].shape):
                 self._files[name] = files[key]
         if len(self._files) < len(scored):
-            whole = _from_pretrained(SpeechLM, str(folder), dtype="auto")
+            where = str(folder)
+            speech_lm = is_speech_lm(where)
+            whole = (
+                _from_pretrained(SpeechLM, where, dtype="auto")
+                if speech_lm
+                else load_language_model(where, dtype="auto")[0]
+            )
             self._loaded = {name: parameter.detach() for name, parameter in scored_parameters(whole).items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        if self._loaded:
-            return self._loaded[name]
-        tensor: Tensor = self._files[name].get_tensor(self._keys[name])
-        return tensor
+        tensor: Tensor = self._loaded[name] if self._loaded else self._files[name].get_tensor(self._keys[name])
+        return tensor if self._dtype is None else tensor.to(self._dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
@@ -420,10 +446,14 @@ def load_asr(name: str, *, device: str = "cpu") -> tuple[WhisperForConditionalGe
 
 
 def load_encoder(name: str, *, dtype: torch.dtype | str = "float32", device: str = "cpu") -> tuple[WhisperEncoder, Any]:
-    """(Whisper encoder in eval mode without gradients, its feature extractor)."""
+    """(Whisper encoder in eval mode without gradients, its feature extractor); `name` may be a SpeechLM with one."""
     from transformers import WhisperModel
 
-    encoder = _load(WhisperModel, resolve(name), device, part="encoder", dtype=dtype)
+    from palimpsest.models.speech_lm import SpeechLM
+
+    where = encoder_source(name)
+    kind = SpeechLM if is_speech_lm(where) else WhisperModel
+    encoder = _load(kind, where, device, part="encoder", dtype=dtype)
     encoder.requires_grad_(False)
     return encoder, load_feature_extractor(name)
 
@@ -432,7 +462,7 @@ def load_feature_extractor(name: str) -> Any:
     """Whisper's, of the encoder `name`."""
     from transformers import WhisperFeatureExtractor
 
-    return _from_pretrained(WhisperFeatureExtractor, resolve(name))
+    return _from_pretrained(WhisperFeatureExtractor, encoder_source(name))
 
 
 Role = Literal["language_model", "encoder", "asr"]

@@ -89,6 +89,8 @@ class Setup:
     @property
     def adaptor_parameters(self) -> int:
         stacked = self.encoder.dim * self.stack_factor
+        if not stacked:  # no encoder
+            return 0
         return (stacked + 1) * self.adaptor_hidden + (self.adaptor_hidden + 1) * self.decoder.hidden
 
     @property
@@ -98,6 +100,8 @@ class Setup:
     @property
     def trainable(self) -> int:
         adaptor = self.adaptor_parameters if self.modality == "speech" else 0
+        if self.method == "given":
+            return 0
         if self.method == "adaptor":
             return adaptor
         return adaptor + (self.lora_parameters if self.method == "lora" else self.decoder.parameters)

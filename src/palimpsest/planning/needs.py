@@ -151,13 +151,14 @@ def disk_of_steps(
         StepDisk(f"{BASE}/importance_other", of_others, passing),
     ]
     for run, name in zip(config.runs, list(config.methods) * config.seeds, strict=True):
-        found.append(
-            StepDisk(
-                f"{folder_of(run)}/checkpoint",
-                checkpoint_bytes(setups[name], light=config.kept_light(run)),
-                trainer_bytes(setups[name]) if config.training.checkpoint_every < steps[name] else 0,
+        if setups[name].method != "given":
+            found.append(
+                StepDisk(
+                    f"{folder_of(run)}/checkpoint",
+                    checkpoint_bytes(setups[name], light=config.kept_light(run)),
+                    trainer_bytes(setups[name]) if config.training.checkpoint_every < steps[name] else 0,
+                )
             )
-        )
         if config.measures(run, "importance"):
             found.append(StepDisk(f"{folder_of(run)}/importance", of_model, passing))
     return found

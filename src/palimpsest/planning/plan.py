@@ -143,6 +143,7 @@ class Plan:
     encoding_flops: float  # of the training data, once
     encodings: float  # how often
     scores: int  # bytes on disk of one model's importance
+    setup: Setup  # of the study's first method
     steps: tuple[StepMemory, ...]  # of the study but training
     disk: tuple[StepDisk, ...]  # of weights and scores
     importance_flops: float  # of all models, and of the base on other questions
@@ -157,7 +158,7 @@ def make_plan(config: StudyConfig, options: Assumptions) -> Plan:
     from palimpsest.planning.sizes import decoder_sizes, encoder_sizes, find_gpu
 
     gpu = find_gpu(options.gpu) if options.gpu else None
-    capacity, device, kind = _device(config, options, gpu)
+    capacity, device, kind = device_of(config, options.memory, gpu)
     decoder, decoder_origin = decoder_sizes(config.models.language_model, options.shape, options.config)
     encoder, encoder_origin = encoder_sizes(config.models.encoder)
     lengths = read_lengths(config, options)
@@ -165,7 +166,7 @@ def make_plan(config: StudyConfig, options: Assumptions) -> Plan:
     frames = fmean(_frames(config, row[2]) for row in lengths.rows)
     of_frame = encoder.dim * FRAME_BYTES
     # Those held out by their number are taken out of the training data.
-    features = round((lengths.n - (config.data.heldout_examples or 0)) * frames * of_frame)
+    features = round((lengths.n - (config.data.heldout_examples or 0)) * frames * of_frame) if config.trains else 0
     cache = config.speech.feature_cache
     choice = choose_frames(
         config.speech.features,
@@ -178,13 +179,15 @@ def make_plan(config: StudyConfig, options: Assumptions) -> Plan:
     other_frames = (config.data.heldout_examples or 0) * frames
     other_frames += sum(other.n * fmean(_frames(config, row[2]) for row in other.rows) for other in others)
     setups = setups_of(config, decoder, encoder, autocast=autocast, device=kind, n_gpus=options.n_gpus, in_loop=in_loop)
-    methods = tuple(_plan_method(config, lengths, name, setup) for name, setup in setups.items())
+    trained = {name: setup for name, setup in setups.items() if setup.method != "given"}
+    methods = tuple(_plan_method(config, lengths, name, setup) for name, setup in trained.items())
     n_steps = {method.name: float(method.steps) for method in methods}
     exact = _computes_bfloat16(config, kind, here=gpu is None and options.memory is None, exact=True)
     passes = 2 + sum(config.measures(run, "importance") for run in config.runs)
     return Plan(
         config=config,
         methods=methods,
+        setup=next(iter(setups.values())),
         steps=_memory_of_steps(config, lengths, others, setups, exact, capacity),
         disk=tuple(disk_of_steps(config, decoder, setups, n_steps, options.n_gpus)),
         importance_flops=passes * _importance_flops(config, lengths, next(iter(setups.values()))),
@@ -194,14 +197,18 @@ def make_plan(config: StudyConfig, options: Assumptions) -> Plan:
         frames=choice,
         features=0 if in_loop else features,
         other_features=round(other_frames * of_frame),
-        audio=round(FLAC * sum(part.n * part.written for part in (lengths, *others))),
+        audio=round(FLAC * sum(part.n * part.written for part in _spoken(config, lengths, others))),
         encoding_flops=encoder_flops(encoder, lengths.n * frames, frames),
-        encodings=config.speech_reads if in_loop else 1,
+        encodings=config.speech_reads if in_loop else float(config.trains),
         scores=ACCUMULATED * decoder.matrices * len(config.importance.keep),
         capacity=capacity,
         device=device,
         gpu=gpu,
     )
+
+
+def _spoken(config: StudyConfig, train: Lengths, others: Sequence[Lengths]) -> list[Lengths]:
+    return [*([train] if config.trains else []), *(others if config.speaks else [])]
 
 
 def setups_of(config: StudyConfig, decoder: Decoder, encoder: Encoder, **how: Any) -> dict[str, Setup]:
@@ -254,8 +261,9 @@ def _memory_of_steps(
             step = replace(step, remedy=importance_that_fits(config, measured, batch, capacity, tuned=tuned))
         found.append(step)
 
-    longest, most = (max(row[k] for row in lengths.sequences(config, "speech")) for k in (0, 2))
-    questions = [row[0] - row[2] for part in (lengths, *others) for row in part.sequences(config, "speech")]
+    asked_as = "text" if config.models.encoder is None else "speech"
+    longest, most = (max(row[k] for row in lengths.sequences(config, asked_as)) for k in (0, 2))
+    questions = [row[0] - row[2] for part in (lengths, *others) for row in part.sequences(config, asked_as)]
     limit = config.evaluation.max_new_tokens
     recogniser = 0 if config.models.asr is None else recogniser_bytes(setup.encoder)
     size, asked = config.deactivation.batch_size, config.evaluation.batch_size
@@ -288,12 +296,14 @@ def _importance_flops(config: StudyConfig, lengths: Lengths, setup: Setup) -> fl
 # ---------------------------------------------------------------------------------------------------------------------
 # Device, method, batch
 # ---------------------------------------------------------------------------------------------------------------------
-def _device(config: StudyConfig, options: Assumptions, gpu: Gpu | None) -> tuple[int, str, Literal["cpu", "cuda"]]:
+def device_of(
+    config: StudyConfig, memory: float | None = None, gpu: Gpu | None = None
+) -> tuple[int, str, Literal["cpu", "cuda"]]:
     """(bytes of one device, its name, its kind): what was asked for, or what this machine has."""
     import torch
 
-    if options.memory is not None:
-        return round(options.memory * GB), gpu.name if gpu else f"a GPU of {options.memory:g} GB", "cuda"
+    if memory is not None:
+        return round(memory * GB), gpu.name if gpu else f"a GPU of {memory:g} GB", "cuda"
     if gpu is not None:
         return gpu.memory, gpu.name, "cuda"
     if config.models.device != "cpu" and torch.cuda.is_available():

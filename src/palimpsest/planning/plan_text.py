@@ -93,19 +93,24 @@ def _training_refusal(plan: Plan) -> str | None:
 # Sections
 # ---------------------------------------------------------------------------------------------------------------------
 def _what(plan: Plan) -> Iterator[str]:
-    config, setup = plan.config, plan.methods[0].setup
+    config, setup = plan.config, plan.setup
     decoder, encoder = setup.decoder, setup.encoder
     training = config.training
     runs = f", {config.seeds} training runs of each" if config.seeds > 1 else ""
-    yield f"{config.name}: {len(plan.methods)} methods{runs}"
+    n_given = len(config.methods) - len(plan.methods)
+    given = f"{', ' if plan.methods else ''}{n_given} given" if n_given else ""
+    yield f"{config.name}: {f'{len(plan.methods)} methods{runs}' if plan.methods else ''}{given}"
     yield (
         f"  language model  {config.models.language_model} ({plan.origins['language model']}): {decoder.parameters:,} "
         f"parameters, {decoder.matrices:,} of them in the matrices of its {decoder.layers} layers"
     )
-    origin = plan.origins["encoder"]
-    yield f"  encoder         {config.models.encoder} ({origin}): {encoder.parameters:,} parameters, frozen"
-    yield f"  adaptor         {setup.adaptor_parameters:,} parameters"
+    if config.models.encoder is not None:
+        origin = plan.origins["encoder"]
+        yield f"  encoder         {config.models.encoder} ({origin}): {encoder.parameters:,} parameters, frozen"
+        yield f"  adaptor         {setup.adaptor_parameters:,} parameters"
     yield f"  data            {plan.lengths.origin}"
+    if not plan.methods:
+        return
     arithmetic = "bf16 autocast" if setup.autocast else config.models.dtype
     checkpointing = "with" if training.gradient_checkpointing else "without"
     yield (
@@ -116,6 +121,9 @@ def _what(plan: Plan) -> Iterator[str]:
 
 
 def _memory(plan: Plan, options: Assumptions) -> Iterator[str]:
+    if not plan.methods:
+        yield "Nothing is trained."
+        return
     where = "on each device, weights, gradients and optimizer sharded" if options.n_gpus > 1 else "on the device"
     yield f"Memory {where}, GB (10⁹ bytes), of {plan.capacity / GB:.1f}"
     heads = ["", "trained", "largest batch", "weights", "gradients", "optimizer", "activations", "loss"]
@@ -152,7 +160,7 @@ def _time(plan: Plan, options: Assumptions) -> Iterator[str]:
     if plan.gpu is None:
         yield "Time: name a GPU with --gpu for an estimate."
         return
-    bf16 = plan.methods[0].setup.compute_bytes == 2
+    bf16 = plan.setup.compute_bytes == 2
     speed = plan.gpu.bf16 if bf16 else plan.gpu.float32
     yield (
         f"Time on {options.n_gpus} × {plan.gpu.name}: FLOPs / ({options.utilisation:g} × {speed / 1e12:g} TFLOP/s, "

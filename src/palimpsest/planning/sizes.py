@@ -7,6 +7,7 @@ dense, not sparse; float32 is without tensor cores, PyTorch's default.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 
 from palimpsest.files import UserError, read_json
 from palimpsest.models.anatomy import scored_parameters
-from palimpsest.models.loading import text_source
+from palimpsest.models.loading import encoder_config, text_source
 from palimpsest.planning.memory import Decoder, Encoder
 
 
@@ -106,13 +107,18 @@ def decoder_of(model: Any) -> Decoder:
     )
 
 
-def encoder_sizes(name: str) -> tuple[Encoder, str]:
-    """Sizes of the Whisper encoder `name`, and where they are from. Raises UserError where there is no config."""
+def encoder_sizes(name: str | None) -> tuple[Encoder, str]:
+    """Sizes of the Whisper encoder `name`, and where they are from; None is no encoder.
+
+    Raises UserError where there is no config.
+    """
+    if name is None:
+        return Encoder(0, 0, 0), "none"
     from transformers import WhisperConfig
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
     key = _last_part(name)
-    config = WhisperConfig(**ENCODERS[key]) if key in ENCODERS else _load(name)
+    config = WhisperConfig(**ENCODERS[key]) if key in ENCODERS else _had(encoder_config, name)
     with torch.device("meta"):
         encoder = WhisperEncoder(config)
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
@@ -146,9 +152,13 @@ def _last_part(name: str) -> str:
 def _load(name: str) -> Any:
     from transformers import AutoConfig
 
+    return _had(lambda it: AutoConfig.from_pretrained(text_source(it)), name)
+
+
+def _had(read: Callable[[str], Any], name: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(text_source(name))
-    except (OSError, ValueError) as error:
+        return read(name)
+    except (OSError, ValueError, UserError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"The config of {name} cannot be had ({reason}); "

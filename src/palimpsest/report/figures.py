@@ -8,7 +8,7 @@ from pathlib import Path
 from palimpsest.files import UserError, replacing, write_text
 from palimpsest.report import charts, curves, heatmaps
 from palimpsest.report.across_runs import by_method
-from palimpsest.report.inputs import Inputs, read_inputs
+from palimpsest.report.inputs import Inputs, read_inputs, trains
 from palimpsest.report.style import Drawing, style, to_png, to_svg
 
 FIGURES: dict[str, Callable[[Inputs], Drawing | None]] = {
@@ -40,7 +40,14 @@ def draw(name: str, inputs: Inputs) -> Drawing | None:
 
 def why_not(name: str, inputs: Inputs) -> str:
     """Why `draw` has nothing for the figure called `name`."""
+    if name == "training" and not trains(inputs.config):
+        return "Nothing was trained in this run: its models were given."
     return OPTIONAL[name](inputs) if name in OPTIONAL else f"The figure “{name}” has no data."
+
+
+def may_lack(name: str, inputs: Inputs) -> bool:
+    """Whether a complete run may be without the figure called `name`."""
+    return name in OPTIONAL or (name == "training" and not trains(inputs.config))
 
 
 def write_figure(run: Path, name: str) -> list[Path]:

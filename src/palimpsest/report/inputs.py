@@ -34,6 +34,7 @@ MODALITY_NAMES = {"text": "T2T", "speech": "S2T", "cascade": "Cascade", "text_as
 MAIN_METRIC = "token_sequence_numbers"  # the scoring rule and the reduction that the claims are decided on;
 MAIN_REDUCTION = "per_batch_abs"  # a run without them is shown by the first it has
 OF_SEVERAL_RUNS = {"seeds", "seed_comparisons"}  # empty where every method was trained once
+NO_RECORDS = "results.json has no records in “{}”."
 POOLED = "pooled_comparisons"  # empty with one run of each method, or one task
 MAY_BE_EMPTY = OF_SEVERAL_RUNS | {POOLED, "voices"}  # no voices where no task is spoken in several
 MAX_SAMPLES_BYTES = 64 * 2**20  # of one samples.jsonl
@@ -84,10 +85,12 @@ def read_inputs(run: Path) -> Inputs:
     results = _read_results(run / "results.json", missing)
     provenance = _read_mapping(run / "provenance.json", missing)
     config = _read_mapping(run / "study.yaml", missing)
+    if not trains(config):
+        missing = [line for line in missing if line != NO_RECORDS.format("training")]
     several = at(config, "seeds")
     if isinstance(several, int) and several > 1:
         expected = {*OF_SEVERAL_RUNS, *({POOLED} if len({row["task"] for row in results["qa"]}) > 1 else ())}
-        missing += [f"results.json has no records in “{t}”." for t in sorted(expected) if not dict(results)[t]]
+        missing += [NO_RECORDS.format(t) for t in sorted(expected) if not dict(results)[t]]
     return Inputs(
         path=run,
         results=results,
@@ -128,6 +131,13 @@ def rank_in_name(method: str) -> int | None:
     """The rank in a name such as `lora_r8`."""
     match = re.fullmatch(r"lora_r(\d{1,6})", method)
     return int(match[1]) if match else None
+
+
+def trains(config: Any) -> bool:
+    """Whether the study of a configuration trains a model; where nobody knows, it does."""
+    methods = at(config, "methods")
+    kinds = [at(method, "kind") for method in methods.values()] if isinstance(methods, dict) else []
+    return not kinds or any(kind != "given" for kind in kinds)
 
 
 def model_name(inputs: Inputs) -> str | None:
@@ -269,7 +279,7 @@ def _read_results(path: Path, missing: list[str]) -> Results:
                 "probe_comparisons": any(row["model"] != "base" for row in tables.get("probe", [])),
             }
             if raw is not None and table not in MAY_BE_EMPTY and needed.get(table, True):
-                missing.append(f"{path.name} has no records in “{table}”.")
+                missing.append(NO_RECORDS.format(table))
             continue
         if not isinstance(rows, list):
             missing.append(f"{path.name}: “{table}” is not a list.")

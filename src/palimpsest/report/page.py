@@ -18,8 +18,8 @@ from palimpsest.files import write_text
 from palimpsest.report import paper, summary
 from palimpsest.report import remake as commands
 from palimpsest.report.across_runs import by_method
-from palimpsest.report.figures import FIGURES, OPTIONAL, draw, why_not
-from palimpsest.report.inputs import Inputs, flat, main_metric, missing_steps, read_inputs, task_name
+from palimpsest.report.figures import FIGURES, draw, may_lack, why_not
+from palimpsest.report.inputs import Inputs, flat, main_metric, missing_steps, read_inputs, task_name, trains
 from palimpsest.report.recordings import read_recordings
 from palimpsest.report.samples import MAX_QUESTIONS, samples_of
 from palimpsest.report.style import to_inline_svg
@@ -100,9 +100,9 @@ def render(inputs: Inputs, *, audio: bool = True, samples: bool = True) -> str:
             *inputs.missing,
             *missing_steps(inputs.path, inputs.provenance),
             *recordings.missing,
-            *(why for name, why in not_drawn.items() if name not in OPTIONAL),
+            *(why for name, why in not_drawn.items() if not may_lack(name, inputs)),
         ],
-        not_drawn=not_drawn,
+        training_note=not_drawn.get("retention" if trains(inputs.config) else "training"),
         tables=tables_of(inputs, every_run),
         drawings=drawings,
         samples=questions,

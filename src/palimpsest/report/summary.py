@@ -8,7 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from palimpsest.records import MOST_CUT, ComparisonRecord, QARecord, ShiftRecord, SpeechTestRecord
+from palimpsest.records import (
+    MOST_CUT,
+    ComparisonRecord,
+    ProbeComparisonRecord,
+    QARecord,
+    ShiftRecord,
+    SpeechTestRecord,
+)
 from palimpsest.report.across_runs import n_runs
 from palimpsest.report.inputs import (
     MODALITY_NAMES,
@@ -28,6 +35,7 @@ from palimpsest.report.inputs import (
 from palimpsest.report.table import interval, p_value, percent, points, significant
 
 LEVEL = 0.05
+ALL = "all"  # kinds of pairs of the probe
 BETTER, ALIKE, UNPAIRED = "Better than", "Not distinguishable from", "Not compared question by question with"
 REFERENCES = {"unrelated": "against other questions", "text": "against typed", "cascade": "against the cascade"}
 LARGE_MODEL = 10**9  # parameters of the paper's smaller model
@@ -67,10 +75,14 @@ def scale(inputs: Inputs) -> str:
         what += f" ({_millions(parameters)} parameters)"
     elif scored:
         what += f" ({_millions(scored)} weights in its layers)"
+    given, trains = given_models(inputs), bool(inputs.results["training"])
+    if given and not trains:
+        return f"This run sets {what} against {len(given)} tuned model{'s' * (len(given) > 1)} that it was given."
     on = f"{examples:,} spoken questions".replace(",", "\u202f") if isinstance(examples, int) else "spoken questions"
     sentence = f"This run trained {what} on {on}" + (f" for up to {steps} steps" if steps is not None else "")
     runs = n_runs(inputs.results)
     sentence += f", {runs} times with each method" if runs > 1 else ""
+    sentence += f", and sets {', '.join(map(method_name, given))} beside it, which it was given" if given else ""
     known = isinstance(parameters, int) and isinstance(examples, int)
     if known and parameters >= LARGE_MODEL and examples >= LARGE_DATA:
         return sentence + "."
@@ -89,7 +101,96 @@ def points_of(inputs: Inputs) -> list[Point]:
         Point(question, tuple(answer(inputs)) or (Finding(f"Not known: the run has no {lacking}."),))
         for question, answer, lacking in questions
     ]
-    return [replace(found[0], findings=(*found[0].findings, *_cut(inputs))), *found[1:]]
+    found[0] = replace(found[0], findings=(*found[0].findings, *_cut(inputs)))
+    differs = tuple(_differs(inputs, name) for name in given_models(inputs))
+    return [*([Point("What is different?", differs)] if differs else []), *found]
+
+
+def in_short(inputs: Inputs) -> list[str]:
+    """What is different, as a few lines of text: all there is to say of one model, the first of each of several."""
+    found = [_differs(inputs, name) for name in given_models(inputs)]
+    return [found[0].sentence, *found[0].details] if len(found) == 1 else [it.sentence for it in found]
+
+
+def given_models(inputs: Inputs) -> list[str]:
+    """The models that the run was given and did not train, in the report's order."""
+    given = at(inputs.provenance, "models", "given")
+    return sorted(given, key=method_key) if isinstance(given, dict) else []
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What is different: a model that was given, from what it was made of
+# ----------------------------------------------------------------------------------------------------------
+def _differs(inputs: Inputs, model: str) -> Finding:
+    """Whether text was kept, by how much, and where in the layers the model differs."""
+    typed = having(_accuracies(inputs, "text"), method=model)
+    pairs = [(row, _paired(inputs, row["task"], "base", model)) for row in typed]
+    tested = [(row, pair) for row, pair in pairs if pair is not None]
+    signs = {0 if pair["p_holm"] >= LEVEL else 1 if pair["difference"] > 0 else -1 for _, pair in tested}
+    text = "is not known to have kept its text"
+    if tested:
+        text = "lost text" if -1 in signs else "gained text" if 1 in signs else "shows no loss of text"
+        text = "lost and gained text" if {-1, 1} <= signs else text
+    said = [
+        f"{task_name(row['task'])}: {_share(row['accuracy'] - pair['difference'])} before, {_share(row['accuracy'])}, "
+        f"{_difference(pair).removesuffix('.')}"
+        for row, pair in tested
+    ]
+    probe = having(inputs.results["probe_comparisons"], method=model, kind=ALL)
+    details = (*map(_probed, probe), *_heard(inputs, model), *_changed(inputs, model), *_moved(inputs, model))
+    return Finding(f"{method_name(model)} {text}{' (' * bool(said)}{'; '.join(said)}{')' * bool(said)}.", details)
+
+
+def _probed(row: ProbeComparisonRecord) -> str:
+    evidence = f"95 % interval {interval(row['ci_low'], row['ci_high'], points)}"
+    return (
+        f"Probe: it prefers the right of two continuations in {_share(row['accuracy'])} of {row['n']} pairs, the base "
+        f"in {_share(row['accuracy_base'])}: {points(row['difference'])} points ({evidence})."
+    )
+
+
+def _heard(inputs: Inputs, model: str) -> Iterator[str]:
+    said = [
+        f"{task_name(row['task'])} {_share(row['accuracy'])}"
+        for row in having(_accuracies(inputs, "speech"), method=model)
+    ]
+    if said:
+        yield f"From speech: {'; '.join(said)}."
+
+
+def _changed(inputs: Inputs, model: str) -> Iterator[str]:
+    """How far the weights moved, by layer: the mean over its matrices of ‖ΔW‖ / ‖W‖."""
+    of_layer: dict[int, list[float]] = {}
+    for row in having(inputs.results["delta"], method=model):
+        if row["relative_norm"] is not None:
+            of_layer.setdefault(row["layer"], []).append(row["relative_norm"])
+    if of_layer:
+        means = {layer: sum(of) / len(of) for layer, of in of_layer.items()}
+        most, least = max(means, key=lambda it: means[it]), min(means, key=lambda it: means[it])
+        whole = sum(map(sum, of_layer.values())) / sum(map(len, of_layer.values()))
+        if not whole:
+            yield "Weights: not one of the matrices in its layers was changed."
+            return
+        yield (
+            f"Weights: a matrix changed by {significant(100 * whole, 2)}\u00a0% of its norm on average, most in layer "
+            f"{most} ({significant(100 * means[most], 2)}\u00a0%), least in layer {least} "
+            f"({significant(100 * means[least], 2)}\u00a0%)."
+        )
+
+
+def _moved(inputs: Inputs, model: str) -> Iterator[str]:
+    """How far text importance moved over the layers, and to and from which."""
+    layers = text_layers(inputs.results)
+    before, after = ({row["layer"]: row["share"] for row in having(layers, model=it)} for it in ("base", model))
+    moved = {layer: after[layer] - share for layer, share in before.items() if layer in after}
+    rows = [row for row in text_shifts(inputs.results) if row["model"] == model and row["value"] is not None]
+    for row in rows:
+        said = f"Importance for text: moved over the layers by {_shift(row)}"
+        if any(moved.values()):
+            up, down = max(moved, key=lambda it: moved[it]), min(moved, key=lambda it: moved[it])
+            said += f"; its share rose most in layer {up} ({points(moved[up])} points) and fell most in layer {down} "
+            said += f"({points(moved[down])})"
+        yield said + "."
 
 
 def _lost(inputs: Inputs) -> Iterator[Finding]:
@@ -133,12 +234,7 @@ def _where(inputs: Inputs) -> Iterator[Finding]:
     for row in text_shifts(inputs.results):
         if row["value"] is None:
             continue
-        spread = interval(row["ci_low"], row["ci_high"], significant)
-        detail = f"{method_name(row['model'])}: {significant(row['value'])} bits"
-        detail += f" (95 % interval {spread})" if spread else ""
-        if row["noise_floor"]:
-            noise = significant(row["value"] / row["noise_floor"], 2)
-            detail += f", {noise} times what the base alone differs by between {_floor(row)}"
+        detail = f"{method_name(row['model'])}: {_shift(row)}"
         if runs > 1:
             detail += "; its first training run alone" if row.get("n_seeds") == 1 else f"; mean of {runs} training runs"
         details.append(detail + ".")
@@ -152,6 +248,16 @@ def _where(inputs: Inputs) -> Iterator[Finding]:
         depth = max(row["layer"] for row in layers)
         largest = f"The layer with the largest share is {peak_layer(layers, 'base')} in the base (layers 0 to {depth})"
         yield Finding(f"{largest}, {', '.join(peaks)}.")
+
+
+def _shift(row: ShiftRecord) -> str:
+    spread = interval(row["ci_low"], row["ci_high"], significant)
+    said = f"{significant(row['value'] or 0.0)} bits"
+    said += f" (95 % interval {spread})" if spread else ""
+    if row["noise_floor"]:
+        noise = significant((row["value"] or 0.0) / row["noise_floor"], 2)
+        said += f", {noise} times what the base alone differs by between {_floor(row)}"
+    return said
 
 
 def _floor(row: ShiftRecord) -> str:

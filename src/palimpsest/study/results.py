@@ -43,7 +43,7 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
         if config.evaluation.probe and config.measures(name, "probe"):
             tables["probe"] += read_json(folder / "probe" / "records.json")
         tables["perplexity"] += read_json(folder / "perplexity" / "records.json")
-        if name != BASE:
+        if name != BASE and config.runs[name].kind != "given":
             tables["training"] += read_json(folder / "checkpoint" / "training.json")
     if config.evaluation.probe:
         measured = dict.fromkeys(config.methods, config.seeds if "probe" in config.seeds_measure else 1)

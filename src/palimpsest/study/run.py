@@ -61,12 +61,14 @@ class Study:
 def steps_of(config: StudyConfig) -> Iterator[Step]:
     """Every step that is skipped when it was done before, in order."""
     yield steps.data
-    yield steps.features
+    if config.models.encoder is not None:
+        yield steps.features
     yield partial(steps.importance, model=BASE)
     yield partial(steps.importance, model=BASE, other=True)
     for model in (BASE, *config.runs):
         if model != BASE:
-            yield partial(steps.train, model=model)
+            given = config.runs[model].kind == "given"
+            yield partial(steps.given if given else steps.train, model=model)
             if config.measures(model, "importance"):
                 yield partial(steps.importance, model=model)
         if config.measures(model, "deactivation"):

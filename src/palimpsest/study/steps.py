@@ -24,7 +24,7 @@ from palimpsest.files import hash_value, read_jsonl, remove_left_over, write_jso
 from palimpsest.parallel import is_main, sharded, visible_gpus, world_size
 from palimpsest.progress import Advance
 from palimpsest.records import BASE, Modality
-from palimpsest.rundir import DROPPED, MASKS, PROVENANCE, RESULTS, SET_ASIDE, STUDY, folder_of, samples_of
+from palimpsest.rundir import DROPPED, GIVEN, MASKS, PROVENANCE, RESULTS, SET_ASIDE, STUDY, folder_of, samples_of
 from palimpsest.study.workspace import Workspace
 
 
@@ -52,7 +52,8 @@ def check(ws: Workspace) -> None:
             if (name := getattr(models, role)) is not None:
                 require_loadable(role, name)  # converts an embedded model on its first use
             advance(i + 1, len(ROLES))
-    require_language_model(models.language_model, ws.config.methods.values())
+    require_language_model(models.language_model, [it for it in ws.config.methods.values() if it.kind != "given"])
+    ws.require_given()
     ws.processor.example_prompts()
     ws.require_adaptor()
     ws.require_disk()
@@ -67,9 +68,11 @@ def data(ws: Workspace) -> None:
 
     def write(folder: Path, advance: Advance) -> None:
         def say(groups: Mapping[str, Sequence[Example]]) -> dict[str, list[Example]]:
-            voiced = [(group, ws.voices[key]) for key, group in groups.items()]
-            spoken = speak_several(voiced, folder / "audio", progress=advance, distributed=True)
-            return dict(zip(groups, spoken, strict=True))
+            voiced = {key: (group, ws.voices[key]) for key, group in groups.items() if key in ws.voices}
+            if not voiced:
+                return {key: [*group] for key, group in groups.items()}
+            spoken = speak_several([*voiced.values()], folder / "audio", progress=advance, distributed=True)
+            return {key: [*group] for key, group in groups.items()} | dict(zip(voiced, spoken, strict=True))
 
         if not is_main():  # reading and deciding is rank 0's
             return speak_for_rank_0()
@@ -121,10 +124,11 @@ def features(ws: Workspace) -> None:
         from palimpsest.models.loading import load_encoder
 
         cache = folder / "cache" if speech.feature_cache is None else Path(speech.feature_cache).expanduser()
-        groups = {key: group for key, group in ws.groups.items() if key != "train" or ws.frames.path == "cache"}
+        trained_on = ws.config.trains and ws.frames.path == "cache"
+        groups = {key: group for key, group in ws.groups.items() if key != "train" or trained_on}
         if is_main():
             ws.require_disk(0 if speech.feature_cache is not None else sum(map(ws.frame_bytes, groups.values())))
-        encoder, _ = load_encoder(ws.config.models.encoder, device=ws.device)
+        encoder, _ = load_encoder(ws.encoder, device=ws.device)
         total, before = sum(map(len, groups.values())), 0
         for key, group in groups.items():
 
@@ -144,7 +148,8 @@ def features(ws: Workspace) -> None:
             before += len(group)
 
     ws.step("features", features, inputs, write, together=True)
-    ws.require_budget()  # a training example above it is an error now, not after hours of other steps
+    if ws.config.trains:
+        ws.require_budget()  # a training example above it is an error now, not after hours of other steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,6 +209,17 @@ def train(ws: Workspace, model: str) -> None:
         ws.keep(model, speech_lm)
 
     ws.step(f"{folder_of(model)}/checkpoint", train, inputs, write, together=True)
+
+
+def given(ws: Workspace, model: str) -> None:
+    """methods/NAME/checkpoint/given.json: which model this is, in place of one that was trained. Its files stay put."""
+    about = ws.given_models[model]
+
+    def write(folder: Path, advance: Advance) -> None:
+        write_json(folder / GIVEN, about)
+        advance(1, 1)
+
+    ws.step(f"{folder_of(model)}/checkpoint", given, {"given": about["hash"], "speech": about["speech"]}, write)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -297,7 +313,7 @@ def deactivation(ws: Workspace, model: str) -> None:
         "model": ws.model_inputs(model, in_speech=True),
         "importance": ws.fingerprint(f"{folder_of(model)}/importance"),
         "reduction": reduction,
-        "features": ws.fingerprint("features"),
+        **ws.questions,
         "options": asdict(options),
         "prompt": ws.prompt_inputs,
         "seed": ws.seed("deactivation"),
@@ -310,7 +326,7 @@ def deactivation(ws: Workspace, model: str) -> None:
         held_out = ws.groups["heldout"][: options.n_examples]
         records = deletion_curve(
             model,
-            ws.speech_lm(model) if ws.config.takes_speech(model) or model != BASE else ws.base,
+            ws.whole(model),
             ws.scores(model).tensors(reduction),
             {
                 modality: partial(batches, ws.collator(modality, "heldout"), held_out, options.batch_size, ws.device)
@@ -335,7 +351,7 @@ def perplexity(ws: Workspace, model: str) -> None:
     size = ws.config.deactivation.batch_size
     inputs = {
         "model": ws.model_inputs(model, in_speech=True),
-        "features": ws.fingerprint("features"),
+        **ws.questions,
         "prompt": ws.prompt_inputs,
         "batch_size": size,
         "compute": ws.compute.dtype,
@@ -392,7 +408,7 @@ def answers(ws: Workspace, model: str, task: str, modality: Modality) -> None:
     elif modality == "text_asr":
         inputs["cascade"] = ws.fingerprint(f"{BASE}/samples/{task}-cascade")
     else:
-        inputs["features"] = ws.fingerprint("features")
+        inputs |= ws.questions
 
     def write(folder: Path, advance: Advance) -> None:
         from palimpsest.evaluation.answers import answer_questions
@@ -458,7 +474,7 @@ def analysis(ws: Workspace) -> None:
             other_mask=ws.other_mask if ws.config.importance.keep_other == "masks" else None,
             reduction=ws.config.importance.reduction,
             ratio=ws.config.deactivation.ratio,
-            rank=next((m.rank for m in ws.config.methods.values() if m.kind == "lora"), 8),
+            rank=ws.rank,
             n_shuffles=options.shuffles,
             rank_draws=options.rank_draws,
             n_draws=options.bootstrap,
@@ -490,7 +506,7 @@ def _analysis_inputs(ws: Workspace, names: Sequence[str]) -> dict[str, Any]:
         "importance": [[name, ws.fingerprint(f"{folder_of(name)}/importance")] for name in names],
         "other": ws.fingerprint(f"{BASE}/importance_other"),
         "checkpoints": {name: ws.fingerprint(f"{folder_of(name)}/checkpoint") for name in names if name != BASE},
-        "rank": next((m.rank for m in ws.config.methods.values() if m.kind == "lora"), 8),
+        "rank": ws.rank,
         "reduction": ws.config.importance.reduction,
         "ratio": ws.config.deactivation.ratio,
         "seed": ws.seed("analysis"),

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from palimpsest.models.processor import SpeechLMProcessor
     from palimpsest.models.speech_lm import SpeechLM
     from palimpsest.models.trained_adaptor import TrainedAdaptor
+    from palimpsest.planning.memory import Decoder
     from palimpsest.training.held_out import HeldOut
     from palimpsest.training.settings import Settings
 
@@ -72,7 +73,7 @@ def give_back_memory() -> None:
 
 
 class Workspace:
-    """State of one study in progress; at most one tuned model is in memory at a time."""
+    """State of one study in progress; at most one tuned model is in memory at a time, beside the base."""
 
     def __init__(self, config: StudyConfig, folder: Path, reporter: Reporter) -> None:
         self.config = config
@@ -82,6 +83,7 @@ class Workspace:
         self.done: list[Step] = []
         self._said_why = False
         self._tuned: tuple[str, SpeechLM] | None = None
+        self._text: tuple[str, PreTrainedModel] | None = None  # a given model that is asked in text alone
 
     # -- steps --------------------------------------------------------------------------------------------------------
     def step(
@@ -180,11 +182,15 @@ class Workspace:
 
     @cached_property
     def voices(self) -> dict[str, Voices]:
-        """Names of the voices that speak what has no recording, by group: the split's own, or those of all."""
+        """Names of the voices that speak what has no recording, by group: the split's own, or those of all.
+
+        A group that no model of the study is asked in speech is not there.
+        """
         data, common = self.config.data, self.config.speech.voice
         heldout = data.heldout or data.train  # taken out of the training source
-        splits: dict[str, Split] = {"train": data.train, "heldout": heldout}
-        splits |= {f"task-{task.name}": task for task in self.config.evaluation.tasks}
+        splits: dict[str, Split] = {"train": data.train} if self.config.trains else {}
+        if self.config.speaks:
+            splits |= {"heldout": heldout, **{f"task-{task.name}": task for task in self.config.evaluation.tasks}}
         return {key: common if split.voice is None else split.voice for key, split in splits.items()}
 
     @cached_property
@@ -200,6 +206,12 @@ class Workspace:
         rows = read_jsonl(self.path / "data" / f"{DROPPED}.jsonl")
         groups = {row["split"] for row in rows}
         return {g: dict(Counter(row["reason"] for row in rows if row["split"] == g)) for g in sorted(groups)}
+
+    @property
+    def questions(self) -> dict[str, str]:
+        """What held-out and task questions follow from: their encoder frames, in a study of text alone the data."""
+        step = "data" if self.config.models.encoder is None else "features"
+        return {step: self.fingerprint(step)}
 
     def modalities(self, model: str) -> list[AskedAs]:
         """How a model's losses are measured."""
@@ -240,7 +252,7 @@ class Workspace:
     def frame_bytes(self, examples: Sequence[Example]) -> int:
         from palimpsest.models.loading import encoder_width
 
-        return frame_bytes(examples, self.processor, encoder_width(self.config.models.encoder))
+        return frame_bytes(examples, self.processor, encoder_width(self.encoder))
 
     def held_out(self, name: str) -> HeldOut | None:
         """What a method's training is evaluated on between its steps, if it is; in speech only if it takes speech."""
@@ -275,6 +287,7 @@ class Workspace:
 
         models = self.config.models
         decoder, encoder = decoder_of(blank_language_model(models.language_model)), encoder_sizes(models.encoder)[0]
+        self._require_memory_for_two(decoder)
         there = (self.path / "data" / STEP_FILE).exists()
         n_steps = steps_at_most(self.config, len(self.groups["train"]) if there else None)
         setups = setups_of(self.config, decoder, encoder)
@@ -291,6 +304,21 @@ class Workspace:
                 f"The study {self.config.name} needs {(needed - have) / 1e9:.2f} GB by its step {step} but {self.path} "
                 f"has {free / 1e9:.2f} GB free; free some space, choose another folder with --out, or let the recipe "
                 "keep less (docs/run-directory.md, Keeping less)."
+            )
+
+    def _require_memory_for_two(self, decoder: Decoder) -> None:
+        """Raise UserError where the device has no room for the weights of the base and of a model given."""
+        from palimpsest.planning.plan import device_of
+
+        if all(method.kind != "given" for method in self.config.methods.values()):
+            return
+        capacity, name, _ = device_of(self.config)
+        needed = 2 * (4 if self.config.models.dtype == "float32" else 2) * decoder.parameters
+        if needed > capacity:
+            raise UserError(
+                f"The weights of the base and of a model beside it take {needed / 1e9:.1f} GB in "
+                f"{self.config.models.dtype}, and {name} has {capacity / 1e9:.1f} GB; use weights in bfloat16 (dtype), "
+                "or a device with more memory."
             )
 
     # -- models -------------------------------------------------------------------------------------------------------
@@ -319,10 +347,10 @@ class Workspace:
         from palimpsest.models.loading import load_feature_extractor, load_tokenizer
         from palimpsest.models.processor import SpeechLMProcessor
 
-        speech, prompt = self.config.speech, self.config.prompt
+        speech, prompt, encoder = self.config.speech, self.config.prompt, self.config.models.encoder
         return SpeechLMProcessor(
             load_tokenizer(self.config.models.language_model),
-            load_feature_extractor(self.config.models.encoder),
+            None if encoder is None else load_feature_extractor(encoder),
             stack_factor=speech.stack_factor,
             speech_length=speech.length,
             style=prompt,
@@ -352,11 +380,37 @@ class Workspace:
             require_fit(
                 self.adaptor,
                 models.language_model,
-                models.encoder,
+                self.encoder,
                 stack_factor=speech.stack_factor,
                 length=speech.length,
                 hidden=speech.adaptor_hidden_size,
             )
+
+    def require_given(self) -> None:
+        """A given model that cannot be compared with the base is an error before the long work; oddities are noted."""
+        from palimpsest.models.given import (
+            require_pair,
+            require_same_speech,
+            same_prompts,
+            speech_settings,
+            takes_speech,
+        )
+
+        models, speech, note = self.config.models, self.config.speech, self.reporter.note
+        for name, method in self.config.methods.items():
+            if (given := method.checkpoint) is None:
+                continue
+            require_pair(models.language_model, given)
+            if self.given_models[name]["hash"] == self.base_hash:
+                note(f"warning: {name} ({given}) is the base itself, so every difference is 0.")
+            if not same_prompts(models.language_model, given):
+                note(f"{name} writes prompts by another chat template than the base; it is asked with the base's.")
+            if self.config.takes_speech(name):
+                require_same_speech(self.encoder, speech.stack_factor, speech.length, given)
+                if speech_settings(given)[2] != self.config.prompt:
+                    note(f"{name} was trained with another prompt than the recipe's, with which all models are asked.")
+            elif takes_speech(given):
+                note(f"{name} takes speech and is asked in text alone, as the recipe says.")
 
     def new_speech_lm(self, run: str) -> SpeechLM:
         """The base language model behind the adaptor that a run starts from: a fresh one, or that of models.adaptor.
@@ -375,7 +429,7 @@ class Workspace:
         from palimpsest.models.speech_lm import SpeechLM
 
         models, speech = self.config.models, self.config.speech
-        encoder, _ = load_encoder(models.encoder, dtype=models.dtype)
+        encoder, _ = load_encoder(self.encoder, dtype=models.dtype)
         model = SpeechLM.from_parts(
             encoder,
             language_model,
@@ -413,7 +467,7 @@ class Workspace:
             model.to("cpu"),
             self.processor,
             language_model=(models.language_model, load_language_model(models.language_model, dtype=models.dtype)[0]),
-            encoder=(models.encoder, load_encoder(models.encoder, dtype=models.dtype)[0]),
+            encoder=(self.encoder, load_encoder(self.encoder, dtype=models.dtype)[0]),
             adapter=adapter if adapter.exists() else None,
             trained={"method": run},
             exact=True,
@@ -429,7 +483,7 @@ class Workspace:
             self._tuned = (name, model)
 
     def forget(self) -> None:
-        self._tuned = None
+        self._tuned = self._text = None
         gc.collect()
 
     def speech_lm(self, name: str) -> SpeechLM:
@@ -441,12 +495,31 @@ class Workspace:
             self._tuned = (BASE, self._behind_adaptor(self.base).eval())
         if self._tuned is None or self._tuned[0] != name:
             self.forget()
-            folder = checkpoint_of(self.path, name)
-            self._tuned = (name, load_speech_lm(folder, dtype=self.config.models.dtype, device=self.device)[0])
+            where = self.given(name) or checkpoint_of(self.path, name)
+            self._tuned = (name, load_speech_lm(where, dtype=self.config.models.dtype, device=self.device)[0])
         return self._tuned[1]
 
+    def given(self, name: str) -> str | None:
+        """Where a given model is; None for one that the study trains."""
+        return None if name == BASE else self.config.runs[name].checkpoint
+
     def language_model(self, name: str) -> PreTrainedModel:
-        return self.base if name == BASE else self.speech_lm(name).language_model
+        from palimpsest.models.loading import load_language_model
+
+        if name == BASE:
+            return self.base
+        if (given := self.given(name)) is None or self.config.takes_speech(name):
+            return self.speech_lm(name).language_model
+        if self._text is None or self._text[0] != name:
+            self.forget()
+            dtype = self.config.models.dtype
+            self._text = (name, load_language_model(given, dtype=dtype, device=self.device)[0])
+        return self._text[1]
+
+    def whole(self, name: str) -> PreTrainedModel:
+        """A SpeechLM where it takes speech or was trained here, else the language model alone."""
+        alone = not self.config.takes_speech(name) and (name == BASE or self.given(name) is not None)
+        return self.language_model(name) if alone else self.speech_lm(name)
 
     def scores(self, name: str, other: bool = False) -> Scores:
         """Of a model; `other`: on other questions than the models are compared on."""
@@ -463,11 +536,17 @@ class Workspace:
     def weights(self, name: str) -> Mapping[str, Tensor]:
         """The scored weights by canonical name, on the CPU; a tuned model's are read from its checkpoint as needed."""
         from palimpsest.models.anatomy import scored_parameters
+        from palimpsest.models.given import form_of
         from palimpsest.models.light import LightWeights
-        from palimpsest.models.loading import OnCpu, StoredLanguageModel
+        from palimpsest.models.loading import OnCpu, StoredLanguageModel, resolve
 
         if name == BASE:
             return OnCpu(scored_parameters(self.base))
+        if (given := self.given(name)) is not None:
+            where = resolve(given)
+            if form_of(where) in ("speech_lm", "language_model") and Path(where).is_dir():
+                return StoredLanguageModel(Path(where), self.config.models.dtype)
+            return OnCpu(scored_parameters(self.language_model(name)))
         folder = checkpoint_of(self.path, name)
         return LightWeights(folder, self.base) if self.config.kept_light(name) else StoredLanguageModel(folder)
 
@@ -476,14 +555,30 @@ class Workspace:
     def base_hash(self) -> str:
         return self.model_hash(self.config.models.language_model)
 
+    @property
+    def encoder(self) -> str:
+        """For what needs one; a recipe without it has nothing that does."""
+        assert self.config.models.encoder is not None
+        return self.config.models.encoder
+
     @cached_property
-    def encoder_hash(self) -> str:
-        return self.model_hash(self.config.models.encoder)
+    def encoder_hash(self) -> str | None:
+        encoder = self.config.models.encoder
+        return None if encoder is None else self.model_hash(encoder)
+
+    @property
+    def rank(self) -> int:
+        """To which changes are cut for the clustering that low rank does not explain: the first LoRA's, or 8."""
+        from palimpsest.models.given import rank_of
+
+        methods = self.config.methods.values()
+        ranks = (m.rank if m.kind == "lora" else m.checkpoint and rank_of(m.checkpoint) for m in methods)
+        return next((rank for rank in ranks if rank), 8)
 
     @property
     def adaptor_inputs(self) -> dict[str, str]:
         """Nothing without models.adaptor, so that what was made before there was the key keeps its fingerprint."""
-        return {} if self.adaptor is None else {"adaptor": self.adaptor.fingerprint, "encoder": self.encoder_hash}
+        return {} if self.adaptor is None else {"adaptor": self.adaptor.fingerprint, "encoder": str(self.encoder_hash)}
 
     @cached_property
     def prompt_inputs(self) -> dict[str, Any]:
@@ -495,6 +590,23 @@ class Workspace:
         from palimpsest.models.loading import fingerprint
 
         return fingerprint(name)
+
+    @cached_property
+    def given_models(self) -> dict[str, dict[str, Any]]:
+        """By method: where it is, what its files are, and whether it is asked in speech."""
+        from palimpsest.models.given import form_of
+        from palimpsest.models.loading import resolve
+
+        return {
+            name: {
+                "name": without_folders(method.checkpoint),
+                "hash": self.model_hash(method.checkpoint),
+                "form": form_of(resolve(method.checkpoint)),
+                "speech": self.config.takes_speech(name),
+            }
+            for name, method in self.config.methods.items()
+            if method.checkpoint is not None
+        }
 
     def model_inputs(self, name: str, in_speech: bool = False) -> dict[str, Any]:
         """What identifies a model; `in_speech`: as asked in speech, which makes a difference for the base."""
@@ -515,12 +627,13 @@ class Workspace:
                     "hash": self.base_hash,
                     "n_parameters": self.base.num_parameters(),
                 },
-                "encoder": {"name": without_folders(models.encoder), "hash": self.encoder_hash},
+                "encoder": {"name": models.encoder and without_folders(models.encoder), "hash": self.encoder_hash},
                 "asr": {"name": models.asr and without_folders(models.asr)},
                 "adaptor": {
                     "name": models.adaptor and without_folders(models.adaptor),
                     "hash": self.adaptor and self.adaptor.fingerprint,
                 },
+                "given": self.given_models,
             },
             "compute": {
                 "wanted": models.compute,
@@ -529,7 +642,9 @@ class Workspace:
                 "importance": asdict(self.exact_compute),
                 "deactivation": asdict(self.exact_compute),
             },
-            "features": {"wanted": self.config.speech.features, **asdict(self.frames)},
+            "features": None
+            if models.encoder is None
+            else {"wanted": self.config.speech.features, **asdict(self.frames)},
             "prompts": self.processor.example_prompts(),
             "data": {
                 name: {

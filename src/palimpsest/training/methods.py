@@ -6,6 +6,7 @@
 | `full`     | adaptor, whole language model             | 1                                                    |
 | `layer_lr` | adaptor, whole language model             | Eq. 3 per layer; 1 for embedding, head and final norm |
 | `lora`     | adaptor, low-rank updates (peft)          | 1                                                    |
+| `given`    | nothing: `checkpoint` is there already    |                                                      |
 
 The encoder is frozen in all of them; the adaptor has a learning rate of its own if one is given. With `modality` "text"
 the questions are trained on as text, so the adaptor, which nothing reaches, is frozen too.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from palimpsest.importance.scores import Scores
     from palimpsest.models.speech_lm import SpeechLM
 
-MethodKind = Literal["adaptor", "full", "layer_lr", "lora"]
+MethodKind = Literal["adaptor", "full", "layer_lr", "lora", "given"]
 # Their kernels read the weight of out_proj, past an adapter; peft refuses it.
 WITHOUT_OUT_PROJ = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 WIDE = ("float32", "float64")  # weights that a low-rank update is merged into without losing much of it
@@ -52,8 +53,16 @@ class Method:
     importance: Literal["measured", "shuffled", "inverted"] = "measured"
     modality: Literal["speech", "text"] = "speech"  # how the training questions are put
     targets: tuple[str, ...] | None = None  # lora: names of linear layers, such as q_proj; None: all of every layer's
+    checkpoint: str | None = None  # given: folder, hub name or PEFT adapter
 
     def __post_init__(self) -> None:
+        if (self.kind == "given") != bool(self.checkpoint):
+            raise ValueError("kind given needs a checkpoint, and no other kind has one: it starts from the base")
+        if self.kind == "given":
+            own = ("kind", "checkpoint", "modality")
+            unused = [it.name for it in fields(self) if it.name not in own and getattr(self, it.name) != it.default]
+            if unused:
+                raise ValueError(f"kind given trains nothing and does not use {', '.join(unused)}; remove what it has")
         if self.importance != "measured" and self.kind != "layer_lr":
             raise ValueError(f"importance {self.importance!r} belongs to kind layer_lr; {self.kind} does not use it")
         if self.modality == "text" and self.kind == "adaptor":
@@ -119,6 +128,8 @@ def rules_for(method: Method, scales: Mapping[int, float] | None = None) -> list
     adaptor_rate = method.adaptor_learning_rate if method.adaptor_learning_rate is not None else method.learning_rate
     adaptor_scale = None if method.modality == "text" else adaptor_rate / method.learning_rate
     start: list[Rule] = [(r"^encoder\.", None), (r"^adaptor\.", adaptor_scale)]
+    if method.kind == "given":
+        raise UserError(f"{method.checkpoint} is given, so there is nothing to train.")
     if method.kind == "adaptor":
         return [*start, (r".*", None)]
     if method.kind == "full":

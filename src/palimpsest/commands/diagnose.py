@@ -1,0 +1,170 @@
+"""palimpsest diagnose: what training made of a base, for models that are there already."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from annotated_types import Ge
+from typing_extensions import Doc
+
+from palimpsest.commands.demo import RECIPES
+from palimpsest.files import UserError
+from palimpsest.models.adapters import JOIN
+from palimpsest.models.compute import ComputeOption, DeviceOption, DtypeOption
+from palimpsest.records import BASE
+
+if TYPE_CHECKING:
+    from palimpsest.config import StudyConfig
+
+FACTS = "facts"
+FILE = re.compile(r"\.(jsonl?|csv|parquet)$")
+# Last parts of a path that say nothing about whose it is; `checkpoint-500` keeps its number.
+UNTELLING = re.compile(r"(?:checkpoint|adapter|final|merged|model|output|weights|pytorch)?[-_]?(\d*)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What training made of a base: a study of models that are there already, with its tables and report.
+
+    Example: palimpsest diagnose embedded:smollm2-135m-instruct runs/demo/methods/full/checkpoint --out runs/diagnosis
+    """
+
+    base: Annotated[str, typer.Argument(), Doc("Causal LM: embedded: name, folder, hub name, PEFT adapter.")]
+    tuned: Annotated[list[str], typer.Argument(), Doc("What training made of it; speech LLMs and adapters too.")]
+    out: Annotated[Path, Doc("Run directory; started again, the study continues there.")]
+    data: Annotated[str, Doc("Questions with answers, for importance and loss: facts, a manifest …")] = FACTS
+    split: Annotated[str, Doc("Split of the data that are not facts.")] = "train"
+    tasks: Annotated[list[str], Doc("Question sets to answer, as evaluate's --task; default the data's own.")] = field(
+        default_factory=list
+    )
+    limit: Annotated[int | None, Ge(2), Doc("At most so many questions for each measurement.")] = None
+    quick: Annotated[bool, Doc("Fewer questions: to see that it works.")] = False
+    speech: Annotated[bool, Doc("Ask speech LLMs the questions spoken too.")] = True
+    device: DeviceOption = "auto"
+    dtype: DtypeOption = None
+    compute: ComputeOption = "auto"
+    changed: Annotated[bool, Doc("--out holds another recipe: run again what the change touches.")] = False
+
+
+def run(options: Options) -> Iterator[str]:
+    """Writes the study into `out` and yields a summary of a few lines. Raises UserError before the long work."""
+    from palimpsest.parallel import started_first
+    from palimpsest.report.inputs import read_inputs
+    from palimpsest.report.summary import in_short
+    from palimpsest.study.run import run_study
+
+    report = run_study(study_of(options), options.out, changed=options.changed)
+    if started_first():
+        yield from in_short(read_inputs(options.out))
+        yield f"Report: {report}"
+
+
+def study_of(options: Options) -> StudyConfig:
+    """The study that is run: the demo's measurements, of models that are given."""
+    import yaml
+
+    from palimpsest.config import parse_config
+    from palimpsest.models.loading import resolve
+
+    if twice := sorted(name for name in set(options.tuned) if options.tuned.count(name) > 1):
+        raise UserError(f"{twice[0]} is given twice; give every tuned model once.")
+    for name in (options.base, *options.tuned):
+        resolve(name)  # what is no model is said first
+    # Put together from the demo's sections, so that a number here is the number there.
+    demo = RECIPES / ("demo-quick.yaml" if options.quick else "demo.yaml")
+    of_demo: dict[str, Any] = yaml.safe_load(demo.read_text(encoding="utf-8"))
+    methods = {
+        name: {"kind": "given", "checkpoint": tuned}
+        for name, tuned in zip(names_of(options.tuned), options.tuned, strict=True)
+    }
+    recipe = {
+        "name": "diagnosis",
+        "seed": of_demo["seed"],
+        "models": {
+            "language_model": options.base,
+            "dtype": options.dtype or "float32",
+            "compute": options.compute,
+            "device": options.device,
+        },
+        "methods": methods,
+        **{section: of_demo[section] for section in ("importance", "deactivation", "analysis")},
+        **_questions(options, of_demo),
+    }
+    for section in ("importance", "deactivation"):
+        recipe[section]["n_examples"] = _at_most(options.limit, recipe[section]["n_examples"])
+    if options.speech:
+        _add_speech(recipe)
+    return parse_config(recipe, "what diagnose makes of its options")
+
+
+def names_of(tuned: Sequence[str]) -> list[str]:
+    """A name for each model, of letters, digits, - and _: the last part of its path that says whose it is.
+
+    >>> names_of(["runs/a/methods/full/checkpoint", "me/Llama-3.2-1B-speech", "out/checkpoint-500", "b/full"])
+    ['full', 'Llama-3_2-1B-speech', 'out-500', 'full-2']
+    """
+    names: list[str] = []
+    for path in tuned:
+        parts = [part for part in re.split(r"[/\\:]", path.rpartition(JOIN)[2]) if part.strip(".~ ")]
+        number = ""
+        while len(parts) > 1 and (untelling := UNTELLING.fullmatch(parts[-1])):
+            number = number or untelling[1]
+            parts.pop()
+        name = re.sub(r"[^A-Za-z0-9_-]+", "_", parts[-1] if parts else "").strip("_") or "tuned"
+        name = f"{name}-{number}" if number else f"{name}-tuned" if name == BASE else name
+        same = sum(known == name or re.fullmatch(rf"{re.escape(name)}-\d+", known) is not None for known in names)
+        names.append(f"{name}-{same + 1}" if name in names else name)
+    return names
+
+
+def _questions(options: Options, of_demo: dict[str, Any]) -> dict[str, Any]:
+    """The sections data and evaluation. Nothing is trained, so a question may be in several groups."""
+    from palimpsest.data.sources import load_examples
+
+    limit, data, evaluation = options.limit, of_demo["data"], of_demo["evaluation"]
+    n_train, n_heldout = (_at_most(limit, data[group]["limit"]) for group in ("train", "heldout"))
+    (task,) = evaluation["tasks"]
+    if options.data == FACTS:
+        data = {group: {**data[group], "limit": n} for group, n in (("train", n_train), ("heldout", n_heldout))}
+    else:
+        there = len(load_examples(options.data, options.split, n_train + n_heldout))
+        if there < 4:
+            raise UserError(f"{options.data} has {there} questions; importance and loss need four or more.")
+        data = {
+            "train": {"source": options.data, "split": options.split, "limit": n_train},
+            "heldout_examples": min(n_heldout, there // 2),
+        }
+    sources = options.tasks or [options.data]
+    tasks = []
+    for name, source in zip(names_of([FILE.sub("", it) for it in sources]), sources, strict=True):
+        split = "heldout" if source == FACTS else options.split if source == options.data else "test"
+        tasks.append({"name": name, "source": source, "split": split, "limit": _at_most(limit, task["limit"])})
+    return {"data": {**data, "decontaminate": False}, "evaluation": {**evaluation, "tasks": tasks}}
+
+
+def _add_speech(recipe: dict[str, Any]) -> None:
+    """The encoder and prompts of the first model that takes speech; one that takes it otherwise is asked in text."""
+    from palimpsest.models.given import encoder_of, require_same_speech, speech_settings, takes_speech
+
+    listening = [method for method in recipe["methods"].values() if takes_speech(method["checkpoint"])]
+    if not listening:
+        return
+    first = listening[0]["checkpoint"]
+    encoder, (stack_factor, length, style) = encoder_of(first), speech_settings(first)
+    recipe["models"]["encoder"] = encoder
+    recipe["speech"] = {"stack_factor": stack_factor, "length": length}
+    recipe["prompt"] = asdict(style)
+    for method in listening[1:]:
+        try:
+            require_same_speech(encoder, stack_factor, length, method["checkpoint"])
+        except UserError:  # the study's check notes that it is asked in text alone
+            method["modality"] = "text"
+
+
+def _at_most(limit: int | None, n: int) -> int:
+    return n if limit is None else min(limit, n)

@@ -1,0 +1,183 @@
+"""Models that were trained elsewhere: can they be compared with a base at all? Decided from configs, before the work.
+
+Compared are weights of one name and shape, and answers to one prompt. So the language models must be of one
+architecture and size, and their tokens the same.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from palimpsest.files import UserError, read_json
+from palimpsest.models import light
+from palimpsest.models.adapters import CONFIG, JOIN, find_adapter
+from palimpsest.models.anatomy import scored_parameters
+from palimpsest.models.loading import (
+    blank_language_model,
+    encoder_config,
+    fingerprint,
+    is_speech_lm,
+    load_encoder,
+    load_language_model,
+    load_tokenizer,
+    resolve,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from palimpsest.models.prompts import PromptStyle
+
+Form = Literal["speech_lm", "light", "adapter", "language_model"]
+
+
+def form_of(name: str) -> Form:
+    """What a model's files are: a SpeechLM's, a light one's, a PEFT adapter's, or those of another model."""
+    if find_adapter(name) is not None:
+        return "adapter"
+    if light.is_light(Path(name)):
+        return "light"
+    return "speech_lm" if is_speech_lm(name) else "language_model"
+
+
+def takes_speech(name: str) -> bool:
+    """Whether a given model can be asked in speech by a study: a SpeechLM, which has its encoder's adaptor."""
+    return is_speech_lm(name)
+
+
+def rank_of(name: str) -> int | None:
+    """The rank of a LoRA adapter; None for another model."""
+    adapter = find_adapter(name)
+    rank = None if adapter is None else read_json(adapter.folder / CONFIG).get("r")
+    return rank if isinstance(rank, int) else None
+
+
+def require_pair(base: str, tuned: str) -> None:
+    """Raise UserError, naming the first difference, unless `tuned` can be what training made of `base`.
+
+    Names, shapes and tokens are compared, and of an adapter its base's files; no weights are read.
+    """
+    form = form_of(resolve(tuned))
+    if form == "adapter":
+        _require_same_base(base, tuned)
+    ours, theirs = blank_language_model(base), _blank(tuned, form)
+    _require_same_shapes(base, ours, tuned, theirs)
+    _require_same_tokens(base, tuned)
+
+
+def _blank(name: str, form: Form) -> PreTrainedModel:
+    """The language model on the meta device, after its files were found to be its own."""
+    return blank_language_model(name) if form == "light" else load_language_model(name, device="meta")[0]
+
+
+def _require_same_base(base: str, tuned: str) -> None:
+    adapter = find_adapter(tuned)
+    if adapter is None or adapter.base == base or fingerprint(adapter.base) == fingerprint(base):
+        return
+    raise UserError(
+        f"{tuned} is an adapter on {adapter.base}, whose files are not those of {base}; give that as the base, or, if "
+        f"the adapter belongs on this one all the same, '{base}{JOIN}{adapter.folder}'."
+    )
+
+
+def _require_same_shapes(base: str, ours: Any, tuned: str, theirs: Any) -> None:
+    kinds = [it.config.get_text_config().model_type for it in (ours, theirs)]
+    shapes = [{name: tuple(it.shape) for name, it in scored_parameters(model).items()} for model in (ours, theirs)]
+    rows = [model.get_input_embeddings().weight.shape[0] for model in (ours, theirs)]
+    difference = None
+    names = [*shapes[0], *(name for name in shapes[1] if name not in shapes[0])]
+    if (name := next((name for name in names if shapes[0].get(name) != shapes[1].get(name)), None)) is not None:
+        here, there = (f"is {of[name]}" if name in of else "is not there" for of in shapes)
+        difference = f"{name} {here} in the base and {there} in the other"
+    elif rows[0] != rows[1]:
+        difference = f"the vocabulary has {rows[0]:,} rows in the base and {rows[1]:,} in the other"
+    elif kinds[0] != kinds[1]:
+        difference = "their layers have the same names and shapes and compute differently"
+    if difference is not None:
+        of = f" ({kinds[1]} and {kinds[0]})" if kinds[0] != kinds[1] else ""
+        raise UserError(f"{tuned} cannot be compared with {base}{of}: {difference}; give the base it was made from.")
+
+
+def _require_same_tokens(base: str, tuned: str) -> None:
+    tokenizers = [load_tokenizer(base), load_tokenizer(tuned)]
+    if found := differing_tokens(*tokenizers):
+        id, (here, there) = next(iter(found.items()))
+        raise UserError(
+            f"{tuned} has another tokenizer than {base}: {len(found):,} tokens differ, the first is {id}, {there!r} "
+            f"instead of {here!r}; give the base it was made from."
+        )
+
+
+def differing_tokens(base: Any, tuned: Any) -> dict[int, tuple[str, str]]:
+    """The ids that two tokenizers have as different tokens: id → (the base's, the other's), in order.
+
+    Added tokens (turns, reserved ones) may be called otherwise: models that learn a modality rename reserved tokens.
+    """
+    ours, theirs = ({id: token for token, id in it.get_vocab().items()} for it in (base, tuned))
+    added = {id for it in (base, tuned) for id in it.added_tokens_decoder}
+    both = sorted((ours.keys() & theirs.keys()) - added)
+    return {id: (ours[id], theirs[id]) for id in both if ours[id] != theirs[id]}
+
+
+def same_prompts(base: str, tuned: str) -> bool:
+    """Whether both models' tokenizers write prompts by the same template."""
+    ours, theirs = (getattr(load_tokenizer(name), "chat_template", None) for name in (base, tuned))
+    return bool(ours == theirs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SpeechLMs
+# ---------------------------------------------------------------------------------------------------------------------
+def speech_settings(name: str) -> tuple[int, str, PromptStyle]:
+    """(stack factor, speech length, prompts) of a SpeechLM's folder; nothing is loaded."""
+    from palimpsest.models.processor import SpeechLMProcessor
+    from palimpsest.models.prompts import PromptStyle
+
+    where = _inside(name)
+    if light.is_light(where):
+        it = light.read_light(where)
+        return (
+            it.stack_factor,
+            it.speech_length,
+            PromptStyle(it.system, it.speech_instruction, it.date, it.template_arguments),
+        )
+    processor = SpeechLMProcessor.from_pretrained(where)
+    return processor.stack_factor, processor.speech_length, processor.style
+
+
+def encoder_of(name: str) -> str:
+    """The encoder of a SpeechLM, as for `load_encoder`."""
+    where = _inside(name)
+    return light.read_light(where).encoder.name if light.is_light(where) else str(where)
+
+
+def require_same_speech(encoder: str, stack_factor: int, length: str, tuned: str) -> None:
+    """Raise UserError unless a SpeechLM hears through this encoder in this way: frames are computed once for all."""
+    theirs, theirs_length, _ = speech_settings(tuned)
+    if (theirs, theirs_length) != (stack_factor, length):
+        raise UserError(
+            f"{tuned} takes speech with stack_factor {theirs} and length {theirs_length}, and speech of the recipe has "
+            f"{stack_factor} and {length}; set these, leave the model out, or ask it in text alone (modality: text)."
+        )
+    where = _inside(tuned)
+    if encoder_of(tuned) == encoder:
+        return
+    if encoder_config(encoder).d_model == encoder_config(str(where)).d_model:
+        own = light.read_light(where).encoder.content if light.is_light(where) else _content(str(where))
+        if own == _content(encoder):
+            return
+    raise UserError(
+        f"{tuned} has another encoder than models.encoder ({encoder}), whose frames all models of a study take; name "
+        "its own, leave the model out, or ask it in text alone (modality: text)."
+    )
+
+
+def _content(encoder: str) -> str:
+    return light.content_hash(load_encoder(encoder)[0].named_parameters())
+
+
+def _inside(name: str) -> Path:
+    """The SpeechLM's folder; of an adapter that of its base."""
+    adapter = find_adapter(name)
+    return Path(resolve(name)) if adapter is None else _inside(adapter.base)
