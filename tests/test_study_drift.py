@@ -27,8 +27,9 @@ PARAGRAPHS = "\n\n".join(f"Paragraph {i} says this and {'that ' * i}." for i in 
 def with_drift(inputs: Path, **changes: Any) -> dict[str, Any]:
     (inputs / "wiki.txt").write_text(PARAGRAPHS)
     text = {"text": str(inputs / "wiki.txt"), "window": 16}
-    section = {"own_text": OWN, "general_text": text, "batch_size": 3}
-    return {**recipe(inputs, adaptor=None), "drift": section, **changes}
+    section = {"own_text": OWN, "general_text": text, "batch_size": 3, "in_training": 4}
+    given = recipe(inputs, adaptor=None)
+    return {**given, "training": {**given["training"], "eval_every": 1}, "drift": section, **changes}
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         for module in (figures, page):
-            patch.setattr(module, "FIGURES", {"drift": figures.FIGURES["drift"]})
+            patch.setattr(module, "FIGURES", {name: figures.FIGURES[name] for name in ("drift", "retention")})
         run_study(parse_config(with_drift(inputs), "test"), folder)
     return folder
 
@@ -55,6 +56,24 @@ def test_what_learned_nothing_has_not_drifted_and_the_rest_has(finished: Path) -
         assert full["kl"] > full["kl_ci_low"] > 0.001
         assert {row["base"] for row in (idle, full)} == {"base"}
         assert full["n_texts"] == OWN["n_texts"]
+
+
+def test_training_estimates_what_the_step_measures(finished: Path) -> None:
+    """Between the steps, on as many texts as there are here: the loss on the base's text minus the base's."""
+    found = tables(finished)
+    rows = [row for row in found["training"] if row["kind"] == "drift"]
+    assert {row["method"] for row in rows} == {"full"}  # the other leaves the language model as it is
+    measured = [row for row in found["drift"] if (row["model"], row["tokens"]) == ("full", "all")]
+    n_tokens = sum(row["n_tokens"] for row in measured)
+    assert {row["n_tokens"] for row in rows} == {n_tokens}
+    for last, whole in (("loss", "loss"), ("loss_base", "loss_base"), ("drift", "loss_difference")):
+        mean = sum(row[whole] * row["n_tokens"] for row in measured) / n_tokens
+        assert rows[-1][last] == pytest.approx(mean, rel=1e-4)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert rows[0]["drift"] != rows[1]["drift"]
+    drawing = draw("retention", read_inputs(finished))
+    assert drawing is not None
+    assert "Full-FT, drift, step 2: " in str(drawing.tips)
 
 
 def test_general_text_is_compared_with_the_base_in_one_family(finished: Path) -> None:

@@ -114,7 +114,7 @@ def measure_drift(
     return [found[i] for i in range(len(texts))]
 
 
-def batch_of(texts: Sequence[OwnText], device: torch.device) -> dict[str, Any]:
+def batch_of(texts: Sequence[OwnText], device: torch.device | str) -> dict[str, Any]:
     """The texts as rows, padded on the right; labels are the sampled tokens alone."""
     width = max(len(text.prompt_ids) + len(text.ids) for text in texts)
 

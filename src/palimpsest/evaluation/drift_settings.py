@@ -38,3 +38,4 @@ class Drift:
     own_text: Sampling = field(default_factory=Sampling)
     general_text: GeneralText = field(default_factory=GeneralText)
     batch_size: Annotated[int, Ge(1)] = 8
+    in_training: Annotated[int, Ge(0)] = 8  # texts of each kind on which training.eval_every estimates the drift

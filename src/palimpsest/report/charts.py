@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from palimpsest.records import DeactivationRecord, QARecord
 from palimpsest.report.across_runs import n_runs
@@ -243,6 +244,7 @@ def drift(inputs: Inputs) -> Drawing | None:
         axis.set(title=title, xlabel=unit)
         axis.set_yticks(range(len(models)), [method_name(model) for model in models])
         axis.set_ylim(len(models) - 0.5, -0.5)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
     drawing.caption = (
         "How far the next-token distributions of each model are from the base's on text that the base wrote "
         "itself (0: the same)"

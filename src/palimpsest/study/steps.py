@@ -177,6 +177,9 @@ def train(ws: Workspace, model: str) -> None:
     if method.importance == "shuffled":
         inputs["shuffle"] = ws.seed("shuffled layers", model)
 
+    if watched := ws.watches_drift(model):
+        inputs["own_text"] = [ws.fingerprint(f"{BASE}/own_text"), ws.drift.in_training, ws.drift.batch_size]
+
     def write(folder: Path, advance: Advance) -> None:
         from palimpsest.training.methods import method_scales
         from palimpsest.training.train import train as train_model
@@ -200,6 +203,7 @@ def train(ws: Workspace, model: str) -> None:
             name=model,
             scales=scales,
             held_out=ws.held_out(model),
+            own_text=ws.own_text_batches() if watched else (),
             sharded=sharded(),
             progress=advance,
         )

@@ -267,6 +267,20 @@ class Workspace:
         assert texts is not None
         return texts
 
+    def watches_drift(self, name: str) -> bool:
+        """Whether a training estimates the drift between its steps: one that leaves the language model has none."""
+        asked = self.config.drift is not None and self.config.training.eval_every is not None
+        return asked and self.drift.in_training > 0 and self.config.runs[name].kind != "adaptor"
+
+    def own_text_batches(self) -> list[dict[str, Any]]:
+        """The first texts of each kind, on which training estimates the drift."""
+        from palimpsest.evaluation.drift import batch_of
+
+        n, size = self.drift.in_training, self.drift.batch_size
+        kinds = dict.fromkeys(text.kind for text in self.own_text)
+        first = [text for kind in kinds for text in [text for text in self.own_text if text.kind == kind][:n]]
+        return [batch_of(first[start : start + size], "cpu") for start in range(0, len(first), size)]
+
     @cached_property
     def general_texts(self) -> list[Text]:
         """The texts that the recipe's drift.general_text names; none without."""
