@@ -88,6 +88,9 @@ def invented_results() -> dict[str, list[dict[str, Any]]]:
         "comparisons": _comparisons(),
         "probe": _probe(),
         "probe_comparisons": _probe_comparisons(),
+        "drift": [drift_row(method, text, SCALE[method]) for method in METHODS for text in ("plain", "chat")],
+        "general_text": [general_text_row(method, 1 + SCALE.get(method, 0.0) / 10) for method in ("base", *METHODS)],
+        "general_text_comparisons": [general_text_comparison(method, SCALE[method] / 10) for method in METHODS],
         "layers": _layers(),
         "shift": _shift(),
         "clustering": _clustering(rng),
@@ -140,6 +143,34 @@ def _probe_comparisons() -> list[dict[str, Any]]:
         for method in METHODS
         for kind, n in (("all", 84), ("facts", 40), ("forms", 44))
     ]  # fmt: skip
+
+
+def drift_row(model: str, text: str, kl: float) -> dict[str, Any]:
+    return {
+        "model": model, "base": "base", "text": text, "tokens": "all", "n_texts": 100, "n_tokens": 6000,
+        "kl": kl, "kl_ci_low": 0.9 * kl, "kl_ci_high": 1.1 * kl, "reverse_kl": 2 * kl, "reverse_kl_ci_low": 1.8 * kl,
+        "reverse_kl_ci_high": 2.2 * kl, "agreement": 0.8, "agreement_ci_low": 0.78, "agreement_ci_high": 0.82,
+        "loss_base": 3.0, "loss": 3.0 + kl, "loss_difference": kl, "loss_difference_ci_low": 0.8 * kl,
+        "loss_difference_ci_high": 1.2 * kl, "new_tokens_share": 0.0,
+    }  # fmt: skip
+
+
+def general_text_row(model: str, nats: float) -> dict[str, Any]:
+    return {
+        "model": model, "text": "invented.txt", "n_texts": 50, "n_documents": 40, "n_windows": 60, "n_long": 10,
+        "n_tokens": 4000, "n_bytes": 16_000, "loss": 4 * nats, "loss_ci_low": 3.9 * nats, "loss_ci_high": 4.1 * nats,
+        "per_byte": nats, "per_byte_ci_low": 0.97 * nats, "per_byte_ci_high": 1.03 * nats, "perplexity": 54.6,
+    }  # fmt: skip
+
+
+def general_text_comparison(method: str, nats: float) -> dict[str, Any]:
+    return {
+        "method": method, "base": "base", "text": "invented.txt", "n": 40, "per_byte_base": 1.0,
+        "per_byte": 1.0 + nats, "difference": nats, "ci_low": nats - 0.01, "ci_high": nats + 0.01,
+        "per_token_difference": 4 * nats, "per_token_ci_low": 4 * nats - 0.04, "per_token_ci_high": 4 * nats + 0.04,
+        "p_value": 0.001, "p_holm": 0.005, "detectable": 0.02, "verdict": "worse",
+        "family": "general text (invented.txt), against the base", "n_family": 5, "left_out": None,
+    }  # fmt: skip
 
 
 def _deactivation() -> list[dict[str, Any]]:

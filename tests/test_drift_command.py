@@ -11,7 +11,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
 from palimpsest.commands import drift
-from palimpsest.evaluation.drift_settings import Sampling
+from palimpsest.evaluation.drift_settings import GeneralText, Sampling
 from palimpsest.files import UserError, read_json
 from palimpsest.models import loading
 from test_models_adapters import save_adapter
@@ -37,7 +37,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(models: Path, out: Path, *tuned: str, **options: Any) -> list[str]:
-    given = {"sampling": Sampling(4, 8), "window": 16, "text": str(models / "wiki.txt"), **options}
+    text = GeneralText(options.pop("text", str(models / "wiki.txt")), window=16)
+    given = {"sampling": Sampling(4, 8), "general": text, **options}
     names = [str(models / name) for name in tuned]
     return list(drift.run(drift.Options(str(models / "llm"), names, out, **given)))
 

@@ -181,6 +181,26 @@ def test_importance_is_planned_and_refused_with_the_keys_that_make_room(tmp_path
     assert "where base/importance" in str(refusal(*plan_with(batch_size=1)))
 
 
+def test_drift_has_two_models_and_both_their_logits(tmp_path: Path) -> None:
+    values = yaml.safe_load(recipe(tmp_path).read_text())
+    path = tmp_path / "drift.yaml"
+
+    def steps(**section: Any) -> dict[str, Any]:
+        path.write_text(yaml.safe_dump({**values, "drift": section}))
+        plan = make_plan(load_config(path), Assumptions(gpu="H100"))
+        return {step.name: (step, plan.methods[0].setup) for step in plan.steps}
+
+    drift, setup = steps(own_text={"new_tokens": 100}, batch_size=4)["drift"]
+    tuned = setup.decoder.parameters + setup.encoder.parameters + setup.adaptor_parameters
+    logits = 4 * 100 * setup.decoder.vocabulary * 8  # 4 bytes and as many in the loss's float32
+    wide = 8 * 64 * setup.decoder.vocabulary * 8
+    assert drift.parts["weights"] == 4 * (tuned + setup.decoder.parameters) + logits + wide
+    assert drift.parts["loss or gradient"] == logits
+    assert "general_text" not in steps()
+    assert steps(general_text={"text": "wiki.txt"}).keys() - steps().keys() == {"general_text"}
+    assert "drift" not in {step.name for step in make_plan(load_config(recipe(tmp_path)), Assumptions()).steps}
+
+
 def test_a_batch_of_answers_that_does_not_fit_is_given_a_size(tmp_path: Path) -> None:
     values = yaml.safe_load(recipe(tmp_path).read_text())
     values["evaluation"] |= {"batch_size": 100_000}

@@ -12,6 +12,7 @@ from palimpsest.files import UserError, write_json, write_text
 from palimpsest.records import RESULT_TABLES
 from palimpsest.report.inputs import (
     MAY_BE_EMPTY,
+    OF_DRIFT,
     main_metric,
     main_reduction,
     method_key,
@@ -29,7 +30,8 @@ def _missing(path: Path) -> str:
 def test_a_whole_run_misses_nothing(tmp_path: Path) -> None:
     inputs = read_inputs(make_run(tmp_path))
     assert inputs.missing == ()
-    assert {table for table in RESULT_TABLES if not inputs.results[table]} == MAY_BE_EMPTY  # type: ignore[literal-required]
+    empty = {table for table in RESULT_TABLES if not inputs.results[table]}  # type: ignore[literal-required]
+    assert empty == MAY_BE_EMPTY - OF_DRIFT
     assert inputs.samples["full", "facts", "speech"][0]["id"] == "q0"
     assert inputs.importance_maps["base", "model.layers.8.mlp.up_proj.weight"].shape == (128, 96)
 
@@ -50,7 +52,7 @@ def test_a_missing_table_is_named(tmp_path: Path, table: str) -> None:
     run = make_run(tmp_path, without={table, "maps"}, n_questions=1)
     if table in MAY_BE_EMPTY:
         assert f"“{table}”" not in _missing(run)
-        write_text(run / "study.yaml", "seeds: 3\n")
+        write_text(run / "study.yaml", "seeds: 3\ndrift: {general_text: {text: a.txt}}\n")
     assert (f"“{table}”" in _missing(run)) == (table != "voices")
 
 

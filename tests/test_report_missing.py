@@ -68,7 +68,7 @@ def test_the_whole_run_misses_nothing(run: Path) -> None:
 def test_every_table_taken_away_is_named(run: Path, table: str) -> None:
     write_json(run / "results.json", {"schema": 1, **invented_results(), table: []})
     if table in MAY_BE_EMPTY:
-        write_text(run / "study.yaml", "seeds: 3\n")
+        write_text(run / "study.yaml", "seeds: 3\ndrift: {general_text: {text: a.txt}}\n")
     said = f"results.json has no records in “{table}”." in page_of(run)
     assert said == (table != "voices")  # which are there only where a task is spoken in several
 

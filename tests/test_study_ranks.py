@@ -17,7 +17,7 @@ from palimpsest.data import features, speech, voices
 from palimpsest.data.cores import cores_of_this_rank, n_cores
 from palimpsest.data.examples import Example
 from palimpsest.data.voices import Voice
-from palimpsest.evaluation import answers
+from palimpsest.evaluation import answers, drift, own_text
 from palimpsest.evaluation.answers import Answer, answer_questions
 from palimpsest.evaluation.finite import NotFiniteError
 from palimpsest.evaluation.tasks import Task
@@ -30,7 +30,17 @@ from tones import load_picky_tone, one
 
 WORLD = 2
 SMALL_SHARD = 8 << 10  # bytes: a few utterances, so that there are whole shards for every rank and one to divide
-AGAIN = ("data", "features", "*/deactivation", "*/perplexity", "*/probe", "*/samples")  # what the two make again
+AGAIN = (
+    "data",
+    "features",
+    "*/deactivation",
+    "*/perplexity",
+    "*/probe",
+    "*/samples",
+    "*/own_text",
+    "*/drift",
+    "*/general_text",
+)  # what the two make again
 TIMES = ("step.json", "files.json", "verified.json", "provenance.json", "report.html", "results.json")
 
 
@@ -53,6 +63,11 @@ def recipe(inputs: Path) -> dict[str, Any]:
             "max_new_tokens": 4,
             "batch_size": 2,
         },
+        "drift": {
+            "own_text": {"n_texts": 5, "new_tokens": 4},
+            "general_text": {"text": str(inputs / "wiki.txt"), "window": 8},
+            "batch_size": 2,
+        },
     }
 
 
@@ -60,6 +75,7 @@ def recipe(inputs: Path) -> dict[str, Any]:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("inputs")
     save_tiny_models(folder)
+    (folder / "wiki.txt").write_text("".join(f"This is line {i} of {'x' * i}.\n" for i in range(5)))
     for name, n in (("train", 23), ("heldout", 7), ("task", 5)):
         rows = [{"id": f"{name}{i}", "question": f"What is {name} {'x' * i}?", "answer": "It."} for i in range(n)]
         if name == "train":
@@ -74,6 +90,7 @@ def alone(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("alone") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "SHARD_BYTES", SMALL_SHARD)
+        patch.setattr(own_text, "BATCH", 2)
         patch.setitem(voices.VOICES, "picky", Voice("picky", one, load_picky_tone))
         run_study(parse_config(recipe(inputs), "test"), folder)
     return folder
@@ -100,6 +117,8 @@ def work(rank: int, port: int, inputs: str, folder: str, failing: int | None) ->
     seen: list[str] = []  # what this rank did
     note(features, "_encode", seen)
     note(speech, "write_flac", seen)
+    note(own_text, "_continue", seen)
+    note(drift, "_compare", seen)
     note(answers, "_answer_batch", seen, counts=lambda arguments: bool(arguments[1]))
     if rank == failing:
 
@@ -119,6 +138,7 @@ def begin(rank: int, port: int) -> None:
     find_each_other(rank, port, WORLD)
     os.environ["LOCAL_RANK"] = str(rank)
     features.SHARD_BYTES = SMALL_SHARD
+    own_text.BATCH = 2
     voices.VOICES["picky"] = Voice("picky", one, load_picky_tone)
     figures.FIGURES = page.FIGURES = {}  # drawings, which take most of the time
 
@@ -183,6 +203,8 @@ def test_two_processes_make_the_files_of_one(inputs: Path, alone: Path, tmp_path
     assert of_study[0] == of_study[1]
     # 3 batches of each of 3 evaluations; 24 + 7 + 5 recordings in shards of some.
     assert [each["did"]["_answer_batch"] for each in said] == [6, 3]
+    # Plain texts, users' turns and answers in 3 batches each; 10 texts in 5.
+    assert [[each["did"][what] for each in said] for what in ("_continue", "_compare")] == [[6, 3], [3, 2]]
     for what in ("_encode", "write_flac"):
         counts = [each["did"][what] for each in said]
         assert min(counts) > 0.3 * sum(counts), (what, counts)

@@ -33,6 +33,7 @@ _PUBLIC = {
     "deactivate": "palimpsest.importance.deactivate",
     "layer_scales": "palimpsest.training.methods",
     "parameter_groups": "palimpsest.training.rules",
+    "RetentionCallback": "palimpsest.comparison.retention_callback",
     "StudyConfig": "palimpsest.config",
     "run_study": "palimpsest.study.run",
 }

@@ -21,6 +21,7 @@ from palimpsest.data.augment import Augmentation
 from palimpsest.data.filters import Filters
 from palimpsest.data.in_loop import FramesWanted
 from palimpsest.data.splits import Split, TaskSplit
+from palimpsest.evaluation.drift_settings import Drift
 from palimpsest.files import UserError, differences, in_words
 from palimpsest.models.compute import DEVICE, Compute, WeightDtype
 from palimpsest.models.given import takes_speech
@@ -149,7 +150,8 @@ class Evaluation:
 
 
 # What can be left out after the first run of a method; clustering: with it parameter change and overlap of masks.
-SeedMeasure = Literal["importance", "clustering", "deactivation", "probe"]
+SeedMeasure = Literal["importance", "clustering", "deactivation", "probe", "drift"]
+SEED_MEASURES: tuple[SeedMeasure, ...] = ("importance", "clustering", "deactivation", "probe")  # drift: if asked for
 
 
 def _require_name(what: str, name: str) -> None:
@@ -166,7 +168,7 @@ class StudyConfig(BaseModel):
     name: str
     seed: Annotated[int, Ge(0)] = 0
     seeds: Annotated[int, Ge(1)] = 1  # training runs of every method
-    seeds_measure: tuple[SeedMeasure, ...] = get_args(SeedMeasure)  # besides accuracy and perplexity, after the first
+    seeds_measure: tuple[SeedMeasure, ...] = SEED_MEASURES  # besides accuracy and perplexity, after the first
     models: Models
     speech: Speech = Speech()
     prompt: PromptStyle = PromptStyle()
@@ -177,6 +179,7 @@ class StudyConfig(BaseModel):
     deactivation: Deactivation = Deactivation()
     analysis: Analysis = Analysis()
     evaluation: Evaluation
+    drift: Drift | None = None  # to the base, on text of its own and of the user's; none: not measured
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -289,6 +292,13 @@ class StudyConfig(BaseModel):
     def measures(self, run: str, what: SeedMeasure) -> bool:
         """Whether a run is measured in a way that may be left out after a method's first."""
         return self.number_of(run) == 0 or what in self.seeds_measure
+
+    def drift_measures(self, run: str) -> list[Literal["drift", "general_text"]]:
+        """What is measured of a model where no training taught, in the order of a study's steps."""
+        if self.drift is None or not self.measures(run, "drift"):
+            return []
+        drift: list[Literal["drift", "general_text"]] = [] if run == BASE else ["drift"]
+        return drift if self.drift.general_text.text is None else [*drift, "general_text"]
 
     def asked_as(self, run: str) -> list[Modality]:
         """In what modalities a model is asked the questions of every task, in the order of a study's steps.

@@ -518,7 +518,8 @@ class LossPairRecord(TypedDict):
 
 
 class TrainingRecord(TypedDict):
-    """One optimizer step (kind `train`), or a measurement on held-out examples between steps (kind `eval`).
+    """One optimizer step (kind `train`), or a measurement between steps: on held-out examples (kind `eval`), of the
+    drift from the base, estimated on text of the base's own (kind `drift`).
 
     Records without a kind are `train`. Steps count on from the adaptor's phase to the method's.
     """
@@ -528,12 +529,14 @@ class TrainingRecord(TypedDict):
     epoch: float  # of the phase
     loss: Number  # nats per supervised token
     learning_rate: Number  # base rate at this step; null in eval records
-    kind: NotRequired[str]  # train | eval
+    kind: NotRequired[str]  # train | eval | drift
     phase: NotRequired[str]  # adaptor | method
     grad_norm: NotRequired[Number]  # train: before clipping
     modality: NotRequired[str]  # eval: text | speech
-    n_tokens: NotRequired[int]  # eval
+    n_tokens: NotRequired[int]  # eval, drift
     perplexity: NotRequired[Number]  # eval
+    loss_base: NotRequired[Number]  # drift: of the base on the same tokens
+    drift: NotRequired[Number]  # loss − loss_base: an estimate of KL(base ‖ model), nats per token
 
 
 class Results(TypedDict):
@@ -548,6 +551,9 @@ class Results(TypedDict):
     comparisons: list[ComparisonRecord]
     probe: list[ProbeRecord]
     probe_comparisons: list[ProbeComparisonRecord]
+    drift: list[DriftRecord]
+    general_text: list[GeneralTextRecord]
+    general_text_comparisons: list[GeneralTextComparisonRecord]
     layers: list[LayerRecord]
     shift: list[ShiftRecord]
     clustering: list[ClusteringRecord]

@@ -76,8 +76,8 @@ def write_tables(
 
     tables: dict[str, list[Any]] = {name: [] for name in TABLES}
     for kind in scores(BASE).estimated:
-        by_model = {name: _model_layers(name, scores(name), kind) for name in models}
-        elsewhere = _model_layers(BASE, other(), kind) if other else None
+        by_model = {name: model_layers(name, scores(name), kind) for name in models}
+        elsewhere = model_layers(BASE, other(), kind) if other else None
         options: dict[str, Any] = {"modality": "text", "reduction": kind}
         draws: dict[str, Any] = {"n_draws": n_draws, "seed": seed}
         for model in by_model.values():
@@ -152,7 +152,8 @@ class _Unpacked(_Flags):
         return super().__getitem__(name).float()
 
 
-def _model_layers(name: str, scores: Scores, reduction: str) -> ModelLayers:
+def model_layers(name: str, scores: Scores, reduction: str) -> ModelLayers:
+    """What shift compares, of a model's scores."""
     batches = layer_batches(scores.batch_totals, scores.names) if reduction in ADDITIVE_OVER_BATCHES else None
     if reduction in scores.reductions:
         return ModelLayers(name, layer_distribution(scores.tensors(reduction)), batches)

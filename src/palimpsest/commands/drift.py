@@ -11,7 +11,7 @@ import typer
 from annotated_types import Ge
 from typing_extensions import Doc
 
-from palimpsest.evaluation.drift_settings import Sampling, WindowOption
+from palimpsest.evaluation.drift_settings import GeneralText, Sampling
 from palimpsest.files import UserError, hash_value, locked, write_tables
 from palimpsest.models.compute import Choice, ComputeOption, DeviceOption, DtypeOption
 from palimpsest.progress import Reporter
@@ -33,12 +33,7 @@ class Options:
     base: Annotated[str, typer.Argument(), Doc("Causal LM: embedded: name, folder, hub name, PEFT adapter.")]
     tuned: Annotated[list[str], typer.Argument(), Doc("What training made of it; speech LLMs and adapters too.")]
     out: Annotated[Path, Doc("Folder for drift.json, general_text.json and the texts.")]
-    text: Annotated[
-        str | None, Doc("General text: a file of paragraphs, .jsonl or .parquet with a column text, or a hub set.")
-    ] = None
-    split: Annotated[str, Doc("Split of a folder or hub set.")] = "test"
-    limit: Annotated[int | None, Ge(2), Doc("Only the first general texts.")] = None
-    window: WindowOption = 512
+    general: GeneralText = field(default_factory=GeneralText)
     sampling: Sampling = field(default_factory=Sampling)
     seed: Annotated[int, Ge(0), Doc("Of the texts and of the bootstrap.")] = 0
     batch_size: Annotated[int, Ge(1)] = 8
@@ -63,7 +58,8 @@ def _run(options: Options) -> Iterator[str]:
 
     if twice := sorted(name for name in set(options.tuned) if options.tuned.count(name) > 1):
         raise UserError(f"{twice[0]} is given twice; give every tuned model once.")
-    texts = None if options.text is None else read_texts(options.text, options.split, options.limit)
+    given = options.general
+    texts = None if given.text is None else read_texts(given.text, given.split, given.limit)
     names = [options.base, *options.tuned]
     prints = {name: fingerprint(name) for name in names}
     device = choose_device(options.device)
@@ -102,7 +98,7 @@ def _general_text(
     from palimpsest.evaluation.general_text import summarise_text
     from palimpsest.files import without_folders
 
-    name = without_folders(str(options.text)) if options.text else ""
+    name = without_folders(str(options.general.text))
     records = [summarise_text(of, model, name, options.seed) for model, of in losses.items()]
     base = (options.base, losses[options.base])
     rows = general_text_comparisons(base, {model: losses[model] for model in options.tuned}, name)
@@ -113,7 +109,7 @@ def _general_text(
             "seed": options.seed,
             "text": name,
             "version": texts_version(texts),
-            "window": options.window,
+            "window": options.general.window,
             **about,
             "general_text": records,
             "comparisons": rows,
@@ -122,7 +118,8 @@ def _general_text(
     first = records[0]
     yield f"general text: {first['n_texts']} texts of {first['n_documents']} documents, {first['n_bytes']:,} bytes"
     if n_long := max(record["n_long"] for record in records):
-        yield f"  {n_long} are longer than {options.window} tokens and were cut into windows; nothing is left out"
+        window = options.general.window
+        yield f"  {n_long} are longer than {window} tokens and were cut into windows; nothing is left out"
     for record in records:
         yield (
             f"  {record['model']}: {record['per_byte']:.4f} nats per byte [{record['per_byte_ci_low']:.4f}, "
@@ -231,7 +228,7 @@ class Work:
         from palimpsest.evaluation.general_text import read_text_losses, text_losses, write_text_losses
 
         options = self.options
-        bound = [self.prints[name], texts_version(texts), options.window, options.dtype, self.compute.dtype]
+        bound = [self.prints[name], texts_version(texts), options.general.window, options.dtype, self.compute.dtype]
         file = options.out / f"general_text-{hash_value([*bound, options.batch_size])[:12]}.jsonl"
         step = f"general text by {name}"
         if file.exists():
@@ -243,7 +240,7 @@ class Work:
                 model,
                 processor.tokenizer,
                 texts,
-                window=options.window,
+                window=options.general.window,
                 batch_size=options.batch_size,
                 compute=self.compute.dtype,
                 progress=advance,

@@ -94,6 +94,8 @@ def _sides(row: Mapping[str, Any]) -> tuple[str, ...]:
     """The two that a row compares; one side alone where the other is no model (a gap, a floor)."""
     if "method_a" in row:
         return row["method_a"], row["method_b"]
+    if "per_byte_base" in row:
+        return row["base"], row["method"]
     return (BASE, row["method"]) if "accuracy_base" in row else (row["method"],)
 
 

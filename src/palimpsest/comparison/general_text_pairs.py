@@ -14,9 +14,14 @@ from palimpsest.records import GeneralTextComparisonRecord
 
 
 def general_text_comparisons(
-    base: tuple[str, Sequence[TextLoss]], tuned: Mapping[str, Sequence[TextLoss]], text: str
+    base: tuple[str, Sequence[TextLoss]],
+    tuned: Mapping[str, Sequence[TextLoss]],
+    text: str,
+    same: Mapping[str, str] | None = None,
 ) -> list[GeneralTextComparisonRecord]:
     """A row for each tuned model, all one family of tests. base: its name and losses; text: what the texts are called.
+
+    same: as `corrected` takes it.
 
     The difference is in nats per byte, a ratio of sums over documents, with the standard error of `loss_difference`;
     per token too where the tokens are the same number in every document.
@@ -31,8 +36,8 @@ def general_text_comparisons(
         if [(loss.id, loss.n_bytes) for loss in losses] != [(loss.id, loss.n_bytes) for loss in first]:
             raise UserError(f"{name} and {label} were measured on other texts; measure both on the same.")
         effect = loss_difference(sums_base, sums, n_bytes)
-        same = bool(np.array_equal(tokens_base, tokens))
-        per_token = loss_difference(sums_base, sums, tokens) if same else None
+        as_many = bool(np.array_equal(tokens_base, tokens))
+        per_token = loss_difference(sums_base, sums, tokens) if as_many else None
         rows.append(
             {
                 "method": name,
@@ -56,4 +61,4 @@ def general_text_comparisons(
                 "left_out": None,
             }
         )
-    return corrected(rows, better=-1)
+    return corrected(rows, same, better=-1)

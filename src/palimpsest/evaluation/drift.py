@@ -16,6 +16,7 @@ Shapes: tokens = of the texts of a batch, vocabulary = rows in common.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from palimpsest.intervals import bootstrap_ratio
 from palimpsest.models.compute import Arithmetic, many_forwards
 from palimpsest.models.given import differing_tokens
 from palimpsest.models.loss import IGNORED, supervised_logits
+from palimpsest.parallel import by_ranks, world_size
 from palimpsest.records import DriftRecord
 
 if TYPE_CHECKING:
@@ -72,11 +74,13 @@ def measure_drift(
     batch_size: int = 8,
     compute: Arithmetic = "float32",
     progress: Callable[[int, int], None] | None = None,
+    distributed: bool = False,
 ) -> list[TextDrift]:
     """The drift of every text, in their order. Both models are causal language models in eval mode, on one device.
 
     Only the tokens that were sampled count, never a prompt or padding. In float32 the numbers do not depend on
     `batch_size` beyond rounding; a model against itself gives exactly 0. progress(texts done, texts).
+    distributed: every rank calls with replicas of both, measures its share of the batches and has the drift of all.
 
     Raises UserError for NaN or infinite logits, and for a text with a token that one of the models does not have.
     """
@@ -84,26 +88,34 @@ def measure_drift(
     if highest >= (n_ids := len(tuned.get_input_embeddings().weight)):
         raise VocabularyError(f"a text has the token {highest}, and the tuned model has {n_ids}; it cannot read that.")
     order = sorted(range(len(texts)), key=lambda i: (-len(texts[i].prompt_ids) - len(texts[i].ids), i))
-    found: dict[int, TextDrift] = {}
+    done, ranks = 0, world_size() if distributed else 1
+
+    def measured(start: int) -> list[tuple[int, TextDrift]]:
+        nonlocal done
+        chosen = order[start : start + batch_size]
+        batch = batch_of([texts[i] for i in chosen], next(base.parameters()).device)
+        logits_base, targets, rows = supervised_logits(base, batch)
+        logits, _, _ = supervised_logits(tuned, batch)
+        columns = _compare(logits_base, logits, targets)
+        for measure in ("loss_base", "loss"):
+            if not bool(torch.isfinite(columns[measure]).all()):
+                raise not_finite(base if measure == "loss_base" else tuned, f"a text of {batch['ids']}")
+        done += len(chosen) * ranks
+        if progress is not None:
+            progress(min(done, len(texts)), len(texts))
+        own = [
+            {name: tuple(column[rows.cpu() == row].tolist()) for name, column in columns.items()}
+            for row in range(len(chosen))
+        ]
+        return [(i, TextDrift(texts[i].id, **values)) for i, values in zip(chosen, own, strict=True)]
+
     with torch.inference_mode(), many_forwards(base, compute), many_forwards(tuned, compute):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = _batch([texts[i] for i in chosen], next(base.parameters()).device)
-            logits_base, targets, rows = supervised_logits(base, batch)
-            logits, _, _ = supervised_logits(tuned, batch)
-            columns = _compare(logits_base, logits, targets)
-            for measure in ("loss_base", "loss"):
-                if not bool(torch.isfinite(columns[measure]).all()):
-                    raise not_finite(base if measure == "loss_base" else tuned, f"a text of {batch['ids']}")
-            for row, i in enumerate(chosen):
-                own = {name: tuple(column[rows.cpu() == row].tolist()) for name, column in columns.items()}
-                found[i] = TextDrift(texts[i].id, **own)
-            if progress is not None:
-                progress(len(found), len(texts))
+        parts = by_ranks(measured, range(0, len(order), batch_size), distributed=distributed)
+    found = dict(itertools.chain.from_iterable(parts))
     return [found[i] for i in range(len(texts))]
 
 
-def _batch(texts: Sequence[OwnText], device: torch.device) -> dict[str, Any]:
+def batch_of(texts: Sequence[OwnText], device: torch.device | str) -> dict[str, Any]:
     """The texts as rows, padded on the right; labels are the sampled tokens alone."""
     width = max(len(text.prompt_ids) + len(text.ids) for text in texts)
 

@@ -24,6 +24,7 @@ from palimpsest.intervals import bootstrap_ratio
 from palimpsest.models.compute import Arithmetic
 from palimpsest.models.loss import IGNORED
 from palimpsest.models.prompts import encode
+from palimpsest.parallel import my_share
 from palimpsest.records import GeneralTextRecord
 
 if TYPE_CHECKING:
@@ -51,16 +52,15 @@ def text_losses(
     batch_size: int = 8,
     compute: Arithmetic = "float32",
     progress: Callable[[int, int], None] | None = None,
+    distributed: bool = False,
 ) -> list[TextLoss]:
     """The loss of every text, in order, by a causal language model in eval mode. progress(windows done, windows).
 
+    distributed: every rank calls with its replica of the model, measures its share of the batches and has all losses.
+
     Raises UserError for a window that the model has no positions for, and for losses that are not finite.
     """
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and window + 1 > longest:
-        raise UserError(
-            f"The model has {longest} positions, too few for windows of {window} tokens; give --window {longest - 1}."
-        )
+    require_positions(model.config, window)
     cut = {text.id: list(windows(encode(tokenizer, text.text), beginning(tokenizer), window)) for text in texts}
     if empty := next((text for text in texts if not cut[text.id]), None):
         raise UserError(f"The tokenizer has no token for the text {empty.text[:40]!r}; leave it out.")
@@ -68,12 +68,13 @@ def text_losses(
     rows.sort(key=lambda row: (-len(row[1]) - len(row[2]), row[0]))
 
     def batches() -> Iterator[dict[str, Any]]:
-        for start in range(0, len(rows), batch_size):
+        starts = range(0, len(rows), batch_size)
+        for start in my_share(starts) if distributed else starts:
             if progress is not None:
                 progress(start, len(rows))
             yield _batch(rows[start : start + batch_size], model.device)
 
-    losses = perplexity(model, batches(), compute=compute).samples
+    losses = perplexity(model, batches(), compute=compute, distributed=distributed).samples
     return [
         TextLoss(
             text.id,
@@ -85,6 +86,16 @@ def text_losses(
         )
         for text in texts
     ]
+
+
+def require_positions(config: Any, window: int) -> None:
+    """Raise UserError for a window that a model of this config has no positions for."""
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and window + 1 > longest:
+        raise UserError(
+            f"The model has {longest} positions, too few for windows of {window} tokens; give --window {longest - 1} "
+            f"(in a recipe drift.general_text.window: {longest - 1})."
+        )
 
 
 def windows(tokens: Sequence[int], before: Sequence[int], window: int) -> Iterator[tuple[list[int], list[int]]]:

@@ -13,6 +13,7 @@ are sampled; on the batch it depends by rounding alone.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -36,6 +37,7 @@ from palimpsest.files import (
 )
 from palimpsest.models.compute import Arithmetic, many_forwards
 from palimpsest.models.prompts import PromptStyle, encode, render, tokenise
+from palimpsest.parallel import by_ranks, world_size
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -74,6 +76,7 @@ def sample_own_text(
     style: PromptStyle | None = None,
     compute: Arithmetic = "float32",
     progress: Callable[[int, int], None] | None = None,
+    distributed: bool = False,
 ) -> list[OwnText]:
     """`sampling.n_texts` of each kind that the model can write, plain ones first.
 
@@ -82,26 +85,28 @@ def sample_own_text(
         seed: with the same one the texts are the same.
         style: of the chat prompt.
         progress: progress(texts done, texts), counting the users' turns.
+        distributed: every rank calls with its replica of the model, samples its share of the batches and has all texts.
 
     Raises UserError for a tokenizer without a token that a text begins with, and for NaN or infinite logits.
     """
     style = style or PromptStyle()
     n, kinds = sampling.n_texts, kinds_of(tokenizer)
     total, done = n * (1 + 2 * ("chat" in kinds)), 0
-    end = end_ids(model, tokenizer)
+    end, ranks = end_ids(model, tokenizer), world_size() if distributed else 1
 
     def write(what: str, prompts: list[list[int]], most: int, ends: list[int]) -> list[list[int]]:
-        nonlocal done
-        written: list[list[int]] = []
-        for start in range(0, n, BATCH):
+        def batch(start: int) -> list[list[int]]:
+            nonlocal done
             numbers = range(start, min(start + BATCH, n))
             streams = [random.Random(f"{seed}/{what}/{i}") for i in numbers]
             settings = {**generation_settings(model, tokenizer, most), "eos_token_id": ends or None}
-            written += _continue(model, [prompts[i] for i in numbers], streams, settings, compute)
-            done += len(numbers)
+            written = _continue(model, [prompts[i] for i in numbers], streams, settings, compute)
+            done += len(numbers) * ranks
             if progress is not None:
-                progress(done, total)
-        return written
+                progress(min(done, total), total)
+            return written
+
+        return list(itertools.chain.from_iterable(by_ranks(batch, range(0, n, BATCH), distributed=distributed)))
 
     texts: list[OwnText] = []
 

@@ -57,6 +57,7 @@ UTILISATION = 0.4  # of the GPU's published FLOP/s that training reaches; an ass
 BANDWIDTH_SHARE = 0.7  # of its published bandwidth that the optimizer's step reaches
 SECONDS_PER_CHARACTER = 0.07  # of a spoken question: 0.071 in hibari's facts, 0.067 in Llama Questions
 FLAC = 18_000  # bytes of a second of speech, 16 bits at 16 kHz: 17,400 in LibriSpeech
+N_WIDE = 8  # float64 numbers of each token and entry of the vocabulary while two distributions are compared
 SAMPLE = 2000  # examples whose lengths are read; a random choice stands for more
 CHARACTERS_PER_TOKEN = 4  # of English text, where there is no tokenizer to count with
 PROMPT_TOKENS = 64  # of a chat template and its instruction, likewise
@@ -275,13 +276,37 @@ def _memory_of_steps(
         ("cascade", "evaluation", asked, {"setup": setup, "length": max(questions), "columns": 1,
                                           "cached": max(questions) + limit, "beside": recogniser, "tuned": False}),
     ]  # fmt: skip
-    for name, section, rows, sizes in forward if recogniser else forward[:-1]:
+    forward = forward if recogniser else forward[:-1]
+    if config.drift is not None:
+        forward += _drift_steps(config, replace(setup, autocast=exact), max(row[0] for row in lengths.rows))
+    for name, section, rows, sizes in forward:
         step = forward_memory(name, rows=rows, **sizes)
         if step.peak > capacity:
             fits = next((n for n in range(rows, 0, -1) if forward_memory(name, rows=n, **sizes).peak <= capacity), None)
             step = replace(step, remedy=None if fits is None else f"{section}.batch_size: {fits}")
         found.append(step)
     return tuple(found)
+
+
+def _drift_steps(config: StudyConfig, setup: Setup, frame: int) -> list[tuple[str, str, int, dict[str, Any]]]:
+    """As the other steps that run forward. frame: tokens of a prompt without its question."""
+    from palimpsest.evaluation.drift import AT_ONCE
+    from palimpsest.evaluation.own_text import MOST_OF_A_TURN
+
+    assert config.drift is not None
+    own, general, rows = config.drift.own_text, config.drift.general_text, config.drift.batch_size
+    vocabulary, c = setup.decoder.vocabulary, setup.compute_bytes
+    beside = setup.weight_bytes * setup.decoder.parameters  # the base, and its logits
+    beside += rows * own.new_tokens * vocabulary * (c + 4) + N_WIDE * AT_ONCE * vocabulary * 8
+    length = frame + MOST_OF_A_TURN + own.new_tokens
+    found: list[tuple[str, str, int, dict[str, Any]]] = [
+        ("drift", "drift", rows, {"setup": setup, "length": length, "columns": own.new_tokens, "cached": 0,
+                                  "beside": beside}),
+    ]  # fmt: skip
+    if general.text is not None:
+        sizes = {"setup": setup, "length": general.window + 1, "columns": general.window, "cached": 0}
+        found.append(("general_text", "drift", rows, sizes))
+    return found
 
 
 def _importance_flops(config: StudyConfig, lengths: Lengths, setup: Setup) -> float:

@@ -10,7 +10,10 @@ from palimpsest.records import Results, method_of
 from palimpsest.report.inputs import Inputs, main_metric
 from palimpsest.report.table import Row, Rows, grouped
 
-OF_FIRST_RUNS = ("qa_floors", "probe", "clustering_summary", "mask_overlap", "training")
+OF_FIRST_RUNS = (
+    *("qa_floors", "probe", "drift", "general_text", "general_text_comparisons"),
+    *("clustering_summary", "mask_overlap", "training"),
+)
 
 
 def n_runs(results: Results) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from palimpsest.records import DeactivationRecord, QARecord
 from palimpsest.report.across_runs import n_runs
@@ -209,6 +210,58 @@ def _bar(
     if written:
         rotation = 0 if upright else 90
         axis.annotate(significant(center), (x, max(finite)), va="bottom", fontsize=6.5, rotation=rotation, **above)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Drift
+# ----------------------------------------------------------------------------------------------------------
+def drift(inputs: Inputs) -> Drawing | None:
+    """KL to the base on its own text, a panel per kind, and the loss of general text minus the base's, per model."""
+    kls, losses = having(inputs.results["drift"], tokens="all"), inputs.results["general_text_comparisons"]
+    panels: list[tuple[str, str, list[tuple[str, float, float, float]]]] = [
+        (f"Own text, {kind}", "KL(base ‖ model), nats per token", rows)
+        for kind in dict.fromkeys(row["text"] for row in kls)
+        if (rows := [(r["model"], r["kl"], r["kl_ci_low"], r["kl_ci_high"]) for r in kls if r["text"] == kind])
+    ]
+    if losses:
+        rows = [(row["method"], row["difference"], row["ci_low"], row["ci_high"]) for row in losses]
+        panels.append(("General text", "nats per byte − base's", rows))
+    if not panels:
+        return None
+    methods = methods_in(inputs.results)
+    models = sorted({model for _, _, rows in panels for model, *_ in rows}, key=method_key)
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.28 * len(models)), layout="constrained")
+    drawing = Drawing("drift", "Drift from the base, and the loss of general text", figure)
+    for axis, (title, unit, rows) in zip(
+        figure.subplots(1, len(panels), squeeze=False, sharey=True)[0], panels, strict=True
+    ):
+        for model, value, low, high in rows:
+            y, mark = models.index(model), look(model, methods)
+            axis.plot([low, high], [y, y], color=mark.color, linewidth=1.2)
+            text = f"{title}, {method_name(model)}: {significant(value)} ({interval(low, high, significant)})"
+            drawing.point(axis, value, y, mark, text)
+        axis.axvline(0, color=INK, linewidth=0.8)
+        axis.set(title=title, xlabel=unit)
+        axis.set_yticks(range(len(models)), [method_name(model) for model in models])
+        axis.set_ylim(len(models) - 0.5, -0.5)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
+    drawing.caption = (
+        "How far the next-token distributions of each model are from the base's on text that the base wrote "
+        "itself (0: the same)"
+        + ("; on the right, how much less likely general text became (0: as likely as before)" if losses else "")
+        + ". Bars: 95 % intervals over texts or documents."
+        + (" First training run of each method." if n_runs(inputs.results) > 1 else "")
+    )
+    drawing.describe("Dot chart")
+    return drawing
+
+
+def why_no_drift(inputs: Inputs) -> str:
+    """The sentence that stands where the figure would."""
+    return (
+        "There is no drift from the base, nor the loss of general text: the recipe has no section drift, which "
+        "measures both."
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------

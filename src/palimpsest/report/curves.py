@@ -179,12 +179,13 @@ def retention(inputs: Inputs) -> Drawing | None:
     if not curves:
         return None
     modalities = [name for name in INPUTS if any(of == name for of, _ in curves)]
+    drifts = in_order(_of_kind(inputs, "drift"), "step")
     figure = Figure(figsize=(WIDTH, LINE_HEIGHT), layout="constrained")
     drawing = Drawing("retention", "Held-out perplexity during training", figure)
-    panels = figure.subplots(1, len(modalities), squeeze=False)[0]
+    panels = figure.subplots(1, len(modalities) + bool(drifts), squeeze=False)[0]
     methods = sorted({method for _, method in curves}, key=method_key)
     ends, with_base = [], False
-    for axis, modality in zip(panels, modalities, strict=True):
+    for axis, modality in zip(panels, modalities, strict=False):
         for method in (name for name in methods if (modality, name) in curves):
             name = f"{method_name(method)}, {INPUTS[modality]}"
             steps, values = zip(*((row["step"], row["perplexity"]) for row in curves[modality, method]), strict=True)
@@ -198,15 +199,38 @@ def retention(inputs: Inputs) -> Drawing | None:
         if max(every) > WIDE_RANGE * min(every):
             axis.set_yscale("log")
             log_labels(axis)
+    if drifts:
+        ends += _drift_panel(drawing, panels[-1], drifts, methods_in(inputs.results))
     model_legend(figure, [*(["base"] if with_base else []), *methods], methods_in(inputs.results))
     drawing.caption = (
         f"Perplexity of the held-out answers between the steps of training: {'; '.join(ends)}."
         + (" Level line: the base model, before training." if with_base else "")
+        + (" Drift: the loss on text that the base wrote minus the base's, an estimate of the KL." if drifts else "")
         + (" First training run of each method." if n_runs(inputs.results) > 1 else "")
         + _phases(panels[0], records)
     )
     drawing.alt = f"Line charts of the held-out perplexity: {'; '.join(ends)}."
     return drawing
+
+
+def _drift_panel(drawing: Drawing, axis: Axes, records: Sequence[TrainingRecord], methods: Sequence[str]) -> list[str]:
+    """The estimated drift from the base by step; returns what the caption says of it."""
+    said = []
+    for method in sorted({row["method"] for row in records}, key=method_key):
+        name = f"{method_name(method)}, drift"
+        points = [
+            (row["step"], row["drift"]) for row in records if row["method"] == method and row["drift"] is not None
+        ]
+        if not points:
+            continue
+        steps, values = zip(*points, strict=True)
+        texts = [f"{name}, step {step}: {significant(y)}" for step, y in points]
+        drawing.line(axis, steps, values, look(method, methods), texts)
+        said.append(f"{name}, from {significant(values[0])} to {significant(values[-1])}")
+    axis.axhline(0, color=INK, linewidth=0.8)
+    axis.set(title="Drift from the base", xlabel="step", ylabel="nats per token")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return said
 
 
 def why_no_retention(inputs: Inputs) -> str:

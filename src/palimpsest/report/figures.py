@@ -19,11 +19,12 @@ FIGURES: dict[str, Callable[[Inputs], Drawing | None]] = {
     "deactivation": charts.deactivation,
     "deletion": curves.deletion,
     "t2t_s2t": charts.plane,
+    "drift": charts.drift,
     "training": curves.training,
     "retention": curves.retention,
 }
 # Figures that a complete run may lack, with what is said in their place.
-OPTIONAL: dict[str, Callable[[Inputs], str]] = {"retention": curves.why_no_retention}
+OPTIONAL: dict[str, Callable[[Inputs], str]] = {"retention": curves.why_no_retention, "drift": charts.why_no_drift}
 
 
 def draw(name: str, inputs: Inputs) -> Drawing | None:

@@ -36,7 +36,8 @@ MAIN_REDUCTION = "per_batch_abs"  # a run without them is shown by the first it 
 OF_SEVERAL_RUNS = {"seeds", "seed_comparisons"}  # empty where every method was trained once
 NO_RECORDS = "results.json has no records in “{}”."
 POOLED = "pooled_comparisons"  # empty with one run of each method, or one task
-MAY_BE_EMPTY = OF_SEVERAL_RUNS | {POOLED, "voices"}  # no voices where no task is spoken in several
+OF_DRIFT = {"drift", "general_text", "general_text_comparisons"}  # of recipes that measure it
+MAY_BE_EMPTY = OF_SEVERAL_RUNS | OF_DRIFT | {POOLED, "voices"}  # no voices where no task is spoken in several
 MAX_SAMPLES_BYTES = 64 * 2**20  # of one samples.jsonl
 R = TypeVar("R", bound=Mapping[str, Any])  # a record
 
@@ -87,9 +88,7 @@ def read_inputs(run: Path) -> Inputs:
     config = _read_mapping(run / "study.yaml", missing)
     if not trains(config):
         missing = [line for line in missing if line != NO_RECORDS.format("training")]
-    several = at(config, "seeds")
-    if isinstance(several, int) and several > 1:
-        expected = {*OF_SEVERAL_RUNS, *({POOLED} if len({row["task"] for row in results["qa"]}) > 1 else ())}
+    if expected := _asked_for(config, results):
         missing += [NO_RECORDS.format(t) for t in sorted(expected) if not dict(results)[t]]
     return Inputs(
         path=run,
@@ -102,6 +101,17 @@ def read_inputs(run: Path) -> Inputs:
         samples=_read_samples(run, results, missing),
         missing=tuple(without_paths(line, run) for line in missing),
     )
+
+
+def _asked_for(config: dict[str, Any] | None, results: Results) -> set[str]:
+    """The tables that only some recipes make, and this one does."""
+    found: set[str] = set()
+    several = at(config, "seeds")
+    if isinstance(several, int) and several > 1:
+        found |= {*OF_SEVERAL_RUNS, *({POOLED} if len({row["task"] for row in results["qa"]}) > 1 else ())}
+    if isinstance(at(config, "drift"), dict):
+        found |= OF_DRIFT if at(config, "drift", "general_text", "text") else {"drift"}
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,15 @@ from pathlib import Path
 # Section of the page -> the folders of the steps whose results stand in it; METHODS is every folder of methods/.
 METHODS = "methods/*"
 STEPS: dict[str, tuple[str, ...]] = {
-    "accuracy": ("base/samples", f"{METHODS}/samples", "base/perplexity", f"{METHODS}/perplexity"),
+    "accuracy": (
+        "base/samples",
+        f"{METHODS}/samples",
+        "base/perplexity",
+        f"{METHODS}/perplexity",
+        f"{METHODS}/drift",
+        "base/general_text",
+        f"{METHODS}/general_text",
+    ),
     "layers": ("base/importance", "base/importance_other", f"{METHODS}/importance", "analysis"),
     "deactivation": ("base/deactivation", f"{METHODS}/deactivation"),
     "weights": ("analysis", "maps"),

@@ -85,6 +85,7 @@ OF_SEEDS = {  # what is measured over training runs
 
 SOURCE, TASK, INPUT = words("Source", "source"), words("Task", "task", task_name), words("Input", "modality")
 METHOD, SYSTEM = words("Method", "method", method_name), words("Model", "model")
+SYSTEM_NAME = words("Model", "model", method_name)
 A, B = words("A", "method_a", method_name), words("B", "method_b", method_name)
 N, DIFFERENCE = counts("n", "n"), ranges("B − A, points", "difference", points)
 P, P_HOLM = numbers("p", "p_value", p_value), numbers("p, Holm", "p_holm", p_value)
@@ -121,6 +122,9 @@ def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Tabl
         claims(results["claims"]),
         probe(results["probe"]),
         probe_comparisons(results["probe_comparisons"]),
+        drift(results["drift"]),
+        general_text(results["general_text"]),
+        general_text_comparisons(results["general_text_comparisons"]),
         structure_tables.layers(results["layers"], "text", main_reduction(results)),
         structure_tables.shift(results["shift"], of_each),
         structure_tables.clustering(results["clustering"]),
@@ -556,11 +560,6 @@ def probe(records: Rows) -> Table:
 
 def probe_comparisons(records: Rows) -> Table:
     """Every method's probe against the base's, paired."""
-
-    def nats(title: str, key: str) -> Field:
-        low, high = f"{key.removesuffix('_difference')}_ci_low", f"{key.removesuffix('_difference')}_ci_high"
-        return cells(title, lambda row: Cell(_nats(row[key]), interval(row[low], row[high], _nats), row[key]))
-
     return table(
         "probe_comparisons",
         "Retention probe against the base, on the same pairs",
@@ -574,8 +573,8 @@ def probe_comparisons(records: Rows) -> Table:
                 P_HOLM,
                 OVER,
             ),
-            nats("Margin − base's", "margin_difference"),
-            nats("Loss of the right one − base's", "loss_right_difference"),
+            _between("Margin − base's", "margin_difference", "margin", _nats),
+            _between("Loss of the right one − base's", "loss_right_difference", "loss_right", _nats),
         ),
         in_order(records, "method"),
         "Paired by pair: exact McNemar test, of several training runs clustered by pair and seed; Holm over: the "
@@ -585,5 +584,80 @@ def probe_comparisons(records: Rows) -> Table:
     )
 
 
+def drift(records: Rows) -> Table:
+    """How far the tuned models' next-token distributions are from the base's, on text of the base's own."""
+    of = (
+        ("kl", "KL to the base", significant),
+        ("reverse_kl", "Reverse", significant),
+        ("agreement", "Same top %", percent),
+    )
+    return table(
+        "drift",
+        "Drift from the base, on text that the base wrote",
+        (
+            *(SYSTEM_NAME, words("Text", "text"), words("Tokens", "tokens"), counts("n", "n_tokens")),
+            *(_between(title, key, key, write) for key, title, write in of),
+            _between("Loss − base's", "loss_difference", "loss_difference", _nats),
+        ),
+        in_order(records, "model"),
+        "Nats per token: KL(base ‖ model) and KL(model ‖ base) over the whole vocabulary; the share of tokens at which "
+        "both have the same most likely one; loss of the token that stands there. plain: from the beginning of a text "
+        "on; chat: the answer to a question that the base wrote too. A KL is never below 0, so its interval is no "
+        "test. Brackets: 95 % interval over texts.",
+    )
+
+
+def general_text(records: Rows) -> Table:
+    """The loss of text that the recipe names."""
+    return table(
+        "general_text",
+        "Loss of general text",
+        (
+            *(SYSTEM_NAME, words("Text", "text"), counts("Texts", "n_texts"), counts("Bytes", "n_bytes")),
+            _between("Nats per byte", "per_byte", "per_byte", "{:.4f}".format),
+            _between("Nats per token", "loss", "loss", "{:.3f}".format),
+            numbers("Perplexity", "perplexity"),
+        ),
+        in_order(records, "model"),
+        "Every token is predicted once, from the window before it. Brackets: 95 % interval over documents, which are "
+        "the same for all models; the difference to the base is paired, in the next table.",
+    )
+
+
+def general_text_comparisons(records: Rows) -> Table:
+    """The loss of general text against the base's, paired."""
+    return table(
+        "general_text_comparisons",
+        "Loss of general text against the base",
+        (
+            *(METHOD, words("Text", "text"), counts("Documents", "n")),
+            _between("Method − base, nats per byte", "difference", "", "{:+.4f}".format),
+            _between("Nats per token", "per_token_difference", "per_token", _nats),
+            *(P, P_HOLM, OVER, words("Method is", "verdict")),
+        ),
+        in_order(records, "method"),
+        "Paired by document: a ratio of sums, t-test of its residuals. Above 0 the text is less likely than before. "
+        "Holm over: the methods' tests; a row that is no test of its own says why, and keeps its p. Brackets: 95 % "
+        "interval.",
+    )
+
+
+def _between(title: str, key: str, bounds: str, write: Callable[[float], str]) -> Field:
+    """Numbers with the interval from BOUNDS_ci_low to BOUNDS_ci_high; a dash for null."""
+    low, high = (f"{bounds}_{end}".removeprefix("_") for end in ("ci_low", "ci_high"))
+
+    def cell(row: Row) -> Cell:
+        value = row[key]
+        if value is None:
+            return EMPTY
+        return Cell(_minus(write(value)), interval(row[low], row[high], lambda end: _minus(write(end))), value)
+
+    return cells(title, cell)
+
+
 def _nats(value: float) -> str:
-    return f"{value:+.3f}".replace("-", "−")
+    return f"{value:+.3f}"
+
+
+def _minus(written: str) -> str:
+    return written.replace("-", "−")

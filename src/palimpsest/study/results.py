@@ -11,6 +11,7 @@ from palimpsest.analysis.claims import claim_records
 from palimpsest.analysis.correlation import correlation_records
 from palimpsest.comparison.by_voice import RECORDING, voice_records
 from palimpsest.comparison.families import corrected
+from palimpsest.comparison.general_text_pairs import general_text_comparisons
 from palimpsest.comparison.pairs import compare
 from palimpsest.comparison.probe_pairs import probe_comparisons
 from palimpsest.comparison.training_runs import Verdicts, pooled_comparisons, seed_comparisons, seed_records
@@ -18,6 +19,7 @@ from palimpsest.comparison.understanding import speech_tests
 from palimpsest.data.examples import read_manifest
 from palimpsest.evaluation.answers import read_finished, summarise, verdicts_by_id
 from palimpsest.evaluation.floors import floor_records, unrelated_by_question
+from palimpsest.evaluation.general_text import read_text_losses
 from palimpsest.evaluation.scoring import PRIMARY
 from palimpsest.evaluation.tasks import Task
 from palimpsest.files import hash_value, read_json
@@ -42,12 +44,20 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
             tables["deactivation"] += read_json(folder / "deactivation" / "records.json")
         if config.evaluation.probe and config.measures(name, "probe"):
             tables["probe"] += read_json(folder / "probe" / "records.json")
+        for measure in config.drift_measures(name):
+            tables[measure] += read_json(folder / measure / "records.json")
         tables["perplexity"] += read_json(folder / "perplexity" / "records.json")
         if name != BASE and config.runs[name].kind != "given":
             tables["training"] += read_json(folder / "checkpoint" / "training.json")
     if config.evaluation.probe:
         measured = dict.fromkeys(config.methods, config.seeds if "probe" in config.seeds_measure else 1)
         tables["probe_comparisons"] = probe_comparisons(run.path, list(config.methods), measured, seed, same)
+    if "general_text" in config.drift_measures(BASE):
+        losses = {
+            name: read_text_losses(run.path / folder_of(name) / "general_text/losses.jsonl") for name in first_runs
+        }
+        text = tables["general_text"][0]["text"]
+        tables["general_text_comparisons"] = general_text_comparisons((BASE, losses.pop(BASE)), losses, text, same)
     for table in TABLES:
         tables[table] = read_json(run.path / "analysis" / f"{table}.json")
 

@@ -1,6 +1,6 @@
 """A study from data to report: the steps in order, each written once and skipped when nothing it depends on changed.
 
-data → features → base (importance, deactivation, probe, answers) → each training run (train, and the same)
+data → features → base (importance, own text, deactivation, probe, answers) → each training run (train, and the same)
 → analysis → results.json, figures, report.html
 """
 
@@ -65,6 +65,8 @@ def steps_of(config: StudyConfig) -> Iterator[Step]:
         yield steps.features
     yield partial(steps.importance, model=BASE)
     yield partial(steps.importance, model=BASE, other=True)
+    if config.drift is not None:
+        yield steps.own_text
     for model in (BASE, *config.runs):
         if model != BASE:
             given = config.runs[model].kind == "given"
@@ -76,6 +78,8 @@ def steps_of(config: StudyConfig) -> Iterator[Step]:
         yield partial(steps.perplexity, model=model)
         if config.evaluation.probe and config.measures(model, "probe"):
             yield partial(steps.probe, model=model)
+        for measure in config.drift_measures(model):
+            yield partial(steps.drift if measure == "drift" else steps.general_text, model=model)
         for task in config.evaluation.tasks:
             for modality in config.asked_as(model):
                 yield partial(steps.answers, model=model, task=task.name, modality=modality)

@@ -54,6 +54,11 @@ def check(ws: Workspace) -> None:
             advance(i + 1, len(ROLES))
     require_language_model(models.language_model, [it for it in ws.config.methods.values() if it.kind != "given"])
     ws.require_given()
+    if ws.config.drift is not None and ws.general_texts:
+        from palimpsest.evaluation.general_text import require_positions
+        from palimpsest.models.loading import blank_language_model
+
+        require_positions(blank_language_model(models.language_model).config, ws.config.drift.general_text.window)
     ws.processor.example_prompts()
     ws.require_adaptor()
     ws.require_disk()
@@ -177,6 +182,9 @@ def train(ws: Workspace, model: str) -> None:
     if method.importance == "shuffled":
         inputs["shuffle"] = ws.seed("shuffled layers", model)
 
+    if watched := ws.watches_drift(model):
+        inputs["own_text"] = [ws.fingerprint(f"{BASE}/own_text"), ws.drift.in_training, ws.drift.batch_size]
+
     def write(folder: Path, advance: Advance) -> None:
         from palimpsest.training.methods import method_scales
         from palimpsest.training.train import train as train_model
@@ -200,6 +208,7 @@ def train(ws: Workspace, model: str) -> None:
             name=model,
             scales=scales,
             held_out=ws.held_out(model),
+            own_text=ws.own_text_batches() if watched else (),
             sharded=sharded(),
             progress=advance,
         )
@@ -386,6 +395,107 @@ def probe(ws: Workspace, model: str) -> None:
 
     inputs = {"model": ws.model_inputs(model), "pairs": pairs_version()}
     ws.step(f"{folder_of(model)}/probe", probe, inputs, write, together=True)
+
+
+def own_text(ws: Workspace) -> None:
+    """base/own_text/: texts that the base writes, once, with their tokens; the drift of every method is on them."""
+    from palimpsest.evaluation.own_text import describe, sample_own_text, write_own_text
+
+    options, seed = ws.drift, ws.seed("own text")
+    inputs = {
+        "model": ws.model_inputs(BASE),
+        "prompt": ws.prompt_inputs,
+        "options": asdict(options.own_text),
+        "seed": seed,
+        "compute": ws.exact_compute.dtype,
+    }
+
+    def write(folder: Path, advance: Advance) -> None:
+        compute = ws.exact_compute.dtype
+        about: dict[str, Any] = {"seed": seed, "compute": compute}
+        texts = sample_own_text(
+            ws.base,
+            ws.processor.tokenizer,
+            options.own_text,
+            style=ws.config.prompt,
+            progress=advance,
+            distributed=True,
+            **about,
+        )
+        if is_main():
+            write_own_text(folder / "own_text.jsonl", texts, describe(ws.base_hash, options.own_text, **about))
+
+    ws.step(f"{BASE}/own_text", own_text, inputs, write, together=True)
+
+
+def drift(ws: Workspace, model: str) -> None:
+    """NAME/drift/: KL to the base and back of every token of the base's own text, and its summary.
+
+    The base stands in memory beside the one tuned model.
+    """
+    options, seed = ws.drift, ws.seed("drift")
+    inputs = {
+        "model": ws.model_inputs(model),
+        "base": ws.model_inputs(BASE),
+        "own_text": ws.fingerprint(f"{BASE}/own_text"),
+        "batch_size": options.batch_size,
+        "seed": seed,
+        "compute": ws.exact_compute.dtype,
+    }
+
+    def write(folder: Path, advance: Advance) -> None:
+        from palimpsest.evaluation.drift import measure_drift, summarise_drift, token_classes, write_drift
+
+        texts = ws.own_text
+        drifts = measure_drift(
+            ws.base,
+            ws.language_model(model),
+            texts,
+            batch_size=options.batch_size,
+            compute=ws.exact_compute.dtype,
+            progress=advance,
+            distributed=True,
+        )
+        if is_main():
+            write_drift(folder / "tokens.jsonl", drifts)
+            classes = [token_classes(ws.processor.tokenizer, text) for text in texts]
+            records = summarise_drift(drifts, texts, classes, model=model, base=BASE, seed=seed)
+            write_json(folder / "records.json", records)
+
+    ws.step(f"{folder_of(model)}/drift", drift, inputs, write, together=True)
+
+
+def general_text(ws: Workspace, model: str) -> None:
+    """NAME/general_text/: the loss of every text that the recipe names, and its summary."""
+    from palimpsest.data.texts import texts_version
+    from palimpsest.evaluation.general_text import summarise_text, text_losses, write_text_losses
+
+    options, texts, seed = ws.drift, ws.general_texts, ws.seed("general text")
+    inputs = {
+        "model": ws.model_inputs(model),
+        "texts": texts_version(texts),
+        "name": ws.general_text_name,
+        "options": [options.general_text.window, options.batch_size],
+        "seed": seed,
+        "compute": ws.exact_compute.dtype,
+    }
+
+    def write(folder: Path, advance: Advance) -> None:
+        losses = text_losses(
+            ws.language_model(model),
+            ws.processor.tokenizer,
+            texts,
+            window=options.general_text.window,
+            batch_size=options.batch_size,
+            compute=ws.exact_compute.dtype,
+            progress=advance,
+            distributed=True,
+        )
+        if is_main():
+            write_text_losses(folder / "losses.jsonl", losses)
+            write_json(folder / "records.json", [summarise_text(losses, model, ws.general_text_name, seed)])
+
+    ws.step(f"{folder_of(model)}/general_text", general_text, inputs, write, together=True)
 
 
 def answers(ws: Workspace, model: str, task: str, modality: Modality) -> None:

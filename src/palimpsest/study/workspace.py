@@ -19,7 +19,9 @@ from palimpsest.data.examples import Example, read_manifest
 from palimpsest.data.features import Features
 from palimpsest.data.in_loop import Encoded, FramesChoice, FramesRecord, Recordings, choose_frames, frame_bytes
 from palimpsest.data.splits import Split, StudyData
+from palimpsest.data.texts import Text, read_texts
 from palimpsest.data.voices import Voices
+from palimpsest.evaluation.drift_settings import Drift
 from palimpsest.files import (
     UserError,
     free_bytes,
@@ -52,6 +54,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from palimpsest.evaluation.own_text import OwnText
     from palimpsest.importance.mask import Mask
     from palimpsest.importance.scores import Scores
     from palimpsest.models.compute import Choice
@@ -260,6 +263,45 @@ class Workspace:
             return None
         groups = self.groups
         return {modality: (self.collator(modality, "heldout"), groups["heldout"]) for modality in self.modalities(name)}
+
+    @property
+    def drift(self) -> Drift:
+        """Of a study that measures it."""
+        assert self.config.drift is not None
+        return self.config.drift
+
+    @cached_property
+    def own_text(self) -> list[OwnText]:
+        """What base/own_text/ has."""
+        from palimpsest.evaluation.own_text import read_own_text
+
+        texts = read_own_text(self.path / BASE / "own_text" / "own_text.jsonl")
+        assert texts is not None
+        return texts
+
+    def watches_drift(self, name: str) -> bool:
+        """Whether a training estimates the drift between its steps: one that leaves the language model has none."""
+        asked = self.config.drift is not None and self.config.training.eval_every is not None
+        return asked and self.drift.in_training > 0 and self.config.runs[name].kind != "adaptor"
+
+    def own_text_batches(self) -> list[dict[str, Any]]:
+        """The first texts of each kind, on which training estimates the drift."""
+        from palimpsest.evaluation.drift import batch_of
+
+        n, size = self.drift.in_training, self.drift.batch_size
+        kinds = dict.fromkeys(text.kind for text in self.own_text)
+        first = [text for kind in kinds for text in [text for text in self.own_text if text.kind == kind][:n]]
+        return [batch_of(first[start : start + size], "cpu") for start in range(0, len(first), size)]
+
+    @cached_property
+    def general_texts(self) -> list[Text]:
+        """The texts that the recipe's drift.general_text names; none without."""
+        options = self.drift.general_text
+        return [] if options.text is None else read_texts(options.text, options.split, options.limit)
+
+    @property
+    def general_text_name(self) -> str:
+        return without_folders(str(self.drift.general_text.text))
 
     # -- training -----------------------------------------------------------------------------------------------------
     @cached_property

@@ -1,9 +1,15 @@
-"""Perplexity on held-out examples in the middle of training."""
+"""What is measured in the middle of training: perplexity of held-out answers, and the drift from the base.
+
+The drift is estimated from text that the base wrote (evaluation/own_text.py): its tokens were drawn from the base's
+distributions, so that on average the tuned model's loss on them minus the base's is KL(base ‖ tuned). That needs one
+number of the base, where the KL itself needs the base beside the model, or its logits on disk.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +23,15 @@ if TYPE_CHECKING:
 
     from palimpsest.data.collate import Collator
     from palimpsest.data.examples import Example
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """Batches of the base's own text, labels on the tokens that it drew, and its loss on them, nats per token."""
+
+    batches: Sequence[Mapping[str, Any]]
+    base_loss: float
+
 
 HeldOut = Mapping[str, tuple["Collator", Sequence["Example"]]]  # by modality
 
@@ -44,6 +59,26 @@ def measure(
         found[f"eval_{modality}_perplexity"] = math.exp(min(total / n_tokens, 700.0))  # what a float can hold
         found[f"eval_{modality}_n_tokens"] = n_tokens
     return found
+
+
+def measure_drift_estimate(model: nn.Module, own_text: OwnText, device: str | torch.device) -> dict[str, float]:
+    """`drift_loss`, `drift_loss_base` and `drift_tokens`: what a record of kind `drift` is made of."""
+    loss, n_tokens = loss_of_batches(model, own_text.batches, device)
+    return {"drift_loss": loss, "drift_loss_base": own_text.base_loss, "drift_tokens": n_tokens}
+
+
+@torch.no_grad()
+def loss_of_batches(
+    model: nn.Module, batches: Sequence[Mapping[str, Any]], device: str | torch.device
+) -> tuple[float, int]:
+    """(nats per supervised token, supervised tokens); leaves the model in evaluation mode."""
+    model.eval()
+    total, n_tokens = 0.0, 0
+    for batch in batches:
+        losses, _ = supervised_losses(model, to_device(dict(batch), device))
+        total += float(losses.double().sum())
+        n_tokens += len(losses)
+    return total / n_tokens, n_tokens
 
 
 def modalities_of(entry: Mapping[str, Any]) -> list[str]:

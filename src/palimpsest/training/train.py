@@ -11,11 +11,12 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from palimpsest.files import UserError
+from palimpsest.models.compute import computing
 from palimpsest.models.fused_loss import Kernel, choose_kernel
 from palimpsest.models.loading import require_finite
 from palimpsest.parallel import is_main
@@ -24,7 +25,7 @@ from palimpsest.records import TrainingRecord
 from palimpsest.training import distributed
 from palimpsest.training.align import align_phase, align_steps
 from palimpsest.training.callbacks import require_loggers
-from palimpsest.training.held_out import HeldOut
+from palimpsest.training.held_out import HeldOut, OwnText, loss_of_batches
 from palimpsest.training.methods import Method, add_lora, merge_lora, require_mergeable
 from palimpsest.training.phases import phases_of
 from palimpsest.training.resume import adaptor_phase, describe_run, keep_logs, require_same_run
@@ -50,12 +51,14 @@ def train(
     name: str,
     scales: Mapping[int, float] | None = None,
     held_out: HeldOut | None = None,
+    own_text: Sequence[Mapping[str, Any]] = (),
     sharded: bool = False,
     progress: Advance | None = None,
 ) -> list[TrainingRecord]:
     """Train `model` in place and return its loss curve; LoRA ends merged, its adapter saved in `folder`/adapter.
 
-    `held_out` (modality → collator, examples) is measured every `settings.eval_every` steps. `folder` also holds the
+    `held_out` (modality → collator, examples) is measured every `settings.eval_every` steps, and so is the drift
+    from the model that training starts from, where there are batches of its `own_text`. `folder` also holds the
     Trainer's checkpoints while training runs: called again with the same folder after an interruption, training
     continues from the last one and ends with the same weights.
 
@@ -81,6 +84,10 @@ def train(
     def advance(before: int) -> Callable[[int], None] | None:
         return None if progress is None else lambda done: progress(before + done, total)
 
+    drifting = None
+    if own_text and settings.eval_every is not None:
+        with computing(settings.compute, model.device):
+            drifting = OwnText(own_text, loss_of_batches(model, own_text, model.device)[0])
     records: list[TrainingRecord] = []
     if n_align:
         align = partial(align_phase, model, examples, collator, settings, advance(0))
@@ -96,6 +103,7 @@ def train(
             name=name,
             kernel=kernel,
             held_out=held_out,
+            own_text=drifting,
             sharded=sharded,
             advance=advance(n_align + phase.before),
         )

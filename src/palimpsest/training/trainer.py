@@ -27,7 +27,7 @@ from palimpsest.parallel import is_main, whole, world_size
 from palimpsest.records import TrainingRecord
 from palimpsest.training import distributed
 from palimpsest.training.callbacks import LastStepAndCheckpoints, ReportProgress
-from palimpsest.training.held_out import HeldOut, measure, modalities_of
+from palimpsest.training.held_out import HeldOut, OwnText, measure, measure_drift_estimate, modalities_of
 from palimpsest.training.phases import Phase
 from palimpsest.training.resume import last_complete_checkpoint
 from palimpsest.training.rules import parameter_groups
@@ -50,6 +50,7 @@ def run_phase(
     name: str,
     kernel: Kernel | None = None,
     held_out: HeldOut | None = None,
+    own_text: OwnText | None = None,
     sharded: bool = False,
     advance: Callable[[int], None] | None = None,
 ) -> list[TrainingRecord]:
@@ -70,6 +71,7 @@ def run_phase(
         arguments(folder, phase, settings, name, model.device),
         kernel=kernel,
         held_out=held_out or {},
+        own_text=own_text,
         max_tokens=settings.max_tokens,
         compute=settings.compute,
         checkpointed=settings.gradient_checkpointing,
@@ -159,12 +161,14 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
         kernel: Kernel | None,
         held_out: HeldOut,
         max_tokens: int | None,
+        own_text: OwnText | None = None,
         compute: Arithmetic = "float32",
         checkpointed: bool = False,
         sharded: bool = False,
     ) -> None:
         self.sharded, self.compute, self.checkpointed = sharded, compute, checkpointed
         self.phase, self.kernel, self.held_out, self.max_tokens = phase, kernel, held_out, max_tokens
+        self.own_text = own_text
         self.step_ids: list[str] = []  # of the examples since the last optimizer step
         super().__init__(
             model=model,
@@ -283,6 +287,8 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         batch_size = self.args.per_device_train_batch_size
         found = measure(self.model, self.held_out, batch_size, self.max_tokens, self.args.device)
+        if self.own_text is not None:
+            found |= measure_drift_estimate(self.model, self.own_text, self.args.device)
         self.log(dict(found))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
@@ -302,7 +308,7 @@ def restore(model: SpeechLM, trainer: SpeechTrainer, settings: Settings) -> None
 
 
 def records(history: Sequence[Mapping[str, Any]], name: str, phase: Phase) -> list[TrainingRecord]:
-    """The Trainer's log as records: one per step, one per evaluation and modality."""
+    """The Trainer's log as records: one per step, one per evaluation and modality, one per estimate of the drift."""
     found: list[Any] = []
     for entry in history:
         common = {"method": name, "phase": phase.name, "step": phase.before + entry["step"], "epoch": entry["epoch"]}
@@ -311,4 +317,8 @@ def records(history: Sequence[Mapping[str, Any]], name: str, phase: Phase) -> li
         for modality in modalities_of(entry):
             values = {key: entry[f"eval_{modality}_{key}"] for key in EVAL_FIELDS}
             found.append({**common, "kind": "eval", "modality": modality, "learning_rate": None} | values)
+        if "drift_loss" in entry:
+            loss, of_base = entry["drift_loss"], entry["drift_loss_base"]
+            values = {"loss": loss, "loss_base": of_base, "drift": loss - of_base, "n_tokens": entry["drift_tokens"]}
+            found.append({**common, "kind": "drift", "learning_rate": None} | values)
     return found
