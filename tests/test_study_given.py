@@ -189,12 +189,11 @@ def save_pair(folder: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", [*ARCHITECTURES])
 def test_a_pair_of_any_architecture(inputs: Path, tmp_path: Path, kind: str) -> None:
     save_pair(tmp_path, kind)
-    about: dict[str, Any] = {"data": str(inputs / "heldout.jsonl"), "quick": True, "compute": "float32"}
-    lines = list(
-        diagnose.run(diagnose.Options(str(tmp_path / "base"), [str(tmp_path / "tuned")], tmp_path / "o", **about))
-    )
-    assert lines[0].startswith("tuned ")
-    found = results(tmp_path / "o")
+    values = recipe(inputs, given(tuned=tmp_path / "tuned"), encoder=False)
+    values["models"]["language_model"] = str(tmp_path / "base")
+    values["analysis"]["rank_draws"], values["evaluation"]["probe"] = 0, False
+    run_study(parse_config(values, "test"), tmp_path / "run")
+    found = results(tmp_path / "run")
     norms = [row["relative_norm"] for row in found["delta"]]
     assert norms == pytest.approx([0.25] * len(norms), rel=1e-5)
     assert {row["model"] for row in found["layers"]} == {"base", "tuned"}

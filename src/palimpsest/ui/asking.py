@@ -73,6 +73,8 @@ def open_panel(run: Path) -> Panel:
             refusals[name, "speech"] = f"{method_name(name)} was tuned on text alone and takes no speech."
         if not has_checkpoint(run, name):
             absent = f"methods/{name}/checkpoint is not there: the study has not trained {method_name(name)} yet."
+            if method.checkpoint is not None:
+                absent = f"{method_name(name)} was given and is not in the run; palimpsest ask --model asks it."
             refusals |= {(name, "text"): absent, (name, "speech"): absent}
     return Panel(run, config, refusals)
 
