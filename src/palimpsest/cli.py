@@ -37,6 +37,7 @@ from palimpsest.commands import (
     prepare,
     probe,
     report,
+    scales,
     study,
     ui,
     validate_importance,
@@ -59,6 +60,7 @@ COMMANDS: dict[str, ModuleType] = {
     "importance": importance,
     "deactivate": deactivate,
     "validate-importance": validate_importance,
+    "scales": scales,
     "export": export,
 }
 DATA_COMMANDS: dict[str, ModuleType] = {"prepare": prepare, "inspect": inspect}
