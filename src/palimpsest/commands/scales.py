@@ -30,7 +30,7 @@ class Options:
 
 
 def run(options: Options) -> Iterator[str]:
-    """Yields the text, or the file's name. Raises UserError for a trainer without such a form before scores are read."""
+    """Yields the text, or the file's name. Raises UserError for a trainer without such a form, before any reading."""
     from palimpsest.importance.scores import Scores
     from palimpsest.training.methods import layer_scales
     from palimpsest.training.other_trainers import require_form, written_for
