@@ -38,6 +38,7 @@ from palimpsest.commands import (
     prepare,
     probe,
     report,
+    scales,
     study,
     ui,
     validate_importance,
@@ -61,6 +62,7 @@ COMMANDS: dict[str, ModuleType] = {
     "importance": importance,
     "deactivate": deactivate,
     "validate-importance": validate_importance,
+    "scales": scales,
     "export": export,
 }
 DATA_COMMANDS: dict[str, ModuleType] = {"prepare": prepare, "inspect": inspect}
