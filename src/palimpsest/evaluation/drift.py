@@ -30,6 +30,7 @@ from palimpsest.files import UserError, read_jsonl, write_jsonl
 from palimpsest.intervals import bootstrap_ratio
 from palimpsest.models.compute import Arithmetic, many_forwards
 from palimpsest.models.loss import IGNORED, supervised_logits
+from palimpsest.models.prompts import writes_tokens
 from palimpsest.records import DriftRecord
 
 if TYPE_CHECKING:
@@ -167,8 +168,9 @@ def require_same_tokens(base: Any, tuned: Any) -> None:
 
     Added tokens (turns, reserved ones) may be called otherwise: models that learn a modality rename reserved tokens.
     """
-    ours, theirs = ({id: token for token, id in it.get_vocab().items()} for it in (base, tuned))
-    added = {id for it in (base, tuned) for id in it.added_tokens_decoder}
+    by_text = any(map(writes_tokens, (base, tuned)))  # whose names of tokens are their text
+    ours, theirs = (_tokens(it, by_text) for it in (base, tuned))
+    added = {id for it in (base, tuned) for id in _added(it)}
     differing = [id for id in ours if id in theirs and ours[id] != theirs[id] and id not in added]
     if differing:
         id = min(differing)
@@ -176,6 +178,16 @@ def require_same_tokens(base: Any, tuned: Any) -> None:
             f"its tokens are not the base's ({len(differing)} differ, the first is {id}: {theirs[id]!r} instead of "
             f"{ours[id]!r}), so the distributions cannot be compared; compare the loss of general text per byte."
         )
+
+
+def _tokens(tokenizer: Any, by_text: bool) -> dict[int, str]:
+    if not by_text:
+        return {id: token for token, id in tokenizer.get_vocab().items()}
+    return {id: tokenizer.decode([id], skip_special_tokens=False) for id in range(len(tokenizer))}
+
+
+def _added(tokenizer: Any) -> set[int]:
+    return set(tokenizer.all_special_ids if writes_tokens(tokenizer) else tokenizer.added_tokens_decoder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from palimpsest.models import embedded, light
 from palimpsest.models.adapters import Adapter, find_adapter, merge_adapter
 from palimpsest.models.anatomy import layer_index, scored_parameters
 from palimpsest.models.compute import DEVICE
+from palimpsest.models.prompts import tokenizer_for_text
 
 if TYPE_CHECKING:
     import torch
@@ -374,7 +375,7 @@ def load_text_model(
         return speech_lm.language_model, processor
     if kind == "audio_llm":
         audio_llm, audio_processor = load_audio_llm(where, dtype=dtype, device=device)
-        return audio_llm, SpeechLMProcessor(audio_processor.tokenizer, None)
+        return audio_llm, SpeechLMProcessor(tokenizer_for_text(audio_processor), None)
     if (adapter := find_adapter(where)) is not None:
         base, _ = load_language_model(adapter.base, device=_first_place(device))
         return _adapted(base, adapter, dtype, device), SpeechLMProcessor(load_tokenizer(where), None)
