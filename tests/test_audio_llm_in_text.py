@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
 
 from palimpsest.commands import deactivate, drift, importance, probe, validate_importance
 from palimpsest.data.examples import Example
@@ -16,9 +18,11 @@ from palimpsest.evaluation.drift import VocabularyError, require_same_tokens
 from palimpsest.evaluation.drift_settings import Sampling
 from palimpsest.files import UserError, read_json
 from palimpsest.importance.scores import Scores
-from palimpsest.models.loading import load_audio_llm, load_text_model
+from palimpsest.models.anatomy import scored_parameters
+from palimpsest.models.loading import load_audio_llm, load_text_model, model_kind, resolve
 from palimpsest.models.paired_weights import pair_weights
 from palimpsest.models.prompts import PromptStyle, tokenise, tokenizer_for_text
+from test_importance_any_model import tiny_audio_llm as tiny_granite
 from tiny import tiny_tokenizer
 from tiny_audio import CLASSES, MARKS, PARTS_TEMPLATE, TEXT, save_tiny_audio_llm, tiny_audio_llm
 
@@ -154,3 +158,54 @@ def test_its_drift_from_the_base(folders: Path, tmp_path: Path) -> None:
     for text in ("plain", "chat"):
         assert rows["qwen2_audio", text]["kl"] == pytest.approx(0, abs=1e-6)
         assert rows["audioflamingo3", text]["kl"] > 0
+
+
+# -- Granite Speech, whose adapter is for audio ------------------------------------------------------------------------
+def save_granite(folder: Path) -> Any:
+    """The checkpoint as it is published: weights by their own names, the adapter beside them. Returns the model."""
+    model: Any = granite()
+    model.config.has_lora_adapter = True
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model.save_pretrained(str(folder))  # wraps the names
+    save_file(before, folder / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def granite() -> Any:
+    return tiny_granite("granite_speech")
+
+
+class Processor:
+    """Granite Speech's needs torchaudio."""
+
+    def __init__(self) -> None:
+        self.tokenizer = tiny_tokenizer()
+        self.chat_template = None
+
+
+def test_granite_speech_is_asked_in_text_without_its_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = save_granite(tmp_path)
+    assert model_kind(resolve(str(tmp_path))) == "audio_llm"
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: Processor())
+    loaded, _ = load_text_model(str(tmp_path))
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        with_adapter, plain, found = (model(input_ids=ids).logits for model in (adapted, granite(), loaded))
+    assert not torch.allclose(with_adapter, plain)
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-6)
+    assert list(scored_parameters(loaded)) == list(scored_parameters(granite()))
+
+
+def test_weights_that_are_missing_beside_an_adapter_are_not_drawn_at_random(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_granite(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    save_file({n: w for n, w in weights.items() if "layers.1.mlp.up_proj" not in n}, file, metadata={"format": "pt"})
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: Processor())
+    with pytest.raises(
+        UserError, match=r"it lacks 1 of the model's weights \(model\.language_model\.layers\.1\.mlp\.up"
+    ):
+        load_audio_llm(str(tmp_path))
