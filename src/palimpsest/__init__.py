@@ -25,6 +25,7 @@ _PUBLIC = {
     "SpeechLMProcessor": "palimpsest.models.processor",
     "load_language_model": "palimpsest.models.loading",
     "load_speech_lm": "palimpsest.models.loading",
+    "pair_weights": "palimpsest.models.paired_weights",
     "Example": "palimpsest.data.examples",
     "read_manifest": "palimpsest.data.examples",
     "Scores": "palimpsest.importance.scores",

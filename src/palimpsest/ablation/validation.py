@@ -39,7 +39,7 @@ from palimpsest.models.anatomy import named_parameters
 from palimpsest.models.compute import Arithmetic, Compute, choose_compute
 from palimpsest.models.loading import choose_device, fingerprint, load_text_model
 from palimpsest.models.loss import IGNORED, supervised_losses
-from palimpsest.models.packing import SharedPrefix, pack
+from palimpsest.models.packing import SharedPrefix, pack, takes_places
 from palimpsest.progress import Advance, Reporter
 from palimpsest.rundir import provenance
 
@@ -246,11 +246,14 @@ class _Data:
 
 def _data(language_model: nn.Module, items: Sequence[Batch]) -> _Data:
     """Packed rows where the model gives the same token losses on them, else the plain batches."""
-    model, row = SharedPrefix(language_model), pack(items)
     with torch.no_grad():
         plain = torch.cat([supervised_losses(language_model, batch)[0] for batch in items])
-        packed, _ = supervised_losses(model, row)
     n_tokens, loss = len(plain), float(plain.double().mean())
+    if not takes_places(language_model):
+        return _Data(language_model, items, False, n_tokens, loss)
+    model, row = SharedPrefix(language_model), pack(items)
+    with torch.no_grad():
+        packed, _ = supervised_losses(model, row)
     if packed.shape == plain.shape and float((packed - plain).abs().max()) < PACKED_TOLERANCE:
         return _Data(model, [row], True, n_tokens, loss)
     return _Data(language_model, items, False, n_tokens, loss)

@@ -11,6 +11,7 @@ from annotated_types import Ge
 from typing_extensions import Doc
 
 from palimpsest.files import UserError
+from palimpsest.models import MODEL
 from palimpsest.models.compute import ComputeOption, DeviceOption, DtypeOption
 from palimpsest.progress import Reporter
 
@@ -28,7 +29,7 @@ class Options:
     """
 
     model: Annotated[
-        str, Doc("Folder of a speech LLM, e.g. runs/demo/methods/lora/checkpoint; for text, any causal LM.")
+        str, Doc(f"A speech LLM, e.g. runs/demo/methods/lora/checkpoint; with --text any model. {MODEL}")
     ] = "embedded:smollm2-135m-speech"
     audio: Annotated[Path | None, Doc("The question as a recording (wav, flac, …; up to 30 s).")] = None
     text: Annotated[str | None, Doc("The question as text.")] = None

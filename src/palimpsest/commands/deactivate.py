@@ -12,6 +12,7 @@ from annotated_types import Ge
 from typing_extensions import Doc
 
 from palimpsest.files import UserError, write_json
+from palimpsest.models import MODEL
 from palimpsest.models.compute import ComputeOption, DeviceOption, DtypeOption
 from palimpsest.progress import Reporter
 
@@ -23,7 +24,7 @@ class Options:
     Example: palimpsest deactivate --model MODEL --scores runs/scores --data facts --ratios 0.01,0.1 --out runs/off
     """
 
-    model: Annotated[str, Doc("The model that was scored.")]
+    model: Annotated[str, Doc(f"The model that was scored. {MODEL}")]
     scores: Annotated[Path, Doc("Folder written by `palimpsest importance`.")]
     data: Annotated[str, Doc("Question set with answers to measure perplexity on.")]
     out: Annotated[Path, Doc("Folder for records.json.")]
@@ -51,7 +52,7 @@ def run(options: Options) -> Iterator[str]:
     from palimpsest.evaluation.deactivation import areas, deletion_curve
     from palimpsest.importance.scores import Scores
     from palimpsest.models.compute import choose_compute
-    from palimpsest.models.loading import choose_device, load_text_model
+    from palimpsest.models.loading import choose_device, load_text_model, reading_notes
 
     try:
         ratios = [float(ratio) for ratio in options.ratios.split(",")]
@@ -82,6 +83,7 @@ def run(options: Options) -> Iterator[str]:
     made_in = scores.metadata.get("compute", "float32")
     about = {"compute": {**asdict(compute), "scores": made_in}}
     write_json(options.out / "records.json", [{**record, **about} for record in records])
+    yield from reading_notes(options.model)
     for record in records:
         label = record["condition"] + ("" if record["seed"] is None else f" (seed {record['seed']})")
         share = f"{record['scope']:<10} {100 * record['ratio']:>6g} %"

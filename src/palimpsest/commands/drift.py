@@ -13,6 +13,7 @@ from typing_extensions import Doc
 
 from palimpsest.evaluation.drift_settings import GeneralText, Sampling
 from palimpsest.files import UserError, hash_value, locked, write_tables
+from palimpsest.models import MODEL
 from palimpsest.models.compute import Choice, ComputeOption, DeviceOption, DtypeOption
 from palimpsest.progress import Reporter
 
@@ -30,8 +31,8 @@ class Options:
     Example: palimpsest drift embedded:smollm2-135m-instruct runs/demo/methods/full/checkpoint --out runs/drift
     """
 
-    base: Annotated[str, typer.Argument(), Doc("Causal LM: embedded: name, folder, hub name, PEFT adapter.")]
-    tuned: Annotated[list[str], typer.Argument(), Doc("What training made of it; speech LLMs and adapters too.")]
+    base: Annotated[str, typer.Argument(), Doc(f"What training began with. {MODEL}")]
+    tuned: Annotated[list[str], typer.Argument(), Doc("What training made of it, in any of these forms.")]
     out: Annotated[Path, Doc("Folder for drift.json, general_text.json and the texts.")]
     general: GeneralText = field(default_factory=GeneralText)
     sampling: Sampling = field(default_factory=Sampling)
@@ -54,7 +55,7 @@ def _run(options: Options) -> Iterator[str]:
     """
     from palimpsest.data.texts import read_texts
     from palimpsest.models.compute import choose_compute
-    from palimpsest.models.loading import choose_device, fingerprint
+    from palimpsest.models.loading import choose_device, fingerprint, reading_notes
 
     if twice := sorted(name for name in set(options.tuned) if options.tuned.count(name) > 1):
         raise UserError(f"{twice[0]} is given twice; give every tuned model once.")
@@ -82,6 +83,8 @@ def _run(options: Options) -> Iterator[str]:
         options.out / "drift.json",
         {"schema": 1, "seed": options.seed, **about, **work.files, "drift": drifts, "left_out": left_out},
     )
+    for name in names:
+        yield from reading_notes(name)
     yield from _drift_lines(drifts)
     yield from (f"left out: {row['model']}: {row['reason']}" for row in left_out)
     if texts is not None:

@@ -12,6 +12,7 @@ from annotated_types import Ge
 from typing_extensions import Doc
 
 from palimpsest.files import UserError, hash_value, locked, write_json
+from palimpsest.models import MODEL
 from palimpsest.models.compute import Choice, ComputeOption, DeviceOption, DtypeOption
 from palimpsest.progress import Reporter
 from palimpsest.records import MOST_CUT, Modality, PerplexityRecord
@@ -37,7 +38,7 @@ class Options:
     Example: palimpsest evaluate --model embedded:smollm2-135m-instruct --task facts --split heldout --out runs/eval
     """
 
-    model: Annotated[str, Doc("Causal LM, speech LLM or audio LLM: embedded: name, folder, hub name.")]
+    model: Annotated[str, Doc(MODEL)]
     task: Annotated[str, Doc("facts, a manifest, llama_questions:FOLDER or web_questions:FOLDER.")]
     out: Annotated[Path, Doc("Folder for samples-MODALITY.jsonl and results-MODALITY.json.")]
     split: Annotated[str, Doc("Split of the task.")] = "test"
@@ -75,7 +76,7 @@ def _run(options: Options) -> Iterator[str]:
     from palimpsest.evaluation.answers import answer_questions, qa_record, summarise
     from palimpsest.evaluation.floors import floor_records
     from palimpsest.evaluation.judge import METRIC, judge_rows
-    from palimpsest.models.loading import choose_device
+    from palimpsest.models.loading import choose_device, reading_notes
 
     model, modality, out = options.model, options.modality, options.out
     judge, task, where = _check(options)
@@ -118,6 +119,8 @@ def _run(options: Options) -> Iterator[str]:
 
         results["word_error_rate"] = word_error_rate((row["question"], row["transcript"] or "") for row in rows)
     write_json(out / f"results-{modality}.json", results)
+    if modality != "speech":
+        yield from reading_notes(model)
     yield from _lines(rows, results, judged, options.max_new_tokens)
 
 

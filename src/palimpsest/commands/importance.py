@@ -10,6 +10,7 @@ from typing import Annotated
 from annotated_types import Ge
 from typing_extensions import Doc
 
+from palimpsest.models import MODEL
 from palimpsest.models.compute import ComputeOption, DeviceOption, DtypeOption
 from palimpsest.progress import Reporter
 
@@ -21,7 +22,7 @@ class Options:
     Example: palimpsest importance --model embedded:smollm2-135m-instruct --data facts --limit 64 --out runs/scores
     """
 
-    model: Annotated[str, Doc("Causal LM or speech LLM: embedded: name, folder, or hub name.")]
+    model: Annotated[str, Doc(MODEL)]
     data: Annotated[str, Doc("Question set with answers: facts or a manifest.")]
     out: Annotated[Path, Doc("Folder for the scores.")]
     split: Annotated[str, Doc("Split of the data.")] = "train"
@@ -44,7 +45,7 @@ def run(options: Options) -> Iterator[str]:
     from palimpsest.data.sources import load_examples
     from palimpsest.importance.estimate import estimate_importance
     from palimpsest.models.compute import choose_compute
-    from palimpsest.models.loading import choose_device, load_text_model
+    from palimpsest.models.loading import choose_device, load_text_model, reading_notes
     from palimpsest.training.methods import layer_totals
 
     examples = load_examples(options.data, options.split, options.limit)
@@ -68,6 +69,7 @@ def run(options: Options) -> Iterator[str]:
             compute=compute.dtype,
         )
         scores.save(options.out)
+    yield from reading_notes(options.model)
     yield f"{len(scores.names)} weight matrices, {scores.metadata['n_tokens']} supervised tokens → {options.out}"
     yield f"computed in {compute}"
     totals = layer_totals(scores, reductions[0])

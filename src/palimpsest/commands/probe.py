@@ -11,6 +11,7 @@ from annotated_types import Ge
 from typing_extensions import Doc
 
 from palimpsest.files import write_json, write_jsonl
+from palimpsest.models import MODEL
 from palimpsest.models.compute import DeviceOption, DtypeOption
 from palimpsest.progress import Reporter
 
@@ -22,7 +23,7 @@ class Options:
     Example: palimpsest probe --model embedded:smollm2-135m-instruct --out runs/probe
     """
 
-    model: Annotated[str, Doc("Causal LM, speech LLM or audio LLM: embedded: name, folder, hub name.")]
+    model: Annotated[str, Doc(MODEL)]
     out: Annotated[Path, Doc("Folder for records.json and pairs.jsonl.")]
     batch_size: Annotated[int, Ge(1)] = 32
     device: DeviceOption = "auto"
@@ -31,7 +32,7 @@ class Options:
 
 def run(options: Options) -> Iterator[str]:
     from palimpsest.evaluation.probe import load_pairs, pair_losses, pairs_version, summarise_probe
-    from palimpsest.models.loading import choose_device, fingerprint, load_language_model, resolve
+    from palimpsest.models.loading import choose_device, fingerprint, load_language_model, reading_notes, resolve
 
     model, out = options.model, options.out
     resolve(model)
@@ -43,6 +44,7 @@ def run(options: Options) -> Iterator[str]:
     about = {"schema": 1, "pairs": pairs_version(), "model": fingerprint(model)}
     write_jsonl(out / "pairs.jsonl", (loss.to_row() for loss in losses))
     write_json(out / "records.json", {**about, "probe": records})
+    yield from reading_notes(model)
     for record in records:
         yield (
             f"{record['kind']:<14} {record['correct']:>4}/{record['n']:<4} {100 * record['accuracy']:5.1f} %  "

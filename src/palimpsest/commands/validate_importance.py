@@ -11,6 +11,7 @@ from annotated_types import Ge
 from typing_extensions import Doc
 
 from palimpsest.files import locked
+from palimpsest.models import MODEL
 from palimpsest.models.compute import Compute, DeviceOption
 
 
@@ -21,7 +22,7 @@ class Options:
     Example: palimpsest validate-importance --model embedded:smollm2-135m-instruct --data facts --out runs/validation
     """
 
-    model: Annotated[str, Doc("Causal LM or speech LLM: embedded: name, folder, or hub name.")]
+    model: Annotated[str, Doc(MODEL)]
     data: Annotated[str, Doc("Question set with answers: facts or a manifest.")]
     out: Annotated[Path, Doc("Folder for the measurements and records.json; started again, continues.")]
     splits: Annotated[str, Doc("Scored on the first, ablated on each; comma-separated.")] = "train,heldout"
@@ -43,21 +44,22 @@ def run(options: Options) -> Iterator[str]:
 
 def _run(options: Options) -> Iterator[str]:
     from palimpsest.ablation.validation import table, validate_importance
+    from palimpsest.models.loading import reading_notes
 
-    yield from table(
-        validate_importance(
-            options.model,
-            options.data,
-            options.out,
-            splits=options.splits.split(","),
-            limit=options.limit,
-            score_limit=options.score_limit,
-            n_weights=options.weights,
-            reductions=options.reductions.split(","),
-            batch_size=options.batch_size,
-            dtype=options.dtype,
-            seed=options.seed,
-            device=options.device,
-            compute=options.compute,
-        )
+    records = validate_importance(
+        options.model,
+        options.data,
+        options.out,
+        splits=options.splits.split(","),
+        limit=options.limit,
+        score_limit=options.score_limit,
+        n_weights=options.weights,
+        reductions=options.reductions.split(","),
+        batch_size=options.batch_size,
+        dtype=options.dtype,
+        seed=options.seed,
+        device=options.device,
+        compute=options.compute,
     )
+    yield from reading_notes(options.model)
+    yield from table(records)

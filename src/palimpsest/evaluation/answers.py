@@ -44,7 +44,7 @@ from palimpsest.files import (
 from palimpsest.intervals import wilson
 from palimpsest.models.cache import generation_cache
 from palimpsest.models.compute import Arithmetic, many_forwards
-from palimpsest.models.prompts import NEXT_TURN, PromptStyle, encode, render
+from palimpsest.models.prompts import NEXT_TURN, PromptStyle, encode, render, tokenise, writes_tokens
 from palimpsest.options import require_shape
 from palimpsest.parallel import from_rank_0, gathered, rank, world_size
 from palimpsest.records import Modality, QARecord
@@ -436,9 +436,13 @@ def text_answerer(
         for example in examples:
             question = example.question.strip()
             user = question if instruction is None else f"{instruction}\n{question}"
-            prompt, templated = render(tokenizer, user, style)
-            prompts.append(prompt)
-            ids.append(encode(tokenizer, prompt, start=not templated))
+            if writes_tokens(tokenizer):
+                ids.append(tokenise(tokenizer, user, style)[0])
+                prompts.append(tokenizer.decode(ids[-1], skip_special_tokens=False))
+            else:
+                prompt, templated = render(tokenizer, user, style)
+                prompts.append(prompt)
+                ids.append(encode(tokenizer, prompt, start=not templated))
             if longest is not None and len(ids[-1]) + max_new_tokens > longest:
                 raise UserError(
                     f"Question {example.id!r} takes {len(ids[-1])} tokens and with {max_new_tokens} new ones "
@@ -536,7 +540,7 @@ def decoded(
 
 def further_turn(tokenizer: Any) -> re.Pattern[str] | None:
     """What ends an answer besides the end ids: without a chat template, the next turn of the plain prompt."""
-    return NEXT_TURN if tokenizer.chat_template is None else None
+    return NEXT_TURN if tokenizer.chat_template is None and not writes_tokens(tokenizer) else None
 
 
 # ------------------------------------------------------------------------------------------------------------

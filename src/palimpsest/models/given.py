@@ -23,6 +23,7 @@ from palimpsest.models.loading import (
     load_tokenizer,
     resolve,
 )
+from palimpsest.models.prompts import writes_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -114,10 +115,21 @@ def differing_tokens(base: Any, tuned: Any) -> dict[int, tuple[str, str]]:
 
     Added tokens (turns, reserved ones) may be called otherwise: models that learn a modality rename reserved tokens.
     """
-    ours, theirs = ({id: token for token, id in it.get_vocab().items()} for it in (base, tuned))
-    added = {id for it in (base, tuned) for id in it.added_tokens_decoder}
+    by_text = any(map(writes_tokens, (base, tuned)))  # whose names of tokens are their text
+    ours, theirs = (_tokens(it, by_text) for it in (base, tuned))
+    added = {id for it in (base, tuned) for id in _added(it)}
     both = sorted((ours.keys() & theirs.keys()) - added)
     return {id: (ours[id], theirs[id]) for id in both if ours[id] != theirs[id]}
+
+
+def _tokens(tokenizer: Any, by_text: bool) -> dict[int, str]:
+    if not by_text:
+        return {id: token for token, id in tokenizer.get_vocab().items()}
+    return {id: tokenizer.decode([id], skip_special_tokens=False) for id in range(len(tokenizer))}
+
+
+def _added(tokenizer: Any) -> set[int]:
+    return set(tokenizer.all_special_ids if writes_tokens(tokenizer) else tokenizer.added_tokens_decoder)
 
 
 def same_prompts(base: str, tuned: str) -> bool:

@@ -1,25 +1,32 @@
 """One way to load a model: by `embedded:` name, by local folder, or by hub name.
 
 A SpeechLM's folder is a whole checkpoint or a light one (light.py); both are taken wherever a SpeechLM is. A PEFT
-adapter's folder (adapters.py) is taken wherever its base is, and is that base with the adapter merged.
+adapter's folder (adapters.py) is taken wherever its base is, and is that base with the adapter merged. A checkpoint of
+LLaMA-Omni's or Ultravox's layout (speech_layouts.py) is its language model. docs/models.md is the user's page.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from safetensors import safe_open
 
 from palimpsest.files import UserError, hash_file, hash_value, read_json
 from palimpsest.models import embedded, light
-from palimpsest.models.adapters import Adapter, find_adapter, merge_adapter
+from palimpsest.models.adapters import JOIN, Adapter, find_adapter, merge_adapter
 from palimpsest.models.anatomy import layer_index, scored_parameters
 from palimpsest.models.compute import DEVICE
+from palimpsest.models.prompts import tokenizer_for_text
+from palimpsest.models.refusals import WEIGHT_FILES, file_refusal, folder_refusal, missing_parts
+from palimpsest.models.speech_layouts import Layout, has_language_model, put_own_weights, read_layout, what_is_read
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +37,8 @@ if TYPE_CHECKING:
     from palimpsest.models.processor import SpeechLMProcessor
     from palimpsest.models.speech_lm import SpeechLM
 
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+T = TypeVar("T")
+
 # What a model, its tokenizer, chat template, generation settings and processor are read from, by suffix …
 READ = {".json", ".safetensors", ".bin", ".jinja", ".model", ".txt", ".tiktoken", ".py"}
 # … and what has such a suffix and is a record of how a checkpoint came to be: times differ, results do not.
@@ -61,13 +69,15 @@ def resolve(name: str) -> str:
     if light.is_light(path):
         return str(path)
     if path.is_dir():
-        if not (path / "config.json").exists():
-            raise UserError(f"{path} has no config.json; give the folder of a Hugging Face checkpoint.")
-        if not any(file for pattern in WEIGHT_FILES for file in path.glob(pattern)):
-            raise UserError(f"{path} has a config but no weights (*.safetensors); the checkpoint is incomplete.")
-        _require_whole_files(path)
-        return str(path)
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1 or path.exists():
+        _require_checkpoint(path)
+        return _resolve_layout(str(path))
+    base, joined, folder = name.rpartition(JOIN)
+    if joined and not path.exists() and Path(folder).is_dir():
+        _require_checkpoint(Path(folder))
+        return _resolve_layout(f"{base}{JOIN}{folder}")
+    if path.is_file():
+        raise UserError(file_refusal(path))
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(
             f"{name} is not a folder; give a checkpoint folder, a hub name (owner/model) or an embedded: name."
         )
@@ -84,6 +94,110 @@ def _resolve_adapter(adapter: Adapter) -> str:
         ) from error
     _require_whole_files(adapter.folder)
     return adapter.name
+
+
+def _require_checkpoint(folder: Path) -> None:
+    has_weights = any(file for pattern in WEIGHT_FILES for file in folder.glob(pattern))
+    if not has_weights or not (folder / "config.json").exists():
+        raise UserError(folder_refusal(folder))
+    _require_whole_files(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints of speech LLMs that transformers does not know
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class SpeechCheckpoint:
+    where: str  # a folder, or a hub name
+    layout: Layout  # whose base is the one that was named in front, if one was
+
+
+def _speech_checkpoint(where: str) -> SpeechCheckpoint | None:
+    """The checkpoint that a resolved name means, None where transformers knows its layout."""
+    if Path(where).exists() or JOIN in where:
+        return _on_disk(where)
+    layout = read_layout(_json_object(_hub_config(where)))
+    return None if layout is None else SpeechCheckpoint(where, layout)
+
+
+def _on_disk(name: str) -> SpeechCheckpoint | None:
+    """The same of a folder, alone or behind the name of a base; None for the hub's, too."""
+    base, joined, where = name.rpartition(JOIN)
+    if not joined or Path(name).exists():
+        base, where = "", name
+    config = Path(where) / "config.json"
+    layout = read_layout(_json_object(config)) if config.is_file() else None
+    if layout is None:
+        return None
+    return SpeechCheckpoint(where, replace(layout, base=base, config=None) if base else layout)
+
+
+def _resolve_layout(name: str) -> str:
+    """Of a local folder, alone or behind the name of a base."""
+    found, alone = _on_disk(name), Path(name).exists()
+    if found is None:
+        if alone:
+            return name
+        raise UserError(
+            f"{name.rpartition(JOIN)[2]} is neither an adapter nor a checkpoint without its language model, so no base "
+            "belongs in front of it; give it alone."
+        )
+    layout = found.layout
+    if layout.base is not None:
+        _of_base(found, resolve)
+    elif layout.config is None or (layout.prefix and not has_language_model(layout, Path(found.where))):
+        raise UserError(
+            f"{found.where} is a checkpoint like {layout.name}'s without a language model, and its config names none "
+            f"(text_model_id); name the one that it was trained from in front: 'BASE{JOIN}{found.where}'."
+        )
+    return name
+
+
+def _of_base(found: SpeechCheckpoint, read: Callable[[str], T]) -> T:
+    try:
+        return read(found.layout.base or "")
+    except UserError as error:
+        raise UserError(
+            f"{found.where} is a checkpoint like {found.layout.name}'s on the language model of {found.layout.base}, "
+            f"which is not to be had here: {str(error).removesuffix('.')}; name it in front: 'BASE{JOIN}{found.where}'."
+        ) from error
+
+
+def _load_speech_checkpoint(found: SpeechCheckpoint, dtype: torch.dtype | str, device: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    layout = found.layout
+    if layout.base is None:
+        options: dict[str, Any] = {"config": _config(found.where), "dtype": dtype}
+        if layout.prefix:
+            options["key_mapping"] = {f"^{re.escape(layout.prefix)}": ""}
+        return _load(AutoModelForCausalLM, found.where, device, **options)
+    model, _ = _of_base(found, partial(load_language_model, device=_first_place(device)))
+    put_own_weights(model, layout, _local(found.where))
+    return _placed(model, layout.base, f"{layout.base}{JOIN}{found.where}", dtype, device)
+
+
+def _local(where: str) -> Path:
+    """The folder of a checkpoint, downloaded where it is on the hub."""
+    if Path(where).is_dir():
+        return Path(where)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(where, revision=_commit(where), allow_patterns=["*.safetensors", "*.json"]))
+
+
+def reading_notes(name: str) -> list[str]:
+    """What of a model is read and what left out, a sentence each; nothing where all of it is."""
+    where = resolve(name)
+    if (adapter := find_adapter(where)) is not None:
+        return reading_notes(adapter.base)
+    if (found := _speech_checkpoint(where)) is not None:
+        return [what_is_read(found.layout, _local(found.where))]
+    if model_kind(where) == "audio_llm":
+        return [
+            f"{name} is an audio LLM ({_config(where).model_type}): it is asked in text, its audio part is not used."
+        ]
+    return []
 
 
 def choose_device(wanted: str) -> str:
@@ -115,6 +229,9 @@ def fingerprint(name: str) -> str:
     folder = Path(where)
     if (adapter := find_adapter(where)) is not None:
         return hash_value([_hashes(adapter.folder), fingerprint(adapter.base)])
+    if (found := _speech_checkpoint(where)) is not None and found.layout.base is not None:
+        own = _hashes(Path(found.where)) if Path(found.where).is_dir() else [[found.where, _commit(found.where)]]
+        return hash_value([own, _of_base(found, fingerprint)])
     if folder.is_dir():
         if light.is_light(folder):  # which names the weights under it by their hashes, but not tokenizer and template
             parts = light.read_light(folder)
@@ -128,22 +245,26 @@ def _hashes(folder: Path) -> list[list[str]]:
     return [[file.relative_to(folder).as_posix(), hash_file(file)] for file in _files_read(folder)]
 
 
-@cache
 def _commit(name: str) -> str:
     """The version of a hub's model that this process uses: what is fingerprinted is what is loaded later."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        commit = Path(hf_hub_download(name, "config.json")).parent.name
-    except Exception as error:  # of the hub, of the network, of the name: they have no common kind
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name} is no local folder, and the hub does not give its config.json: {reason}") from error
+    commit = _hub_config(name).parent.name
     if not COMMIT.fullmatch(commit):
         raise UserError(
             f"The hub does not say which version of {name} this is, so results could not be told apart from those of "
             "another; download it and give the folder."
         )
     return commit
+
+
+@cache
+def _hub_config(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except Exception as error:  # of the hub, of the network, of the name: they have no common kind
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{name} is no local folder, and the hub does not give its config.json: {reason}") from error
 
 
 def _files_read(folder: Path) -> list[Path]:
@@ -175,6 +296,11 @@ def _require_whole_files(folder: Path) -> None:
                 f"{folder} lacks {', '.join(absent[:3])}, which {index.name} names ({len(absent)} in all); "
                 "copy or download the checkpoint again."
             )
+    if absent := missing_parts(folder):
+        raise UserError(
+            f"{folder} lacks {', '.join(absent[:3])}, by the names of its other parts ({len(absent)} in all); copy or "
+            "download the checkpoint again."
+        )
 
 
 def _require_whole(file: Path) -> None:
@@ -196,20 +322,28 @@ def _require_whole(file: Path) -> None:
 def text_source(name: str) -> str:
     """Where the config, the tokenizer and most weights of a language model are.
 
-    Of a light SpeechLM and of an adapter their base; an adapter may have a tokenizer of its own (`load_tokenizer`).
+    Of a light SpeechLM, an adapter and a speech LLM's checkpoint on a base that is this base; the latter two may have a
+    tokenizer of their own (`load_tokenizer`). On the hub it is the checkpoint, whose config names its base.
     """
     where = Path(resolve(name))
     if (adapter := find_adapter(str(where))) is not None:
         return text_source(adapter.base)
+    if (found := _on_disk(str(where))) is not None:
+        return text_source(found.layout.base) if found.layout.base is not None else found.where
     return text_source(light.read_light(where).language_model.name) if light.is_light(where) else str(where)
 
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer of a language model or SpeechLM."""
-    adapter = find_adapter(name)
-    if adapter is not None and (adapter.folder / "tokenizer_config.json").is_file():
-        return _load_tokenizer(str(adapter.folder))
-    return _load_tokenizer(text_source(name))
+    where = resolve(name)
+    if (adapter := find_adapter(where)) is not None:
+        own = adapter.folder / "tokenizer_config.json"
+        return _load_tokenizer(str(adapter.folder)) if own.is_file() else load_tokenizer(adapter.base)
+    found = _speech_checkpoint(where)
+    if found is not None and found.layout.base is not None:
+        own = _local(found.where) / "tokenizer_config.json"
+        return _load_tokenizer(found.where) if own.is_file() else _of_base(found, load_tokenizer)
+    return _load_tokenizer(text_source(where))
 
 
 def embedding_width(name: str) -> int:
@@ -346,6 +480,8 @@ def model_kind(where: str) -> Literal["speech_lm", "audio_llm", "language_model"
         return model_kind(resolve(adapter.base))
     if is_speech_lm(where):
         return "speech_lm"
+    if _speech_checkpoint(where) is not None:
+        return "language_model"
     return "audio_llm" if _takes_audio(_config(where).to_dict()) else "language_model"
 
 
@@ -374,7 +510,7 @@ def blank_language_model(name: str) -> PreTrainedModel:
     import transformers
 
     where = text_source(name)
-    config = _from_pretrained(transformers.AutoConfig, where)
+    config = _config(where)
     with torch.device("meta"):
         if model_kind(where) == "audio_llm":
             return getattr(transformers, config.architectures[0])._from_config(config)
@@ -400,10 +536,14 @@ def load_text_model(
         return speech_lm.language_model, processor
     if kind == "audio_llm":
         audio_llm, audio_processor = load_audio_llm(where, dtype=dtype, device=device)
-        return audio_llm, SpeechLMProcessor(audio_processor.tokenizer, None)
+        if getattr(audio_llm.config, "has_lora_adapter", False) and getattr(audio_llm, "_hf_peft_config_loaded", False):
+            audio_llm.disable_adapters()  # Granite Speech's is for audio; it does the same when it generates from text
+        return audio_llm, SpeechLMProcessor(tokenizer_for_text(audio_processor), None)
     if (adapter := find_adapter(where)) is not None:
         base, _ = load_language_model(adapter.base, device=_first_place(device))
         return _adapted(base, adapter, dtype, device), SpeechLMProcessor(load_tokenizer(where), None)
+    if (found := _speech_checkpoint(where)) is not None:
+        return _load_speech_checkpoint(found, dtype, device), SpeechLMProcessor(load_tokenizer(where), None)
     tokenizer = _load_tokenizer(where)
     return _load(AutoModelForCausalLM, where, device, dtype=dtype), SpeechLMProcessor(tokenizer, None)
 
@@ -519,24 +659,27 @@ def _first_place(device: str) -> str:
 
 
 def _adapted(base: Any, adapter: Adapter, dtype: torch.dtype | str, device: str) -> Any:
-    """The base, which is in float32 and changed in place, with the adapter merged; then in `dtype`, on `device`.
+    """The base, which is in float32 and changed in place, with the adapter merged; then in `dtype`, on `device`."""
+    return _placed(merge_adapter(base, adapter.folder), adapter.base, adapter.name, dtype, device)
 
-    "auto" is the dtype that the base is stored in.
-    """
+
+def _placed(model: Any, base: str, name: str, dtype: torch.dtype | str, device: str) -> Any:
+    """A model that was put together in float32 from `base` and more, in `dtype` ("auto": the base's), on `device`."""
     import torch
 
-    wanted = _config(text_source(adapter.base)).dtype if dtype == "auto" else dtype
-    merged = merge_adapter(base, adapter.folder)
+    wanted = _config(text_source(base)).dtype if dtype == "auto" else dtype
     if device == "meta":
-        return merged.eval()
-    require_finite(merged.state_dict().items(), adapter.name)
-    return merged.to(device, getattr(torch, wanted) if isinstance(wanted, str) else wanted or torch.float32).eval()
+        return model.eval()
+    require_finite(model.state_dict().items(), name)
+    return model.to(device, getattr(torch, wanted) if isinstance(wanted, str) else wanted or torch.float32).eval()
 
 
 def _load_tokenizer(where: str) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = _from_pretrained(AutoTokenizer, where)
+    # AutoTokenizer would ask transformers for the config of a model that it does not know.
+    options = {} if _speech_checkpoint(where) is None else {"config": _config(where)}
+    tokenizer = _from_pretrained(AutoTokenizer, where, **options)
     _require_tokens(tokenizer, where)
     return tokenizer
 
@@ -551,8 +694,16 @@ def _require_tokens(tokenizer: Any, where: str) -> None:
 
 
 def _config(where: str) -> Any:
+    """Of a speech LLM's checkpoint the config of its language model."""
     from transformers import AutoConfig
 
+    if (found := _speech_checkpoint(where)) is not None:
+        if found.layout.base is not None:
+            return _of_base(found, lambda base: _config(text_source(base)))
+        try:
+            return AutoConfig.for_model(**(found.layout.config or {}))
+        except Exception as error:  # of transformers' configs, which have no common kind
+            raise UserError(f"The config of {where} describes no language model: {error}") from error
     return _from_pretrained(AutoConfig, where)
 
 
@@ -565,10 +716,14 @@ def _load(kind: Any, where: str, device: str, *, part: str | None = None, **opti
     """
     _require_plain_weights(where)
     placed = {"device_map": "meta"} if device == "meta" else {}
-    model, found = _from_pretrained(
-        kind, where, output_loading_info=True, ignore_mismatched_sizes=True, **placed, **options
-    )
-    _require_same_keys(model, found, where, part)
+    checked: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = _from_pretrained(kind, where, **checked, **placed, **options)
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers then reports of the adapter alone
+        with _without_adapter(where) as folder:
+            blank, found = _from_pretrained(kind, str(folder), device_map="meta", **checked, **options)
+        _require_same_keys(blank, found, where, part)
+    else:
+        _require_same_keys(model, found, where, part)
     _require_token_ids(model, where)
     if part is not None:
         model = model.get_submodule(part)
@@ -576,6 +731,17 @@ def _load(kind: Any, where: str, device: str, *, part: str | None = None, **opti
         model = model.to(device)
         require_finite(model.state_dict().items(), where)
     return model.eval()
+
+
+@contextmanager
+def _without_adapter(where: str) -> Iterator[Path]:
+    """A folder of links to the files of a loaded checkpoint, but not to those of the adapter that lies beside them."""
+    folder = Path(where) if Path(where).is_dir() else _hub_config(where).parent
+    with tempfile.TemporaryDirectory() as links:
+        for file in folder.iterdir():
+            if file.is_file() and not file.name.startswith("adapter_"):
+                (Path(links) / file.name).symlink_to(file.resolve())
+        yield Path(links)
 
 
 def _require_same_keys(model: Any, found: Mapping[str, Any], where: str, part: str | None) -> None:

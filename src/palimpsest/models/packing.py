@@ -129,12 +129,17 @@ def _may_pack(model: nn.Module, batch: Mapping[str, Any]) -> bool:
         allowed = PACKABLE
     if any(isinstance(value, torch.Tensor) and key not in allowed for key, value in batch.items()):
         return False
-    taken = inspect.signature(inner.forward).parameters
     return (
-        {"attention_mask", "position_ids", "logits_to_keep"} <= taken.keys()
+        takes_places(inner)
         and attends_to_everything(inner)
         and getattr(inner.config, "_attn_implementation", None) in ("sdpa", "eager")
     )
+
+
+def takes_places(language_model: nn.Module) -> bool:
+    """Whether forward takes what packed rows need; that of some audio LLMs (Qwen2-Audio) gives no logits of places."""
+    taken = inspect.signature(language_model.forward).parameters
+    return {"attention_mask", "position_ids", "logits_to_keep"} <= taken.keys()
 
 
 def _hidden_size(model: nn.Module) -> int:

@@ -19,6 +19,13 @@ from palimpsest.files import UserError
 # Where a base model, asked without a chat template, has answered and goes on with a further turn of the plain prompt.
 NEXT_TURN = re.compile(r"\n\s*(?:Question|Answer):")
 SPEECH_MARK = "<speech>"  # only inside this module: where the chat template puts the speech; never tokenised
+# In front of a chat template that takes a turn as parts {type, text}: turns of text become turns of one part.
+AS_PARTS = (
+    "{%- set as_parts = namespace(turns=[]) -%}{%- for message in messages -%}"
+    "{%- set part = {'type': 'text', 'text': message['content']} -%}"
+    "{%- set as_parts.turns = as_parts.turns + [{'role': message['role'], 'content': [part]}] -%}"
+    "{%- endfor -%}{%- set messages = as_parts.turns -%}"
+)
 OWN = ("messages", "add_generation_prompt", "tools", "documents", "chat_template", "tokenize")  # not for a recipe
 
 
@@ -136,6 +143,36 @@ def used_arguments(writer: Any, style: PromptStyle) -> dict[str, Any]:
     return {name: value for name, value in style.arguments.items() if any(name in text for text in known)}
 
 
+def tokenizer_for_text(processor: Any) -> Any:
+    """The tokenizer of an audio LLM's processor, which writes turns of text as that processor does.
+
+    The template may stand in the processor alone, and may take a turn as parts. A template that takes text in neither
+    form is left as it is, so that it is refused when a prompt is written.
+    """
+    tokenizer = processor.tokenizer
+    template = getattr(processor, "chat_template", None) or tokenizer.chat_template
+    if template is None or writes_tokens(tokenizer):
+        return tokenizer
+    turns = [*messages("QUESTION", None), {"role": "assistant", "content": "ANSWER"}]
+    for written in (AS_PARTS + template, template):
+        tokenizer.chat_template = written
+        try:
+            text = apply_template(tokenizer, turns, PromptStyle())
+        except UserError:  # a template of strings, given parts
+            continue
+        if "QUESTION" in text and "ANSWER" in text and "'type'" not in text:
+            return tokenizer
+    return tokenizer
+
+
+def writes_tokens(tokenizer: Any) -> bool:
+    """Whether a tokenizer writes turns as tokens, without a template: mistral-common's.
+
+    Its control tokens are not to be had from text, so that a prompt cannot be rendered first and tokenised then.
+    """
+    return any(kind.__name__ == "MistralCommonBackend" for kind in type(tokenizer).__mro__)
+
+
 _ONE_AT_A_TIME = threading.RLock()
 
 
@@ -198,6 +235,10 @@ def tokenise(
     Raises UserError for a template that has no place for the turns, and where the answer's first token would take in
     the end of the prompt: what is asked and what is trained would then be other tokens.
     """
+    if speech is None and writes_tokens(tokenizer):
+        written = tokenizer.apply_chat_template(messages(user, style.system), tokenize=True, return_dict=True)
+        end = [] if answer is None else [*encode(tokenizer, answer), tokenizer.eos_token_id]
+        return list(written["input_ids"]), end
     text, templated = render(tokenizer, user if speech is None else f"{SPEECH_MARK}\n{user}", style)
     target, without_end = "", False
     if answer is not None:
