@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from palimpsest.config import StudyConfig
 
 FACTS = "facts"
+TEXTS, QUICK_TEXTS = 32, 8  # of each kind that the base writes: a minute at 135M on two cores
 FILE = re.compile(r"\.(jsonl?|csv|parquet)$")
 # Last parts of a path that say nothing about whose it is; `checkpoint-500` keeps its number.
 UNTELLING = re.compile(r"(?:checkpoint|adapter|final|merged|model|output|weights|pytorch)?[-_]?(\d*)", re.IGNORECASE)
@@ -42,6 +43,7 @@ class Options:
     tasks: Annotated[list[str], Doc("Question sets to answer, as evaluate's --task; default the data's own.")] = field(
         default_factory=list
     )
+    text: Annotated[str | None, Doc("General text whose loss is measured too: a file or set as for drift.")] = None
     limit: Annotated[int | None, Ge(2), Doc("At most so many questions for each measurement.")] = None
     quick: Annotated[bool, Doc("Fewer questions: to see that it works.")] = False
     speech: Annotated[bool, Doc("Ask speech LLMs the questions spoken too.")] = True
@@ -94,6 +96,10 @@ def study_of(options: Options) -> StudyConfig:
         "methods": methods,
         **{section: of_demo[section] for section in ("importance", "deactivation", "analysis")},
         **_questions(options, of_demo),
+        "drift": {
+            "own_text": {"n_texts": _at_most(options.limit, QUICK_TEXTS if options.quick else TEXTS)},
+            "general_text": {"text": options.text},
+        },
     }
     for section in ("importance", "deactivation"):
         recipe[section]["n_examples"] = _at_most(options.limit, recipe[section]["n_examples"])
