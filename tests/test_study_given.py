@@ -106,6 +106,7 @@ def test_what_a_study_trained_has_the_same_tables_when_it_is_given(inputs: Path,
     for table in WEIGHTS:
         assert ours[table] == theirs[table], table
         assert ours[table]
+    assert "delta_rank2" in {row["of"] for row in ours["clustering"]}  # the adapter's rank
     for table in BY_MODEL:
         assert of(ours[table], "base", "full") == of(theirs[table], "base", "full"), table
         assert of(ours[table], "lora") == of(theirs[table], "lora", modality="text"), table

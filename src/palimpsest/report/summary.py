@@ -132,7 +132,8 @@ def _differs(inputs: Inputs, model: str) -> Finding:
         text = "lost text" if -1 in signs else "gained text" if 1 in signs else "shows no loss of text"
         text = "lost and gained text" if {-1, 1} <= signs else text
     said = [
-        f"{task_name(row['task'])}: {_share(row['accuracy'] - pair['difference'])} before, {_share(row['accuracy'])}, "
+        f"{task_name(row['task'])}: {_share(row['accuracy'] - pair['difference'])} before, "
+        f"{_share(row['accuracy'])} after, "
         f"{_difference(pair).removesuffix('.')}"
         for row, pair in tested
     ]
