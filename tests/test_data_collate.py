@@ -12,7 +12,7 @@ import torch
 from palimpsest.data.collate import IGNORED, Collator, batches
 from palimpsest.data.examples import Example
 from palimpsest.data.features import Features, compute_features
-from palimpsest.evaluation.answers import generation_settings
+from palimpsest.evaluation.generation import generation_settings
 from palimpsest.files import UserError
 from palimpsest.models.loss import supervised_losses
 from palimpsest.models.processor import SpeechLMProcessor

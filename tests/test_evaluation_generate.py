@@ -20,13 +20,12 @@ from palimpsest.evaluation.answers import (
     Answer,
     answer_questions,
     decode_new,
-    end_ids,
     further_turn,
-    pad_left,
     summarise,
     text_answerer,
     verdicts_by_id,
 )
+from palimpsest.evaluation.generation import end_ids, pad_left
 from palimpsest.evaluation.scoring import METRIC_VERSION, METRICS
 from palimpsest.evaluation.tasks import Task
 from palimpsest.files import UserError, read_json, read_jsonl

@@ -19,8 +19,7 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +28,7 @@ from typing_extensions import TypedDict
 
 from palimpsest.data.examples import Example
 from palimpsest.evaluation.finite import NotFiniteError, finite_logits
+from palimpsest.evaluation.generation import generation_settings, pad_left, without_own_settings
 from palimpsest.evaluation.scoring import METRIC_VERSION, METRICS, score, words
 from palimpsest.evaluation.tasks import Task
 from palimpsest.files import (
@@ -227,24 +227,6 @@ def is_loop(response: str) -> bool:
         for repeats in [max(3, -(-6 // width))]  # one word six times, two or more words three times
         for start in range(len(spoken) - width * repeats + 1)
     )
-
-
-GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1}
-
-
-@contextmanager
-def without_own_settings(model: Any) -> Iterator[None]:
-    """Within the block `model` generates by what it is given, and by transformers' defaults.
-
-    What is not given, transformers takes from a checkpoint's own generation settings: penalties, a least length, words
-    that are suppressed, a time limit. With them models would answer by rules that are not the same for all.
-    """
-    own = model.generation_config
-    model.generation_config = type(own)(bos_token_id=own.bos_token_id)
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 class Answer(NamedTuple):
@@ -467,30 +449,6 @@ def text_answerer(
 def names_of(examples: Sequence[Example]) -> list[str]:
     """What an error calls the rows of a batch."""
     return [f"question {example.id!r}" for example in examples]
-
-
-def generation_settings(language_model: Any, tokenizer: Any, max_new_tokens: int) -> dict[str, Any]:
-    """What `generate` is given besides the prompts: greedy, to the first of `end_ids`."""
-    end = end_ids(language_model, tokenizer)
-    # The pad token may have been added to the tokenizer alone: under the mask any id of the embedding will do.
-    n_ids = len(language_model.get_input_embeddings().weight)
-    pad = next((id for id in (tokenizer.pad_token_id, *end) if id is not None and id < n_ids), 0)
-    return {**GREEDY, "max_new_tokens": max_new_tokens, "eos_token_id": end or None, "pad_token_id": pad}
-
-
-def end_ids(language_model: Any, tokenizer: Any) -> list[int]:
-    """Every token id that ends an answer: the tokenizer's, then those of the model's generation settings."""
-    settings = language_model.generation_config.eos_token_id
-    candidates = [tokenizer.eos_token_id, *(settings if isinstance(settings, list) else [settings])]
-    return list(dict.fromkeys(id for id in candidates if id is not None))
-
-
-def pad_left(ids: Sequence[Sequence[int]], pad: int) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
-    """input_ids and attention_mask of prompts of unequal length, all ending in the last column."""
-    width = max(len(prompt) for prompt in ids)
-    input_ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in ids])
-    attention_mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in ids])
-    return input_ids, attention_mask
 
 
 class Decoded(NamedTuple):

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from palimpsest.data.examples import Example
-from palimpsest.evaluation.answers import Answer, Answerer, decoded, generation_settings, names_of, without_own_settings
+from palimpsest.evaluation.answers import Answer, Answerer, decoded, names_of
 from palimpsest.evaluation.finite import finite_logits
+from palimpsest.evaluation.generation import generation_settings, without_own_settings
 from palimpsest.evaluation.spoken import recordings
 from palimpsest.files import UserError
 from palimpsest.models import SAMPLE_RATE

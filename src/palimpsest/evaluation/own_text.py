@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
-from palimpsest.evaluation.answers import end_ids, generation_settings, pad_left, without_own_settings
 from palimpsest.evaluation.drift_settings import Sampling
 from palimpsest.evaluation.finite import finite_logits
+from palimpsest.evaluation.generation import end_ids, generation_settings, pad_left, without_own_settings
 from palimpsest.files import (
     UserError,
     differences,

@@ -13,12 +13,10 @@ from palimpsest.evaluation.answers import (
     Answerer,
     decoded,
     further_turn,
-    generation_settings,
     names_of,
-    pad_left,
-    without_own_settings,
 )
 from palimpsest.evaluation.finite import finite_logits
+from palimpsest.evaluation.generation import generation_settings, pad_left, without_own_settings
 from palimpsest.files import UserError
 from palimpsest.models.cache import generation_cache
 from palimpsest.models.compute import Arithmetic, computing, many_forwards

@@ -226,7 +226,7 @@ def read_evaluation(folder: Path, checkpoint: Checkpoint, names: Mapping[str, st
 # What each folder holds
 # ---------------------------------------------------------------------------------------------------------------------
 def _set_end_ids(language_model: PreTrainedModel, tokenizer: Any) -> None:
-    from palimpsest.evaluation.answers import end_ids
+    from palimpsest.evaluation.generation import end_ids
 
     settings = language_model.generation_config
     own = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]

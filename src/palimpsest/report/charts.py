@@ -228,8 +228,8 @@ def drift(inputs: Inputs) -> Drawing | None:
         panels.append(("General text", "nats per byte − base's", rows))
     if not panels:
         return None
-    methods = methods_in(inputs.results)
     models = sorted({model for _, _, rows in panels for model, *_ in rows}, key=method_key)
+    methods = list(dict.fromkeys([*methods_in(inputs.results), *models]))  # a damaged run may name more
     figure = Figure(figsize=(WIDTH, 1.2 + 0.28 * len(models)), layout="constrained")
     drawing = Drawing("drift", "Drift from the base, and the loss of general text", figure)
     for axis, (title, unit, rows) in zip(
