@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from palimpsest.files import write_json
+from palimpsest.report import summary
 from palimpsest.report.inputs import read_inputs
 from palimpsest.report.summary import points_of, scale
 from report_fixture import accuracy_row, comparison_row, invented_provenance, make_run, speech_test
@@ -204,3 +206,21 @@ def test_an_empty_run_answers_no_question(tmp_path: Path) -> None:
     assert scale(read_inputs(tmp_path)) == "This run has not trained a model yet."
     for point in points_of(read_inputs(tmp_path)):
         assert [finding.sentence[:10] for finding in point.findings] == ["Not known:"]
+
+
+def test_drift_and_general_text_are_sentences_with_their_intervals() -> None:
+    """Of the model asked for and of all tokens; nothing where neither was measured."""
+    drift = [
+        {"model": model, "text": "chat", "tokens": tokens, "kl": 0.0462, "kl_ci_low": 0.033, "kl_ci_high": 0.0596,
+         "agreement": 0.9}
+        for model in ("full", "lora") for tokens in ("all", "token 1")
+    ]  # fmt: skip
+    general = [{"method": "full", "difference": 0.0065, "ci_low": 0.003, "ci_high": 0.01}]
+    inputs: Any = SimpleNamespace(results={"drift": drift, "general_text_comparisons": general})
+    said = list(summary._drifted(inputs, "full"))
+    assert said == [
+        "Drift, KL(base ‖ model): 0.0462 nats a token on answers in chats of the base's (95 % interval 0.0330 to "
+        "0.0596), where the most likely token is the same at 90.0\u00a0%.",
+        "General text: +0.0065 nats a byte against the base (95 % interval 0.00300 to 0.0100).",
+    ]
+    assert list(summary._drifted(inputs, "layer_lr")) == []

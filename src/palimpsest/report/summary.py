@@ -138,8 +138,31 @@ def _differs(inputs: Inputs, model: str) -> Finding:
         for row, pair in tested
     ]
     probe = having(inputs.results["probe_comparisons"], method=model, kind=ALL)
-    details = (*map(_probed, probe), *_heard(inputs, model), *_changed(inputs, model), *_moved(inputs, model))
+    details = (
+        *_drifted(inputs, model),
+        *map(_probed, probe),
+        *_heard(inputs, model),
+        *_changed(inputs, model),
+        *_moved(inputs, model),
+    )
     return Finding(f"{method_name(model)} {text}{' (' * bool(said)}{'; '.join(said)}{')' * bool(said)}.", details)
+
+
+def _drifted(inputs: Inputs, model: str) -> Iterator[str]:
+    """How far its next tokens are from the base's, and whether it lost on text that no training taught."""
+    said = [
+        f"{significant(row['kl'])} nats a token on {'answers in chats' if row['text'] == 'chat' else 'text'} of the "
+        f"base's (95 % interval {interval(row['kl_ci_low'], row['kl_ci_high'], significant)}), where the most likely "
+        f"token is the same at {_share(row['agreement'])}"
+        for row in having(inputs.results["drift"], model=model, tokens=ALL)
+    ]
+    if said:
+        yield f"Drift, KL(base ‖ model): {'; '.join(said)}."
+    for row in having(inputs.results["general_text_comparisons"], method=model):
+        yield (
+            f"General text: {row['difference']:+.3g} nats a byte against the base (95 % interval "
+            f"{interval(row['ci_low'], row['ci_high'], significant)})."
+        )
 
 
 def _probed(row: ProbeComparisonRecord) -> str:
