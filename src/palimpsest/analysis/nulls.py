@@ -9,7 +9,7 @@ entry, so only a few would be affordable, and a standard deviation from five of 
 scores beyond ±3. The largest entries, which decide where a heavy-tailed matrix is concentrated, are put in random
 places one by one. The others reach a sum by hundreds: what they add to it is drawn from a gamma distribution (a normal
 one where there is no skew) with the variance and the third moment that shuffling gives it. Small matrices have all
-their entries placed. docs/analysis.md compares the draws with 600 full shuffles.
+their entries placed. docs/analysis.md compares the draws with full shuffles.
 """
 
 from __future__ import annotations

@@ -21,9 +21,7 @@ class Options:
     Example: palimpsest demo --preset quick --out runs/quick
     """
 
-    preset: Annotated[Literal["default", "quick"], Doc("quick: fewer questions, about a third of the time.")] = (
-        "default"
-    )
+    preset: Annotated[Literal["default", "quick"], Doc("quick: fewer questions, about half the time.")] = "default"
     out: Annotated[Path, Doc("Run directory; started again, the study continues there.")] = Path("runs/demo")
     changed: Annotated[bool, Doc("--out holds another recipe: run again what the change touches.")] = False
 
