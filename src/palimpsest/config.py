@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import date
 from pathlib import Path
@@ -72,6 +73,8 @@ class Data:
     heldout_examples: Annotated[int, Ge(1)] | None = None  # instead: so many of train, by a stable hash of their ids
     strict: bool = False  # True: a faulty example is an error instead of being left out and listed
     decontaminate: bool = True  # False: train also on questions that a task of evaluation asks
+    # What methods learn to say: the answers of the data, or what the base says to the question as text.
+    answers: Literal["gold", "own"] = "gold"
     filters: Filters = field(default_factory=Filters)
 
     def __post_init__(self) -> None:
@@ -154,6 +157,13 @@ SeedMeasure = Literal["importance", "clustering", "deactivation", "probe", "drif
 SEED_MEASURES: tuple[SeedMeasure, ...] = ("importance", "clustering", "deactivation", "probe")  # drift: if asked for
 
 
+@dataclass(frozen=True)
+class Frontier:
+    """Text kept against hearing gained: each curve is a method at several learning rates, weights, ranks or scales."""
+
+    measure: tuple[SeedMeasure, ...] = ("drift",)  # of a curve's points, besides accuracy and perplexity
+
+
 def _require_name(what: str, name: str) -> None:
     """A name is that of a folder too."""
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -180,6 +190,7 @@ class StudyConfig(BaseModel):
     analysis: Analysis = Analysis()
     evaluation: Evaluation
     drift: Drift | None = None  # to the base, on text of its own and of the user's; none: not measured
+    frontier: Frontier = Frontier()
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -193,6 +204,22 @@ class StudyConfig(BaseModel):
         if isinstance(written.get("date"), date):  # YAML reads one without quotes
             written["date"] = written["date"].isoformat()
         return written
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _curves(cls, value: Any) -> Any:
+        """`over: {KEY: [VALUES]}` of a method makes a method of each value, the points of one curve."""
+        if not isinstance(value, Mapping):
+            return value
+        methods: dict[Any, Any] = {}
+        for name, method in value.items():
+            points = (
+                {name: method} if not isinstance(method, Mapping) or "over" not in method else _points(name, method)
+            )
+            if again := next((point for point in points if point in methods), None):
+                raise ValueError(f"{name}.over makes a method {again!r}, and there is one of that name; rename one")
+            methods |= points
+        return methods
 
     @field_validator("training", mode="before")
     @classmethod
@@ -226,7 +253,12 @@ class StudyConfig(BaseModel):
 
     @model_validator(mode="after")
     def _names(self) -> StudyConfig:
-        for name in self.methods:
+        for position, (name, method) in enumerate(self.methods.items()):
+            for other in (method.of, method.norm_of):
+                if other is not None and other not in [*self.methods][:position]:
+                    raise ValueError(f"methods.{name} needs the method {other!r} in front of it; add it, or move it")
+                if other is not None and (self.methods[other].kind == "blend" or self.methods[other].gate != "none"):
+                    raise ValueError(f"methods.{name} is of {other}, which changes no weights of its own; name another")
             if name == BASE:
                 raise ValueError(f"the method name {name!r} must be letters, digits, - and _, and not {BASE!r}")
             _require_name("method", name)
@@ -234,13 +266,13 @@ class StudyConfig(BaseModel):
                 raise ValueError(f"the method name {name!r} is that of a run of {method_of(name)[0]!r}; choose another")
         if "importance" not in self.seeds_measure and {"clustering", "deactivation"} & set(self.seeds_measure):
             raise ValueError("seeds_measure names clustering or deactivation, which need importance; add importance")
-        lora = next((name for name, method in self.methods.items() if method.kind == "lora"), None)
+        lora = next((name for name, method in self.methods.items() if method.kind in ("lora", "peft")), None)
         if lora is not None and self.models.dtype not in WIDE:
             raise ValueError(
-                f"models.dtype {self.models.dtype} would round most of the update of methods.{lora} (lora) away when "
+                f"models.dtype {self.models.dtype} would round most of the update of methods.{lora} away when "
                 "it is merged; use float32; models.compute can be bfloat16 all the same"
             )
-        trained = next((name for name, method in self.methods.items() if method.kind != "given"), None)
+        trained = next((name for name, method in self.methods.items() if method.trains), None)
         if self.models.encoder is None and (trained is not None or self.models.adaptor is not None):
             needs = "models.adaptor" if trained is None else f"methods.{trained} ({self.methods[trained].kind})"
             raise ValueError(f"{needs} needs models.encoder; only a study of given models can do without")
@@ -267,13 +299,17 @@ class StudyConfig(BaseModel):
         training = self.training
         epochs = training.epochs + (training.adaptor_first.epochs if training.adaptor_first else 0)
         epochs += training.align.epochs if training.align else 0
-        trained = (method for method in self.methods.values() if method.kind != "given")
+        trained = (method for method in self.methods.values() if method.trains)
         return epochs * self.seeds * sum(method.modality == "speech" for method in trained)
 
     @property
     def trains(self) -> bool:
         """Whether any method does: of given models alone the training questions are read, and not spoken."""
-        return any(method.kind != "given" for method in self.methods.values())
+        return any(method.trains for method in self.methods.values())
+
+    def answers_of(self, method: Method) -> Literal["gold", "own"]:
+        """What a method learns to say."""
+        return method.answers or self.data.answers
 
     @property
     def speaks(self) -> bool:
@@ -290,7 +326,9 @@ class StudyConfig(BaseModel):
         return 0 if run in self.methods else method_of(run)[1]
 
     def measures(self, run: str, what: SeedMeasure) -> bool:
-        """Whether a run is measured in a way that may be left out after a method's first."""
+        """Whether a run is measured in a way that may be left out after a method's first, and of a curve's points."""
+        if run != BASE and self.runs[run].curve is not None and what not in self.frontier.measure:
+            return False
         return self.number_of(run) == 0 or what in self.seeds_measure
 
     def drift_measures(self, run: str) -> list[Literal["drift", "general_text"]]:
@@ -315,8 +353,12 @@ class StudyConfig(BaseModel):
         return asked
 
     def kept_light(self, run: str) -> bool:
-        """Whether a run's checkpoint holds only what was trained; full and layer_lr train all there is."""
-        return self.models.checkpoints == "light" and self.runs[run].kind in ("adaptor", "lora")
+        """Whether a run's checkpoint holds only what was trained; full and layer_lr train all there is.
+
+        Of a gated LoRA always: there are no weights that it could be merged into.
+        """
+        method = self.runs[run]
+        return method.gate != "none" or (self.models.checkpoints == "light" and method.kind in ("adaptor", "lora"))
 
     def takes_speech(self, run: str) -> bool:
         """Whether a model can be asked in speech: the base if the recipe names an adaptor, not one tuned on text.
@@ -326,9 +368,47 @@ class StudyConfig(BaseModel):
         if run == BASE:
             return self.models.adaptor is not None
         method = self.runs[run]
+        if method.of is not None:
+            return self.takes_speech(run_name(method.of, self.number_of(run)))
         if method.checkpoint is not None and (self.models.encoder is None or not takes_speech(method.checkpoint)):
             return False
         return method.modality == "speech"
+
+
+def _points(name: str, method: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The methods of a curve by name: `full` over learning_rate 2e-4 is `full-2e-4`, of replay.share 0.2 `full-0_2`."""
+    over = method["over"]
+    rest = {key: value for key, value in method.items() if key != "over"}
+    if not isinstance(over, Mapping) or len(over) != 1:
+        raise ValueError(f"{name}.over must be one key of the method with its values, as learning_rate: [1e-5, 1e-4]")
+    key, values = next(iter(over.items()))
+    if not isinstance(values, list) or len(values) < 2:
+        raise ValueError(f"{name}.over.{key} must be a list of two or more values")
+    if "curve" in rest:
+        raise ValueError(f"{name} has both over and curve; over names the curve after the method, so remove curve")
+    outer, _, inner = str(key).partition(".")
+    if outer in rest and not (inner and isinstance(rest[outer], Mapping) and inner not in rest[outer]):
+        raise ValueError(f"{name}.{key} stands both in over and beside it; remove one")
+    points = {}
+    for value in values:
+        part = {inner: value, **rest.get(outer, {})} if inner else value
+        points[f"{name}-{_in_a_name(value)}"] = {**rest, outer: part, "curve": name}
+    if len(points) < len(values):
+        raise ValueError(f"{name}.over.{key} names a value twice: {values}")
+    return points
+
+
+def _in_a_name(value: Any) -> str:
+    """0.0002 and "2e-4" as 2e-4; what a folder's name cannot hold becomes _."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
+    text = f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+    if isinstance(value, float) and value and abs(value) < 0.01:
+        text = f"{value:e}"
+        mantissa, _, exponent = text.partition("e")
+        text = f"{float(mantissa):g}e{int(exponent)}"
+    return re.sub(r"[^A-Za-z0-9-]+", "_", text).strip("_")
 
 
 class _Loader(yaml.SafeLoader):

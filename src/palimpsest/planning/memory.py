@@ -100,7 +100,7 @@ class Setup:
     @property
     def trainable(self) -> int:
         adaptor = self.adaptor_parameters if self.modality == "speech" else 0
-        if self.method == "given":
+        if self.method in ("given", "blend"):
             return 0
         if self.method == "adaptor":
             return adaptor

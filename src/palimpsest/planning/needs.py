@@ -151,7 +151,7 @@ def disk_of_steps(
         StepDisk(f"{BASE}/importance_other", of_others, passing),
     ]
     for run, name in zip(config.runs, list(config.methods) * config.seeds, strict=True):
-        if setups[name].method != "given":
+        if setups[name].method not in ("given", "blend"):
             found.append(
                 StepDisk(
                     f"{folder_of(run)}/checkpoint",

@@ -180,7 +180,7 @@ def make_plan(config: StudyConfig, options: Assumptions) -> Plan:
     other_frames = (config.data.heldout_examples or 0) * frames
     other_frames += sum(other.n * fmean(_frames(config, row[2]) for row in other.rows) for other in others)
     setups = setups_of(config, decoder, encoder, autocast=autocast, device=kind, n_gpus=options.n_gpus, in_loop=in_loop)
-    trained = {name: setup for name, setup in setups.items() if setup.method != "given"}
+    trained = {name: setup for name, setup in setups.items() if setup.method not in ("given", "blend")}
     methods = tuple(_plan_method(config, lengths, name, setup) for name, setup in trained.items())
     n_steps = {method.name: float(method.steps) for method in methods}
     exact = _computes_bfloat16(config, kind, here=gpu is None and options.memory is None, exact=True)

@@ -147,7 +147,7 @@ def trains(config: Any) -> bool:
     """Whether the study of a configuration trains a model; where nobody knows, it does."""
     methods = at(config, "methods")
     kinds = [at(method, "kind") for method in methods.values()] if isinstance(methods, dict) else []
-    return not kinds or any(kind != "given" for kind in kinds)
+    return not kinds or any(kind not in ("given", "blend") for kind in kinds)
 
 
 def model_name(inputs: Inputs) -> str | None:

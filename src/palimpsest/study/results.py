@@ -47,7 +47,7 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
         for measure in config.drift_measures(name):
             tables[measure] += read_json(folder / measure / "records.json")
         tables["perplexity"] += read_json(folder / "perplexity" / "records.json")
-        if name != BASE and config.runs[name].kind != "given":
+        if name != BASE and config.runs[name].trains:
             tables["training"] += read_json(folder / "checkpoint" / "training.json")
     if config.evaluation.probe:
         measured = dict.fromkeys(config.methods, config.seeds if "probe" in config.seeds_measure else 1)

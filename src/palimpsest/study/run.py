@@ -20,6 +20,7 @@ from palimpsest.records import BASE
 from palimpsest.rundir import STUDY
 from palimpsest.study import steps
 from palimpsest.study.workspace import Workspace
+from palimpsest.training.remedies import OWN
 
 Step = Callable[[Workspace], None]  # writes one folder of the run directory
 
@@ -67,10 +68,15 @@ def steps_of(config: StudyConfig) -> Iterator[Step]:
     yield partial(steps.importance, model=BASE, other=True)
     if config.drift is not None:
         yield steps.own_text
+    trained = [method for method in config.methods.values() if method.trains]
+    if any(config.answers_of(method) == "own" for method in trained):
+        yield steps.own_answers
+    if any(method.replay is not None and method.replay.text == OWN for method in trained):
+        yield steps.replay_text
     for model in (BASE, *config.runs):
         if model != BASE:
-            given = config.runs[model].kind == "given"
-            yield partial(steps.given if given else steps.train, model=model)
+            makes = {"given": steps.given, "blend": steps.blend}.get(config.runs[model].kind, steps.train)
+            yield partial(makes, model=model)
             if config.measures(model, "importance"):
                 yield partial(steps.importance, model=model)
         if config.measures(model, "deactivation"):

@@ -52,7 +52,7 @@ def check(ws: Workspace) -> None:
             if (name := getattr(models, role)) is not None:
                 require_loadable(role, name)  # converts an embedded model on its first use
             advance(i + 1, len(ROLES))
-    require_language_model(models.language_model, [it for it in ws.config.methods.values() if it.kind != "given"])
+    require_language_model(models.language_model, [it for it in ws.config.methods.values() if it.trains])
     ws.require_given()
     if ws.config.drift is not None and ws.general_texts:
         from palimpsest.evaluation.general_text import require_positions
@@ -170,7 +170,7 @@ def train(ws: Workspace, model: str) -> None:
         "data": ws.fingerprint("features" if ws.config.takes_speech(model) else "data"),
         "speech": {**asdict(ws.config.speech), "feature_cache": None, "features": ws.frames.path},
         "prompt": ws.prompt_inputs,
-        "method": asdict(method),
+        "method": {key: value for key, value in asdict(method).items() if key != "curve"},
         "training": {**asdict(ws.config.training), "compute": ws.compute.dtype},
         "seeds": [ws.seed("adaptor", model), ws.seed("train", model)],
         **ws.adaptor_inputs,
@@ -229,6 +229,21 @@ def given(ws: Workspace, model: str) -> None:
         advance(1, 1)
 
     ws.step(f"{folder_of(model)}/checkpoint", given, {"given": about["hash"], "speech": about["speech"]}, write)
+
+
+def blend(ws: Workspace, model: str) -> None:
+    """methods/NAME/checkpoint/blend.json: of which method how much of its update; the weights are made when needed."""
+    raise NotImplementedError
+
+
+def own_answers(ws: Workspace) -> None:
+    """base/own_answers/: what the base says to every training question as text, for methods that learn to say that."""
+    raise NotImplementedError
+
+
+def replay_text(ws: Workspace) -> None:
+    """base/replay_text/: texts that the base writes, for methods that train on them; others than those of own_text."""
+    raise NotImplementedError
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -597,7 +612,7 @@ def analysis(ws: Workspace) -> None:
 
 def maps(ws: Workspace) -> None:
     """maps/: heat maps of importance and change, of the first run of each method; further ones would only repeat."""
-    names = [BASE, *ws.config.methods]
+    names = [BASE, *(name for name in ws.config.methods if ws.config.measures(name, "importance"))]
 
     def write(folder: Path, advance: Advance) -> None:
         from palimpsest.analysis.analyse import write_study_maps

@@ -282,7 +282,7 @@ class Workspace:
     def watches_drift(self, name: str) -> bool:
         """Whether a training estimates the drift between its steps: one that leaves the language model has none."""
         asked = self.config.drift is not None and self.config.training.eval_every is not None
-        return asked and self.drift.in_training > 0 and self.config.runs[name].kind != "adaptor"
+        return asked and self.drift.in_training > 0 and self.config.runs[name].tunes
 
     def own_text_batches(self) -> list[dict[str, Any]]:
         """The first texts of each kind, on which training estimates the drift."""
@@ -352,7 +352,7 @@ class Workspace:
         """Raise UserError where the device has no room for the weights of the base and of a model given."""
         from palimpsest.planning.plan import device_of
 
-        if all(method.kind != "given" for method in self.config.methods.values()):
+        if all(method.trains for method in self.config.methods.values()):
             return
         capacity, name, _ = device_of(self.config)
         needed = 2 * (4 if self.config.models.dtype == "float32" else 2) * decoder.parameters

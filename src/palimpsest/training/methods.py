@@ -1,4 +1,4 @@
-"""The training methods as rules: what each trains, and how fast.
+"""The training methods: what each trains, how fast, what holds it back (remedies.py), and what it sees.
 
 | method     | trained                                   | learning-rate scale                                  |
 |------------|-------------------------------------------|------------------------------------------------------|
@@ -6,10 +6,13 @@
 | `full`     | adaptor, whole language model             | 1                                                    |
 | `layer_lr` | adaptor, whole language model             | Eq. 3 per layer; 1 for embedding, head and final norm |
 | `lora`     | adaptor, low-rank updates (peft)          | 1                                                    |
+| `peft`     | adaptor, any tuner of peft                | 1                                                    |
 | `given`    | nothing: `checkpoint` is there already    |                                                      |
+| `blend`    | nothing: base + scale · (`of` − base)     |                                                      |
 
 The encoder is frozen in all of them; the adaptor has a learning rate of its own if one is given. With `modality` "text"
-the questions are trained on as text, so the adaptor, which nothing reaches, is frozen too.
+the questions are trained on as text, so the adaptor, which nothing reaches, is frozen too. A remedy is a key of a
+method, and several can stand together.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from palimpsest.files import UserError
 from palimpsest.models.anatomy import layer_index, scored_parameters
+from palimpsest.training.remedies import Distill, Pull, Replay, Slow
 from palimpsest.training.rules import Rule, layer_rules
 
 if TYPE_CHECKING:
@@ -32,7 +36,8 @@ if TYPE_CHECKING:
     from palimpsest.importance.scores import Scores
     from palimpsest.models.speech_lm import SpeechLM
 
-MethodKind = Literal["adaptor", "full", "layer_lr", "lora", "given"]
+MethodKind = Literal["adaptor", "full", "layer_lr", "lora", "peft", "given", "blend"]
+WITHOUT_TRAINING = ("given", "blend")
 # Their kernels read the weight of out_proj, past an adapter; peft refuses it.
 WITHOUT_OUT_PROJ = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 WIDE = ("float32", "float64")  # weights that a low-rank update is merged into without losing much of it
@@ -49,24 +54,90 @@ class Method:
     rank: Annotated[int, Ge(1)] = 8  # lora
     alpha: Annotated[int, Ge(1)] | None = None  # lora
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0  # lora
-    # layer_lr: which layers Eq. 3 slows down; "shuffled" and "inverted" are controls, see `method_scales`.
-    importance: Literal["measured", "shuffled", "inverted"] = "measured"
+    # layer_lr: which layers Eq. 3 slows down; "shuffled", "inverted" and "mean" are controls, see `method_scales`.
+    importance: Literal["measured", "shuffled", "inverted", "mean"] = "measured"
     modality: Literal["speech", "text"] = "speech"  # how the training questions are put
-    targets: tuple[str, ...] | None = None  # lora: names of linear layers, such as q_proj; None: all of every layer's
+    targets: tuple[str, ...] | None = None  # lora, peft: names of linear layers, such as q_proj; None: all of a layer
+    gate: Literal["none", "speech"] = "none"  # lora; speech: only where there is speech, so that text is the base's
+    peft: dict[str, Any] | None = None  # peft: a config of peft's, with peft_type
+    answers: Literal["gold", "own"] | None = None  # what is learned; None: what data.answers says
+    replay: Replay | None = None
+    distill: Distill | None = None
+    pull: Pull | None = None
+    slow: Slow | None = None
     checkpoint: str | None = None  # given: folder, hub name or PEFT adapter
+    of: str | None = None  # blend: the method whose update is taken in part
+    scale: float = 1.0  # blend: how much of the update; 0 is the base, 1 the method
+    layers: tuple[int, ...] | None = (
+        None  # blend: the layers it is scaled in, all else as in the method; None: all
+    )
+    norm_of: str | None = None  # blend: instead of a scale, the method to whose norm the update is brought
+    curve: str | None = None  # of which curve of the frontier this is a point; `over` writes it
 
     def __post_init__(self) -> None:
+        self._require_own_keys()
         if (self.kind == "given") != bool(self.checkpoint):
             raise ValueError("kind given needs a checkpoint, and no other kind has one: it starts from the base")
-        if self.kind == "given":
-            own = ("kind", "checkpoint", "modality")
-            unused = [it.name for it in fields(self) if it.name not in own and getattr(self, it.name) != it.default]
-            if unused:
-                raise ValueError(f"kind given trains nothing and does not use {', '.join(unused)}; remove what it has")
-        if self.importance != "measured" and self.kind != "layer_lr":
-            raise ValueError(f"importance {self.importance!r} belongs to kind layer_lr; {self.kind} does not use it")
+        if (self.kind == "peft") != (self.peft is not None):
+            raise ValueError("kind peft needs a config of peft's (peft: {peft_type: …}), and no other kind has one")
+        if (self.kind == "blend") != (self.of is not None):
+            raise ValueError("kind blend needs the name of a method (of), and no other kind has one")
+        if self.norm_of is not None and (self.scale != 1.0 or self.layers is not None):
+            raise ValueError("norm_of finds the scale of the whole update; remove scale and layers")
         if self.modality == "text" and self.kind == "adaptor":
             raise ValueError("kind adaptor with modality text would train nothing; use speech, or another kind")
+        self._require_sense()
+
+    def _require_own_keys(self) -> None:
+        """A key that the kind does not use is a mistake where it would be thought to do something."""
+        if self.kind in WITHOUT_TRAINING:
+            own = {
+                "given": ("kind", "checkpoint", "modality", "curve"),
+                "blend": ("kind", "of", "scale", "layers", "norm_of", "curve"),
+            }[self.kind]
+            unused = [it.name for it in fields(self) if it.name not in own and getattr(self, it.name) != it.default]
+            if unused:
+                raise ValueError(
+                    f"kind {self.kind} trains nothing and does not use {', '.join(unused)}; remove what it has"
+                )
+            return
+        if self.importance != "measured" and self.kind != "layer_lr":
+            raise ValueError(f"importance {self.importance!r} belongs to kind layer_lr; {self.kind} does not use it")
+        if self.gate != "none" and self.kind != "lora":
+            raise ValueError(f"gate {self.gate} belongs to kind lora; {self.kind} changes the weights themselves")
+        for name, default in (("scale", 1.0), ("layers", None), ("norm_of", None)):
+            if getattr(self, name) != default:
+                raise ValueError(f"{name} belongs to kind blend; {self.kind} does not use it")
+
+    def _require_sense(self) -> None:
+        """Of what holds back: only where it can do something."""
+        for name in ("replay", "distill", "pull", "slow"):
+            if getattr(self, name) is not None and self.kind == "adaptor":
+                raise ValueError(f"{name} has nothing to hold back: kind adaptor leaves the language model as it is")
+        for name in ("pull", "slow"):
+            if getattr(self, name) is not None and self.kind in ("lora", "peft"):
+                raise ValueError(
+                    f"{name} is for weights that have a value in the base, and {self.kind} trains others beside them; "
+                    "use it with full or layer_lr"
+                )
+        if self.distill is not None and self.distill.text and self.replay is None:
+            raise ValueError("distill.text is the weight on replayed text; add replay, or remove it")
+        if self.distill is not None and self.distill.speech and self.modality == "text":
+            raise ValueError("distill.speech needs spoken questions; with modality text use distill.text with replay")
+        if self.gate == "speech":
+            if self.modality == "text":
+                raise ValueError("gate speech with modality text would train nothing; use speech, or no gate")
+            if self.replay is not None:
+                raise ValueError("gate speech leaves text to the base, so replay would train nothing; remove one")
+
+    @property
+    def trains(self) -> bool:
+        return self.kind not in WITHOUT_TRAINING
+
+    @property
+    def tunes(self) -> bool:
+        """Whether training changes what the language model does with text."""
+        return self.trains and self.kind != "adaptor" and self.gate == "none"
 
 
 def layer_totals(scores: Scores, reduction: str) -> dict[int, float]:
@@ -107,16 +178,19 @@ def layer_scales(
 def method_scales(
     method: Method, scores: Scores | Mapping[int, float], *, reduction: str = "signed_sum", seed: int = 0
 ) -> dict[int, float]:
-    """The layers' scales of a layer_lr method: Eq. 3 as measured, or one of its two controls.
+    """The layers' scales of a layer_lr method: Eq. 3 as measured, or one of its three controls.
 
     "shuffled": the same scales, dealt out to the layers at random from `seed`: is it the layers, or only the lower mean
-    rate? "inverted": Eq. 3 with 1 − (I_l − min I)/(max I − min I), so that the most important layer learns fastest.
+    rate? "mean": their mean for every layer. "inverted": Eq. 3 with 1 − (I_l − min I)/(max I − min I), so that the most
+    important layer learns fastest.
     """
     scales = layer_scales(scores, method.lambda_, reduction)
     if method.importance == "shuffled":
         dealt = list(scales.values())
         random.Random(seed).shuffle(dealt)
         return dict(zip(scales, dealt, strict=True))
+    if method.importance == "mean":
+        return dict.fromkeys(scales, sum(scales.values()) / len(scales))
     if method.importance == "inverted":
         # scale = 1 − λ·n with n in [0, 1], so 1 − λ·(1 − n) = 2 − λ − scale.
         return {layer: 2.0 - method.lambda_ - scale for layer, scale in scales.items()}
