@@ -26,6 +26,7 @@ from palimpsest.evaluation.drift_settings import Drift
 from palimpsest.files import UserError, differences, in_words
 from palimpsest.models.compute import DEVICE, Compute, WeightDtype
 from palimpsest.models.given import takes_speech
+from palimpsest.models.light import is_gated
 from palimpsest.models.prompts import PromptStyle, written_out
 from palimpsest.options import checked, nearest
 from palimpsest.records import BASE, SCOPES, Modality, Scope, method_of, run_name
@@ -155,6 +156,7 @@ class Evaluation:
 # What can be left out after the first run of a method; clustering: with it parameter change and overlap of masks.
 SeedMeasure = Literal["importance", "clustering", "deactivation", "probe", "drift"]
 SEED_MEASURES: tuple[SeedMeasure, ...] = ("importance", "clustering", "deactivation", "probe")  # drift: if asked for
+OF_WEIGHTS: tuple[SeedMeasure, ...] = ("importance", "clustering", "deactivation")
 
 
 @dataclass(frozen=True)
@@ -257,7 +259,8 @@ class StudyConfig(BaseModel):
             for other in (method.of, method.norm_of):
                 if other is not None and other not in [*self.methods][:position]:
                     raise ValueError(f"methods.{name} needs the method {other!r} in front of it; add it, or move it")
-                if other is not None and (self.methods[other].kind == "blend" or self.methods[other].gate != "none"):
+                kinds = ("blend", "adaptor")
+                if other is not None and (self.methods[other].kind in kinds or self.gated(other)):
                     raise ValueError(f"methods.{name} is of {other}, which changes no weights of its own; name another")
             if name == BASE:
                 raise ValueError(f"the method name {name!r} must be letters, digits, - and _, and not {BASE!r}")
@@ -266,10 +269,13 @@ class StudyConfig(BaseModel):
                 raise ValueError(f"the method name {name!r} is that of a run of {method_of(name)[0]!r}; choose another")
         if "importance" not in self.seeds_measure and {"clustering", "deactivation"} & set(self.seeds_measure):
             raise ValueError("seeds_measure names clustering or deactivation, which need importance; add importance")
-        lora = next((name for name, method in self.methods.items() if method.kind in ("lora", "peft")), None)
+        adapters = {name: method for name, method in self.methods.items() if method.kind in ("lora", "peft")}
+        merged = (name for name, method in adapters.items() if method.gate == "none")
+        lora = next(merged, None)
         if lora is not None and self.models.dtype not in WIDE:
             raise ValueError(
-                f"models.dtype {self.models.dtype} would round most of the update of methods.{lora} away when "
+                f"models.dtype {self.models.dtype} would round most of the update of methods.{lora} "
+                f"({self.methods[lora].kind}) away when "
                 "it is merged; use float32; models.compute can be bfloat16 all the same"
             )
         trained = next((name for name, method in self.methods.items() if method.trains), None)
@@ -326,7 +332,12 @@ class StudyConfig(BaseModel):
         return 0 if run in self.methods else method_of(run)[1]
 
     def measures(self, run: str, what: SeedMeasure) -> bool:
-        """Whether a run is measured in a way that may be left out after a method's first, and of a curve's points."""
+        """Whether a run is measured in a way that may be left out after a method's first, and of a curve's points.
+
+        Of a model that answers texts as its base does there is nothing to say of the weights behind them.
+        """
+        if run != BASE and what in OF_WEIGHTS and self.gated(run):
+            return False
         if run != BASE and self.runs[run].curve is not None and what not in self.frontier.measure:
             return False
         return self.number_of(run) == 0 or what in self.seeds_measure
@@ -352,6 +363,16 @@ class StudyConfig(BaseModel):
             asked.append("text_asr")
         return asked
 
+    def gated(self, run: str) -> bool:
+        """Whether a run has adapters for speech alone: its language model is the base, to the bit."""
+        method = self.runs[run]
+        return method.gate != "none" or (method.checkpoint is not None and is_gated(Path(method.checkpoint)))
+
+    def origin_of(self, run: str) -> str:
+        """Of a blend the run that it takes a part of; any other is its own."""
+        of = self.runs[run].of
+        return run if of is None else run_name(of, self.number_of(run))
+
     def kept_light(self, run: str) -> bool:
         """Whether a run's checkpoint holds only what was trained; full and layer_lr train all there is.
 
@@ -367,9 +388,7 @@ class StudyConfig(BaseModel):
         """
         if run == BASE:
             return self.models.adaptor is not None
-        method = self.runs[run]
-        if method.of is not None:
-            return self.takes_speech(run_name(method.of, self.number_of(run)))
+        method = self.runs[self.origin_of(run)]
         if method.checkpoint is not None and (self.models.encoder is None or not takes_speech(method.checkpoint)):
             return False
         return method.modality == "speech"

@@ -77,8 +77,8 @@ def checkpoint_of(run: Path, model: str) -> Path:
 
 
 def has_checkpoint(run: Path, model: str) -> bool:
-    """Whether a run's model is there: a whole one has a config, a light one its own file (models/light.py)."""
-    return any((checkpoint_of(run, model) / name).is_file() for name in ("config.json", "light.json"))
+    """Whether a run's model is there: a whole one has a config, a light one or a blend its own file (models/)."""
+    return any((checkpoint_of(run, model) / name).is_file() for name in ("config.json", "light.json", "blend.json"))
 
 
 def samples_of(run: Path, model: str, task: str, modality: str) -> Path:

@@ -25,6 +25,7 @@ from palimpsest.files import (
     write_text,
 )
 from palimpsest.models import light as light_folder
+from palimpsest.models.blend import is_blend
 from palimpsest.models.embedded import PREFIX
 from palimpsest.models.loading import (
     fingerprint,
@@ -78,7 +79,7 @@ def export(
         method: which of the run's methods; needed where there are several.
         text_llm: the language model alone, with its tokenizer, for AutoModelForCausalLM and AutoTokenizer.
         speech_lm: the whole SpeechLM with its processor, for AutoModel(ForCausalLM) and AutoProcessor.
-        adapter: the low-rank updates alone, for peft; LoRA methods only.
+        adapter: the low-rank updates alone, for peft; methods of kind lora and peft only.
         light: adaptor and low-rank updates beside the names of language model and encoder, for palimpsest; methods of
             kind adaptor and lora only.
         language_model, encoder: those names, for `light` from a checkpoint outside a run.
@@ -172,9 +173,22 @@ def _check(checkpoint: Checkpoint, wanted: dict[Kind, Path]) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} is there already and not empty; give a new folder.")
     if "adapter" in wanted and not (checkpoint.path / ADAPTER).exists():
-        raise UserError(f"{checkpoint.path} has no adapter to export; only methods of kind lora have one.")
+        raise UserError(f"{checkpoint.path} has no adapter to export; only methods of kind lora and peft have one.")
     if "light" in wanted and checkpoint.run is None and light_folder.is_light(checkpoint.path):
         raise UserError(f"{checkpoint.path} is a light folder already; copy it.")
+    if "light" in wanted and is_blend(checkpoint.path):
+        raise UserError(f"{checkpoint.path} is a blend, which has no light form; give --speech-lm or --text-llm.")
+    if (
+        "light" in wanted
+        and (adapter := checkpoint.path / ADAPTER).exists()
+        and read_json(adapter)["peft_type"] != "LORA"
+    ):
+        raise UserError(f"{checkpoint.path} has an adapter that is no LoRA, and a light folder holds LoRA alone.")
+    if light_folder.is_gated(checkpoint.path) and ({"text_llm", "speech_lm"} & set(wanted)):
+        raise UserError(
+            f"{checkpoint.path} has LoRA for speech alone, which is in no weights: text is answered by the base as it "
+            "is, and speech with --light, which keeps the gate."
+        )
     for kind, folder in wanted.items():
         if kind in ("text_llm", "speech_lm"):
             require_disk(folder.parent, weight_bytes(str(checkpoint.path)), f"The export to {folder}")
@@ -285,6 +299,7 @@ def _write_light(
         trained=trained,
     )
     updates = f" and LoRA of rank {read_json(adapter)['r']}" if adapter.exists() else ""
+    updates += ", on where there is speech," if model.gated else ""
     tensors = [tensor for file in folder.rglob("*.safetensors") for tensor in load_file(file).values()]
     return Facts(
         sum(tensor.numel() for tensor in tensors),

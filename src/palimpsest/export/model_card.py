@@ -38,6 +38,8 @@ METHODS = {
     "full": "all weights of the language model and the adaptor trained (Full-FT)",
     "layer_lr": "all weights trained, each layer at a learning rate set by its importance (Eq. 3 of arXiv 2509.23755)",
     "lora": "low-rank updates of the language model (LoRA, merged into its weights) and the adaptor trained",
+    "peft": "the adaptor and a tuner of peft trained, which is merged into the weights of the language model",
+    "blend": "no training: a part of what the method `of` changed (base + scale · change), its adaptor whole",
     "adaptor": "the adaptor trained, the language model frozen",
 }
 LIBRARY = {"text_llm": "transformers", "speech_lm": "palimpsest", "adapter": "peft", "light": "palimpsest"}
@@ -199,19 +201,21 @@ def _training(study: Study, notes: str) -> str:
         return (
             "This checkpoint lies outside a run directory: how it was trained and measured is not recorded beside it."
         )
-    method = {key: value for key, value in study["methods"][study["method"]].items() if value is not None}
+    methods, name = study["methods"], study["method"]
+    told = [*(other for key in ("of", "norm_of") if (other := methods[name].get(key))), name]
+    given = {it: {key: value for key, value in methods[it].items() if value is not None} for it in told}
     recipe = {
         "seed": study.get("seed"),
         "prompt": study.get("prompt"),
         "speech": {key: value for key, value in (study.get("speech") or {}).items() if key != "feature_cache"},
-        "methods": {study["method"]: method},
+        "methods": given,
         "training": study.get("training"),
     }
     text = yaml.safe_dump(public(recipe), sort_keys=False, allow_unicode=True)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     lead = f"{notes.strip()}\n\n" if notes else ""
-    name = inline_markdown(study["name"])
-    return f"## Training\n\n{lead}From the resolved recipe of the study {name}:\n\n{fence}yaml\n{text}{fence}"
+    study_name = inline_markdown(study["name"])
+    return f"## Training\n\n{lead}From the resolved recipe of the study {study_name}:\n\n{fence}yaml\n{text}{fence}"
 
 
 def _measured(kind: Kind, study: Study, more: Sequence[Mapping[str, Any]]) -> str:

@@ -15,6 +15,7 @@ from palimpsest.models.adapters import CONFIG, JOIN, find_adapter
 from palimpsest.models.anatomy import scored_parameters
 from palimpsest.models.loading import (
     blank_language_model,
+    blended_from,
     encoder_config,
     fingerprint,
     is_speech_lm,
@@ -190,6 +191,8 @@ def _content(encoder: str) -> str:
 
 
 def _inside(name: str) -> Path:
-    """The SpeechLM's folder; of an adapter that of its base."""
+    """The SpeechLM's folder; of an adapter that of its base, of a blend the one that it takes a part of."""
+    if (source := blended_from(name)) is not None:
+        return _inside(source)
     adapter = find_adapter(name)
     return Path(resolve(name)) if adapter is None else _inside(adapter.base)

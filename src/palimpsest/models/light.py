@@ -5,8 +5,9 @@
     adapter/              the low-rank updates in PEFT's format, float16, of a method of kind lora
 
 A study that keeps its checkpoints light (`models.checkpoints`) has all numbers as they were trained, not in float16.
-`load_speech_lm` composes the SpeechLM again: language model, low-rank updates merged, encoder, adaptor. Another
-language model or encoder than the one trained on is refused.
+`load_speech_lm` composes the SpeechLM again: language model, low-rank updates merged, encoder, adaptor. With a gate the
+updates are not merged: they are on where there is speech (gate.py). Another language model or encoder than the one
+trained on is refused.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from palimpsest.files import UserError, hash_file, read_json, write_json
-from palimpsest.models.anatomy import scored_parameters
+from palimpsest.models.anatomy import named_parameters, scored_parameters
+from palimpsest.models.gate import close_gate
 from palimpsest.models.prompts import PromptStyle
 
 if TYPE_CHECKING:
@@ -55,10 +57,16 @@ class Light:
     trained: Mapping[str, Any]  # method and fingerprint of the training step, where they are known
     date: str = PromptStyle.date  # of the prompts; folders of earlier versions do not name it
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    gate: Literal["none", "speech"] = "none"  # speech: the updates are for speech alone
 
 
 def is_light(folder: Path) -> bool:
     return (folder / FILE).exists()
+
+
+def is_gated(folder: Path) -> bool:
+    """Whether the low-rank updates of a light folder are for speech alone."""
+    return is_light(folder) and read_json(folder / FILE).get("gate", "none") != "none"
 
 
 def content_hash(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -102,6 +110,7 @@ def compose(
 
     Raises UserError for damaged files, and for a language model or encoder with other weights than trained on.
     """
+    from peft import PeftModel
     from safetensors.torch import load_file
 
     from palimpsest.models.processor import SpeechLMProcessor
@@ -114,7 +123,7 @@ def compose(
     ):
         if content_hash(here.named_parameters()) != part.content:
             raise UserError(f"{folder} was trained with another {what} than {part.name} is here: the weights differ.")
-    if (folder / ADAPTER).exists():
+    if light.gate == "none" and (folder / ADAPTER).exists():
         language_model = merged(language_model, folder / ADAPTER.parent)
     adaptor = load_file(folder / ADAPTOR)
     model = SpeechLM.from_parts(
@@ -125,6 +134,9 @@ def compose(
         speech_length=light.speech_length,
     )
     model.adaptor.load_state_dict(adaptor)
+    if light.gate != "none":  # not before: making a SpeechLM draws anew what transformers did not load
+        model.language_model = PeftModel.from_pretrained(language_model, str(folder / ADAPTER.parent))
+        close_gate(model)
     style = PromptStyle(light.system, light.speech_instruction, light.date, light.template_arguments)
     return model, SpeechLMProcessor(tokenizer, feature_extractor, light.stack_factor, light.speech_length, style)
 
@@ -144,19 +156,19 @@ class LightWeights(Mapping[str, "Tensor"]):
     """The scored weights of the language model that a light folder describes, by canonical name, on the CPU.
 
     language_model: the one that it names; its weights with the low-rank updates added, one at a time on access, as
-    `merged` would have them. Raises UserError for damaged files.
+    `merged` would have them; where there is a gate without, as for a text. Raises UserError for damaged files.
     """
 
     def __init__(self, folder: Path, language_model: Any) -> None:
         from safetensors.torch import load_file
 
-        read_light(folder)
+        light = read_light(folder)
         written = {id(parameter): name for name, parameter in language_model.named_parameters()}
         scored = scored_parameters(language_model)
         self._module = {name: written[id(parameter)].removesuffix(".weight") for name, parameter in scored.items()}
         self._weights = {name: parameter.detach() for name, parameter in scored.items()}
         self._updates: dict[str, Tensor] = {}
-        if (folder / ADAPTER).exists():
+        if (folder / ADAPTER).exists() and light.gate == "none":
             config = read_json(folder / ADAPTER.parent / "adapter_config.json")
             self._scaling, self._transposed = config["lora_alpha"] / config["r"], config["fan_in_fan_out"]
             self._updates = load_file(folder / ADAPTER)
@@ -208,7 +220,8 @@ def write_light(
     }
     if content_hash(model.encoder.named_parameters()) != parts["encoder"].content:
         raise UserError(f"The encoder of the checkpoint is not {encoder[0]}; name the one it was trained with.")
-    _require_made_of(model.language_model, base if adapter is None else merged(base, adapter), name, adapter)
+    under = base if adapter is None or model.gated else merged(base, adapter)
+    _require_made_of(model.language_model, under, name, adapter)
 
     stored = _as_it_is if exact else _stored
     save_file({key: stored(tensor) for key, tensor in model.adaptor.state_dict().items()}, folder / ADAPTOR)
@@ -230,6 +243,7 @@ def write_light(
         speech_instruction=processor.style.speech_instruction,
         date=processor.style.date,
         template_arguments=dict(processor.style.template_arguments),
+        gate="speech" if model.gated else "none",
         files={file: hash_file(folder / file) for file in files},
         trained=trained,
     )
@@ -251,8 +265,8 @@ def _require_made_of(trained: Any, expected: Any, name: str, adapter: Path | Non
     """Raise UserError unless the weights are the same up to rounding, where merging on another machine may differ."""
     import torch
 
-    weights = dict(expected.named_parameters())
-    for key, tensor in trained.named_parameters():
+    weights = named_parameters(expected)
+    for key, tensor in named_parameters(trained).items():  # without those of adapters behind a gate
         other = weights.get(key)
         if other is not None and other.shape == tensor.shape:
             step = 2 * torch.finfo(tensor.dtype).eps

@@ -1,8 +1,9 @@
 """One way to load a model: by `embedded:` name, by local folder, or by hub name.
 
-A SpeechLM's folder is a whole checkpoint or a light one (light.py); both are taken wherever a SpeechLM is. A PEFT
-adapter's folder (adapters.py) is taken wherever its base is, and is that base with the adapter merged. A checkpoint of
-LLaMA-Omni's or Ultravox's layout (speech_layouts.py) is its language model. docs/models.md is the user's page.
+A SpeechLM's folder is a whole checkpoint, a light one (light.py) or a blend (blend.py); each is taken wherever one is.
+A PEFT adapter's folder (adapters.py) is taken wherever its base is, and is that base with the adapter merged. A
+checkpoint of LLaMA-Omni's or Ultravox's layout (speech_layouts.py) is its language model. docs/models.md is the user's
+page.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 from safetensors import safe_open
 
 from palimpsest.files import UserError, hash_file, hash_value, read_json
-from palimpsest.models import embedded, light
+from palimpsest.models import blend, embedded, light
 from palimpsest.models.adapters import JOIN, Adapter, find_adapter, merge_adapter
-from palimpsest.models.anatomy import layer_index, scored_parameters
+from palimpsest.models.anatomy import find_language_model, layer_index, scored_parameters
 from palimpsest.models.compute import DEVICE
+from palimpsest.models.gate import without_adapters
 from palimpsest.models.prompts import tokenizer_for_text
 from palimpsest.models.refusals import WEIGHT_FILES, file_refusal, folder_refusal, missing_parts
 from palimpsest.models.speech_layouts import Layout, has_language_model, put_own_weights, read_layout, what_is_read
@@ -66,6 +68,10 @@ def resolve(name: str) -> str:
     if name.startswith(embedded.PREFIX):
         return str(embedded.checkpoint(name))
     path = Path(name)
+    if (source := blended_from(name)) is not None:
+        resolve(source)
+        resolve(blend.read_blend(path).language_model)
+        return str(path)
     if light.is_light(path):
         return str(path)
     if path.is_dir():
@@ -200,6 +206,35 @@ def reading_notes(name: str) -> list[str]:
     return []
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Blends
+# ---------------------------------------------------------------------------------------------------------------------
+def blended_from(name: str) -> str | None:
+    """The model of which a blend's folder takes a part; None for any other name."""
+    return blend.source_of(Path(name)) if blend.is_blend(Path(name)) else None
+
+
+def identity(name: str) -> str:
+    """What says whether a model is still the same: the fingerprint of the step that made it, else that of its files."""
+    step = Path(name) / "step.json"
+    return str(read_json(step)["fingerprint"]) if step.is_file() else fingerprint(name)
+
+
+def _blended(model: Any, folder: Path) -> Any:
+    """The model that the blend in `folder` takes a part of, changed in place into the blend."""
+    it = blend.read_blend(folder)
+    source = blend.source_of(folder)
+    if identity(source) != it.fingerprint or fingerprint(it.language_model) != it.base:
+        raise UserError(
+            f"{folder} is a blend of other weights than {source} and {it.language_model} have now; run its study again."
+        )
+    inside = find_language_model(model)
+    place = next(inside.parameters())
+    base, _ = load_language_model(it.language_model, dtype=place.dtype, device=str(place.device))
+    blend.blend_into(inside, base, it)
+    return model
+
+
 def choose_device(wanted: str) -> str:
     """ "auto" is CUDA if there is one, else the CPU. Raises UserError for what is no device, or not there."""
     import torch
@@ -229,6 +264,9 @@ def fingerprint(name: str) -> str:
     folder = Path(where)
     if (adapter := find_adapter(where)) is not None:
         return hash_value([_hashes(adapter.folder), fingerprint(adapter.base)])
+    if (source := blended_from(where)) is not None:
+        under = [fingerprint(name) for name in (source, blend.read_blend(folder).language_model)]
+        return hash_value([hash_file(folder / blend.FILE), *under])
     if (found := _speech_checkpoint(where)) is not None and found.layout.base is not None:
         own = _hashes(Path(found.where)) if Path(found.where).is_dir() else [[found.where, _commit(found.where)]]
         return hash_value([own, _of_base(found, fingerprint)])
@@ -328,6 +366,8 @@ def text_source(name: str) -> str:
     where = Path(resolve(name))
     if (adapter := find_adapter(str(where))) is not None:
         return text_source(adapter.base)
+    if (source := blended_from(str(where))) is not None:
+        return text_source(source)
     if (found := _on_disk(str(where))) is not None:
         return text_source(found.layout.base) if found.layout.base is not None else found.where
     return text_source(light.read_light(where).language_model.name) if light.is_light(where) else str(where)
@@ -339,6 +379,8 @@ def load_tokenizer(name: str) -> Any:
     if (adapter := find_adapter(where)) is not None:
         own = adapter.folder / "tokenizer_config.json"
         return _load_tokenizer(str(adapter.folder)) if own.is_file() else load_tokenizer(adapter.base)
+    if (source := blended_from(where)) is not None:
+        return load_tokenizer(source)
     found = _speech_checkpoint(where)
     if found is not None and found.layout.base is not None:
         own = _local(found.where) / "tokenizer_config.json"
@@ -355,6 +397,8 @@ def embedding_width(name: str) -> int:
 def encoder_source(name: str) -> str:
     """Where an encoder's config and weights are: Whisper's, or those inside a SpeechLM; a light one names its own."""
     where = resolve(name)
+    if (source := blended_from(where)) is not None:
+        return encoder_source(source)
     return encoder_source(light.read_light(Path(where)).encoder.name) if light.is_light(Path(where)) else where
 
 
@@ -457,6 +501,8 @@ class OnCpu(Mapping[str, "Tensor"]):
 def is_speech_lm(name: str) -> bool:
     if (adapter := find_adapter(name)) is not None:
         return is_speech_lm(resolve(adapter.base))
+    if (source := blended_from(name)) is not None:
+        return is_speech_lm(source)
     path = Path(name)
     if light.is_light(path):
         return True
@@ -478,6 +524,8 @@ def model_kind(where: str) -> Literal["speech_lm", "audio_llm", "language_model"
     """
     if (adapter := find_adapter(where)) is not None:
         return model_kind(resolve(adapter.base))
+    if (source := blended_from(where)) is not None:
+        return model_kind(resolve(source))
     if is_speech_lm(where):
         return "speech_lm"
     if _speech_checkpoint(where) is not None:
@@ -533,7 +581,11 @@ def load_text_model(
     kind = model_kind(where)
     if kind == "speech_lm":
         speech_lm, processor = load_speech_lm(where, dtype=dtype, device=device)
-        return speech_lm.language_model, processor
+        inside = speech_lm.language_model
+        return without_adapters(inside) if speech_lm.gated else inside, processor
+    if (source := blended_from(where)) is not None:
+        language_model, text_processor = load_text_model(source, dtype=dtype, device=device)
+        return _blended(language_model, Path(where)), text_processor
     if kind == "audio_llm":
         audio_llm, audio_processor = load_audio_llm(where, dtype=dtype, device=device)
         if getattr(audio_llm.config, "has_lora_adapter", False) and getattr(audio_llm, "_hf_peft_config_loaded", False):
@@ -637,6 +689,9 @@ def load_speech_lm(
     if (adapter := find_adapter(str(where))) is not None:
         base, base_processor = load_speech_lm(adapter.base, device=_first_place(device))
         return _adapted(base, adapter, dtype, device), base_processor
+    if (source := blended_from(str(where))) is not None:
+        speech_lm, speech_processor = load_speech_lm(source, dtype=dtype, device=device)
+        return _blended(speech_lm, where), speech_processor
     if light.is_light(where):
         parts = light.read_light(where)
         dtype = parts.dtype if dtype == "auto" else dtype  # the one it was trained in

@@ -10,6 +10,7 @@ Shapes:
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +27,7 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from palimpsest.files import UserError
+from palimpsest.models.gate import adapters_switched, require_one_kind
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -128,6 +130,7 @@ class SpeechLM(PreTrainedModel):  # type: ignore[misc]
     """Frozen Whisper encoder → adaptor → causal language model.
 
     Without speech in the batch it *is* the language model, bit for bit, with the same weights.
+    With `gated`, its adapters are on where there is speech, and off without (gate.py).
     """
 
     config_class = SpeechLMConfig
@@ -156,6 +159,7 @@ class SpeechLM(PreTrainedModel):  # type: ignore[misc]
             stack_factor=config.stack_factor,
         )
         self.adaptor.to(self.language_model.dtype)
+        self.gated = False
         self.encoder.requires_grad_(False)
         self.encoder.eval()
         self.post_init()
@@ -241,7 +245,8 @@ class SpeechLM(PreTrainedModel):  # type: ignore[misc]
             isinstance(logits_to_keep, torch.Tensor) or logits_to_keep
         ):  # language models without it get no such argument
             kwargs["logits_to_keep"] = logits_to_keep
-        return self.language_model(**inputs, attention_mask=attention_mask, labels=labels, **kwargs)
+        with self._gate(input_ids):
+            return self.language_model(**inputs, attention_mask=attention_mask, labels=labels, **kwargs)
 
     @torch.no_grad()
     def generate(
@@ -255,8 +260,14 @@ class SpeechLM(PreTrainedModel):  # type: ignore[misc]
     ) -> Int[Tensor, "batch new"]:
         """The language model's own `generate` on left-padded prompts; returns only the new tokens, always."""
         inputs = self.embed(input_ids, input_features, encoder_frames, frame_counts)
-        new = self.language_model.generate(**inputs, attention_mask=attention_mask, **kwargs)
+        with self._gate(input_ids):
+            new = self.language_model.generate(**inputs, attention_mask=attention_mask, **kwargs)
         return new if "inputs_embeds" in inputs else new[:, input_ids.shape[1] :]  # type: ignore[no-any-return]
+
+    def _gate(self, input_ids: Int[Tensor, "batch seq"]) -> AbstractContextManager[None]:
+        if not self.gated:
+            return nullcontext()
+        return adapters_switched(self.language_model, require_one_kind((input_ids == SPEECH_POSITION).any(dim=1)))
 
     def embed(
         self,

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from palimpsest.files import UserError, hash_value, read_json
 from palimpsest.models import light
-from palimpsest.models.loading import embedding_width, is_speech_lm, load_encoder, require_finite, resolve
+from palimpsest.models.loading import (
+    blended_from,
+    embedding_width,
+    is_speech_lm,
+    load_encoder,
+    require_finite,
+    resolve,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,6 +59,8 @@ def read_adaptor(source: str) -> TrainedAdaptor:
             f"models.adaptor: {source} is no speech LLM; give a methods/NAME/checkpoint folder of a run, a folder that "
             "`palimpsest export --light` wrote, or an embedded: name."
         )
+    if (source_of := blended_from(where)) is not None:
+        return read_adaptor(source_of)
     if light.is_light(folder):
         settings = light.read_light(folder)
         tensors = {name: tensor.float() for name, tensor in load_file(folder / light.ADAPTOR).items()}

@@ -74,6 +74,7 @@ class Setup:
     encoder: Encoder
     method: MethodKind
     rank: int = 8
+    tuner_parameters: int = 0  # of kind peft: what its tuner trains
     modality: Literal["speech", "text"] = "speech"
     stack_factor: int = 5
     adaptor_hidden: int = 2048
@@ -95,6 +96,8 @@ class Setup:
 
     @property
     def lora_parameters(self) -> int:
+        if self.method == "peft":
+            return self.tuner_parameters
         return self.rank * self.decoder.lora_sides if self.method == "lora" else 0
 
     @property
@@ -104,7 +107,12 @@ class Setup:
             return 0
         if self.method == "adaptor":
             return adaptor
-        return adaptor + (self.lora_parameters if self.method == "lora" else self.decoder.parameters)
+        return adaptor + (self.lora_parameters if self.has_adapter else self.decoder.parameters)
+
+    @property
+    def has_adapter(self) -> bool:
+        """LoRA, or another tuner, of which what it keeps is taken to be what LoRA of this rank does."""
+        return self.method in ("lora", "peft")
 
     @property
     def trains_decoder(self) -> bool:
@@ -213,7 +221,7 @@ def importance_parts(setup: Setup, batch: Batch, accumulators: int) -> dict[str,
 def layer_bytes_per_token(setup: Setup) -> dict[str, int]:
     """What autograd keeps of one decoder layer, bytes per token, by part; without the mask and copies of weights."""
     d, q, f = setup.decoder.hidden, setup.decoder.attention, setup.decoder.intermediate
-    c, stream, lora = setup.compute_bytes, setup.stream_bytes, setup.method == "lora"
+    c, stream, lora = setup.compute_bytes, setup.stream_bytes, setup.has_adapter
     adapter = 2 if setup.n_gpus > 1 and setup.autocast else 4
     parts = {
         # The input of each of two norms in float32, as the norm computes; before its own weight, if that is trained.

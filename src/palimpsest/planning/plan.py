@@ -11,6 +11,7 @@ import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -156,7 +157,7 @@ class Plan:
 
 def make_plan(config: StudyConfig, options: Assumptions) -> Plan:
     """Raises UserError for a model, GPU or data set that cannot be had."""
-    from palimpsest.planning.sizes import decoder_sizes, encoder_sizes, find_gpu
+    from palimpsest.planning.sizes import blank_decoder, decoder_sizes, encoder_sizes, find_gpu
 
     gpu = find_gpu(options.gpu) if options.gpu else None
     capacity, device, kind = device_of(config, options.memory, gpu)
@@ -179,7 +180,12 @@ def make_plan(config: StudyConfig, options: Assumptions) -> Plan:
     others = [measured for measured in (_read_split(config, split, options) for split in _others(config)) if measured]
     other_frames = (config.data.heldout_examples or 0) * frames
     other_frames += sum(other.n * fmean(_frames(config, row[2]) for row in other.rows) for other in others)
-    setups = setups_of(config, decoder, encoder, autocast=autocast, device=kind, n_gpus=options.n_gpus, in_loop=in_loop)
+    how = {"autocast": autocast, "device": kind, "n_gpus": options.n_gpus, "in_loop": in_loop}
+
+    def blank() -> Any:
+        return blank_decoder(config.models.language_model, options.shape, options.config)[0]
+
+    setups = setups_of(config, decoder, encoder, blank, **how)
     trained = {name: setup for name, setup in setups.items() if setup.method not in ("given", "blend")}
     methods = tuple(_plan_method(config, lengths, name, setup) for name, setup in trained.items())
     n_steps = {method.name: float(method.steps) for method in methods}
@@ -212,11 +218,18 @@ def _spoken(config: StudyConfig, train: Lengths, others: Sequence[Lengths]) -> l
     return [*([train] if config.trains else []), *(others if config.speaks else [])]
 
 
-def setups_of(config: StudyConfig, decoder: Decoder, encoder: Encoder, **how: Any) -> dict[str, Setup]:
+def setups_of(
+    config: StudyConfig, decoder: Decoder, encoder: Encoder, blank: Callable[[], Any] | None = None, **how: Any
+) -> dict[str, Setup]:
     """What each method of a recipe trains, and how: `how` are the fields of Setup that the machine decides.
 
-    in_loop: whether training encodes speech as it goes.
+    in_loop: whether training encodes speech as it goes. blank: makes the language model without its weights, in which a
+    tuner of peft counts what it trains; None: the recipe's.
     """
+    from palimpsest.models.loading import blank_language_model
+    from palimpsest.training.methods import tuner_parameters
+
+    blank = blank or partial(blank_language_model, config.models.language_model)
     training, machine = config.training, {"device": "cpu", "n_gpus": 1, "in_loop": False, **how}
     # A sharded head is not there as a whole for the fused kernel.
     fused = machine["n_gpus"] == 1 and machine["device"] == "cuda"
@@ -227,6 +240,7 @@ def setups_of(config: StudyConfig, decoder: Decoder, encoder: Encoder, **how: An
             encoder=encoder,
             method=method.kind,
             rank=method.rank,
+            tuner_parameters=tuner_parameters(blank(), method) if method.kind == "peft" else 0,
             modality=method.modality,
             stack_factor=config.speech.stack_factor,
             adaptor_hidden=config.speech.adaptor_hidden_size,

@@ -97,9 +97,12 @@ def _what(plan: Plan) -> Iterator[str]:
     decoder, encoder = setup.decoder, setup.encoder
     training = config.training
     runs = f", {config.seeds} training runs of each" if config.seeds > 1 else ""
-    n_given = len(config.methods) - len(plan.methods)
-    given = f"{', ' if plan.methods else ''}{n_given} given" if n_given else ""
-    yield f"{config.name}: {f'{len(plan.methods)} methods{runs}' if plan.methods else ''}{given}"
+    kinds = [method.kind for method in config.methods.values()]
+    parts = [f"{len(plan.methods)} methods{runs}"] if plan.methods else []
+    parts += [
+        f"{kinds.count(kind)} {word}" for kind, word in (("given", "given"), ("blend", "blended")) if kind in kinds
+    ]
+    yield f"{config.name}: {', '.join(parts)}"
     yield (
         f"  language model  {config.models.language_model} ({plan.origins['language model']}): {decoder.parameters:,} "
         f"parameters, {decoder.matrices:,} of them in the matrices of its {decoder.layers} layers"

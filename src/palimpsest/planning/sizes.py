@@ -80,12 +80,17 @@ def decoder_sizes(name: str, shape: str | None = None, config_file: Path | None 
 
     Raises UserError for a shape that is not built in, a file that is no config, and a model whose config cannot be had.
     """
+    model, origin = blank_decoder(name, shape, config_file)
+    return decoder_of(model), origin
+
+
+def blank_decoder(name: str, shape: str | None = None, config_file: Path | None = None) -> tuple[Any, str]:
+    """The model that `decoder_sizes` takes the sizes of, on the meta device, and where its config is from."""
     from transformers import AutoModelForCausalLM
 
     config, origin = _decoder_config(name, shape, config_file)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return decoder_of(model), origin
+        return AutoModelForCausalLM.from_config(config), origin
 
 
 def decoder_of(model: Any) -> Decoder:

@@ -35,8 +35,7 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
     """The value of results.json for a run whose `steps` are done; `seed` is the bootstrap's."""
     names = [BASE, *config.runs]
     first_runs = [BASE, *config.methods]
-    # What trains an adaptor alone answers written questions as the base does, by construction.
-    same = {name: BASE for name, method in config.methods.items() if method.kind == "adaptor"}
+    same = same_as_text(config)
     tables: dict[str, Any] = {"schema": SCHEMA} | {table: [] for table in RESULT_TABLES}
     for name in names:
         folder = run.path / folder_of(name)
@@ -103,6 +102,24 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
     tables["claims"] = claim_records(tables, rank_series(config.methods))
     tables["timings"] = run.timings(steps)
     return tables
+
+
+def same_as_text(config: StudyConfig) -> dict[str, str]:
+    """The methods that answer written questions as another model does, by construction: method → that model.
+
+    What trains an adaptor alone, or is on for speech alone, is the base there; a blend is what it is made of at its two
+    ends.
+    """
+    same = {}
+    for name, method in config.methods.items():
+        if method.kind == "adaptor" or config.gated(name):
+            same[name] = BASE
+        elif method.of is not None and method.norm_of is None:
+            if method.scale == 1.0:
+                same[name] = method.of
+            elif method.scale == 0.0 and method.layers is None:
+                same[name] = BASE
+    return same
 
 
 def rank_series(methods: Mapping[str, Method]) -> dict[str, int | None]:

@@ -23,8 +23,19 @@ from palimpsest.data.voices import find_voices
 from palimpsest.files import hash_value, read_jsonl, remove_left_over, write_json, write_jsonl, write_tables, write_text
 from palimpsest.parallel import is_main, sharded, visible_gpus, world_size
 from palimpsest.progress import Advance
-from palimpsest.records import BASE, Modality
-from palimpsest.rundir import DROPPED, GIVEN, MASKS, PROVENANCE, RESULTS, SET_ASIDE, STUDY, folder_of, samples_of
+from palimpsest.records import BASE, Modality, run_name
+from palimpsest.rundir import (
+    DROPPED,
+    GIVEN,
+    MASKS,
+    PROVENANCE,
+    RESULTS,
+    SET_ASIDE,
+    STUDY,
+    checkpoint_of,
+    folder_of,
+    samples_of,
+)
 from palimpsest.study.workspace import Workspace
 
 
@@ -37,7 +48,8 @@ def check(ws: Workspace) -> None:
     from palimpsest.training.methods import require_language_model
     from palimpsest.training.train import require_options
 
-    require_options(ws.settings, ws.device, sharded=sharded())
+    gated = any(method.gate != "none" for method in ws.config.methods.values())
+    require_options(ws.settings, ws.device, sharded=sharded(), gated=gated)
     if ws.config.models.compute == "auto":
         ws.reporter.note(f"computing in {ws.compute}; importance and deactivation in {ws.exact_compute}.")
     if ws.device == "cuda" and world_size() == 1 and (n_gpus := visible_gpus()) > 1:
@@ -54,6 +66,8 @@ def check(ws: Workspace) -> None:
             advance(i + 1, len(ROLES))
     require_language_model(models.language_model, [it for it in ws.config.methods.values() if it.trains])
     ws.require_given()
+    ws.require_blends()
+    ws.require_gated()
     if ws.config.drift is not None and ws.general_texts:
         from palimpsest.evaluation.general_text import require_positions
         from palimpsest.models.loading import blank_language_model
@@ -233,7 +247,31 @@ def given(ws: Workspace, model: str) -> None:
 
 def blend(ws: Workspace, model: str) -> None:
     """methods/NAME/checkpoint/blend.json: of which method how much of its update; the weights are made when needed."""
-    raise NotImplementedError
+    method, base = ws.config.runs[model], ws.config.models.language_model
+    of = ws.config.origin_of(model)
+    norm_of = None if method.norm_of is None else run_name(method.norm_of, ws.config.number_of(model))
+    inputs: dict[str, Any] = {
+        "base": ws.base_hash,
+        "dtype": ws.config.models.dtype,
+        "of": [of, ws.fingerprint(f"{folder_of(of)}/checkpoint")],
+        "scale": method.scale,
+        "layers": method.layers,
+        "norm_of": norm_of and [norm_of, ws.fingerprint(f"{folder_of(norm_of)}/checkpoint")],
+    }
+
+    def write(folder: Path, advance: Advance) -> None:
+        from palimpsest.models.blend import Blend, matching_scale, update_norm, write_blend
+        from palimpsest.models.loading import identity
+
+        scale, norms, source = method.scale, None, ws.given(of)
+        if norm_of is not None:
+            norms = (update_norm(ws.weights(BASE), ws.weights(norm_of)), update_norm(ws.weights(BASE), ws.weights(of)))
+            scale = matching_scale(norms, norm_of, of)
+        mark = identity(source or str(checkpoint_of(ws.path, of)))
+        write_blend(folder, Blend(base, ws.base_hash, of, source, mark, scale, method.layers, norm_of, norms))
+        advance(1, 1)
+
+    ws.step(f"{folder_of(model)}/checkpoint", blend, inputs, write)
 
 
 def own_answers(ws: Workspace) -> None:

@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from palimpsest.evaluation.own_text import OwnText
     from palimpsest.importance.mask import Mask
     from palimpsest.importance.scores import Scores
+    from palimpsest.models.blend import Blend
     from palimpsest.models.compute import Choice
     from palimpsest.models.processor import SpeechLMProcessor
     from palimpsest.models.speech_lm import SpeechLM
@@ -454,6 +455,53 @@ class Workspace:
             elif takes_speech(given):
                 note(f"{name} takes speech and is asked in text alone, as the recipe says.")
 
+    def require_blends(self) -> None:
+        """A blend of layers that are not there, or of a given model that does not fit, is an error before the work."""
+        from palimpsest.models.anatomy import decoder_layers, find_language_model
+        from palimpsest.models.blend import Blend, blend_into
+        from palimpsest.models.light import is_light
+        from palimpsest.models.loading import blank_language_model, load_language_model
+
+        base = self.config.models.language_model
+        blends = {name: method for name, method in self.config.methods.items() if method.of is not None}
+        for name, method in blends.items():
+            there = decoder_layers(blank_language_model(base)) if method.layers is not None else {}
+            wrong = [layer for layer in method.layers or () if layer not in there]
+            if wrong or method.layers == ():
+                named = f"{wrong[0]}, which is none" if wrong else "no layer"
+                raise UserError(
+                    f"methods.{name}.layers names {named}; the layers of {base} are {min(there)} to {max(there)}."
+                )
+            for of in (method.of, method.norm_of):
+                given = None if of is None else self.given(of)
+                if given is not None:
+                    light = is_light(Path(given))
+                    theirs = blank_language_model(given) if light else load_language_model(given, device="meta")[0]
+                    blend_into(
+                        find_language_model(theirs),
+                        blank_language_model(base),
+                        Blend(base, "", str(of), given, "", 0.0),
+                    )
+
+    def require_gated(self) -> None:
+        """A given model with adapters for speech alone must be on this base; what is left out of all such is noted."""
+        from palimpsest.models.light import read_light
+
+        for name, method in self.config.methods.items():
+            if not self.config.gated(name):
+                continue
+            if method.checkpoint is not None:
+                under = read_light(Path(method.checkpoint)).language_model.name
+                if self.model_hash(under) != self.base_hash:
+                    raise UserError(
+                        f"{method.checkpoint} answers texts as {under} does, whose files are not those of "
+                        f"{self.config.models.language_model}; give that as the base."
+                    )
+            self.reporter.note(
+                f"{name} answers texts as the base does, its LoRA being for speech alone: importance, parameter change "
+                "and deactivation would be the base's and are left out."
+            )
+
     def new_speech_lm(self, run: str) -> SpeechLM:
         """The base language model behind the adaptor that a run starts from: a fresh one, or that of models.adaptor.
 
@@ -537,9 +585,26 @@ class Workspace:
             self._tuned = (BASE, self._behind_adaptor(self.base).eval())
         if self._tuned is None or self._tuned[0] != name:
             self.forget()
-            where = self.given(name) or checkpoint_of(self.path, name)
-            self._tuned = (name, load_speech_lm(where, dtype=self.config.models.dtype, device=self.device)[0])
+            self._tuned = (name, self._loaded(load_speech_lm, name))
         return self._tuned[1]
+
+    def _loaded(self, load: Callable[..., Any], name: str) -> Any:
+        """A tuned model; of a blend the one that it takes a part of, changed into the blend."""
+        from palimpsest.models.anatomy import find_language_model
+        from palimpsest.models.blend import blend_into
+
+        origin = self.config.origin_of(name)
+        where = self.given(origin) or checkpoint_of(self.path, origin)
+        model, _ = load(where, dtype=self.config.models.dtype, device=self.device)
+        if origin != name:
+            blend_into(find_language_model(model), self.base, self.blended(name))
+        return model
+
+    def blended(self, name: str) -> Blend:
+        """What a blend is, once its step is done."""
+        from palimpsest.models.blend import read_blend
+
+        return read_blend(checkpoint_of(self.path, name))
 
     def given(self, name: str) -> str | None:
         """Where a given model is; None for one that the study trains."""
@@ -548,19 +613,19 @@ class Workspace:
     def language_model(self, name: str) -> PreTrainedModel:
         from palimpsest.models.loading import load_language_model
 
-        if name == BASE:
+        if name == BASE or self.config.gated(name):
             return self.base
-        if (given := self.given(name)) is None or self.config.takes_speech(name):
+        if self.given(self.config.origin_of(name)) is None or self.config.takes_speech(name):
             return self.speech_lm(name).language_model
         if self._text is None or self._text[0] != name:
             self.forget()
-            dtype = self.config.models.dtype
-            self._text = (name, load_language_model(given, dtype=dtype, device=self.device)[0])
+            self._text = (name, self._loaded(load_language_model, name))
         return self._text[1]
 
     def whole(self, name: str) -> PreTrainedModel:
         """A SpeechLM where it takes speech or was trained here, else the language model alone."""
-        alone = not self.config.takes_speech(name) and (name == BASE or self.given(name) is not None)
+        alone = not self.config.takes_speech(name)
+        alone = alone and (name == BASE or self.given(self.config.origin_of(name)) is not None)
         return self.language_model(name) if alone else self.speech_lm(name)
 
     def scores(self, name: str, other: bool = False) -> Scores:
@@ -578,15 +643,19 @@ class Workspace:
     def weights(self, name: str) -> Mapping[str, Tensor]:
         """The scored weights by canonical name, on the CPU; a tuned model's are read from its checkpoint as needed."""
         from palimpsest.models.anatomy import scored_parameters
+        from palimpsest.models.blend import BlendedWeights
         from palimpsest.models.given import form_of
         from palimpsest.models.light import LightWeights
-        from palimpsest.models.loading import OnCpu, StoredLanguageModel, resolve
+        from palimpsest.models.loading import OnCpu, StoredLanguageModel, blended_from, resolve
 
-        if name == BASE:
+        if name == BASE or self.config.gated(name):
             return OnCpu(scored_parameters(self.base))
+        if (origin := self.config.origin_of(name)) != name:
+            return BlendedWeights(self.weights(BASE), self.weights(origin), self.blended(name))
         if (given := self.given(name)) is not None:
             where = resolve(given)
-            if form_of(where) in ("speech_lm", "language_model") and Path(where).is_dir():
+            stored = form_of(where) in ("speech_lm", "language_model") and blended_from(where) is None
+            if stored and Path(where).is_dir():
                 return StoredLanguageModel(Path(where), self.config.models.dtype)
             return OnCpu(scored_parameters(self.language_model(name)))
         folder = checkpoint_of(self.path, name)

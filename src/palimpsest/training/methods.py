@@ -29,6 +29,7 @@ from palimpsest.files import UserError
 from palimpsest.models.anatomy import layer_index, scored_parameters
 from palimpsest.training.remedies import Distill, Pull, Replay, Slow
 from palimpsest.training.rules import Rule, layer_rules
+from palimpsest.training.tuners import require_merging, tuner_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,9 +69,7 @@ class Method:
     checkpoint: str | None = None  # given: folder, hub name or PEFT adapter
     of: str | None = None  # blend: the method whose update is taken in part
     scale: float = 1.0  # blend: how much of the update; 0 is the base, 1 the method
-    layers: tuple[int, ...] | None = (
-        None  # blend: the layers it is scaled in, all else as in the method; None: all
-    )
+    layers: tuple[int, ...] | None = None  # blend: the layers it is scaled in, all else as in the method; None: all
     norm_of: str | None = None  # blend: instead of a scale, the method to whose norm the update is brought
     curve: str | None = None  # of which curve of the frontier this is a point; `over` writes it
 
@@ -202,11 +201,11 @@ def rules_for(method: Method, scales: Mapping[int, float] | None = None) -> list
     adaptor_rate = method.adaptor_learning_rate if method.adaptor_learning_rate is not None else method.learning_rate
     adaptor_scale = None if method.modality == "text" else adaptor_rate / method.learning_rate
     start: list[Rule] = [(r"^encoder\.", None), (r"^adaptor\.", adaptor_scale)]
-    if method.kind == "given":
-        raise UserError(f"{method.checkpoint} is given, so there is nothing to train.")
+    if not method.trains:
+        raise UserError(f"{method.checkpoint or method.of} is there already, so there is nothing to train.")
     if method.kind == "adaptor":
         return [*start, (r".*", None)]
-    if method.kind == "full":
+    if method.kind in ("full", "peft"):  # of peft what it made trainable, see Phase.keeps_frozen
         return [*start, (r".*", 1.0)]
     if method.kind == "lora":
         return [*start, (r"\.lora_", 1.0), (r".*", None)]
@@ -216,7 +215,8 @@ def rules_for(method: Method, scales: Mapping[int, float] | None = None) -> list
 
 
 def add_lora(model: SpeechLM, method: Method) -> None:
-    """Wrap the language model with peft's LoRA on `method.targets`, or all linear maps of its layers, in place.
+    """Wrap the language model with peft's LoRA, or another of its tuners, on `method.targets` or all linear maps of its
+    layers, in place.
 
     Experts that stand stacked in one tensor are no linear layers, nor are most routers: by default they stay as they
     are.
@@ -224,6 +224,7 @@ def add_lora(model: SpeechLM, method: Method) -> None:
     Raises UserError for a target that is no linear layer of the language model, and for what peft cannot adapt.
     """
     model.language_model = _adapted(model.language_model, method)
+    require_merging(model.language_model)
 
 
 def require_language_model(name: str, methods: Iterable[Method]) -> None:
@@ -243,13 +244,20 @@ def require_language_model(name: str, methods: Iterable[Method]) -> None:
             "use a text-only checkpoint of it."
         )
     for method in methods:
-        if method.kind == "lora":
-            _adapted(blank_language_model(name), method)
+        if method.kind in ("lora", "peft"):
+            require_merging(_adapted(blank_language_model(name), method))
+
+
+def tuner_parameters(language_model: PreTrainedModel, method: Method) -> int:
+    """How many numbers a method of kind lora or peft trains in a language model, which may be without its weights."""
+    adapted = _adapted(language_model, method)
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
 
 
 def _adapted(language_model: PreTrainedModel, method: Method) -> Any:
     from peft import LoraConfig, get_peft_model
 
+    what = "LoRA" if method.peft is None else str(method.peft.get("peft_type"))
     linear = _linear_layers(language_model)  # whole name → last part
     names = sorted(set(linear.values()))
     targets = list(method.targets) if method.targets is not None else names
@@ -259,24 +267,29 @@ def _adapted(language_model: PreTrainedModel, method: Method) -> Any:
     if unknown or not targets:
         wanted = ", ".join(unknown) or "none"
         raise UserError(
-            f"LoRA's targets ({wanted}) are not in the language model; its layers have {', '.join(names) or 'none'}."
+            f"{what}'s targets ({wanted}) are not in the language model; its layers have {', '.join(names) or 'none'}."
         )
     # peft takes a name wherever a module ends in it: where others do (a vision tower), whole names say which are meant.
     meant = [name for name, last in linear.items() if last in targets]
     matched = [name for name, _ in language_model.named_modules() if name.rpartition(".")[2] in targets]
-    config = LoraConfig(
-        r=method.rank,
-        lora_alpha=2 * method.rank if method.alpha is None else method.alpha,
-        lora_dropout=method.dropout,
-        target_modules=targets if set(matched) == set(meant) else meant,
-        task_type="CAUSAL_LM",
-    )
+    wanted_modules = targets if set(matched) == set(meant) else meant
+    if method.kind == "peft":
+        config = tuner_config(method, wanted_modules)
+    else:
+        config = LoraConfig(
+            r=method.rank,
+            lora_alpha=2 * method.rank if method.alpha is None else method.alpha,
+            lora_dropout=method.dropout,
+            target_modules=wanted_modules,
+            task_type="CAUSAL_LM",
+        )
     try:
         return get_peft_model(language_model, config)
-    except (ValueError, NotImplementedError, TypeError) as error:
+    except (ValueError, NotImplementedError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())
+        remedy = "name others as targets" if method.peft is None else "change its options, or name others as targets"
         raise UserError(
-            f"LoRA cannot be put on {', '.join(targets)} of this language model ({reason}); name others as targets."
+            f"{what} cannot be put on {', '.join(targets)} of this language model ({reason}); {remedy}."
         ) from error
 
 
@@ -294,12 +307,13 @@ def _linear_layers(language_model: PreTrainedModel) -> dict[str, str]:
 
 
 def require_mergeable(method: Method, model: SpeechLM) -> None:
-    """Raise UserError for LoRA on weights whose bits are too few to take its update in."""
+    """Raise UserError for LoRA, or another tuner, on weights whose bits are too few to take its update in."""
     dtype = _dtype(model)
-    if method.kind == "lora" and dtype not in WIDE:
+    if method.kind in ("lora", "peft") and method.gate == "none" and dtype not in WIDE:
+        what = "LoRA" if method.kind == "lora" else "The tuner"
         raise UserError(
-            f"LoRA would be merged into {dtype} weights, which loses most of a small update to "
-            "rounding; load the model in float32 (models.dtype) and compute in bfloat16 (models.compute)."
+            f"{what} would be merged into {dtype} weights, which loses most of a small update to rounding; "
+            "load the model in float32 (models.dtype) and compute in bfloat16 (models.compute)."
         )
 
 

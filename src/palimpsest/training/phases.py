@@ -38,6 +38,7 @@ class Phase:
     batches: EpochBatches
     steps: int  # optimizer steps
     before: int  # those of the phase before
+    keeps_frozen: bool = False  # what is frozen stays so, whatever rule names it not: a tuner decides what it trains
 
 
 def phases_of(
@@ -71,7 +72,8 @@ def phases_of(
         batches = EpochBatches(len(examples), settings.batch_size, settings.seed, lengths, settings.max_tokens)
         steps = n_steps(len(examples), settings, n_batches=len(batches), epochs=epochs)
         before = sum(phase.steps for phase in phases)
-        phases.append(Phase(name, learning_rate, rules, examples, collator, batches, steps, before))
+        keeps = name == "method" and method.kind == "peft"
+        phases.append(Phase(name, learning_rate, rules, examples, collator, batches, steps, before, keeps))
     return phases
 
 

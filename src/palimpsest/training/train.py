@@ -18,6 +18,7 @@ import torch
 from palimpsest.files import UserError
 from palimpsest.models.compute import computing
 from palimpsest.models.fused_loss import Kernel, choose_kernel
+from palimpsest.models.gate import close_gate
 from palimpsest.models.loading import require_finite
 from palimpsest.parallel import is_main
 from palimpsest.progress import Advance
@@ -57,6 +58,8 @@ def train(
 ) -> list[TrainingRecord]:
     """Train `model` in place and return its loss curve; LoRA ends merged, its adapter saved in `folder`/adapter.
 
+    With a gate it ends unmerged, in a model that switches it on where there is speech.
+
     `held_out` (modality → collator, examples) is measured every `settings.eval_every` steps, and so is the drift
     from the model that training starts from, where there are batches of its `own_text`. `folder` also holds the
     Trainer's checkpoints while training runs: called again with the same folder after an interruption, training
@@ -74,7 +77,7 @@ def train(
     if settings.eval_every is not None and not (held_out and all(group for _, group in held_out.values())):
         raise UserError("training.eval_every is set, but there are no held-out examples to evaluate on; give some.")
     require_mergeable(method, model)
-    kernel = require_options(settings, model.device, sharded=sharded)
+    kernel = require_options(settings, model.device, sharded=sharded, gated=method.gate != "none")
     phases = phases_of(method, settings, examples, collator, scales)
     n_align = align_steps(examples, collator, settings)
     total = n_align + sum(phase.steps for phase in phases)
@@ -110,13 +113,17 @@ def train(
         if phase.name == "adaptor":
             records += adaptor_phase(model, state / "adaptor", run)
         else:
-            if method.kind == "lora":
+            if method.kind in ("lora", "peft"):
                 add_lora(model, method)
+                model.gated = method.gate == "speech"
             records += run(state)
-    if method.kind == "lora":
+    if method.kind in ("lora", "peft"):
         if is_main():
             model.language_model.save_pretrained(folder / "adapter")
-        merge_lora(model)
+        if model.gated:
+            close_gate(model)
+        else:
+            merge_lora(model)
     model.eval()
     if not sharded:  # the loss of the last step was before its update
         require_finite(model.state_dict().items(), f"{name} after its last training step (lower its learning rate)")
@@ -126,7 +133,14 @@ def train(
     return records
 
 
-def require_options(settings: Settings, device: str | torch.device, *, sharded: bool = False) -> Kernel | None:
-    """The loss kernel of the settings. Raises UserError for a logger or a kernel that is not to be had."""
+def require_options(
+    settings: Settings, device: str | torch.device, *, sharded: bool = False, gated: bool = False
+) -> Kernel | None:
+    """The loss kernel of the settings. Raises UserError for a logger or a kernel that is not to be had.
+
+    gated: whether a method has a gate, with which compilation has not been tried.
+    """
+    if gated and settings.compile:
+        raise UserError("training.compile is not supported for a method with gate speech; set it to false.")
     require_loggers(settings.report_to)
     return choose_kernel(distributed.allowed_options(settings).liger if sharded else settings.liger, device)

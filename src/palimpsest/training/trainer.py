@@ -256,7 +256,8 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
             if self.sharded:  # only now, when the weights of a checkpoint have been read
                 distributed.shard(self.model, bf16=self.args.bf16, whole_encoder=self.phase.collator.in_loop)
                 self.model._is_accelerate_prepared = True  # nothing more to wrap it with
-            self.model.requires_grad_(True)  # a phase's rules decide alone: the one before may have frozen more
+            if not self.phase.keeps_frozen:
+                self.model.requires_grad_(True)  # a phase's rules decide alone: the one before may have frozen more
             groups = parameter_groups(self.model, self.phase.rules, self.args.learning_rate, self.args.weight_decay)
             self.optimizer: torch.optim.Optimizer | None = torch.optim.AdamW(groups, fused=True)
         return self.optimizer

@@ -69,7 +69,7 @@ def open_panel(run: Path) -> Panel:
     if config.models.asr is None:
         refusals[BASE, "cascade"] = "The study names no recogniser (models.asr), so there is no cascade."
     for name, method in config.runs.items():
-        if method.modality == "text":
+        if config.runs[config.origin_of(name)].modality == "text":
             refusals[name, "speech"] = f"{method_name(name)} was tuned on text alone and takes no speech."
         if not has_checkpoint(run, name):
             absent = f"methods/{name}/checkpoint is not there: the study has not trained {method_name(name)} yet."
@@ -150,7 +150,7 @@ def _load(panel: Panel, model: str, transcript: str | None, limit: int) -> dict[
     from palimpsest.evaluation.answers import text_answerer
     from palimpsest.evaluation.cascade import cascade_answerer, transcribed_before
     from palimpsest.evaluation.spoken import recording_answerer
-    from palimpsest.models.loading import load_speech_lm, load_tokenizer
+    from palimpsest.models.loading import is_speech_lm, load_language_model, load_speech_lm, load_tokenizer
     from palimpsest.progress import Reporter
     from palimpsest.study.workspace import Workspace
 
@@ -164,7 +164,10 @@ def _load(panel: Panel, model: str, transcript: str | None, limit: int) -> dict[
         if models.adaptor is not None:  # the recipe puts the base behind this adaptor
             answerers["speech"] = recording_answerer(ws.speech_lm(BASE), ws.processor, limit, compute)
     else:
-        checkpoint = checkpoint_of(panel.run, model)
+        checkpoint = str(checkpoint_of(panel.run, model))
+        if not is_speech_lm(checkpoint):  # a blend of a language model that was given
+            loaded = load_language_model(checkpoint, dtype=models.dtype, device=ws.device)
+            return {"text": text_answerer(*loaded, limit, style, compute=compute)}
         speech_lm, processor = load_speech_lm(checkpoint, dtype=models.dtype, device=ws.device)
         by_text = text_answerer(speech_lm.language_model, processor.tokenizer, limit, style, compute=compute)
         answerers["speech"] = recording_answerer(speech_lm, processor, limit, compute)
