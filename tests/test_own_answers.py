@@ -9,20 +9,21 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from palimpsest.config import parse_config
 from palimpsest.data.collate import Collator
 from palimpsest.data.examples import Example
 from palimpsest.evaluation.own_answers import learned, questions_of, to_last_sentence_end
 from palimpsest.evaluation.own_text import read_own_text
-from palimpsest.files import UserError, read_json, read_jsonl
+from palimpsest.files import UserError, hash_value, read_json, read_jsonl
+from palimpsest.models.loss import supervised_losses
 from palimpsest.models.processor import SpeechLMProcessor
 from palimpsest.progress import Reporter
-from palimpsest.study.run import Study, run_study, steps_of
+from palimpsest.rundir import Step
+from palimpsest.study import steps
+from palimpsest.study.run import Study, steps_of
 from palimpsest.study.workspace import Workspace
-from palimpsest.training.methods import Method
-from palimpsest.training.settings import Settings
-from palimpsest.training.train import train
 from tiny import save_tiny_models, tiny_llama, tiny_speech_lm, tiny_tokenizer
 
 
@@ -108,6 +109,7 @@ def test_copies_share_an_answer_and_what_teaches_no_end_is_left_out() -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 SAYS = {"A": "Yes. Certainly", "B": "No", "C": "Nevertheless"}  # with 8 tokens, one byte each: cut, whole, cut
 LEARNED = {"A": "Yes.", "B": "No"}
+METHODS = ("both", "wiki", "more")
 WIKI = "\n\n".join(f"Paragraph {i} says {'that ' * i}." for i in range(6))
 
 
@@ -128,17 +130,19 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "wiki.txt").write_text(WIKI)
     model, processor = tiny_speech_lm()
     said = [Example(f"q{i}", q, ("x",), SAYS[q[0]]) for i, q in enumerate(questions)]
-    settings = Settings(epochs=40, batch_size=12, warmup_ratio=0)
-    method = Method("full", learning_rate=1e-2, modality="text")
-    train(model, said, Collator(processor, "text"), method, settings, folder / "state", name="base")
+    batch = Collator(processor, "text")(said)
+    optimizer = torch.optim.AdamW(model.language_model.parameters(), lr=1e-2)
+    for _ in range(60):
+        supervised_losses(model.language_model, batch)[0].mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
     model.language_model.save_pretrained(folder / "llm")
     return folder
 
 
 def recipe(inputs: Path, **changes: Any) -> dict[str, Any]:
     heldout = {"source": str(inputs / "heldout.jsonl"), "split": "heldout"}
-    # Points of a curve, of which importance and deactivation are not measured.
-    both = {"kind": "full", "learning_rate": 1e-3, "curve": "some"}
+    both = {"kind": "full", "learning_rate": 1e-3}
     return {
         "name": "tiny",
         "models": {"language_model": str(inputs / "llm"), "encoder": str(inputs / "whisper"), "compute": "float32"},
@@ -150,28 +154,28 @@ def recipe(inputs: Path, **changes: Any) -> dict[str, Any]:
             "more": {**both, "replay": {"share": 0.25, "n_texts": 2, "new_tokens": 9}},
         },
         "training": {"epochs": 1, "batch_size": 4, "warmup_ratio": 0},
-        "importance": {"n_examples": 4, "batch_size": 4},
-        "deactivation": {"random_seeds": 1},
-        "analysis": {"shuffles": 1, "bootstrap": 100, "rank_draws": 0},
         "evaluation": {"tasks": [{"name": "numbers", **heldout}], "max_new_tokens": 8, "probe": False},
         **changes,
     }
 
 
-@pytest.fixture(scope="module")
-def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from palimpsest.report import figures, page
-
-    folder = tmp_path_factory.mktemp("run")
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (figures, page):
-            patch.setattr(module, "FIGURES", {})
-        run_study(parse_config(recipe(inputs), "test"), folder)
-    return folder
-
-
 def workspace(inputs: Path, folder: Path, **changes: Any) -> Workspace:
     return Workspace(parse_config(recipe(inputs, **changes), "test"), folder, Reporter(1, quiet=True))
+
+
+def trained(ws: Workspace) -> Path:
+    """The study up to the models that it trains: what measures them is tested elsewhere."""
+    ws.path.mkdir(exist_ok=True)
+    for step in (steps.check, steps.data, steps.features, steps.own_answers, steps.replay_text):
+        step(ws)
+    for name in ws.config.runs:
+        steps.train(ws, name)
+    return ws.path
+
+
+@pytest.fixture(scope="module")
+def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(workspace(inputs, tmp_path_factory.mktemp("run")))
 
 
 def test_what_the_base_says_is_stored_and_learned(finished: Path, inputs: Path) -> None:
@@ -222,31 +226,44 @@ def test_the_rows_that_are_replayed(finished: Path, inputs: Path) -> None:
 
 
 def test_the_steps_are_counted_and_the_text_can_be_told(finished: Path, inputs: Path) -> None:
-    records = [line for line in read_json(finished / "results.json")["training"] if line["kind"] == "train"]
-    replayed = {
-        name: [line["replayed"] for line in records if line["method"] == name] for name in ("both", "wiki", "more")
-    }
+    curves = {name: read_json(finished / "methods" / name / "checkpoint" / "training.json") for name in METHODS}
+    replayed = {name: [line["replayed"] for line in curves[name]] for name in METHODS}
     # Eight own answers and twelve gold ones in batches of four, and between them a batch of text for each, or one.
     assert replayed == {"both": [0, 1, 0, 1], "wiki": [0, 0, 1, 0], "more": [0, 0, 1, 0]}
-    losses = [line.get("loss_replayed") for line in records if line["method"] == "more"]
-    assert [loss is None for loss in losses] == [True, True, False, True]
+    assert ["loss_replayed" in line for line in curves["more"]] == [False, False, True, False]
     done = [getattr(step, "func", step).__name__ for step in steps_of(parse_config(recipe(inputs), "test"))]
     assert done.index("own_answers") < done.index("replay_text") < done.index("train")
 
 
-@pytest.mark.usefixtures("no_figures")
-def test_other_text_or_answers_train_anew_and_nothing_else_does(finished: Path, inputs: Path) -> None:
-    def trained(folder: Path) -> set[str]:
-        steps = read_json(folder / "provenance.json")["steps"]
-        return {name.split("/")[1] for name, it in steps.items() if name.endswith("checkpoint") and not it["skipped"]}
+def test_other_text_or_answers_train_anew_and_nothing_else_does(
+    finished: Path, inputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fingerprints(**changes: Any) -> dict[str, str]:
+        """Of the steps up to training, none of which is made."""
+        ws = workspace(inputs, finished, **changes)
 
-    (inputs / "wiki.txt").write_text(WIKI + " And more.")
-    run_study(parse_config(recipe(inputs), "test"), finished)
-    assert trained(finished) == {"wiki"}
+        def look(name: str, made_by: Any, made_of: Any, write: Any, together: bool = False) -> None:
+            ws.done.append(Step(name, finished / name, hash_value(made_of), skipped=True))
+
+        monkeypatch.setattr(ws, "step", look)
+        for step in (steps.data, steps.features, steps.own_answers, steps.replay_text):
+            step(ws)
+        for name in ws.config.runs:
+            steps.train(ws, name)
+        return {step.name: step.fingerprint for step in ws.done}
+
+    def differ(**changes: Any) -> set[str]:
+        return {name for name, found in fingerprints(**changes).items() if found != before[name]}
+
+    before = fingerprints()
+    assert differ() == set()
     given = recipe(inputs)
-    given["data"]["answers"] = "own"  # which one method had said already
-    run_study(parse_config(given, "test"), finished, changed=True)
-    assert trained(finished) == {"wiki", "more"}
+    assert differ(data={**given["data"], "answers": "own"}) == {"methods/wiki/checkpoint", "methods/more/checkpoint"}
+    given["methods"]["more"]["replay"]["n_texts"] = 4
+    text = {"base/replay_text", "methods/both/checkpoint", "methods/more/checkpoint"}
+    assert differ(methods=given["methods"]) == text
+    (inputs / "wiki.txt").write_text(WIKI + " And more.")
+    assert differ() == {"methods/wiki/checkpoint"}
 
 
 def test_bad_text_is_an_error_before_the_work(inputs: Path, tmp_path: Path) -> None:
@@ -274,4 +291,4 @@ def test_a_base_without_an_end_leaves_nothing(inputs: Path, tmp_path: Path) -> N
     tiny_tokenizer().save_pretrained(tmp_path / "llm")
     models = {**recipe(inputs)["models"], "language_model": str(tmp_path / "llm")}
     with pytest.raises(UserError, match="own answers leave no example to train on"):
-        run_study(parse_config(recipe(inputs, models=models), "test"), tmp_path / "run")
+        trained(workspace(inputs, tmp_path / "run", models=models))
