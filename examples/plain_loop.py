@@ -3,7 +3,7 @@
     python examples/plain_loop.py runs/demo lora
 
 Uses from palimpsest: the models and batches of the run, the learning-rate rules, the loss. The loop is yours to change;
-accumulation, token budget and the adaptor's own phase, where a recipe asks for them, are not in it.
+accumulation, token budget, replay and the adaptor's own phase, where a recipe asks for them, are not in it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def main(run: Path, name: str) -> None:
     if method.kind == "layer_lr":
         scales = layer_scales(study.scores("base"), method.lambda_, config.importance.reduction)
     model = study.new_speech_lm()
-    train(model, study.groups["train"], study.collator("speech", "train"), method, study.settings, scales)
+    train(model, study.training_examples(name), study.collator("speech", "train"), method, study.settings, scales)
     stored = load_speech_lm(run / "methods" / name / "checkpoint")[0].state_dict()
     largest = max(float((value - stored[key]).abs().max()) for key, value in model.state_dict().items())
     print(f"{name}: largest difference of a weight from the study's checkpoint: {largest:.3g}")

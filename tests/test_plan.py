@@ -17,6 +17,7 @@ from palimpsest.config import load_config, parse_config
 from palimpsest.files import UserError
 from palimpsest.planning import plan as module
 from palimpsest.planning.memory import memory
+from palimpsest.planning.needs import steps_at_most
 from palimpsest.planning.plan import Assumptions, is_hub_name, make_plan
 from palimpsest.planning.plan_text import plan_recipe, refusal
 from palimpsest.training.methods import add_lora, rules_for
@@ -383,3 +384,29 @@ def test_the_planned_peak_is_within_15_percent_of_the_measured(tmp_path: Path) -
     for row in rows:
         assert abs(row["peak_error"]) < 0.15, row
         assert abs(row["in_use_error"]) < 0.15, row
+
+
+def test_replayed_text_and_own_answers_are_counted(tmp_path: Path) -> None:
+    """Ten questions in batches of four make three batches; replay of a half as many again: 2 epochs of 6 steps."""
+    methods = {
+        "plain": {"kind": "full"},
+        "own": {"kind": "full", "answers": "own", "replay": {"share": 0.5, "n_texts": 100, "new_tokens": 20}},
+        "long": {"kind": "full", "replay": {"share": 0.5, "text": "wiki.txt", "window": 400}},
+    }
+    path = recipe(tmp_path, methods=methods)
+    plan = make_plan(load_config(path), Assumptions(gpu="L4"))
+    plain, own, long = plan.methods
+    assert [method.steps for method in plan.methods] == [6, 12, 12]
+    # The longest row of text is longer than any question, and supervised but for its first token.
+    assert (long.batch.rows, long.batch.length, long.batch.positions, long.batch.supervised) == (4, 400, 0, 399)
+    assert long.memory == memory(long.setup, long.batch)
+    assert long.memory.peak > plain.memory.peak
+    assert long.tokens == plain.tokens + 3 * 4 * 400
+    assert own.flops > plain.flops
+    answers, text = plan.written
+    assert (answers.name, answers.tokens, answers.reads) == ("base/own_answers", 10 * 64, 1 * 64)
+    # 100 texts are two batches of 64 at most: 20 tokens, a user's turn of 48, and its answer of 20.
+    assert (text.name, text.tokens, text.reads) == ("base/replay_text", 100 * 88, 2 * 88)
+    lines = list(plan_recipe(path, Assumptions(gpu="L4")))
+    assert any(line.lstrip().startswith("base/own_answers, each text at its limit") for line in lines)
+    assert steps_at_most(load_config(path), 10, load_config(path).methods["own"].replay) == 12

@@ -166,3 +166,18 @@ def test_a_run_that_measured_nothing_between_steps_says_so_where_the_figure_woul
     assert "The figure “retention” has no data" not in page  # nothing was asked for, so nothing is missing
     write_text(tmp_path / "study.yaml", "training: {eval_every: 5}\n")
     assert "results.json has no measurement" in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_replayed_text_is_no_part_of_the_training_loss(tmp_path: Path) -> None:
+    """Steps of questions, of text, and of both: 2.8 = 0.25 · 4 + 0.75 · 2.4."""
+    parts = ((3.0, 0, None), (5.0, 1, 5.0), (2.8, 0.25, 4.0))
+    common = {"method": "full", "kind": "train", "epoch": 0.1, "learning_rate": 0}
+    steps = [
+        {**common, "step": step, "loss": loss, "replayed": share} | ({"loss_replayed": of_text} if share else {})
+        for step, (loss, share, of_text) in enumerate(parts, 1)
+    ]
+    drawing = _drawn("training", _inputs(tmp_path, training=steps))
+    assert _lines(drawing.figure, 0) == [[(1.0, 3.0), (3.0, 2.4)]]
+    assert "Replayed text is left out." in drawing.caption
+    plain = _drawn("training", _inputs(tmp_path, training=[{**common, "step": 1, "loss": 3.0}]))
+    assert "Replayed" not in plain.caption

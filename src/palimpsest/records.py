@@ -532,6 +532,8 @@ class TrainingRecord(TypedDict):
     kind: NotRequired[str]  # train | eval | drift
     phase: NotRequired[str]  # adaptor | method
     grad_norm: NotRequired[Number]  # train: before clipping
+    replayed: NotRequired[float]  # train, of a method with replay: share of replayed text among the supervised tokens
+    loss_replayed: NotRequired[Number]  # likewise: on that share, where there is any
     modality: NotRequired[str]  # eval: text | speech
     n_tokens: NotRequired[int]  # eval, drift
     perplexity: NotRequired[Number]  # eval

@@ -29,6 +29,7 @@ from palimpsest.planning.memory import (
 )
 from palimpsest.records import BASE
 from palimpsest.rundir import folder_of
+from palimpsest.training.remedies import Replay
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def first_that_fails(steps: Sequence[StepDisk], room: int, before: int = 0) -> t
     return None
 
 
-def steps_at_most(config: StudyConfig, n_examples: int | None) -> float:
+def steps_at_most(config: StudyConfig, n_examples: int | None, replay: Replay | None = None) -> float:
     """Optimizer steps of a training run on `n_examples`, or on as many as the recipe limits it to.
 
     With a token budget, or examples that nobody has counted, there is no bound.
@@ -208,5 +209,6 @@ def steps_at_most(config: StudyConfig, n_examples: int | None) -> float:
         return math.inf
     if n_examples is None and config.speech.augmentation is not None:
         n *= 1 + config.speech.augmentation.copies
-    batches = math.ceil(math.ceil(n / config.training.batch_size) / config.training.accumulation)
-    return math.ceil(batches * config.training.epochs)
+    batches = math.ceil(n / config.training.batch_size)
+    batches += 0 if replay is None else replay.n_batches(batches)
+    return math.ceil(math.ceil(batches / config.training.accumulation) * config.training.epochs)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -47,6 +47,8 @@ from palimpsest.planning.needs import (
     recogniser_bytes,
     trainer_bytes,
 )
+from palimpsest.records import BASE
+from palimpsest.training.remedies import OWN, Replay
 
 if TYPE_CHECKING:
     from palimpsest.data.splits import Split
@@ -133,6 +135,16 @@ class MethodPlan:
 
 
 @dataclass(frozen=True)
+class Written:
+    """Text that the base writes token by token: every new token of a batch reads all weights."""
+
+    name: str  # of the step
+    tokens: float  # new ones
+    flops: float
+    reads: int  # of all weights
+
+
+@dataclass(frozen=True)
 class Plan:
     config: StudyConfig
     methods: tuple[MethodPlan, ...]
@@ -150,6 +162,7 @@ class Plan:
     disk: tuple[StepDisk, ...]  # of weights and scores
     importance_flops: float  # of all models, and of the base on other questions
     importance_bf16: bool  # its arithmetic
+    written: tuple[Written, ...]  # what the base writes, to be trained on
     capacity: int  # bytes of one device
     device: str  # in words
     gpu: Gpu | None
@@ -199,6 +212,7 @@ def make_plan(config: StudyConfig, options: Assumptions) -> Plan:
         disk=tuple(disk_of_steps(config, decoder, setups, n_steps, options.n_gpus)),
         importance_flops=passes * _importance_flops(config, lengths, next(iter(setups.values()))),
         importance_bf16=exact or config.models.dtype == "bfloat16",
+        written=tuple(_written(config, lengths, next(iter(setups.values())))),
         lengths=lengths,
         origins={"language model": decoder_origin, "encoder": encoder_origin},
         frames=choice,
@@ -332,6 +346,35 @@ def _importance_flops(config: StudyConfig, lengths: Lengths, setup: Setup) -> fl
     return step_flops(setup, n * length, length, 0, n * answer) + recomputed_flops(setup, n * length, length)
 
 
+def _written(config: StudyConfig, lengths: Lengths, setup: Setup) -> Iterator[Written]:
+    """Of the steps in which the base writes what methods are trained on."""
+    from palimpsest.evaluation.own_text import BATCH, MOST_OF_A_TURN
+
+    decoder = setup.decoder
+
+    def step(name: str, groups: Sequence[tuple[int, float, int]], batch_size: int) -> Written:
+        """groups: (texts, tokens of a prompt, new tokens)."""
+        flops = 0.0
+        for n, prompt, new in groups:
+            length = prompt + new
+            flops += n * length * (2 * decoder.matrices + 2 * decoder.layers * decoder.attention * length)
+            flops += 2.0 * decoder.vocabulary * decoder.hidden * n * new
+        reads = sum(-(-n // batch_size) * new for n, _, new in groups)
+        return Written(name, sum(n * new for n, _, new in groups), flops, reads)
+
+    trained = [method for method in config.methods.values() if method.trains]
+    if any(config.answers_of(method) == "own" for method in trained):
+        questions = fmean(length - answer for length, _, answer in lengths.sequences(config, "text"))
+        asked = [(lengths.n, questions, config.evaluation.max_new_tokens)]
+        yield step(f"{BASE}/own_answers", asked, config.evaluation.batch_size)
+    own = [method.replay for method in trained if method.replay is not None and method.replay.text == OWN]
+    if own:
+        n, new = max(replay.n_texts for replay in own), max(replay.new_tokens for replay in own)
+        frame = fmean(row[0] for row in lengths.rows)
+        texts = [(n, 1, new), (n, frame, MOST_OF_A_TURN), (n, frame + MOST_OF_A_TURN, new)]
+        yield step(f"{BASE}/replay_text", texts, BATCH)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Device, method, batch
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,18 +418,44 @@ def _plan_method(config: StudyConfig, lengths: Lengths, name: str, setup: Setup)
     batches = math.ceil(lengths.n / training.batch_size)
     if training.max_tokens is not None:
         batches = max(batches, math.ceil(tokens / training.max_tokens))
+    needed = memory(setup, batch)
+    if (replay := config.methods[name].replay) is not None:
+        text, n_text = _text_batch(config, replay, lengths), replay.n_batches(batches)
+        batches, of_text = batches + n_text, n_text * text.tokens
+        tokens += of_text
+        flops += step_flops(setup, of_text, text.length, 0, n_text * text.rows * text.supervised)
+        flops += recomputed_flops(setup, of_text, text.length)
+        on_device = replace(text, rows=-(-text.rows // setup.n_gpus))
+        if memory(setup, on_device).peak > needed.peak:
+            batch, needed = on_device, memory(setup, on_device)
     steps = max(1, math.ceil(math.ceil(batches / training.accumulation) * training.epochs))
     return MethodPlan(
         name=name,
         setup=setup,
         batch=batch,
-        memory=memory(setup, batch),
+        memory=needed,
         tokens=tokens,
         steps=steps,
         flops=flops * training.epochs,
         checkpoint=checkpoint_bytes(setup, light=config.kept_light(name)),
         while_training=trainer_bytes(setup) if training.checkpoint_every < steps else 0,
     )
+
+
+def _text_batch(config: StudyConfig, replay: Replay, lengths: Lengths) -> Batch:
+    """A batch of replayed text on one device, its rows as long as they may be."""
+    from palimpsest.evaluation.own_text import MOST_OF_A_TURN
+
+    training = config.training
+    frame = max(row[0] for row in lengths.rows)
+    length, supervised = replay.window, replay.window - 1
+    if replay.text == OWN:
+        length, supervised = frame + MOST_OF_A_TURN + replay.new_tokens, replay.new_tokens
+    rows = training.batch_size
+    if training.max_tokens is not None:
+        length = min(length, training.max_tokens)
+        rows = min(rows, training.max_tokens // length)
+    return Batch(rows, length, positions=0, supervised=min(supervised, length - 1), columns=length)
 
 
 def _largest_batch(training: Settings, rows: list[tuple[int, int, int]], n_gpus: int, *, budget: bool = True) -> Batch:

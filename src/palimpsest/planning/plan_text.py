@@ -186,6 +186,12 @@ def _time(plan: Plan, options: Assumptions) -> Iterator[str]:
     in_float32 = "" if plan.importance_bf16 else ", in float32"
     seconds = plan.importance_flops / (options.utilisation * exact * options.n_gpus)
     rows.append([f"importance of all models{in_float32}", "", "", f"{plan.importance_flops:.2e}", _duration(seconds)])
+    for step in plan.written:
+        read = step.reads * plan.setup.weight_bytes * plan.setup.decoder.parameters / options.n_gpus
+        seconds = step.flops / reached + read / (BANDWIDTH_SHARE * plan.gpu.bandwidth)
+        rows.append(
+            [f"{step.name}, each text at its limit", f"{step.tokens:.3g}", "", f"{step.flops:.2e}", _duration(seconds)]
+        )
     if plan.config.seeds > 1:
         rows.append([f"all methods, {plan.config.seeds} runs of each", "", "", "", _duration(all_runs)])
     yield from _table(["", "tokens", "steps", "FLOPs", "time"], rows)

@@ -141,8 +141,12 @@ def _deletion_line(
 # Training
 # ----------------------------------------------------------------------------------------------------------
 def training(inputs: Inputs) -> Drawing | None:
-    """Training loss by step, averaged in windows where a run has more steps than the figure can show."""
-    records = [row for row in _of_kind(inputs, "train") if row["loss"] is not None]
+    """Training loss by step, averaged in windows where a run has more steps than the figure can show.
+
+    Of the questions alone: steps on replayed text would make a zigzag of two losses.
+    """
+    every = _of_kind(inputs, "train")
+    records = [row for row in map(_without_replayed, every) if row is not None and row["loss"] is not None]
     methods = sorted({row["method"] for row in records}, key=method_key)
     if not methods:
         return None
@@ -164,9 +168,19 @@ def training(inputs: Inputs) -> Drawing | None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     model_legend(figure, methods, methods_in(inputs.results))
     first = " First training run of each method." if n_runs(inputs.results) > 1 else ""
-    drawing.caption = f"Training loss, mean of each window of steps: {'; '.join(ends)}.{first}{_phases(axis, records)}"
+    replayed = " Replayed text is left out." if any(row.get("replayed") for row in every) else ""
+    said = f"Training loss, mean of each window of steps: {'; '.join(ends)}."
+    drawing.caption = f"{said}{first}{replayed}{_phases(axis, records)}"
     drawing.alt = f"Line chart of the training loss: {'; '.join(ends)}."
     return drawing
+
+
+def _without_replayed(row: TrainingRecord) -> TrainingRecord | None:
+    """The record with the loss on the questions alone; None of a step of replayed text alone."""
+    share = row.get("replayed", 0.0)
+    if not share or row["loss"] is None:
+        return row
+    return None if share == 1.0 else {**row, "loss": (row["loss"] - share * row["loss_replayed"]) / (1.0 - share)}
 
 
 def retention(inputs: Inputs) -> Drawing | None:

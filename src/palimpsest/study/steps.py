@@ -73,6 +73,7 @@ def check(ws: Workspace) -> None:
         from palimpsest.models.loading import blank_language_model
 
         require_positions(blank_language_model(models.language_model).config, ws.config.drift.general_text.window)
+    ws.require_replay()
     ws.processor.example_prompts()
     ws.require_adaptor()
     ws.require_disk()
@@ -167,8 +168,8 @@ def features(ws: Workspace) -> None:
             before += len(group)
 
     ws.step("features", features, inputs, write, together=True)
-    if ws.config.trains:
-        ws.require_budget()  # a training example above it is an error now, not after hours of other steps
+    if any(ws.config.answers_of(method) == "gold" for method in ws.config.methods.values() if method.trains):
+        ws.require_budget(ws.groups["train"])  # an example above it is an error now, not after hours of other steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,7 +185,8 @@ def train(ws: Workspace, model: str) -> None:
         "data": ws.fingerprint("features" if ws.config.takes_speech(model) else "data"),
         "speech": {**asdict(ws.config.speech), "feature_cache": None, "features": ws.frames.path},
         "prompt": ws.prompt_inputs,
-        "method": {key: value for key, value in asdict(method).items() if key != "curve"},
+        # What it learns and replays stands for itself below.
+        "method": {key: value for key, value in asdict(method).items() if key not in ("curve", "answers")},
         "training": {**asdict(ws.config.training), "compute": ws.compute.dtype},
         "seeds": [ws.seed("adaptor", model), ws.seed("train", model)],
         **ws.adaptor_inputs,
@@ -195,7 +197,10 @@ def train(ws: Workspace, model: str) -> None:
         inputs["checkpoint"] = "light"
     if method.importance == "shuffled":
         inputs["shuffle"] = ws.seed("shuffled layers", model)
-
+    if ws.config.answers_of(method) == "own":
+        inputs["answers"] = ws.fingerprint(f"{BASE}/own_answers")
+    if method.replay is not None:
+        inputs["replay"] = ws.replay_version(method.replay)
     if watched := ws.watches_drift(model):
         inputs["own_text"] = [ws.fingerprint(f"{BASE}/own_text"), ws.drift.in_training, ws.drift.batch_size]
 
@@ -214,7 +219,7 @@ def train(ws: Workspace, model: str) -> None:
         speech_lm = ws.new_speech_lm(model)
         records = train_model(
             speech_lm,
-            ws.groups["train"],
+            ws.training_examples(model),
             ws.collator(method.modality, "train"),
             method,
             settings,
@@ -223,6 +228,7 @@ def train(ws: Workspace, model: str) -> None:
             scales=scales,
             held_out=ws.held_out(model),
             own_text=ws.own_text_batches() if watched else (),
+            replay=() if method.replay is None else ws.replay_rows(method.replay),
             sharded=sharded(),
             progress=advance,
         )
@@ -275,13 +281,77 @@ def blend(ws: Workspace, model: str) -> None:
 
 
 def own_answers(ws: Workspace) -> None:
-    """base/own_answers/: what the base says to every training question as text, for methods that learn to say that."""
-    raise NotImplementedError
+    """base/own_answers/: what the base says to every training question as text, for methods that learn to say that.
+
+    answers.jsonl, a line of each question; learned.json, how many are learned and which examples are left out.
+    """
+    options = ws.config.evaluation
+    inputs = {
+        "model": ws.model_inputs(BASE),
+        "data": ws.fingerprint("data"),
+        "options": [options.max_new_tokens, options.batch_size],
+        "prompt": ws.prompt_inputs,
+        "compute": ws.compute.dtype,
+    }
+
+    def write(folder: Path, advance: Advance) -> None:
+        from palimpsest.evaluation.answers import answer_questions, text_answerer
+        from palimpsest.evaluation.own_answers import ANSWERS, LEARNED, learned, questions_of
+        from palimpsest.evaluation.tasks import Task
+
+        limit, compute = options.max_new_tokens, ws.compute.dtype
+        rows = answer_questions(
+            text_answerer(ws.base, ws.processor.tokenizer, limit, ws.config.prompt, compute=compute),
+            Task("train", tuple(questions_of(ws.groups["train"]))),
+            "text",
+            model=hash_value(inputs["model"]),
+            out=folder / ANSWERS,
+            max_new_tokens=limit,
+            batch_size=options.batch_size,
+            compute=compute,
+            progress=advance,
+            notice=ws.reporter.note,
+            distributed=True,
+        )
+        found = learned(ws.groups["train"], rows, ws.processor)
+        if is_main():
+            write_json(folder / LEARNED, found.to_json())
+            if said := str(found):
+                ws.reporter.note(said)
+
+    ws.step(f"{BASE}/own_answers", own_answers, inputs, write, together=True)
+    if ws.settings.max_tokens is not None:
+        ws.require_budget(ws.own_examples)
 
 
 def replay_text(ws: Workspace) -> None:
     """base/replay_text/: texts that the base writes, for methods that train on them; others than those of own_text."""
-    raise NotImplementedError
+    from palimpsest.evaluation.own_text import describe, sample_own_text, write_own_text
+
+    sampling, seed = ws.replay_sampling, ws.seed("replay text")
+    inputs = {
+        "model": ws.model_inputs(BASE),
+        "prompt": ws.prompt_inputs,
+        "options": asdict(sampling),
+        "seed": seed,
+        "compute": ws.compute.dtype,
+    }
+
+    def write(folder: Path, advance: Advance) -> None:
+        about: dict[str, Any] = {"seed": seed, "compute": ws.compute.dtype}
+        texts = sample_own_text(
+            ws.base,
+            ws.processor.tokenizer,
+            sampling,
+            style=ws.config.prompt,
+            progress=advance,
+            distributed=True,
+            **about,
+        )
+        if is_main():
+            write_own_text(folder / "replay_text.jsonl", texts, describe(ws.base_hash, sampling, **about))
+
+    ws.step(f"{BASE}/replay_text", replay_text, inputs, write, together=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from palimpsest.data.examples import Example, read_manifest
 from palimpsest.data.features import Features
 from palimpsest.data.in_loop import Encoded, FramesChoice, FramesRecord, Recordings, choose_frames, frame_bytes
 from palimpsest.data.splits import Split, StudyData
-from palimpsest.data.texts import Text, read_texts
+from palimpsest.data.texts import Text, read_texts, texts_version
 from palimpsest.data.voices import Voices
-from palimpsest.evaluation.drift_settings import Drift
+from palimpsest.evaluation.drift_settings import Drift, Sampling
 from palimpsest.files import (
     UserError,
     free_bytes,
@@ -49,6 +49,7 @@ from palimpsest.rundir import (
     provenance,
 )
 from palimpsest.study.code import step_code
+from palimpsest.training.remedies import OWN, Replay
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from palimpsest.models.trained_adaptor import TrainedAdaptor
     from palimpsest.planning.memory import Decoder
     from palimpsest.training.held_out import HeldOut
+    from palimpsest.training.replay import TextRow
     from palimpsest.training.settings import Settings
 
 AskedAs = Literal["text", "speech"]  # what a collator can put; records.Modality has those of evaluation
@@ -88,6 +90,7 @@ class Workspace:
         self._said_why = False
         self._tuned: tuple[str, SpeechLM] | None = None
         self._text: tuple[str, PreTrainedModel] | None = None  # a given model that is asked in text alone
+        self._replayed: dict[tuple[str, str, int | None], list[Text]] = {}
 
     # -- steps --------------------------------------------------------------------------------------------------------
     def step(
@@ -309,12 +312,90 @@ class Workspace:
     def settings(self) -> Settings:
         return replace(self.config.training, seed=self.seed("train"), compute=self.compute.dtype)
 
-    def require_budget(self) -> None:
+    def training_examples(self, run: str) -> list[Example]:
+        """What a run is trained on, with the answers that it learns."""
+        own = self.config.answers_of(self.config.runs[run]) == "own"
+        return self.own_examples if own else self.groups["train"]
+
+    @cached_property
+    def own_examples(self) -> list[Example]:
+        """The training examples with what the base answers to them; some have no such answer."""
+        from palimpsest.evaluation.answers import read_finished
+        from palimpsest.evaluation.own_answers import ANSWERS, learned
+
+        _, rows = read_finished(self.path / BASE / "own_answers" / ANSWERS)
+        return learned(self.groups["train"], rows, self.processor).examples
+
+    @property
+    def replays(self) -> list[Replay]:
+        """Of every method that has some."""
+        return [it.replay for it in self.config.methods.values() if it.trains and it.replay is not None]
+
+    @property
+    def replay_sampling(self) -> Sampling:
+        """How much the base writes to be replayed: as much as the method that takes most; others take its beginning."""
+        own = [replay for replay in self.replays if replay.text == OWN]
+        return Sampling(max(replay.n_texts for replay in own), max(replay.new_tokens for replay in own))
+
+    def replay_version(self, replay: Replay) -> str:
+        """What the rows of a replay follow from, besides the base, which has its own place among a step's inputs."""
+        return self.fingerprint(f"{BASE}/replay_text") if replay.text == OWN else texts_version(self._texts_of(replay))
+
+    def _texts_of(self, replay: Replay) -> list[Text]:
+        """Of a source; read once, whatever the number of methods."""
+        key = (replay.text, replay.split, replay.limit)
+        if key not in self._replayed:
+            self._replayed[key] = read_texts(*key)
+        return self._replayed[key]
+
+    def replay_rows(self, replay: Replay) -> list[TextRow]:
+        """Rows of text to train on. Of the base's own what it sampled is learned, of a source all but its beginning."""
+        from palimpsest.evaluation.general_text import windows
+        from palimpsest.evaluation.own_text import beginning, read_own_text
+        from palimpsest.models.prompts import encode
+        from palimpsest.training.replay import TextRow
+
+        if replay.text == OWN:
+            texts = read_own_text(self.path / BASE / "replay_text" / "replay_text.jsonl") or []
+            kinds = dict.fromkeys(text.kind for text in texts)
+            chosen = [text for kind in kinds for text in [it for it in texts if it.kind == kind][: replay.n_texts]]
+            return [TextRow(text.id, text.prompt_ids, text.ids[: replay.new_tokens]) for text in chosen]
+        tokenizer = self.processor.tokenizer
+        before = beginning(tokenizer)
+        # The first token of a row is read alone, so that none is learned twice; a budget below makes the rows shorter.
+        learned = max(1, min(replay.window, self.settings.max_tokens or replay.window) - len(before))
+        return [
+            TextRow(f"text {text.id}/{number}", tuple(context), tuple(tokens))
+            for text in self._texts_of(replay)
+            for number, (context, tokens) in enumerate(windows(encode(tokenizer, text.text), before, learned))
+        ]
+
+    def require_replay(self) -> None:
+        """Text to replay that is not there, too short, or longer than the model has positions is an error at once."""
+        from palimpsest.evaluation.own_text import kinds_of
+        from palimpsest.models.loading import blank_language_model
+        from palimpsest.training.replay import fitting, require_batch
+
+        size, budget = self.settings.batch_size, self.settings.max_tokens
+        for replay in self.replays:
+            if replay.text == OWN:
+                if budget is None:  # else what fills it is known when the texts are there
+                    require_batch(replay.n_texts * len(kinds_of(self.processor.tokenizer)), size)
+                continue
+            blank = blank_language_model(self.config.models.language_model)
+            longest = getattr(blank.config, "max_position_embeddings", None)
+            if longest is not None and replay.window > longest:
+                raise UserError(
+                    f"replay.window is {replay.window} tokens, and {self.config.models.language_model} has {longest} "
+                    "positions; set it to as many at most."
+                )
+            fitting(self.replay_rows(replay), size, budget)
+
+    def require_budget(self, examples: Sequence[Example]) -> None:
         """A training example above the token budget is an error now, not after hours of other steps."""
         if self.settings.max_tokens is not None:
             from palimpsest.training.batching import require_budget, sequence_lengths
 
-            examples = self.groups["train"]
             lengths = sequence_lengths(self.collator("speech", "train"), examples)
             require_budget(examples, lengths, self.settings.max_tokens)
 
@@ -332,9 +413,10 @@ class Workspace:
         decoder, encoder = decoder_of(blank_language_model(models.language_model)), encoder_sizes(models.encoder)[0]
         self._require_memory_for_two(decoder)
         there = (self.path / "data" / STEP_FILE).exists()
-        n_steps = steps_at_most(self.config, len(self.groups["train"]) if there else None)
+        n_examples = len(self.groups["train"]) if there else None
         setups = setups_of(self.config, decoder, encoder)
-        steps = disk_of_steps(self.config, decoder, setups, dict.fromkeys(setups, n_steps), world_size())
+        n_steps = {name: steps_at_most(self.config, n_examples, self.config.methods[name].replay) for name in setups}
+        steps = disk_of_steps(self.config, decoder, setups, n_steps, world_size())
         left = [
             step for step in (StepDisk("features", frames), *steps) if not (self.path / step.name / STEP_FILE).exists()
         ]

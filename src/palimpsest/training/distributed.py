@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
     from palimpsest.training.batching import EpochBatches
+    from palimpsest.training.replay import MixedBatches
     from palimpsest.training.settings import Settings
 
 Batch = dict[str, Any]
@@ -52,7 +53,7 @@ class Share:
     ranks must take part in every exchange.
     """
 
-    batch_sampler: EpochBatches  # under this name the Trainer finds it to set the epoch
+    batch_sampler: EpochBatches | MixedBatches  # under this name the Trainer finds it to set the epoch
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
@@ -91,7 +92,7 @@ class _Collated:
 
 def share_loader(
     examples: Sequence[Any],
-    batches: EpochBatches,
+    batches: EpochBatches | MixedBatches,
     collate: Callable[[Sequence[Any]], Batch],
     pin_memory: bool,
     num_workers: int = 0,
@@ -125,6 +126,14 @@ def tokens_of_step(batches: Sequence[Batch], device: torch.device) -> Tensor:
 def loss_of_rank(total: Tensor, n_tokens: Tensor | int, batch: Mapping[str, Any]) -> Tensor:
     """What a rank calls backward on, so that the mean over ranks is the loss per token of the whole step."""
     return total * (0.0 if FILLER in batch else world_size()) / n_tokens
+
+
+def mean_over_ranks(loss: Tensor) -> Tensor:
+    """Of `loss_of_rank` the loss of the step; every rank must call."""
+    loss = loss.clone()
+    if world_size() > 1:
+        dist.all_reduce(loss)
+    return loss / world_size()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -8,13 +8,14 @@ both together). With target `repeat` the model learns in this phase to write dow
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from palimpsest.files import UserError
 from palimpsest.training.batching import EpochBatches, require_budget, sequence_lengths
 from palimpsest.training.methods import Method, rules_for
+from palimpsest.training.replay import MixedBatches, MixedCollator, TextRow, fitting
 from palimpsest.training.rules import Rule
 from palimpsest.training.settings import Settings, n_steps
 
@@ -35,10 +36,20 @@ class Phase:
     rules: Sequence[Rule]
     examples: Sequence[Example]
     collator: Collator
-    batches: EpochBatches
+    batches: EpochBatches | MixedBatches
     steps: int  # optimizer steps
     before: int  # those of the phase before
+    text: Sequence[TextRow] = ()  # that is replayed between the examples
     keeps_frozen: bool = False  # what is frozen stays so, whatever rule names it not: a tuner decides what it trains
+
+    @property
+    def rows(self) -> list[Any]:
+        """What the indices of `batches` mean."""
+        return [*self.examples, *self.text]
+
+    @property
+    def collate(self) -> Callable[[Sequence[Any]], dict[str, Any]]:
+        return MixedCollator(self.collator) if self.text else self.collator
 
 
 def phases_of(
@@ -47,11 +58,12 @@ def phases_of(
     examples: Sequence[Example],
     collator: Collator,
     scales: Mapping[int, float] | None,
+    replay: Sequence[TextRow] = (),
 ) -> list[Phase]:
-    """The phases in order: the adaptor's if there is one, then the method's.
+    """The phases in order: the adaptor's if there is one, then the method's, in which alone text is replayed.
 
-    Raises UserError for an adaptor phase on questions given as text, which pass by the adaptor, and for an example
-    above the token budget.
+    Raises UserError for an adaptor phase on questions given as text, which pass by the adaptor, for an example above
+    the token budget, and for too little text to replay.
     """
     first = settings.adaptor_first
     for option, asked in (("align", settings.align), ("adaptor_first", first)):
@@ -69,11 +81,16 @@ def phases_of(
         if settings.max_tokens is not None:
             lengths = sequence_lengths(collator, examples)
             require_budget(examples, lengths, settings.max_tokens)
+        batches: EpochBatches | MixedBatches
         batches = EpochBatches(len(examples), settings.batch_size, settings.seed, lengths, settings.max_tokens)
+        text: Sequence[TextRow] = ()
+        if method.replay is not None and name == "method":
+            text = fitting(replay, settings.batch_size, settings.max_tokens)
+            batches = MixedBatches(batches, method.replay.n_batches(len(batches)), [len(row) for row in text])
         steps = n_steps(len(examples), settings, n_batches=len(batches), epochs=epochs)
         before = sum(phase.steps for phase in phases)
         keeps = name == "method" and method.kind == "peft"
-        phases.append(Phase(name, learning_rate, rules, examples, collator, batches, steps, before, keeps))
+        phases.append(Phase(name, learning_rate, rules, examples, collator, batches, steps, before, text, keeps))
     return phases
 
 

@@ -18,6 +18,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from palimpsest.records import Scope
 
 OWN = "own"  # of replayed text: what the base wrote itself
+REPLAYED = "replayed"  # key of a batch of replayed text; it does not reach the model
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Replay:
     n_texts: Annotated[int, Ge(2)] = 200  # own: of each kind, plain and chat, that the base writes
     new_tokens: Annotated[int, Ge(2)] = 64  # own: most tokens of such a text
     window: Annotated[int, Ge(2)] = 256  # most tokens of a row; a longer text of a source makes several
+
+    def n_batches(self, n_questions: int) -> int:
+        """Batches of text in an epoch of so many batches of questions."""
+        return max(1, round(n_questions * self.share / (1.0 - self.share)))
 
 
 @dataclass(frozen=True)

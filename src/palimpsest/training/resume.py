@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from palimpsest.data.collate import Collator
     from palimpsest.data.examples import Example
     from palimpsest.models.speech_lm import SpeechLM
+    from palimpsest.training.replay import TextRow
 
 RUN, DONE, RECORDS = "run.json", "done.safetensors", "done.json"
 # Any of these in the state folder is something to resume.
@@ -40,7 +41,12 @@ MARKS = (
 
 
 def describe_run(
-    method: Any, settings: Any, scales: Mapping[int, float] | None, examples: Sequence[Example], collator: Collator
+    method: Any,
+    settings: Any,
+    scales: Mapping[int, float] | None,
+    examples: Sequence[Example],
+    collator: Collator,
+    replay: Sequence[TextRow] = (),
 ) -> dict[str, Any]:
     """Everything the weights depend on besides the model they start from, as JSON."""
     described = {
@@ -52,6 +58,7 @@ def describe_run(
         "modality": collator.modality,
         "prompt": asdict(collator.processor.style),
         **({"features": "loop"} if collator.in_loop else {}),
+        **({"replay": hash_value([asdict(row) for row in replay])[:16]} if replay else {}),
     }
     normalised: dict[str, Any] = json.loads(json.dumps(described))  # tuples become lists, as they are in the file
     return normalised

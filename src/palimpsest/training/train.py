@@ -29,6 +29,7 @@ from palimpsest.training.callbacks import require_loggers
 from palimpsest.training.held_out import HeldOut, OwnText, loss_of_batches
 from palimpsest.training.methods import Method, add_lora, merge_lora, require_mergeable
 from palimpsest.training.phases import phases_of
+from palimpsest.training.replay import TextRow
 from palimpsest.training.resume import adaptor_phase, describe_run, keep_logs, require_same_run
 from palimpsest.training.settings import AdaptorFirst, Align, Settings, n_steps
 from palimpsest.training.trainer import run_phase
@@ -53,6 +54,7 @@ def train(
     scales: Mapping[int, float] | None = None,
     held_out: HeldOut | None = None,
     own_text: Sequence[Mapping[str, Any]] = (),
+    replay: Sequence[TextRow] = (),
     sharded: bool = False,
     progress: Advance | None = None,
 ) -> list[TrainingRecord]:
@@ -61,16 +63,18 @@ def train(
     With a gate it ends unmerged, in a model that switches it on where there is speech.
 
     `held_out` (modality → collator, examples) is measured every `settings.eval_every` steps, and so is the drift
-    from the model that training starts from, where there are batches of its `own_text`. `folder` also holds the
-    Trainer's checkpoints while training runs: called again with the same folder after an interruption, training
-    continues from the last one and ends with the same weights.
+    from the model that training starts from, where there are batches of its `own_text`. `replay`: the rows of text that
+    a method with that key trains on between the examples. `folder` also holds the Trainer's checkpoints while training
+    runs: called again with the same folder after an interruption, training continues from the last one and ends with
+    the same weights.
 
     In a process group every rank must call, with the same arguments; the batches are those of one process, divided
     among the ranks, and each rank ends with the trained model. `sharded`: weights, gradients and optimizer state in
     parts (FSDP2) instead of replicas. Rank 0 writes.
 
-    Raises UserError before training for bad settings, an example above the token budget and an interrupted training of
-    another recipe; during it when the loss or the gradient stops being finite, naming the step and the examples.
+    Raises UserError before training for bad settings, an example above the token budget, too little text to replay and
+    an interrupted training of another recipe; during it when the loss or the gradient stops being finite, naming the
+    step and the examples.
     """
     if not examples:
         raise UserError("There are no training examples; check the data section of the study.")
@@ -78,11 +82,11 @@ def train(
         raise UserError("training.eval_every is set, but there are no held-out examples to evaluate on; give some.")
     require_mergeable(method, model)
     kernel = require_options(settings, model.device, sharded=sharded, gated=method.gate != "none")
-    phases = phases_of(method, settings, examples, collator, scales)
+    phases = phases_of(method, settings, examples, collator, scales, replay)
     n_align = align_steps(examples, collator, settings)
     total = n_align + sum(phase.steps for phase in phases)
     state = folder / "trainer"
-    require_same_run(state, describe_run(method, settings, scales, examples, collator))
+    require_same_run(state, describe_run(method, settings, scales, examples, collator, replay))
 
     def advance(before: int) -> Callable[[int], None] | None:
         return None if progress is None else lambda done: progress(before + done, total)

@@ -29,6 +29,7 @@ from palimpsest.training import distributed
 from palimpsest.training.callbacks import LastStepAndCheckpoints, ReportProgress
 from palimpsest.training.held_out import HeldOut, OwnText, measure, measure_drift_estimate, modalities_of
 from palimpsest.training.phases import Phase
+from palimpsest.training.remedies import REPLAYED
 from palimpsest.training.resume import last_complete_checkpoint
 from palimpsest.training.rules import parameter_groups
 from palimpsest.training.settings import Settings
@@ -116,7 +117,8 @@ def arguments(folder: Path, phase: Phase, settings: Settings, name: str, device:
             dataloader_pin_memory=torch.cuda.is_available(),
             disable_tqdm=True,
             report_to=list(settings.report_to),
-            ddp_find_unused_parameters=phase.collator.modality == "text",  # the adaptor; looking for it costs time
+            # The adaptor, where a batch has no speech; looking for it costs time.
+            ddp_find_unused_parameters=phase.collator.modality == "text" or bool(phase.text),
         )
     )
 
@@ -170,12 +172,14 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
         self.phase, self.kernel, self.held_out, self.max_tokens = phase, kernel, held_out, max_tokens
         self.own_text = own_text
         self.step_ids: list[str] = []  # of the examples since the last optimizer step
+        self.text_share = 0.0  # of replayed text among the supervised tokens of the step
+        self.text_loss = torch.zeros((), device=args.device)  # its part of the step's loss on this rank
         super().__init__(
             model=model,
             args=args,
-            train_dataset=list(phase.examples),
+            train_dataset=phase.rows,
             eval_dataset=[] if args.eval_strategy != "no" else None,  # asked for; what is measured is `held_out`
-            data_collator=phase.collator,
+            data_collator=phase.collate,
             callbacks=[LastStepAndCheckpoints()],
         )
         self.remove_callback(PrinterCallback)
@@ -186,7 +190,7 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
         workers = n_workers(self.phase, self.args.device)
         if world_size() > 1:  # not prepared by accelerate, which would divide the batches once more
             shared: Any = distributed.share_loader(
-                self.phase.examples, self.phase.batches, self.phase.collator, self.args.dataloader_pin_memory, workers
+                self.phase.rows, self.phase.batches, self.phase.collate, self.args.dataloader_pin_memory, workers
             )
             shared.set_epoch = self.phase.batches.set_epoch
             return shared  # type: ignore[no-any-return]
@@ -215,7 +219,12 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
             batches = list(islice(epoch_iterator, num_batches))
         except UserError as error:  # a worker process puts its whole traceback in front of the sentence
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
-        return batches, distributed.tokens_of_step(batches, device)
+        n_tokens = distributed.tokens_of_step(batches, device)
+        if self.phase.text:
+            of_text = distributed.tokens_of_step([batch for batch in batches if REPLAYED in batch], device)
+            self.text_share = float(of_text) / float(n_tokens)
+            self.text_loss.zero_()
+        return batches, n_tokens
 
     def compute_loss(
         self,
@@ -235,7 +244,17 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
                 total, n_tokens = fused_loss(model, inputs, self.kernel)
         if not bool(torch.isfinite(total)):
             raise self._not_finite("loss", float(total.detach()), inputs)
-        return distributed.loss_of_rank(total, n_tokens if num_items_in_batch is None else num_items_in_batch, inputs)
+        loss = distributed.loss_of_rank(total, n_tokens if num_items_in_batch is None else num_items_in_batch, inputs)
+        if REPLAYED in inputs:
+            self.text_loss += loss.detach()
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and self.phase.text:
+            logs["replayed"] = self.text_share
+            if self.text_share:
+                logs["loss_replayed"] = float(distributed.mean_over_ranks(self.text_loss)) / self.text_share
+        super().log(logs, start_time)
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         norm: torch.Tensor = whole(super()._clip_grad_norm(model))
@@ -314,7 +333,9 @@ def records(history: Sequence[Mapping[str, Any]], name: str, phase: Phase) -> li
     for entry in history:
         common = {"method": name, "phase": phase.name, "step": phase.before + entry["step"], "epoch": entry["epoch"]}
         if "loss" in entry:
-            found.append({**common, "kind": "train"} | {key: entry[key] for key in STEP_FIELDS})
+            values = {key: entry[key] for key in STEP_FIELDS}
+            values |= {key: entry[key] for key in ("replayed", "loss_replayed") if key in entry}
+            found.append({**common, "kind": "train"} | values)
         for modality in modalities_of(entry):
             values = {key: entry[f"eval_{modality}_{key}"] for key in EVAL_FIELDS}
             found.append({**common, "kind": "eval", "modality": modality, "learning_rate": None} | values)
