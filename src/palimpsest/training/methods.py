@@ -68,9 +68,7 @@ class Method:
     checkpoint: str | None = None  # given: folder, hub name or PEFT adapter
     of: str | None = None  # blend: the method whose update is taken in part
     scale: float = 1.0  # blend: how much of the update; 0 is the base, 1 the method
-    layers: tuple[int, ...] | None = (
-        None  # blend: the layers it is scaled in, all else as in the method; None: all
-    )
+    layers: tuple[int, ...] | None = None  # blend: the layers it is scaled in, all else as in the method; None: all
     norm_of: str | None = None  # blend: instead of a scale, the method to whose norm the update is brought
     curve: str | None = None  # of which curve of the frontier this is a point; `over` writes it
 
@@ -133,6 +131,11 @@ class Method:
     @property
     def trains(self) -> bool:
         return self.kind not in WITHOUT_TRAINING
+
+    def weighs_by(self, scores: Literal["importance", "fisher"]) -> bool:
+        """Whether a remedy asks for these scores of the base's weights."""
+        pulled = self.pull is not None and self.pull.by == scores
+        return pulled or (scores == "importance" and self.slow is not None)
 
     @property
     def tunes(self) -> bool:
