@@ -2,6 +2,7 @@
 
     python benchmarks/training.py                      # SmolLM2-135M behind Whisper tiny.en, batches of 8, 2 threads
     python benchmarks/training.py --repeats 1 --steps 3
+    python benchmarks/training.py --skip-layouts --skip-trainer    # what holds weights back, against Full-FT
 
 Layouts: one optimizer step (data, forward, backward, AdamW; everything but the encoder trained) on the same questions
 in the eight layouts that three choices make:
@@ -17,6 +18,10 @@ losses of the layouts with the same speech length are checked to agree. What the
 Trainer: `train` of training/train.py against a hand-written loop on the same batches in the same order: collate, the
 same loss, backward, clip, fused AdamW, cosine schedule. Seconds from the end of one step to the end of the next; ratio
 step by step (same batch), median over all.
+
+Remedies: `train` with each of what holds weights back (docs/remedies.md), on the same batches in the same order as
+plain full fine-tuning, from the same weights: seconds of a step over those of Full-FT, step by step within a repeat,
+and peak resident memory above what the model took before (Linux).
 """
 
 from __future__ import annotations
@@ -43,17 +48,30 @@ from palimpsest.data.examples import Example
 from palimpsest.data.features import Features, compute_features
 from palimpsest.data.sources import load_examples
 from palimpsest.data.speech import read_audio, speak
+from palimpsest.models.anatomy import scored_parameters
 from palimpsest.models.loading import load_encoder, load_language_model
 from palimpsest.models.loss import supervised_losses
 from palimpsest.models.processor import SpeechLMProcessor
 from palimpsest.models.speech_lm import SpeechLength, SpeechLM
 from palimpsest.rundir import cpu_name
+from palimpsest.study.workspace import give_back_memory
+from palimpsest.training.keep import Keep
 from palimpsest.training.methods import Method
+from palimpsest.training.remedies import Distill, Pull, Slow
 from palimpsest.training.train import Settings, train
 
 Clock = Callable[[], float]
 LENGTHS: tuple[SpeechLength, SpeechLength] = ("pad_to_30s", "trim")
 LEARNING_RATE = 2e-5
+REMEDIES = {
+    "full": Method("full", LEARNING_RATE),
+    "full, pull": Method("full", LEARNING_RATE, pull=Pull(100.0)),
+    "full, slow": Method("full", LEARNING_RATE, slow=Slow(0.03)),
+    "full, distill from speech": Method("full", LEARNING_RATE, distill=Distill()),
+    "lora": Method("lora", LEARNING_RATE),
+    "lora, distill from speech": Method("lora", LEARNING_RATE, distill=Distill()),
+}
+GOALS = {"full, pull": 1.05, "full, distill from speech": 1.5}
 
 
 @dataclass(frozen=True)
@@ -98,6 +116,7 @@ def main() -> None:
     )
     parser.add_argument("--skip-layouts", action="store_true")
     parser.add_argument("--skip-trainer", action="store_true")
+    parser.add_argument("--skip-remedies", action="store_true")
     options = parser.parse_args()
 
     torch.set_num_threads(options.threads)
@@ -110,6 +129,8 @@ def main() -> None:
             print_layouts(bench, options)
         if not options.skip_trainer:
             print_trainer(bench, options, folder)
+        if not options.skip_remedies:
+            print_remedies(bench, options, folder)
     finally:
         shutil.rmtree(folder)
 
@@ -118,7 +139,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> Bench:
     """Questions of the built-in set spoken by hibari, models, and the encoder frames at both lengths."""
     clock = time.perf_counter if options.clock == "wall" else time.process_time
     n_layouts = 0 if options.skip_layouts else options.repeats
-    n_trainer = 0 if options.skip_trainer else options.steps
+    n_trainer = 0 if options.skip_trainer and options.skip_remedies else options.steps
     n_examples = max(n_layouts, n_trainer, 1) * options.batch_size
     examples = speak(load_examples("facts", "train", n_examples, seed=0), folder / "audio", "hibari")
     language_model, tokenizer = load_language_model(options.model)
@@ -301,6 +322,61 @@ def by_hand(bench: Bench, groups: list[list[Example]], options: argparse.Namespa
 
 def between(marks: list[float]) -> list[float]:
     return [after - before for before, after in itertools.pairwise(marks)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Remedies
+# ------------------------------------------------------------------------------------------------------------
+def print_remedies(bench: Bench, options: argparse.Namespace, folder: Path) -> None:
+    bench.model.config.speech_length = "trim"
+    examples = bench.examples[: options.steps * options.batch_size]
+    weights = scored_parameters(bench.model)
+    # Which weights are the most important makes no difference to the cost.
+    keep = Keep(importance={name: torch.rand(weight.shape) for name, weight in weights.items()})
+    before = {name: value.clone() for name, value in bench.model.state_dict().items()}
+    seconds: dict[str, list[list[float]]] = {name: [] for name in REMEDIES}
+    peaks: dict[str, list[float]] = {name: [] for name in REMEDIES}
+    for repeat in range(options.repeats):
+        for name in list(REMEDIES) if repeat % 2 == 0 else reversed(REMEDIES):
+            bench.model.load_state_dict(before)
+            give_back_memory()
+            resident = memory_from_here()
+            marks: list[float] = []
+
+            def mark(done: int, total: int, marks: list[float] = marks) -> None:
+                marks.append(bench.clock())
+
+            settings = Settings(epochs=1, batch_size=options.batch_size, checkpoint_every=10**6)
+            train(bench.model, examples, bench.collators["trim"], REMEDIES[name], settings,
+                  folder / f"{name}-{repeat}", name="m", keep=keep, progress=mark)  # fmt: skip
+            seconds[name].append(between(marks))
+            peaks[name].append((peak_bytes() - resident) / 1e9)
+    n = len(seconds["full"][0])
+    print(f"\nRemedies: {n} steps of {options.batch_size} questions after a first one, {options.repeats} times; "
+          f"{options.clock} time; peak memory above the model's own")  # fmt: skip
+    print(f"{'':24} {'s per step':>11} {'over Full-FT':>13}  {'least to most':15} {'peak, GB':>9}")
+    for name, repeats in seconds.items():
+        pairs = zip(itertools.chain(*repeats), itertools.chain(*seconds["full"]), strict=True)
+        ratios = sorted(own / full for own, full in pairs)
+        print(f"{name:24} {statistics.median(itertools.chain(*repeats)):11.2f} {statistics.median(ratios):12.3f}×  "
+              f"{f'{ratios[0]:.2f} to {ratios[-1]:.2f}':15} {statistics.median(peaks[name]):9.2f}")  # fmt: skip
+    for name, goal in GOALS.items():
+        print(f"goal of {name}: at most {goal}× the time of a step")
+
+
+def memory_from_here() -> int:
+    """Bytes that are resident now; the peak starts anew (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+def peak_bytes() -> int:
+    return status("VmHWM")
+
+
+def status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 # ------------------------------------------------------------------------------------------------------------

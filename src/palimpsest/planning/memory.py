@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from palimpsest.training.methods import MethodKind
+from palimpsest.training.remedies import AT_ONCE
 
 # Outside the tensors. CPU: Python with torch, transformers and peft. CUDA: context, kernels and cuBLAS workspace, which
 # torch.cuda.max_memory_allocated does not show.
@@ -35,6 +36,7 @@ ADAM_STATES = 2  # AdamW: first and second moment, in the precision of the weigh
 ACCUMULATED = 4  # bytes of a score, float32
 PIECE = 1 << 24  # weights whose gradient is folded at a time on CUDA, with three temporaries (importance/reduce.py)
 N_PROJECTIONS = 7  # q, k, v, o, gate, up, down: what LoRA wraps in a Llama layer
+N_PIECES = 6  # float32 arrays of a piece of tokens while two distributions are compared (training/keep.py)
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,9 @@ class Setup:
     device: Literal["cpu", "cuda"] = "cuda"
     n_gpus: int = 1  # weights, gradients and optimizer state sharded over them (FSDP2)
     in_loop: bool = False  # the encoder runs in every step, and stays whole on every device
+    distill: bool = False  # the base's distributions are learned
+    pull: Literal["plain", "fisher", "importance"] | None = None
+    slow: float = 0.0  # share of the scored weights
 
     @property
     def adaptor_parameters(self) -> int:
@@ -119,6 +124,15 @@ class Setup:
         return self.method in ("full", "layer_lr")
 
     @property
+    def held_back(self) -> int:
+        """Bytes of what holds the weights back: the base once more as the teacher of full fine-tuning and once more for
+        a pull, a float32 number of each score it weighs by; value and position (int64) of each slowed weight."""
+        decoder, w = self.decoder, self.weight_bytes
+        copies = int(self.distill and self.trains_decoder) + int(self.pull is not None)
+        scores = 4 * decoder.matrices if self.pull in ("fisher", "importance") else 0
+        return copies * w * decoder.parameters + scores + round(self.slow * decoder.matrices) * (w + 8)
+
+    @property
     def casts(self) -> bool:
         """Whether autograd keeps bf16 copies of float32 weights and activations. Sharded, layers come in bf16 whole."""
         return self.autocast and self.weight_bytes == 4 and self.n_gpus == 1
@@ -150,7 +164,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. `in_use` = weights + optimizer + gathered + runtime + the largest of `moments`."""
+    """Bytes on one device. `in_use`: weights, optimizer, held back, gathered, runtime and the largest of `moments`."""
 
     weights: int
     gradients: int
@@ -161,10 +175,12 @@ class Memory:
     runtime: int
     allocator: int  # freed, but not given back
     moments: dict[str, int]
+    held_back: int = 0  # of the base, by what holds the weights back
 
     @property
     def in_use(self) -> int:
-        return self.weights + self.optimizer + self.gathered + self.runtime + max(self.moments.values())
+        always = self.weights + self.optimizer + self.held_back + self.gathered + self.runtime
+        return always + max(self.moments.values())
 
     @property
     def peak(self) -> int:
@@ -198,6 +214,7 @@ def memory(setup: Setup, batch: Batch) -> Memory:
         runtime=RUNTIME_BYTES[setup.device],
         allocator=round(ALLOCATOR_SHARE[setup.device] * activation_bytes(replace(setup, checkpointing=False), batch)),
         moments=moments,
+        held_back=-(-setup.held_back // shard),
     )
 
 
@@ -273,6 +290,9 @@ def logit_bytes(setup: Setup, batch: Batch) -> int:
     if setup.fused_loss:
         return 0
     n, c, v = batch.rows * batch.supervised, setup.compute_bytes, setup.decoder.vocabulary
+    if setup.distill:  # logits of both models, at first of every column; the gradient takes the place of the base's
+        pieces = N_PIECES * 4 * min(n * v, AT_ONCE)
+        return max(c * (batch.rows * batch.columns + 2 * n) * v, 2 * c * n * v + pieces)
     selected = 3 * 4 * n * v + (2 * n * v if c == 2 else 0)
     every_column = (c * batch.rows * batch.columns + 4 * n + c * n) * v
     return max(selected, every_column)
@@ -300,7 +320,8 @@ def step_flops(setup: Setup, tokens: float, length: float, positions: float, sup
     `positions` are speech and `supervised` have a loss. Recomputation under checkpointing is not counted.
 
     A trained matrix costs 6 per weight and token (2 forward, 2 for its input's gradient, 2 for its own), a frozen one
-    4; attention 6·L·q·S per token (12, halved: causal); the head only where something is supervised.
+    4; attention 6·L·q·S per token (12, halved: causal); the head only where something is supervised. To distil, the
+    base runs forward once more (2), as if its questions as text were as long as speech.
     """
     decoder = setup.decoder
     per_weight = 6 if setup.trains_decoder else 4
@@ -308,6 +329,9 @@ def step_flops(setup: Setup, tokens: float, length: float, positions: float, sup
     attention = 6 * decoder.layers * decoder.attention * length * tokens
     head = per_weight * decoder.vocabulary * decoder.hidden * supervised
     adaptor = 6 * setup.adaptor_parameters * positions if setup.modality == "speech" else 0
+    if setup.distill:
+        attention += 2 * decoder.layers * decoder.attention * length * tokens
+        layers += 2 * decoder.matrices * tokens + 2 * decoder.vocabulary * decoder.hidden * supervised
     return layers + attention + head + adaptor
 
 

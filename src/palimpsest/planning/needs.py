@@ -151,6 +151,8 @@ def disk_of_steps(
         StepDisk(f"{BASE}/importance", of_model, passing),
         StepDisk(f"{BASE}/importance_other", of_others, passing),
     ]
+    if any(method.weighs_by("fisher") for method in config.methods.values()):
+        found.append(StepDisk(f"{BASE}/fisher", scores, scores * n_processes if options.offload == "disk" else 0))
     for run, name in zip(config.runs, list(config.methods) * config.seeds, strict=True):
         if setups[name].method not in ("given", "blend"):
             found.append(

@@ -261,7 +261,10 @@ def setups_of(
             weight_bytes=4 if config.models.dtype == "float32" else 2,
             checkpointing=training.gradient_checkpointing,
             accumulation=training.accumulation,
-            fused_loss=fused and wanted,
+            fused_loss=fused and wanted and method.distill is None,
+            distill=method.distill is not None,
+            pull=None if method.pull is None else method.pull.by,
+            slow=0.0 if method.slow is None else method.slow.top,
             **{**machine, "in_loop": machine["in_loop"] and method.modality == "speech"},
         )
         for name, method in config.methods.items()

@@ -24,6 +24,8 @@ FORMULAS = (
     "  loss         12 n V (float32), or the head's output at every supervised column; none with a fused kernel",
     "  peak         weights + optimizer + runtime + allocator + the largest of: activations + loss; activations + the",
     "               head's gradient; all gradients + one layer. These two do not peak together",
+    "  held back    (distill, pull, slow) the base once as a teacher beside full or layer_lr, and once for a pull;",
+    "               4 a score that a pull weighs by, w + 8 a slowed weight; part of the peak",
     "  allocator    on a CPU half of the activations: what glibc keeps of freed memory; on CUDA none",
     "  FLOPs        tokens · (6 · trained matrices, 4 · frozen ones, + 6 L q S), the same of the head at n and of the",
     "               adaptor at speech positions; 2 more with gradient checkpointing",
@@ -129,12 +131,15 @@ def _memory(plan: Plan, options: Assumptions) -> Iterator[str]:
         return
     where = "on each device, weights, gradients and optimizer sharded" if options.n_gpus > 1 else "on the device"
     yield f"Memory {where}, GB (10⁹ bytes), of {plan.capacity / GB:.1f}"
+    holds = any(method.memory.held_back for method in plan.methods)
     heads = ["", "trained", "largest batch", "weights", "gradients", "optimizer", "activations", "loss"]
+    heads += ["held back"] if holds else []
     heads += (["gathered"] if options.n_gpus > 1 else []) + ["runtime", "allocator", "peak", "at its peak when", ""]
     rows = []
     for method in plan.methods:
         m, batch = method.memory, method.batch
         parts = [m.weights, m.gradients, m.optimizer, m.activations, m.logits]
+        parts += [m.held_back] if holds else []
         parts += ([m.gathered] if options.n_gpus > 1 else []) + [m.runtime, m.allocator, m.peak]
         moment = max(m.moments, key=lambda name: m.moments[name])
         sizes = [f"{method.setup.trainable:,}", f"{batch.rows} × {batch.length}", *(f"{n / GB:.2f}" for n in parts)]

@@ -66,6 +66,8 @@ def steps_of(config: StudyConfig) -> Iterator[Step]:
         yield steps.features
     yield partial(steps.importance, model=BASE)
     yield partial(steps.importance, model=BASE, other=True)
+    if any(method.weighs_by("fisher") for method in config.methods.values()):
+        yield steps.fisher
     if config.drift is not None:
         yield steps.own_text
     trained = [method for method in config.methods.values() if method.trains]

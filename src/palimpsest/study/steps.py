@@ -191,8 +191,10 @@ def train(ws: Workspace, model: str) -> None:
         "seeds": [ws.seed("adaptor", model), ws.seed("train", model)],
         **ws.adaptor_inputs,
     }
-    if method.kind == "layer_lr":
+    if method.kind == "layer_lr" or method.weighs_by("importance"):
         inputs |= {"scores": ws.fingerprint(f"{BASE}/importance"), "reduction": reduction}
+    if method.weighs_by("fisher"):
+        inputs["fisher"] = ws.fingerprint(f"{BASE}/fisher")
     if ws.config.kept_light(model):
         inputs["checkpoint"] = "light"
     if method.importance == "shuffled":
@@ -205,6 +207,7 @@ def train(ws: Workspace, model: str) -> None:
         inputs["own_text"] = [ws.fingerprint(f"{BASE}/own_text"), ws.drift.in_training, ws.drift.batch_size]
 
     def write(folder: Path, advance: Advance) -> None:
+        from palimpsest.training.keep import Keep
         from palimpsest.training.methods import method_scales
         from palimpsest.training.train import train as train_model
 
@@ -229,6 +232,10 @@ def train(ws: Workspace, model: str) -> None:
             held_out=ws.held_out(model),
             own_text=ws.own_text_batches() if watched else (),
             replay=() if method.replay is None else ws.replay_rows(method.replay),
+            keep=Keep(
+                importance=ws.scores(BASE).tensors(reduction) if method.weighs_by("importance") else None,
+                fisher=ws.fisher.tensors("fisher") if method.weighs_by("fisher") else None,
+            ),
             sharded=sharded(),
             progress=advance,
         )
@@ -383,33 +390,10 @@ def importance(ws: Workspace, model: str, other: bool = False) -> None:
 
     def write(folder: Path, advance: Advance) -> None:
         from palimpsest.analysis.overlap import most_important
-        from palimpsest.importance.estimate import estimate_importance
 
         chosen = importance_questions(ws.groups, options, ws.seed("importance"), other=other)
-        total = -(-len(chosen) // options.batch_size)
-        language_model = ws.language_model(model)
-        if options.gradient_checkpointing:
-            language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        scores = estimate_importance(
-            language_model,
-            # In random order: batches sorted by length would not be alike, and the bootstrap draws batches.
-            batches(
-                ws.collator("text", "train"),
-                chosen,
-                options.batch_size,
-                ws.device,
-                by_length=False,
-                distributed=True,
-            ),
-            options.keep if options.accumulate == "kept" else STUDY_REDUCTIONS,
-            offload={"none": None, "cpu": "cpu", "disk": folder}[options.offload],
-            metadata={"scored_model": model, "modality": "text", "questions": options.questions},
-            progress=lambda done, _: advance(min(total, done * world_size()), total),
-            distributed=world_size() > 1,
-            compute=ws.exact_compute.dtype,
-        )
-        if options.gradient_checkpointing:
-            language_model.gradient_checkpointing_disable()
+        reductions = options.keep if options.accumulate == "kept" else STUDY_REDUCTIONS
+        scores = _estimated(ws, model, chosen, reductions, folder, advance)
         if is_main():
             scores = scores.with_batch_sums()
             if masks:
@@ -417,6 +401,57 @@ def importance(ws: Workspace, model: str, other: bool = False) -> None:
             scores.keeping(() if masks else options.keep).save(folder)
 
     ws.step(f"{folder_of(model)}/importance{'_other' * other}", importance, inputs, write, together=True)
+
+
+def fisher(ws: Workspace) -> None:
+    """base/fisher/: the Fisher information of every weight, for methods that are pulled to the base by it (EWC).
+
+    On the questions of base/importance. Its gradients are of single sequences, so it is a pass of its own.
+    """
+    options = ws.config.importance
+    inputs = {
+        "model": ws.model_inputs(BASE),
+        "data": ws.fingerprint("data"),
+        "options": [options.n_examples, options.batch_size, options.questions],
+        "prompt": ws.prompt_inputs,
+        "seed": ws.seed("importance"),
+        "compute": ws.exact_compute.dtype,
+    }
+
+    def write(folder: Path, advance: Advance) -> None:
+        chosen = importance_questions(ws.groups, options, ws.seed("importance"))
+        scores = _estimated(ws, BASE, chosen, ("fisher",), folder, advance)
+        if is_main():
+            scores.save(folder)
+
+    ws.step(f"{BASE}/fisher", fisher, inputs, write, together=True)
+
+
+def _estimated(
+    ws: Workspace, model: str, chosen: Sequence[Example], reductions: Sequence[str], folder: Path, advance: Advance
+) -> Any:
+    """Scores of a model on the questions, put as text; every rank calls, and has them."""
+    from palimpsest.importance.estimate import estimate_importance
+
+    options = ws.config.importance
+    total = -(-len(chosen) // options.batch_size)
+    language_model = ws.language_model(model)
+    if options.gradient_checkpointing:
+        language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    scores = estimate_importance(
+        language_model,
+        # In random order: batches sorted by length would not be alike, and the bootstrap draws batches.
+        batches(ws.collator("text", "train"), chosen, options.batch_size, ws.device, by_length=False, distributed=True),
+        reductions,
+        offload={"none": None, "cpu": "cpu", "disk": folder}[options.offload],
+        metadata={"scored_model": model, "modality": "text", "questions": options.questions},
+        progress=lambda done, _: advance(min(total, done * world_size()), total),
+        distributed=world_size() > 1,
+        compute=ws.exact_compute.dtype,
+    )
+    if options.gradient_checkpointing:
+        language_model.gradient_checkpointing_disable()
+    return scores
 
 
 def importance_questions(

@@ -716,6 +716,13 @@ class Workspace:
 
         return Scores.open(self.path / folder_of(name) / f"importance{'_other' * other}")
 
+    @property
+    def fisher(self) -> Scores:
+        """Of the base, for methods that are pulled to it by them."""
+        from palimpsest.importance.scores import Scores
+
+        return Scores.open(self.path / BASE / "fisher")
+
     def other_mask(self) -> Mask:
         """The most important weights of the base on other questions, where their scores are not kept."""
         from palimpsest.importance.mask import Mask

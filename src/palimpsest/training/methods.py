@@ -133,6 +133,11 @@ class Method:
     def trains(self) -> bool:
         return self.kind not in WITHOUT_TRAINING
 
+    def weighs_by(self, scores: Literal["importance", "fisher"]) -> bool:
+        """Whether a remedy asks for these scores of the base's weights."""
+        pulled = self.pull is not None and self.pull.by == scores
+        return pulled or (scores == "importance" and self.slow is not None)
+
     @property
     def tunes(self) -> bool:
         """Whether training changes what the language model does with text."""

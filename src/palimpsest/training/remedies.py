@@ -19,6 +19,7 @@ from palimpsest.records import Scope
 
 OWN = "own"  # of replayed text: what the base wrote itself
 REPLAYED = "replayed"  # key of a batch of replayed text; it does not reach the model
+AT_ONCE = 1 << 22  # numbers of a float32 array over tokens and vocabulary that are there at a time, to distil
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Distill:
     def __post_init__(self) -> None:
         if not self.speech and not self.text:
             raise ValueError("distill has weight 0 both for speech and for text; give one of them, or leave it out")
+        if not self.speech and not self.labels:
+            raise ValueError("distill with labels 0 and speech 0 learns nothing of the questions; give one of them")
 
 
 @dataclass(frozen=True)

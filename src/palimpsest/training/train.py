@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from palimpsest.data.collate import Collator
 from palimpsest.files import UserError
 from palimpsest.models.compute import computing
 from palimpsest.models.fused_loss import Kernel, choose_kernel
@@ -27,6 +28,7 @@ from palimpsest.training import distributed
 from palimpsest.training.align import align_phase, align_steps
 from palimpsest.training.callbacks import require_loggers
 from palimpsest.training.held_out import HeldOut, OwnText, loss_of_batches
+from palimpsest.training.keep import Keep, base_stays, hold, require_scores
 from palimpsest.training.methods import Method, add_lora, merge_lora, require_mergeable
 from palimpsest.training.phases import phases_of
 from palimpsest.training.replay import TextRow
@@ -35,7 +37,6 @@ from palimpsest.training.settings import AdaptorFirst, Align, Settings, n_steps
 from palimpsest.training.trainer import run_phase
 
 if TYPE_CHECKING:
-    from palimpsest.data.collate import Collator
     from palimpsest.data.examples import Example
     from palimpsest.models.speech_lm import SpeechLM
 
@@ -55,6 +56,7 @@ def train(
     held_out: HeldOut | None = None,
     own_text: Sequence[Mapping[str, Any]] = (),
     replay: Sequence[TextRow] = (),
+    keep: Keep | None = None,
     sharded: bool = False,
     progress: Advance | None = None,
 ) -> list[TrainingRecord]:
@@ -64,9 +66,9 @@ def train(
 
     `held_out` (modality → collator, examples) is measured every `settings.eval_every` steps, and so is the drift
     from the model that training starts from, where there are batches of its `own_text`. `replay`: the rows of text that
-    a method with that key trains on between the examples. `folder` also holds the Trainer's checkpoints while training
-    runs: called again with the same folder after an interruption, training continues from the last one and ends with
-    the same weights.
+    a method with that key trains on between the examples. `keep`: scores of the base that the method's remedies weigh
+    by (keep.py). `folder` also holds the Trainer's checkpoints while training runs: called again with the same folder
+    after an interruption, training continues from the last one and ends with the same weights.
 
     In a process group every rank must call, with the same arguments; the batches are those of one process, divided
     among the ranks, and each rank ends with the trained model. `sharded`: weights, gradients and optimizer state in
@@ -82,11 +84,17 @@ def train(
         raise UserError("training.eval_every is set, but there are no held-out examples to evaluate on; give some.")
     require_mergeable(method, model)
     kernel = require_options(settings, model.device, sharded=sharded, gated=method.gate != "none")
+    require_scores(method, keep)
+    if method.distill is not None:
+        kernel = None  # it makes no logits, and they are what is compared with the base's
     phases = phases_of(method, settings, examples, collator, scales, replay)
     n_align = align_steps(examples, collator, settings)
     total = n_align + sum(phase.steps for phase in phases)
     state = folder / "trainer"
-    require_same_run(state, describe_run(method, settings, scales, examples, collator, replay))
+    described = describe_run(method, settings, scales, examples, collator, replay)
+    if keep is not None and (kept := keep.described()):
+        described["keep"] = kept
+    require_same_run(state, described)
 
     def advance(before: int) -> Callable[[int], None] | None:
         return None if progress is None else lambda done: progress(before + done, total)
@@ -117,10 +125,13 @@ def train(
         if phase.name == "adaptor":
             records += adaptor_phase(model, state / "adaptor", run)
         else:
-            if method.kind in ("lora", "peft"):
-                add_lora(model, method)
-                model.gated = method.gate == "speech"
-            records += run(state)
+            text = Collator(collator.processor, "text")
+            with base_stays(model, method, text, examples[:2], settings.compute):
+                if method.kind in ("lora", "peft"):
+                    add_lora(model, method)
+                    model.gated = method.gate == "speech"
+            held = hold(model, method, keep, text, compute=settings.compute, sharded=sharded)
+            records += run(state, held=held)
     if method.kind in ("lora", "peft"):
         if is_main():
             model.language_model.save_pretrained(folder / "adapter")

@@ -28,6 +28,7 @@ from palimpsest.records import TrainingRecord
 from palimpsest.training import distributed
 from palimpsest.training.callbacks import LastStepAndCheckpoints, ReportProgress
 from palimpsest.training.held_out import HeldOut, OwnText, measure, measure_drift_estimate, modalities_of
+from palimpsest.training.keep import Held, WithText, attach, distilled_loss
 from palimpsest.training.phases import Phase
 from palimpsest.training.remedies import REPLAYED
 from palimpsest.training.resume import last_complete_checkpoint
@@ -52,6 +53,7 @@ def run_phase(
     kernel: Kernel | None = None,
     held_out: HeldOut | None = None,
     own_text: OwnText | None = None,
+    held: Held | None = None,
     sharded: bool = False,
     advance: Callable[[int], None] | None = None,
 ) -> list[TrainingRecord]:
@@ -73,6 +75,7 @@ def run_phase(
         kernel=kernel,
         held_out=held_out or {},
         own_text=own_text,
+        held=held,
         max_tokens=settings.max_tokens,
         compute=settings.compute,
         checkpointed=settings.gradient_checkpointing,
@@ -164,13 +167,14 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
         held_out: HeldOut,
         max_tokens: int | None,
         own_text: OwnText | None = None,
+        held: Held | None = None,
         compute: Arithmetic = "float32",
         checkpointed: bool = False,
         sharded: bool = False,
     ) -> None:
         self.sharded, self.compute, self.checkpointed = sharded, compute, checkpointed
         self.phase, self.kernel, self.held_out, self.max_tokens = phase, kernel, held_out, max_tokens
-        self.own_text = own_text
+        self.own_text, self.held = own_text, held
         self.step_ids: list[str] = []  # of the examples since the last optimizer step
         self.text_share = 0.0  # of replayed text among the supervised tokens of the step
         self.text_loss = torch.zeros((), device=args.device)  # its part of the step's loss on this rank
@@ -179,7 +183,7 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
             args=args,
             train_dataset=phase.rows,
             eval_dataset=[] if args.eval_strategy != "no" else None,  # asked for; what is measured is `held_out`
-            data_collator=phase.collate,
+            data_collator=WithText(phase.collate, held.text) if held and held.reads_text else phase.collate,
             callbacks=[LastStepAndCheckpoints()],
         )
         self.remove_callback(PrinterCallback)
@@ -190,7 +194,7 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
         workers = n_workers(self.phase, self.args.device)
         if world_size() > 1:  # not prepared by accelerate, which would divide the batches once more
             shared: Any = distributed.share_loader(
-                self.phase.rows, self.phase.batches, self.phase.collate, self.args.dataloader_pin_memory, workers
+                self.phase.rows, self.phase.batches, self.data_collator, self.args.dataloader_pin_memory, workers
             )
             shared.set_epoch = self.phase.batches.set_epoch
             return shared  # type: ignore[no-any-return]
@@ -237,8 +241,11 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
         inputs = encode_batch(inputs, self.model.encoder, self.model.config.speech_length, self.compute)
         if self.kernel is None:
             with nullcontext() if self.checkpointed else attention_with_gradients(self.args.device):
-                losses, _ = supervised_losses(model, inputs)
-            total, n_tokens = losses.sum(), len(losses)
+                if self.held is not None and self.held.distill is not None:
+                    total, n_tokens = distilled_loss(self.held, self.model, model, inputs, self.compute)
+                else:
+                    losses, _ = supervised_losses(model, inputs)
+                    total, n_tokens = losses.sum(), len(losses)
         else:
             with self.accelerator.autocast():
                 total, n_tokens = fused_loss(model, inputs, self.kernel)
@@ -279,6 +286,8 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
                 self.model.requires_grad_(True)  # a phase's rules decide alone: the one before may have frozen more
             groups = parameter_groups(self.model, self.phase.rules, self.args.learning_rate, self.args.weight_decay)
             self.optimizer: torch.optim.Optimizer | None = torch.optim.AdamW(groups, fused=True)
+            if self.held is not None:
+                attach(self.held, self.optimizer, self.model)
         return self.optimizer
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
