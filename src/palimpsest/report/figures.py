@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from palimpsest.files import UserError, replacing, write_text
-from palimpsest.report import charts, curves, heatmaps
+from palimpsest.report import charts, curves, heatmaps, trade_off
 from palimpsest.report.across_runs import by_method
 from palimpsest.report.inputs import Inputs, read_inputs, trains
 from palimpsest.report.style import Drawing, style, to_png, to_svg
@@ -19,12 +19,17 @@ FIGURES: dict[str, Callable[[Inputs], Drawing | None]] = {
     "deactivation": charts.deactivation,
     "deletion": curves.deletion,
     "t2t_s2t": charts.plane,
+    "frontier": trade_off.frontier,
     "drift": charts.drift,
     "training": curves.training,
     "retention": curves.retention,
 }
 # Figures that a complete run may lack, with what is said in their place.
-OPTIONAL: dict[str, Callable[[Inputs], str]] = {"retention": curves.why_no_retention, "drift": charts.why_no_drift}
+OPTIONAL: dict[str, Callable[[Inputs], str]] = {
+    "retention": curves.why_no_retention,
+    "drift": charts.why_no_drift,
+    "frontier": trade_off.why_no_frontier,
+}
 
 
 def draw(name: str, inputs: Inputs) -> Drawing | None:

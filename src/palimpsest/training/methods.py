@@ -68,9 +68,7 @@ class Method:
     checkpoint: str | None = None  # given: folder, hub name or PEFT adapter
     of: str | None = None  # blend: the method whose update is taken in part
     scale: float = 1.0  # blend: how much of the update; 0 is the base, 1 the method
-    layers: tuple[int, ...] | None = (
-        None  # blend: the layers it is scaled in, all else as in the method; None: all
-    )
+    layers: tuple[int, ...] | None = None  # blend: the layers it is scaled in, all else as in the method; None: all
     norm_of: str | None = None  # blend: instead of a scale, the method to whose norm the update is brought
     curve: str | None = None  # of which curve of the frontier this is a point; `over` writes it
 
