@@ -91,6 +91,16 @@ def invented_results() -> dict[str, list[dict[str, Any]]]:
         "drift": [drift_row(method, text, SCALE[method]) for method in METHODS for text in ("plain", "chat")],
         "general_text": [general_text_row(method, 1 + SCALE.get(method, 0.0) / 10) for method in ("base", *METHODS)],
         "general_text_comparisons": [general_text_comparison(method, SCALE[method] / 10) for method in METHODS],
+        "frontier": [
+            *[frontier_row("base", "base", None, 0.0, None, False)],
+            *[frontier_row(f"full-{rate:g}", "full", rate, 300 * rate, 2 - 500 * rate, True) for rate in (5e-4, 1e-3)],
+            *[frontier_row(name, name, None, SCALE[name] / 2, 2 - SCALE[name], False) for name in METHODS[1:]],
+        ],
+        "equal_hearing": [
+            equal_hearing_row("full", "layer_lr", -0.1, 0.004),
+            equal_hearing_row("full", "lora", -0.02, 0.4),
+            equal_hearing_row("full", "lora_r8", None, None),
+        ],
         "layers": _layers(),
         "shift": _shift(),
         "clustering": _clustering(rng),
@@ -170,6 +180,35 @@ def general_text_comparison(method: str, nats: float) -> dict[str, Any]:
         "per_token_difference": 4 * nats, "per_token_ci_low": 4 * nats - 0.04, "per_token_ci_high": 4 * nats + 0.04,
         "p_value": 0.001, "p_holm": 0.005, "detectable": 0.02, "verdict": "worse",
         "family": "general text (invented.txt), against the base", "n_family": 5, "left_out": None,
+    }  # fmt: skip
+
+
+def frontier_row(
+    model: str, curve: str, point: float | None, kl: float, loss: float | None, pareto: bool
+) -> dict[str, Any]:
+    return {
+        "model": model, "curve": curve, "varied": "learning_rate" if point else None, "point": point,
+        "text_measure": "drift", "text_task": None, "text_better": "lower", "text": kl, "text_ci_low": 0.9 * kl,
+        "text_ci_high": 1.1 * kl, "n_text": 200, "hearing_measure": "speech_loss", "hearing_task": None,
+        "hearing_better": "lower", "hearing": loss, "hearing_ci_low": loss and loss - 0.1,
+        "hearing_ci_high": loss and loss + 0.1, "n_hearing": 100, "n_seeds": 1,
+        "pareto": None if loss is None else pareto,
+    }  # fmt: skip
+
+
+def equal_hearing_row(a: str, b: str, difference: float | None, p: float | None) -> dict[str, Any]:
+    known = difference is not None
+    return {
+        "text_measure": "drift", "text_task": None, "text_better": "lower", "hearing_measure": "speech_loss",
+        "hearing_task": None, "hearing_better": "lower", "position": "best", "method_a": a, "method_b": b,
+        "points_a": 2, "points_b": 1, "seeds_a": 1, "seeds_b": 1, "hearing": 1.5 if known else None,
+        "text_a": 0.3 if known else None, "text_b": 0.3 + difference if difference is not None else None,
+        "difference": difference, "ci_low": difference - 0.05 if difference is not None else None,
+        "ci_high": difference + 0.05 if difference is not None else None, "overlap": float(known),
+        "test": "bootstrap_sign", "p_value": p and p / 2, "p_holm": p,
+        "verdict": "not comparable" if p is None else "better" if p < 0.05 else "no difference shown",
+        "family": "equal hearing, best: drift at equal speech_loss", "n_family": 2,
+        "left_out": None if known else "no hearing in common",
     }  # fmt: skip
 
 

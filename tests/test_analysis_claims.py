@@ -420,3 +420,19 @@ def test_other_metrics_do_not_count() -> None:
     wrong = compared("text", "base", "full", 0.5)
     tables["comparisons"].append({**wrong, "metric": "substring"})
     assert claim(5, tables)["value"] == pytest.approx(-0.06)
+
+
+def test_points_of_curves_leave_the_claims_to_the_methods() -> None:
+    """Points have accuracies against the base and nothing else; beside the methods themselves they change nothing."""
+    found = results()
+    points = [compared(modality, "base", f"full-{i}", -0.5) for modality in ("text", "speech") for i in range(3)]
+    mixed = {**found, "comparisons": [*found["comparisons"], *points]}
+    assert claim_records(mixed) == claim_records(found)
+    alone = {"comparisons": points}
+    assert {record["verdict"] for record in claim_records(alone)} == {"undecided"}
+
+
+def test_a_curve_over_ranks_is_no_series_of_ranks() -> None:
+    curve = {f"lora-{rank}": Method("lora", rank=rank, curve="lora") for rank in (4, 8, 16)}
+    single = {"lora_a": Method("lora", rank=8), "lora_b": Method("lora", rank=16)}
+    assert rank_series(curve | single) == {**dict.fromkeys(curve), "lora_a": 8, "lora_b": 16}

@@ -13,6 +13,7 @@ from palimpsest.records import RESULT_TABLES
 from palimpsest.report.inputs import (
     MAY_BE_EMPTY,
     OF_DRIFT,
+    OF_FRONTIER,
     main_metric,
     main_reduction,
     method_key,
@@ -31,7 +32,7 @@ def test_a_whole_run_misses_nothing(tmp_path: Path) -> None:
     inputs = read_inputs(make_run(tmp_path))
     assert inputs.missing == ()
     empty = {table for table in RESULT_TABLES if not inputs.results[table]}  # type: ignore[literal-required]
-    assert empty == MAY_BE_EMPTY - OF_DRIFT
+    assert empty == MAY_BE_EMPTY - OF_DRIFT - OF_FRONTIER
     assert inputs.samples["full", "facts", "speech"][0]["id"] == "q0"
     assert inputs.importance_maps["base", "model.layers.8.mlp.up_proj.weight"].shape == (128, 96)
 

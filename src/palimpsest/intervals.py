@@ -34,7 +34,7 @@ Shapes: seeds = training runs of one method, questions.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -132,6 +132,18 @@ def bootstrap_ratio(
     return bounds
 
 
+def resampled(kinds: Sequence[str], seed: int | Sequence[int], n: int = 10_000) -> Iterator[NDArray[np.float64]]:
+    """How often each unit is drawn, (draws, units) at a time until there were `n`; units among those of their kind."""
+    random, units = np.random.default_rng(seed), len(kinds)
+    of_kind = [np.flatnonzero(np.asarray(kinds) == kind) for kind in dict.fromkeys(kinds)]
+    step = max(1, _CHUNK // units)
+    for start in range(0, n, step):
+        times = np.empty((min(step, n - start), units))
+        for of in of_kind:
+            times[:, of] = random.multinomial(len(of), np.full(len(of), 1 / len(of)), size=len(times))
+        yield times
+
+
 def holm(pvalues: Sequence[float]) -> list[float]:
     """Holm's step-down correction (Holm 1979), in the order of the input."""
     corrected = [0.0] * len(pvalues)
@@ -207,6 +219,14 @@ def clustered_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95, power:
     value = float(second.mean() - first.mean())
     variance, df = _variance(first, second, 1.0)
     return _effect(value, math.sqrt(variance), df, first.shape[1], level, power)
+
+
+def combined_effect(value: float, parts: Sequence[tuple[float, float]], level: float = 0.95) -> Effect:
+    """A difference whose variance is a sum of independent parts, (variance, degrees of freedom) each; t test."""
+    total = sum(part for part, _ in parts)
+    spread = sum(part**2 / df for part, df in parts if part > 0)
+    df = total**2 / spread if spread > 0 else min(df for _, df in parts)
+    return _effect(value, math.sqrt(total), df, int(max(df for _, df in parts)) + 1, level, 0.8)
 
 
 def retention(base: ArrayLike, tuned: ArrayLike, level: float = 0.95) -> Ratio:

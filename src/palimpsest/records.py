@@ -408,6 +408,66 @@ class GeneralTextComparisonRecord(TypedDict):
     left_out: NotRequired[str | None]
 
 
+class FrontierRecord(TypedDict):
+    """One method in the plane of one text measure and one hearing measure; of several training runs their means.
+
+    Values are as measured; `text_better` and `hearing_better` say whether higher or lower ones are.
+    """
+
+    model: str  # the base or a method
+    curve: str  # a method that is no point of a curve is a curve of its own
+    varied: str | None  # the key that differs between the points of the curve, such as learning_rate
+    point: float | str | None  # its value here
+    text_measure: str  # drift | general_text | t2t
+    text_task: str | None  # of t2t
+    text_better: str  # higher | lower
+    text: float  # drift: KL to the base, nats per token; the others minus the base's: nats per token, accuracy
+    text_ci_low: float  # 95 %
+    text_ci_high: float
+    n_text: int  # texts, documents, questions
+    hearing_measure: str  # speech_loss | s2t
+    hearing_task: str | None  # of s2t
+    hearing_better: str
+    hearing: float | None  # speech_loss: nats per token of held-out answers; s2t: accuracy; None: not asked in speech
+    hearing_ci_low: float | None
+    hearing_ci_high: float | None
+    n_hearing: int  # answers, questions
+    n_seeds: int  # training runs that have both
+    pareto: bool | None  # no method is at least as good in both and better in one; None: not asked in speech
+
+
+class EqualHearingRecord(TypedDict):
+    """Text kept by two curves at the same hearing; `difference` = text_b − text_a. comparison/frontier.py says how."""
+
+    text_measure: str
+    text_task: str | None
+    text_better: str
+    hearing_measure: str
+    hearing_task: str | None
+    hearing_better: str
+    position: str  # best: the best hearing that both reach; middle: of the hearing that both reach
+    method_a: str  # curves
+    method_b: str
+    points_a: int
+    points_b: int
+    seeds_a: int  # training runs of each side
+    seeds_b: int
+    hearing: float | None  # the level; None here and below: no hearing in common
+    text_a: float | None
+    text_b: float | None
+    difference: float | None
+    ci_low: float | None
+    ci_high: float | None
+    overlap: float  # share of the bootstrap's draws in which the two have a hearing in common
+    test: str  # bootstrap_sign | jackknife_t
+    p_value: float | None
+    p_holm: float | None  # Holm-corrected over its family
+    verdict: str  # better | worse | no difference shown, of b; not comparable
+    family: str
+    n_family: int
+    left_out: str | None  # why this row is none of its family's tests
+
+
 class PairRecord(TypedDict):
     """`palimpsest compare`: two systems on the same questions; `difference` = accuracy(b) − accuracy(a)."""
 
@@ -556,6 +616,8 @@ class Results(TypedDict):
     drift: list[DriftRecord]
     general_text: list[GeneralTextRecord]
     general_text_comparisons: list[GeneralTextComparisonRecord]
+    frontier: list[FrontierRecord]  # of studies with curves or a section `drift`
+    equal_hearing: list[EqualHearingRecord]  # of studies with curves
     layers: list[LayerRecord]
     shift: list[ShiftRecord]
     clustering: list[ClusteringRecord]

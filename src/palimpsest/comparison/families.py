@@ -15,7 +15,8 @@ could not be a discovery at any level, and McNemar's test is conditional on the 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 from palimpsest.intervals import holm
@@ -27,13 +28,25 @@ EQUAL, REPEATS, INSEPARABLE = "equal by construction", "repeats another row", "n
 WRITTEN = ("text", "cascade", "text_asr")  # inputs that reach the language model as text, past any adaptor
 
 
-def family_of_pair(a: str | None, b: str | None, modality: str) -> str:
+def family_of_pair(a: str | None, b: str | None, modality: str, points: Collection[str] = ()) -> str:
     """The family of a pair of methods: what training did to the base, or which training is better, by input.
 
-    All tasks are in one family: "text was lost" may rest on any of them.
+    All tasks are in one family: "text was lost" may rest on any of them. points: of curves, as `pairs_of` takes them.
     """
     against = "the base" if (a == BASE) != (b == BASE) else "each other"
-    return f"{modality}, against {against}"
+    return of_points(f"{modality}, against {against}", a in points or b in points)
+
+
+def of_points(family: str, is_point: bool) -> str:
+    """Points of curves are many, and what a report asks of methods is not asked of them: corrected among themselves."""
+    return f"{family}, points of curves" if is_point else family
+
+
+def pairs_of(methods: Sequence[str], points: Collection[str] = ()) -> Iterator[tuple[str, str]]:
+    """Every pair that is compared; points of curves with the base alone, since frontier.py compares the curves."""
+    for a, b in combinations(methods, 2):
+        if BASE in (a, b) or not {a, b} & set(points):
+            yield a, b
 
 
 def corrected(rows: Sequence[Any], same: Mapping[str, str] | None = None, *, better: int = 1) -> list[Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from palimpsest.comparison.families import ALIKE, corrected
+from palimpsest.comparison.families import ALIKE, corrected, of_points
 from palimpsest.evaluation.general_text import TextLoss, by_document
 from palimpsest.files import UserError
 from palimpsest.intervals import loss_difference
@@ -18,10 +18,11 @@ def general_text_comparisons(
     tuned: Mapping[str, Sequence[TextLoss]],
     text: str,
     same: Mapping[str, str] | None = None,
+    points: Collection[str] = (),
 ) -> list[GeneralTextComparisonRecord]:
     """A row for each tuned model, all one family of tests. base: its name and losses; text: what the texts are called.
 
-    same: as `corrected` takes it.
+    same: as `corrected` takes it. points: of curves, a family of their own.
 
     The difference is in nats per byte, a ratio of sums over documents, with the standard error of `loss_difference`;
     per token too where the tokens are the same number in every document.
@@ -56,7 +57,7 @@ def general_text_comparisons(
                 "p_holm": effect.p_value,
                 "detectable": effect.detectable,
                 "verdict": ALIKE,
-                "family": f"general text ({text}), against the base",
+                "family": of_points(f"general text ({text}), against the base", name in points),
                 "n_family": 1,
                 "left_out": None,
             }

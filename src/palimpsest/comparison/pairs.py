@@ -8,7 +8,7 @@ both. `compare_runs` refuses runs that do not match; `pair_runs`, for a report, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from palimpsest.comparison.families import ALIKE, corrected, family_of_pair
+from palimpsest.comparison.families import ALIKE, corrected, family_of_pair, pairs_of
 from palimpsest.comparison.systems import (
     Answers,
     Key,
@@ -212,18 +212,19 @@ def compare(
     metric: str,
     seed: int,
     same: Mapping[str, str] | None = None,
+    points: Collection[str] = (),
 ) -> list[ComparisonRecord]:
     """Every pair of methods with one training run each, paired by question.
 
     verdicts: method -> {question id: right?}. Pairs follow the order of the methods, the earlier one being
     `method_a`, so the base model belongs first. Holm is taken over the families of this call; use `corrected`
-    on the rows of several calls that are read as one table. same: as `corrected` takes it.
+    on the rows of several calls that are read as one table. same: as `corrected` takes it. points: as `pairs_of` does.
 
     Raises:
         UserError: when two methods did not answer the same questions.
     """
     records: list[ComparisonRecord] = []
-    for method_a, method_b in combinations(verdicts, 2):
+    for method_a, method_b in pairs_of(list(verdicts), points):
         a, b = verdicts[method_a], verdicts[method_b]
         if a.keys() != b.keys() or not a:
             only_a, only_b = len(a.keys() - b.keys()), len(b.keys() - a.keys())
@@ -249,7 +250,7 @@ def compare(
                 "ci_high": found.high,
                 "p_value": found.p_value,
                 "p_holm": found.p_value,
-                "family": family_of_pair(method_a, method_b, modality),
+                "family": family_of_pair(method_a, method_b, modality, points),
                 "n_family": 1,
                 "left_out": None,
             }

@@ -7,14 +7,14 @@ become less likely, and only this loss shows that.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from palimpsest.comparison.families import corrected
+from palimpsest.comparison.families import corrected, of_points
 from palimpsest.comparison.training_runs import runs_of
 from palimpsest.files import UserError, read_jsonl
 from palimpsest.intervals import clustered_difference, compare_accuracies
@@ -25,12 +25,17 @@ ALL = "all"  # evaluation.probe.ALL: over all kinds
 
 
 def probe_comparisons(
-    run: Path, methods: Sequence[str], measured: Mapping[str, int], seed: int, same: Mapping[str, str] | None = None
+    run: Path,
+    methods: Sequence[str],
+    measured: Mapping[str, int],
+    seed: int,
+    same: Mapping[str, str] | None = None,
+    points: Collection[str] = (),
 ) -> list[ProbeComparisonRecord]:
     """One row per method and kind of pairs; the rows of all pairs are a family, those of single kinds another.
 
     measured: of each method, how many of its training runs were probed. seed: of the bootstrap. same: as `corrected`
-    takes it.
+    takes it. points: of curves, families of their own.
 
     Raises UserError where the base and a method were probed with other pairs.
     """
@@ -44,6 +49,8 @@ def probe_comparisons(
         for kind in (ALL, *dict.fromkeys(kinds.values())):
             ids = [name for name in base if kind in (ALL, kinds[name])]
             rows.append(_row(method, kind, [base], runs, ids, seed))
+    for row in rows:
+        row["family"] = of_points(row["family"], row["method"] in points)
     return corrected(rows, same)
 
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from itertools import combinations
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from palimpsest.comparison.families import corrected, family_of_pair
+from palimpsest.comparison.families import corrected, family_of_pair, pairs_of
 from palimpsest.comparison.pairs import exp, order, pair_record
 from palimpsest.comparison.systems import Matrix, matrix
 from palimpsest.evaluation.perplexity import read_losses
@@ -60,16 +59,20 @@ def seed_comparisons(
     verdicts: Mapping[tuple[str, str], Verdicts],
     seed: int,
     same: Mapping[str, str] | None = None,
+    points: Collection[str] = (),
 ) -> list[PairRecord]:
-    """Every pair of the base and the methods, each method with all its runs; `same` as `corrected` takes it."""
+    """Every pair of the base and the methods, each method with all its runs.
+
+    same: as `corrected` takes it; points: as `pairs_of` does.
+    """
     rows: list[PairRecord] = []
-    for a, b in combinations((BASE, *methods), 2):
+    for a, b in pairs_of((BASE, *methods), points):
         runs_a, runs_b = runs_of(a, n_seeds), runs_of(b, n_seeds)
         for key in sorted(verdicts, key=order):
             if all(name in verdicts[key] for name in (*runs_a, *runs_b)):
                 right = matrix([verdicts[key][name] for name in (*runs_a, *runs_b)])
                 sides = (a, right[: len(runs_a)]), (b, right[len(runs_a) :])
-                family = family_of_pair(a, b, key[1])
+                family = family_of_pair(a, b, key[1], points)
                 rows.append(pair_record(*sides, key, PRIMARY, METRIC_VERSION, seed, family))
     return corrected(rows, same)
 
@@ -80,6 +83,7 @@ def pooled_comparisons(
     verdicts: Mapping[tuple[str, str], Verdicts],
     seed: int,
     same: Mapping[str, str] | None = None,
+    points: Collection[str] = (),
 ) -> list[PairRecord]:
     """As `seed_comparisons`, over the questions of all tasks of a modality at once, where there are two tasks or more.
 
@@ -87,7 +91,7 @@ def pooled_comparisons(
     must not be combined as independent ones. Pooled per run first, each run's luck is counted once.
     """
     rows: list[PairRecord] = []
-    for a, b in combinations((BASE, *methods), 2):
+    for a, b in pairs_of((BASE, *methods), points):
         runs_a, runs_b = runs_of(a, n_seeds), runs_of(b, n_seeds)
         of_modality: dict[str, list[str]] = defaultdict(list)
         for task, modality in sorted(verdicts, key=order):
@@ -99,7 +103,7 @@ def pooled_comparisons(
             by_task = [matrix([verdicts[task, modality][name] for name in (*runs_a, *runs_b)]) for task in tasks]
             right = np.concatenate(by_task, axis=1)
             sides = (a, right[: len(runs_a)]), (b, right[len(runs_a) :])
-            key, family = (", ".join(tasks), modality), family_of_pair(a, b, modality)
+            key, family = (", ".join(tasks), modality), family_of_pair(a, b, modality, points)
             rows.append(pair_record(*sides, key, PRIMARY, METRIC_VERSION, seed, family))
     return corrected(rows, same)
 

@@ -9,11 +9,11 @@ An accuracy says little by itself: on a hard task 8 % can be all that a model kn
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
-from palimpsest.comparison.families import corrected
+from palimpsest.comparison.families import corrected, of_points
 from palimpsest.comparison.systems import Matrix, matrix
 from palimpsest.comparison.training_runs import Verdicts, runs_of
 from palimpsest.evaluation.scoring import METRIC_VERSION, PRIMARY
@@ -29,11 +29,13 @@ def speech_tests(
     verdicts: Mapping[tuple[str, str], Verdicts],
     unrelated: Mapping[str, Mapping[str, Mapping[str, float]]],
     seed: int,
+    points: Collection[str] = (),
 ) -> list[SpeechTestRecord]:
     """One row per method that answers speech (the base too), task and reference; each reference is a family.
 
     verdicts: by (task, modality). unrelated: task -> run -> {question id: how often its spoken answer is right for
-    other questions}; the questions that some run lacks there are left out of that row.
+    other questions}; the questions that some run lacks there are left out of that row. points: of curves, families of
+    their own.
     """
     rows: list[SpeechTestRecord] = []
     for task in dict.fromkeys(task for task, _ in verdicts):
@@ -65,6 +67,8 @@ def speech_tests(
             if BASE in cascade:
                 understood = matrix([cascade[BASE]])
                 rows.append(_row(method, task, CASCADE, right, understood, compare_accuracies(understood, right, seed)))
+    for row in rows:
+        row["family"] = of_points(row["family"], row["method"] in points)
     order = (UNRELATED, TEXT, CASCADE)
     return sorted(corrected(rows), key=lambda row: order.index(row["reference"]))
 

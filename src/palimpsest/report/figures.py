@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from palimpsest.files import UserError, replacing, write_text
-from palimpsest.report import charts, curves, heatmaps
+from palimpsest.report import charts, curves, heatmaps, trade_off
 from palimpsest.report.across_runs import by_method
-from palimpsest.report.inputs import Inputs, read_inputs, trains
+from palimpsest.report.inputs import Inputs, read_inputs, trains, tuned_are_scored
 from palimpsest.report.style import Drawing, style, to_png, to_svg
 
 FIGURES: dict[str, Callable[[Inputs], Drawing | None]] = {
@@ -19,12 +19,18 @@ FIGURES: dict[str, Callable[[Inputs], Drawing | None]] = {
     "deactivation": charts.deactivation,
     "deletion": curves.deletion,
     "t2t_s2t": charts.plane,
+    "frontier": trade_off.frontier,
     "drift": charts.drift,
     "training": curves.training,
     "retention": curves.retention,
 }
 # Figures that a complete run may lack, with what is said in their place.
-OPTIONAL: dict[str, Callable[[Inputs], str]] = {"retention": curves.why_no_retention, "drift": charts.why_no_drift}
+OPTIONAL: dict[str, Callable[[Inputs], str]] = {
+    "retention": curves.why_no_retention,
+    "drift": charts.why_no_drift,
+    "frontier": trade_off.why_no_frontier,
+}
+OF_TUNED_SCORES = ("figure2", "figure3", "figure4")
 
 
 def draw(name: str, inputs: Inputs) -> Drawing | None:
@@ -48,7 +54,11 @@ def why_not(name: str, inputs: Inputs) -> str:
 
 def may_lack(name: str, inputs: Inputs) -> bool:
     """Whether a complete run may be without the figure called `name`."""
-    return name in OPTIONAL or (name == "training" and not trains(inputs.config))
+    return (
+        name in OPTIONAL
+        or (name == "training" and not trains(inputs.config))
+        or (name in OF_TUNED_SCORES and not tuned_are_scored(inputs.config))
+    )
 
 
 def write_figure(run: Path, name: str) -> list[Path]:

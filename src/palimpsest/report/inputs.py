@@ -37,7 +37,10 @@ OF_SEVERAL_RUNS = {"seeds", "seed_comparisons"}  # empty where every method was 
 NO_RECORDS = "results.json has no records in “{}”."
 POOLED = "pooled_comparisons"  # empty with one run of each method, or one task
 OF_DRIFT = {"drift", "general_text", "general_text_comparisons"}  # of recipes that measure it
-MAY_BE_EMPTY = OF_SEVERAL_RUNS | OF_DRIFT | {POOLED, "voices"}  # no voices where no task is spoken in several
+OF_FRONTIER = {"frontier", "equal_hearing"}  # of recipes with curves or a section drift
+# No voices where no task is spoken in several.
+MAY_BE_EMPTY = OF_SEVERAL_RUNS | OF_DRIFT | OF_FRONTIER | {POOLED, "voices"}
+OF_TUNED_SCORES = {"shift", "delta", "mask_overlap", "correlations"}
 MAX_SAMPLES_BYTES = 64 * 2**20  # of one samples.jsonl
 R = TypeVar("R", bound=Mapping[str, Any])  # a record
 
@@ -86,8 +89,8 @@ def read_inputs(run: Path) -> Inputs:
     results = _read_results(run / "results.json", missing)
     provenance = _read_mapping(run / "provenance.json", missing)
     config = _read_mapping(run / "study.yaml", missing)
-    if not trains(config):
-        missing = [line for line in missing if line != NO_RECORDS.format("training")]
+    left_out = {NO_RECORDS.format(table) for table in _not_asked_for(config)}
+    missing = [line for line in missing if line not in left_out]
     if expected := _asked_for(config, results):
         missing += [NO_RECORDS.format(t) for t in sorted(expected) if not dict(results)[t]]
     return Inputs(
@@ -112,6 +115,23 @@ def _asked_for(config: dict[str, Any] | None, results: Results) -> set[str]:
     if isinstance(at(config, "drift"), dict):
         found |= OF_DRIFT if at(config, "drift", "general_text", "text") else {"drift"}
     return found
+
+
+def _not_asked_for(config: dict[str, Any] | None) -> set[str]:
+    """The tables that most recipes make, and this one does not."""
+    found = set() if trains(config) else {"training"}
+    if at(config, "evaluation", "probe") is False:
+        found |= {"probe"}
+    if not tuned_are_scored(config):
+        found |= OF_TUNED_SCORES
+    return found
+
+
+def tuned_are_scored(config: Any) -> bool:
+    """Whether the importance of any tuned model is estimated: of points of curves the recipe says it."""
+    methods = at(config, "methods")
+    points = [at(method, "curve") is not None for method in methods.values()] if isinstance(methods, dict) else []
+    return not points or not all(points) or "importance" in (at(config, "frontier", "measure") or ())
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from palimpsest.report.inputs import (
     text_shifts,
 )
 from palimpsest.report.table import interval, p_value, percent, points, significant
+from palimpsest.report.trade_off import keeps_most
 
 LEVEL = 0.05
 ALL = "all"  # kinds of pairs of the probe
@@ -294,7 +295,9 @@ def _floor(row: ShiftRecord) -> str:
 
 
 def _keeps(inputs: Inputs) -> Iterator[Finding]:
+    yield from (Finding(*said) for said in keeps_most(inputs))
     rows = _accuracies(inputs, "text")
+    rows = [row for row in rows if not _is_point(inputs, row["method"])]  # those are compared as curves
     for task in dict.fromkeys(row["task"] for row in rows):
         trained = _trained(rows, task)
         if len(trained) < 2:
@@ -309,6 +312,10 @@ def _keeps(inputs: Inputs) -> Iterator[Finding]:
             f"questions, {_share(best['accuracy'])}.",
             tuple(f"{relation} {', '.join(names)}." for relation, names in others.items() if names),
         )
+
+
+def _is_point(inputs: Inputs, method: str) -> bool:
+    return at(inputs.config, "methods", method, "curve") is not None
 
 
 def _relation(paired: ComparisonRecord | None) -> str:

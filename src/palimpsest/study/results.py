@@ -11,10 +11,17 @@ from palimpsest.analysis.claims import claim_records
 from palimpsest.analysis.correlation import correlation_records
 from palimpsest.comparison.by_voice import RECORDING, voice_records
 from palimpsest.comparison.families import corrected
+from palimpsest.comparison.frontier import frontier_tables, hearing_measures, places_of, text_measures
 from palimpsest.comparison.general_text_pairs import general_text_comparisons
 from palimpsest.comparison.pairs import compare
 from palimpsest.comparison.probe_pairs import probe_comparisons
-from palimpsest.comparison.training_runs import Verdicts, pooled_comparisons, seed_comparisons, seed_records
+from palimpsest.comparison.training_runs import (
+    Verdicts,
+    pooled_comparisons,
+    runs_of,
+    seed_comparisons,
+    seed_records,
+)
 from palimpsest.comparison.understanding import speech_tests
 from palimpsest.data.examples import read_manifest
 from palimpsest.evaluation.answers import read_finished, summarise, verdicts_by_id
@@ -23,7 +30,15 @@ from palimpsest.evaluation.general_text import read_text_losses
 from palimpsest.evaluation.scoring import PRIMARY
 from palimpsest.evaluation.tasks import Task
 from palimpsest.files import hash_value, read_json
-from palimpsest.records import BASE, MODALITIES, RESULT_TABLES, SCHEMA, ComparisonRecord
+from palimpsest.records import (
+    BASE,
+    MODALITIES,
+    RESULT_TABLES,
+    SCHEMA,
+    ComparisonRecord,
+    EqualHearingRecord,
+    FrontierRecord,
+)
 from palimpsest.rundir import RunDir, folder_of, manifest_of, samples_of
 
 if TYPE_CHECKING:
@@ -36,6 +51,7 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
     names = [BASE, *config.runs]
     first_runs = [BASE, *config.methods]
     same = same_as_text(config)
+    points = {name for name, method in config.methods.items() if method.curve is not None}
     tables: dict[str, Any] = {"schema": SCHEMA} | {table: [] for table in RESULT_TABLES}
     for name in names:
         folder = run.path / folder_of(name)
@@ -49,14 +65,19 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
         if name != BASE and config.runs[name].trains:
             tables["training"] += read_json(folder / "checkpoint" / "training.json")
     if config.evaluation.probe:
-        measured = dict.fromkeys(config.methods, config.seeds if "probe" in config.seeds_measure else 1)
-        tables["probe_comparisons"] = probe_comparisons(run.path, list(config.methods), measured, seed, same)
+        probed = [name for name in config.methods if config.measures(name, "probe")]
+        measured = dict.fromkeys(probed, config.seeds if "probe" in config.seeds_measure else 1)
+        tables["probe_comparisons"] = probe_comparisons(run.path, probed, measured, seed, same, points)
     if "general_text" in config.drift_measures(BASE):
         losses = {
-            name: read_text_losses(run.path / folder_of(name) / "general_text/losses.jsonl") for name in first_runs
+            name: read_text_losses(run.path / folder_of(name) / "general_text/losses.jsonl")
+            for name in first_runs
+            if "general_text" in config.drift_measures(name)
         }
         text = tables["general_text"][0]["text"]
-        tables["general_text_comparisons"] = general_text_comparisons((BASE, losses.pop(BASE)), losses, text, same)
+        tables["general_text_comparisons"] = general_text_comparisons(
+            (BASE, losses.pop(BASE)), losses, text, same, points
+        )
     for table in TABLES:
         tables[table] = read_json(run.path / "analysis" / f"{table}.json")
 
@@ -87,18 +108,22 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
             right[task.name, modality] = verdicts
             first = {name: verdicts[name] for name in first_runs if name in verdicts}
             if len(first) > 1:
-                comparisons += compare(first, task=task.name, modality=modality, metric=PRIMARY, seed=seed)
+                comparisons += compare(
+                    first, task=task.name, modality=modality, metric=PRIMARY, seed=seed, points=points
+                )
         by_modality = {modality: verdicts for (name, modality), verdicts in right.items() if name == task.name}
         tables["voices"] += voice_records(
             task.name, examples, list(config.methods), config.seeds, by_modality, trained_on
         )
     tables["comparisons"] = corrected(comparisons, same)
-    tables["speech_tests"] = speech_tests(list(config.methods), config.seeds, right, by_chance, seed)
+    tables["speech_tests"] = speech_tests(list(config.methods), config.seeds, right, by_chance, seed, points)
     tables["correlations"] = correlation_records(tables["shift"], tables["qa"], metric=PRIMARY)
     if config.seeds > 1:
         tables["seeds"] = seed_records(run.path, list(config.methods), config.seeds, right, tables)
-        tables["seed_comparisons"] = seed_comparisons(list(config.methods), config.seeds, right, seed, same)
-        tables["pooled_comparisons"] = pooled_comparisons(list(config.methods), config.seeds, right, seed, same)
+        tables["seed_comparisons"] = seed_comparisons(list(config.methods), config.seeds, right, seed, same, points)
+        tables["pooled_comparisons"] = pooled_comparisons(list(config.methods), config.seeds, right, seed, same, points)
+    if config.drift is not None or points:
+        tables["frontier"], tables["equal_hearing"] = _frontier(run, config, right, seed)
     tables["claims"] = claim_records(tables, rank_series(config.methods))
     tables["timings"] = run.timings(steps)
     return tables
@@ -122,6 +147,29 @@ def same_as_text(config: StudyConfig) -> dict[str, str]:
     return same
 
 
+def _frontier(
+    run: RunDir, config: StudyConfig, right: Mapping[tuple[str, str], Verdicts], seed: int
+) -> tuple[list[FrontierRecord], list[EqualHearingRecord]]:
+    """Text kept against hearing gained, of every method that was measured by one of each."""
+    runs = {method: runs_of(method, config.seeds) for method in (BASE, *config.methods)}
+
+    def having(measure: str) -> dict[str, list[str]]:
+        of = {
+            method: [name for name in names if measure in config.drift_measures(name)] for method, names in runs.items()
+        }
+        return {method: names for method, names in of.items() if names}
+
+    spoken = {method: names for method, names in runs.items() if config.takes_speech(method)}
+    asked = {task.name: read_manifest(manifest_of(run.path, f"task-{task.name}")) for task in config.evaluation.tasks}
+    heldout = read_manifest(manifest_of(run.path, "heldout"))
+    return frontier_tables(
+        places_of(config.methods),
+        text_measures(run.path, having("drift"), having("general_text"), right, runs, asked),
+        hearing_measures(run.path, spoken, right, runs, asked, heldout),
+        seed,
+    )
+
+
 def rank_series(methods: Mapping[str, Method]) -> dict[str, int | None]:
     """The rank of the LoRA methods that differ in their rank alone; None for every other method.
 
@@ -131,7 +179,7 @@ def rank_series(methods: Mapping[str, Method]) -> dict[str, int | None]:
     """
     series: dict[str, dict[int, str]] = {}
     for name, method in methods.items():
-        if method.kind == "lora":
+        if method.kind == "lora" and method.curve is None:  # points of curves are compared with the base alone
             alpha = 2.0 if method.alpha is None else method.alpha / method.rank
             alike = hash_value({**asdict(method), "rank": None, "alpha": alpha})
             series.setdefault(alike, {}).setdefault(method.rank, name)
