@@ -37,7 +37,8 @@ OF_SEVERAL_RUNS = {"seeds", "seed_comparisons"}  # empty where every method was 
 NO_RECORDS = "results.json has no records in “{}”."
 POOLED = "pooled_comparisons"  # empty with one run of each method, or one task
 OF_DRIFT = {"drift", "general_text", "general_text_comparisons"}  # of recipes that measure it
-MAY_BE_EMPTY = OF_SEVERAL_RUNS | OF_DRIFT | {POOLED, "voices"}  # no voices where no task is spoken in several
+# Voices are there where a task is spoken in several, embeddings where a model is given.
+MAY_BE_EMPTY = OF_SEVERAL_RUNS | OF_DRIFT | {POOLED, "voices", "embeddings"}
 MAX_SAMPLES_BYTES = 64 * 2**20  # of one samples.jsonl
 R = TypeVar("R", bound=Mapping[str, Any])  # a record
 
