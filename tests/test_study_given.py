@@ -228,13 +228,12 @@ def renamed_tokens() -> Any:
     [
         (
             lambda: (tiny_llama(intermediate_size=40, eos_token_id=3), tiny_tokenizer()),
-            r"gate_proj.weight is \(48, 32\)",
+            r"gate_proj.weight has the shape \(48, 32\)",
         ),
         (
             lambda: (tiny_llama(num_hidden_layers=1, eos_token_id=3), tiny_tokenizer()),
-            r"layers.1.* is not there in the",
+            r"it has no model.layers.1.self_attn.q_proj.weight; give the",
         ),
-        (lambda: (tiny_llama(vocab_size=VOCAB + 4, eos_token_id=3), tiny_tokenizer()), "vocabulary has 300 rows"),
         (
             lambda: (tiny_llama(eos_token_id=3), renamed_tokens()),
             "another tokenizer.* 2 tokens differ, the first is 20",
@@ -249,7 +248,7 @@ def test_a_wrong_pair_is_told_with_its_first_difference(inputs: Path, tmp_path: 
 
 
 def test_another_architecture_of_the_same_shapes_is_told(inputs: Path, tmp_path: Path) -> None:
-    config = {**tiny_llama(eos_token_id=3).config.to_dict(), "sliding_window": None}
+    config = {**tiny_llama(eos_token_id=3).config.to_dict(), "sliding_window": 64}
     del config["model_type"]
     mistral = AutoModelForCausalLM.from_config(AutoConfig.for_model("mistral", **config))
     other = saved(tmp_path / "other", mistral, tiny_tokenizer())

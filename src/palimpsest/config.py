@@ -25,7 +25,7 @@ from palimpsest.data.splits import Split, TaskSplit
 from palimpsest.evaluation.drift_settings import Drift
 from palimpsest.files import UserError, differences, in_words
 from palimpsest.models.compute import DEVICE, Compute, WeightDtype
-from palimpsest.models.given import takes_speech
+from palimpsest.models.given import is_audio_llm, takes_speech
 from palimpsest.models.light import is_gated
 from palimpsest.models.prompts import PromptStyle, written_out
 from palimpsest.options import checked, nearest
@@ -319,8 +319,9 @@ class StudyConfig(BaseModel):
 
     @property
     def speaks(self) -> bool:
-        """Whether held-out and task questions are needed as speech: by a speech LLM, or by the cascade's recogniser."""
-        return self.models.encoder is not None or self.models.asr is not None
+        """Whether held-out and task questions are needed as speech: by a speech or audio LLM, or the recogniser."""
+        parts = self.models.encoder, self.models.asr
+        return any(part is not None for part in parts) or any(map(self.takes_recordings, self.methods))
 
     @property
     def runs(self) -> dict[str, Method]:
@@ -355,7 +356,7 @@ class StudyConfig(BaseModel):
         The base answers what the recogniser understood (cascade), the tuned models that too if the recipe says so.
         """
         asked: list[Modality] = ["text"]
-        if self.takes_speech(run):
+        if self.takes_speech(run) or self.takes_recordings(run):
             asked.append("speech")
         if run == BASE and self.models.asr is not None:
             asked.append("cascade")
@@ -382,9 +383,8 @@ class StudyConfig(BaseModel):
         return method.gate != "none" or (self.models.checkpoints == "light" and method.kind in ("adaptor", "lora"))
 
     def takes_speech(self, run: str) -> bool:
-        """Whether a model can be asked in speech: the base if the recipe names an adaptor, not one tuned on text.
-
-        Of a given one its files say so.
+        """Whether a model can be asked through frames of the study's encoder: not one tuned on text, and the base only
+        where the recipe names an adaptor. Of a given one its files say so.
         """
         if run == BASE:
             return self.models.adaptor is not None
@@ -392,6 +392,13 @@ class StudyConfig(BaseModel):
         if method.checkpoint is not None and (self.models.encoder is None or not takes_speech(method.checkpoint)):
             return False
         return method.modality == "speech"
+
+    def takes_recordings(self, run: str) -> bool:
+        """Whether a model answers recordings as they are: a given audio LLM, which has an encoder of its own."""
+        method = self.runs[run] if run != BASE else None
+        if method is None or method.checkpoint is None or method.modality != "speech":
+            return False
+        return is_audio_llm(method.checkpoint)
 
 
 def _points(name: str, method: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

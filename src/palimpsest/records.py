@@ -152,6 +152,19 @@ class DeltaRecord(TypedDict):
     energy_top24: NotRequired[Number]
 
 
+class EmbeddingRecord(TypedDict):
+    """The embedding or the head of a given model against the base's, in the rows that both have: the first of each."""
+
+    method: str
+    name: str
+    part: str  # embedding | head
+    rows_base: int
+    rows_tuned: int
+    rows: int  # in both
+    rows_changed: int  # of these
+    relative_norm: Number  # of the change of these rows, Frobenius
+
+
 class ClaimRecord(TypedDict):
     claim: int
     statement: str
@@ -623,6 +636,7 @@ class Results(TypedDict):
     clustering: list[ClusteringRecord]
     clustering_summary: list[ClusteringSummaryRecord]
     delta: list[DeltaRecord]
+    embeddings: list[EmbeddingRecord]  # of given models
     mask_overlap: list[MaskOverlapRecord]
     correlations: list[CorrelationRecord]
     training: list[TrainingRecord]

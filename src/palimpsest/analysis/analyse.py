@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from palimpsest.analysis.clustering import cluster_records, summary_records
-from palimpsest.analysis.delta import AbsoluteChange, Change, delta_records
+from palimpsest.analysis.delta import AbsoluteChange, Change, delta_records, embedding_records
 from palimpsest.analysis.layers import (
     ModelLayers,
     distribution_of_sums,
@@ -31,12 +31,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from palimpsest.importance.scores import Scores
+    from palimpsest.models.paired_weights import PairedWeights
 
 MAP_KINDS = ("q", "o", "up", "down")  # one attention input, one output, and both sides of the MLP
 Weights = Mapping[str, "Tensor"]
 
 
-TABLES = ("layers", "shift", "clustering", "clustering_summary", "delta", "mask_overlap")
+TABLES = ("layers", "shift", "clustering", "clustering_summary", "delta", "embeddings", "mask_overlap")
 
 
 def write_tables(
@@ -46,6 +47,7 @@ def write_tables(
     clustered: Sequence[str] | None = None,
     scores: Callable[[str], Scores],
     weights: Callable[[str], Weights],
+    paired: Mapping[str, Callable[[], PairedWeights]] | None = None,
     other: Callable[[], Scores] | None = None,
     other_mask: Callable[[], Mask] | None = None,
     reduction: str,
@@ -63,7 +65,7 @@ def write_tables(
     `weights` and `other` open a model's files; they are opened for each use and dropped, since pages of a mapped file
     count as memory as long as it is open. other: the base's scores on other data, for noise floors; other_mask:
     which of its weights are among the most important `ratio` of their matrix, where the scores of single weights were
-    not kept. `reduction` is the
+    not kept. paired: of given models all weights beside the base's, for embedding and head. `reduction` is the
     one that clustering and overlaps are taken of; layers and shift are given for every reduction. rank: to which
     changes are cut for the clustering that low rank does not explain.
     """
@@ -105,6 +107,8 @@ def write_tables(
         advance()
         base_scores = scores(BASE).tensors(reduction)
         tables["delta"] += delta_records(weights(BASE), weights(name), base_scores, method=name, ratio=ratio)
+        if paired and name in paired:
+            tables["embeddings"] += embedding_records(name, paired[name]())
         tables["mask_overlap"] += overlap_records(
             name,
             scores(name).tensors(reduction),

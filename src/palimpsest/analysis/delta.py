@@ -18,11 +18,13 @@ from palimpsest.analysis.clustering import gram, rank_of_gram
 from palimpsest.analysis.layers import in_layers
 from palimpsest.data.cores import one_core_each
 from palimpsest.files import UserError
-from palimpsest.records import DeltaRecord
+from palimpsest.records import DeltaRecord, EmbeddingRecord
 
 if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
+
+    from palimpsest.models.paired_weights import PairedWeights
 
     Tensors = Mapping[str, Float[Tensor, "*shape"]]  # by canonical name
 
@@ -116,6 +118,29 @@ def delta_records(
         }
 
     return list(one_core_each(of_matrix, in_layers(importance)))
+
+
+def embedding_records(method: str, pairs: PairedWeights) -> list[EmbeddingRecord]:
+    """A row for the embedding and one for a head of its own: the change of the rows that both models have."""
+    records: list[EmbeddingRecord] = []
+    for part, name in (("embedding", pairs.embedding), ("head", pairs.head)):
+        if name is None:
+            continue
+        before, after = pairs.base[name].float(), pairs.tuned[name].float()
+        change = after - before
+        records.append(
+            {
+                "method": method,
+                "name": name,
+                "part": part,
+                "rows_base": pairs.rows[0],
+                "rows_tuned": pairs.rows[1],
+                "rows": len(change),
+                "rows_changed": int((change != 0).any(dim=1).sum()),
+                "relative_norm": _relative_norm(change, before),
+            }
+        )
+    return records
 
 
 def _spectrum(change: Float[Tensor, "*shape"]) -> dict[str, float]:

@@ -103,6 +103,7 @@ def study_of(options: Options) -> StudyConfig:
     }
     for section in ("importance", "deactivation"):
         recipe[section]["n_examples"] = _at_most(options.limit, recipe[section]["n_examples"])
+    _ask_recordings(recipe, options.speech)
     if options.speech:
         _add_speech(recipe)
     return parse_config(recipe, "what diagnose makes of its options")
@@ -151,6 +152,26 @@ def _questions(options: Options, of_demo: dict[str, Any]) -> dict[str, Any]:
         split = "heldout" if source == FACTS else options.split if source == options.data else "test"
         tasks.append({"name": name, "source": source, "split": split, "limit": _at_most(limit, task["limit"])})
     return {"data": {**data, "decontaminate": False}, "evaluation": {**evaluation, "tasks": tasks}}
+
+
+def _ask_recordings(recipe: dict[str, Any], wanted: bool) -> None:
+    """Audio LLMs are asked in speech where it is wanted and their processor is to be had; the check notes which."""
+    from palimpsest.models.given import is_audio_llm
+
+    for method in recipe["methods"].values():
+        if is_audio_llm(method["checkpoint"]) and not (wanted and _has_processor(method["checkpoint"])):
+            method["modality"] = "text"
+
+
+def _has_processor(audio_llm: str) -> bool:
+    from palimpsest.evaluation.audio_llm import require_place_for_audio
+    from palimpsest.models.loading import load_audio_processor
+
+    try:
+        require_place_for_audio(load_audio_processor(audio_llm))
+    except UserError:
+        return False
+    return True
 
 
 def _add_speech(recipe: dict[str, Any]) -> None:

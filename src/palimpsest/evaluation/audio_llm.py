@@ -83,6 +83,12 @@ def audio_llm_answerer(
     return answer
 
 
+def require_place_for_audio(processor: Any) -> None:
+    """Raise UserError for a processor that no audio can be given to."""
+    if "audio" in inspect.signature(processor.__call__).parameters:
+        _content_form(processor)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # From examples to what `generate` takes: (prompts for the record, tensors), left-padded
 # ---------------------------------------------------------------------------------------------------------------------

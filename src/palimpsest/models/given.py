@@ -1,18 +1,18 @@
 """Models that were trained elsewhere: can they be compared with a base at all? Decided from configs, before the work.
 
-Compared are weights of one name and shape, and answers to one prompt. So the language models must be of one
-architecture and size, and their tokens the same.
+Compared are weights of one name and shape (paired_weights.py), and answers to one prompt. So the language models must
+be of one architecture and size, and their tokens the same, as far as both have them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from palimpsest.files import UserError, read_json
-from palimpsest.models import light
+from palimpsest.models import embedded, light
 from palimpsest.models.adapters import CONFIG, JOIN, find_adapter
-from palimpsest.models.anatomy import scored_parameters
 from palimpsest.models.loading import (
     blank_language_model,
     blended_from,
@@ -22,8 +22,10 @@ from palimpsest.models.loading import (
     load_encoder,
     load_language_model,
     load_tokenizer,
+    model_kind,
     resolve,
 )
+from palimpsest.models.paired_weights import first_difference, kind_of, pair_weights
 from palimpsest.models.prompts import writes_tokens
 
 if TYPE_CHECKING:
@@ -31,21 +33,26 @@ if TYPE_CHECKING:
 
     from palimpsest.models.prompts import PromptStyle
 
-Form = Literal["speech_lm", "light", "adapter", "language_model"]
+Form = Literal["speech_lm", "light", "adapter", "audio_llm", "language_model"]
 
 
 def form_of(name: str) -> Form:
-    """What a model's files are: a SpeechLM's, a light one's, a PEFT adapter's, or those of another model."""
+    """What a model's files are: a SpeechLM's, a light one's, a PEFT adapter's, an audio LLM's, or another's."""
     if find_adapter(name) is not None:
         return "adapter"
-    if light.is_light(Path(name)):
-        return "light"
-    return "speech_lm" if is_speech_lm(name) else "language_model"
+    return "light" if light.is_light(Path(name)) else model_kind(name)
 
 
 def takes_speech(name: str) -> bool:
-    """Whether a given model can be asked in speech by a study: a SpeechLM, which has its encoder's adaptor."""
-    return is_speech_lm(name)
+    """Whether a given model can be asked through encoder frames: a SpeechLM, which has its encoder's adaptor."""
+    key = name.removeprefix(embedded.PREFIX)
+    shipped = key != name and key in embedded.SHIPPED
+    return is_speech_lm(str(embedded.checkpoint(name)) if shipped else name)
+
+
+def is_audio_llm(name: str) -> bool:
+    """Whether a given model is an audio LLM of transformers, which takes recordings as they are."""
+    return not name.startswith(embedded.PREFIX) and model_kind(name) == "audio_llm"  # none of those is embedded
 
 
 def rank_of(name: str) -> int | None:
@@ -55,22 +62,52 @@ def rank_of(name: str) -> int | None:
     return rank if isinstance(rank, int) else None
 
 
-def require_pair(base: str, tuned: str) -> None:
-    """Raise UserError, naming the first difference, unless `tuned` can be what training made of `base`.
+def require_pair(base: str, tuned: str) -> tuple[str, ...]:
+    """What of the two is not compared, a sentence each; no weights are read.
 
-    Names, shapes and tokens are compared, and of an adapter its base's files; no weights are read.
+    Raises UserError, naming the first difference, unless `tuned` can be what training made of `base`: names, shapes and
+    tokens are compared, and of an adapter its base's files.
     """
+    _require_this_way_round(base, tuned)
     form = form_of(resolve(tuned))
     if form == "adapter":
         _require_same_base(base, tuned)
-    ours, theirs = blank_language_model(base), _blank(tuned, form)
-    _require_same_shapes(base, ours, tuned, theirs)
-    _require_same_tokens(base, tuned)
+    ours, theirs = _blank(base), _blank(tuned)
+    if (what := first_difference(ours, theirs)) is not None:
+        kinds = [kind_of(it) for it in (theirs, ours)]
+        of = f" ({' and '.join(kinds)})" if kinds[0] != kinds[1] else ""
+        raise UserError(f"{tuned} cannot be compared with {base}{of}: {what}; give the base it was made from.")
+    tokenizers = [load_tokenizer(base), load_tokenizer(tuned)]
+    _require_same_tokens(base, tuned, tokenizers)
+    n_base, n_tuned = (len(it.get_input_embeddings().weight) for it in (ours, theirs))
+    if n_tuned < min(n_base, n_tokens := len(tokenizers[0])):
+        raise UserError(
+            f"{tuned} cannot be asked with the tokens of {base}: they are {n_tokens:,}, and its embedding has "
+            f"{n_tuned:,} rows; give the base it was made from."
+        )
+    return pair_weights(ours, theirs, tokenizers[n_tuned > n_base].get_vocab()).notes
 
 
-def _blank(name: str, form: Form) -> PreTrainedModel:
+def _require_this_way_round(base: str, tuned: str) -> None:
+    """Raise UserError for a base that is known to be what training made of the other."""
+    adapter = find_adapter(base)
+    if adapter is not None and fingerprint(adapter.base) == fingerprint(tuned):
+        raise UserError(f"{base}, given as the base, is an adapter on {tuned}: the two are swapped, give that first.")
+    if _listens(base) and not _listens(tuned):
+        raise UserError(
+            f"{base}, given as the base, takes speech and {tuned} does not: the two are swapped, give the text model "
+            "first."
+        )
+
+
+def _listens(name: str) -> bool:
+    return takes_speech(name) or is_audio_llm(name)
+
+
+def _blank(name: str) -> PreTrainedModel:
     """The language model on the meta device, after its files were found to be its own."""
-    return blank_language_model(name) if form == "light" else load_language_model(name, device="meta")[0]
+    light_one = form_of(resolve(name)) == "light"
+    return blank_language_model(name) if light_one else load_language_model(name, device="meta")[0]
 
 
 def _require_same_base(base: str, tuned: str) -> None:
@@ -83,26 +120,7 @@ def _require_same_base(base: str, tuned: str) -> None:
     )
 
 
-def _require_same_shapes(base: str, ours: Any, tuned: str, theirs: Any) -> None:
-    kinds = [it.config.get_text_config().model_type for it in (ours, theirs)]
-    shapes = [{name: tuple(it.shape) for name, it in scored_parameters(model).items()} for model in (ours, theirs)]
-    rows = [model.get_input_embeddings().weight.shape[0] for model in (ours, theirs)]
-    difference = None
-    names = [*shapes[0], *(name for name in shapes[1] if name not in shapes[0])]
-    if (name := next((name for name in names if shapes[0].get(name) != shapes[1].get(name)), None)) is not None:
-        here, there = (f"is {of[name]}" if name in of else "is not there" for of in shapes)
-        difference = f"{name} {here} in the base and {there} in the other"
-    elif rows[0] != rows[1]:
-        difference = f"the vocabulary has {rows[0]:,} rows in the base and {rows[1]:,} in the other"
-    elif kinds[0] != kinds[1]:
-        difference = "their layers have the same names and shapes and compute differently"
-    if difference is not None:
-        of = f" ({kinds[1]} and {kinds[0]})" if kinds[0] != kinds[1] else ""
-        raise UserError(f"{tuned} cannot be compared with {base}{of}: {difference}; give the base it was made from.")
-
-
-def _require_same_tokens(base: str, tuned: str) -> None:
-    tokenizers = [load_tokenizer(base), load_tokenizer(tuned)]
+def _require_same_tokens(base: str, tuned: str, tokenizers: Sequence[Any]) -> None:
     if found := differing_tokens(*tokenizers):
         id, (here, there) = next(iter(found.items()))
         raise UserError(

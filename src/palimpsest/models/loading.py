@@ -434,15 +434,12 @@ class StoredLanguageModel(Mapping[str, "Tensor"]):
 
     Names and shapes are those of the model's class, as `scored_parameters` has them. Where the files hold the weights
     in another form (transformers writes the stacked experts of most mixtures one by one) the whole model is read.
-    dtype: what they are read as; None: as they are stored.
     """
 
-    def __init__(self, folder: Path, dtype: str | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         import torch
 
         from palimpsest.models.speech_lm import SpeechLM, SpeechLMConfig
-
-        self._dtype = None if dtype is None else getattr(torch, dtype)
 
         if is_speech_lm(str(folder)):
             with torch.device("meta"):
@@ -473,7 +470,7 @@ class StoredLanguageModel(Mapping[str, "Tensor"]):
 
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._loaded[name] if self._loaded else self._files[name].get_tensor(self._keys[name])
-        return tensor if self._dtype is None else tensor.to(self._dtype)
+        return tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
@@ -624,8 +621,17 @@ def load_audio_llm(
             f"{name} names the class {architecture}, which transformers {transformers.__version__} cannot answer with; "
             "use another version of transformers, or another checkpoint."
         )
-    processor = _from_pretrained(transformers.AutoProcessor, where)
+    processor = load_audio_processor(where)
     return _load(kind, where, device, dtype=dtype), processor
+
+
+def load_audio_processor(name: str) -> Any:
+    """Of an audio LLM. Raises UserError where it needs a package that is not installed."""
+    from transformers import AutoProcessor
+
+    where = resolve(name)
+    adapter = find_adapter(where)
+    return _from_pretrained(AutoProcessor, where) if adapter is None else load_audio_processor(adapter.base)
 
 
 def load_asr(name: str, *, device: str = "cpu") -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:

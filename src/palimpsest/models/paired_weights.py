@@ -17,6 +17,8 @@ from palimpsest.models.anatomy import find_language_model, named_parameters, unw
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+# Layers that compute the same where attention has no window: Voxtral's are a "llama"'s, and its base is a Mistral.
+ALIKE = frozenset({"llama", "mistral"})
 HEAD = "lm_head.weight"  # what a head is called that neither model has inside its language model
 MOST_NAMED = 5  # tokens of rows that only one of the models has
 
@@ -28,6 +30,9 @@ class PairedWeights:
     base: Mapping[str, Tensor]
     tuned: Mapping[str, Tensor]
     notes: tuple[str, ...]  # what is not compared, or not with its like: a sentence each
+    rows: tuple[int, int]  # of the vocabulary, in the base and in the tuned model; the first of both are paired
+    embedding: str  # its name, and that of the head where one of the models has one of its own
+    head: str | None
 
 
 @dataclass(frozen=True)
@@ -52,12 +57,12 @@ def pair_weights(base: nn.Module, tuned: nn.Module, vocabulary: Mapping[str, int
 
     Raises UserError with the first difference for models of different architectures.
     """
-    ours, theirs = _weights(base), _weights(tuned)
-    for what in _differences(ours, theirs):
+    if (what := first_difference(base, tuned)) is not None:
         raise UserError(
-            f"The tuned model ({_kind(tuned)}) is not of the base's architecture ({_kind(base)}): {what}; give the "
+            f"The tuned model ({kind_of(tuned)}) is not of the base's architecture ({kind_of(base)}): {what}; give the "
             "base that it was trained from."
         )
+    ours, theirs = _weights(base), _weights(tuned)
     notes = []
     n_base, n_tuned = len(ours.embedding), len(theirs.embedding)
     if n_base != n_tuned:
@@ -65,16 +70,30 @@ def pair_weights(base: nn.Module, tuned: nn.Module, vocabulary: Mapping[str, int
     rows = min(n_base, n_tuned)
     pairs = {ours.embedding_name: (ours.embedding[:rows], theirs.embedding[:rows])}
     pairs |= {name: (weight, theirs.others[name]) for name, weight in ours.others.items()}
-    if not (ours.tied and theirs.tied):
-        name = ours.head_name or theirs.head_name or HEAD
+    head = None if ours.tied and theirs.tied else ours.head_name or theirs.head_name or HEAD
+    if head is not None:
         if ours.tied or theirs.tied:
             which, other = ("base", "tuned model") if ours.tied else ("tuned model", "base")
             notes.append(
-                f"{name} of the {which} is its embedding and that of the {other} is not; they are compared as heads."
+                f"{head} of the {which} is its embedding and that of the {other} is not; they are compared as heads."
             )
-        pairs[name] = (ours.head[:rows], theirs.head[:rows])
+        pairs[head] = (ours.head[:rows], theirs.head[:rows])
     of_base, of_tuned = ({name: pair[i] for name, pair in pairs.items()} for i in (0, 1))
-    return PairedWeights(of_base, of_tuned, tuple(notes))
+    return PairedWeights(of_base, of_tuned, tuple(notes), (n_base, n_tuned), ours.embedding_name, head)
+
+
+def first_difference(base: nn.Module, tuned: nn.Module) -> str | None:
+    """In what the architectures of two language models differ first, None where they are the same.
+
+    A name, a shape or, where these are the same, what the layers compute. The vocabulary's number of rows is none.
+    """
+    if (what := next(_differences(_weights(base), _weights(tuned)), None)) is not None:
+        return what
+    kinds = {kind_of(base), kind_of(tuned)}
+    windows = [getattr(_config(it), "sliding_window", None) for it in (base, tuned)]
+    if len(kinds) == 1 or (kinds <= ALIKE and not any(windows)):
+        return None
+    return "its layers have the same names and shapes and compute differently"
 
 
 def require_same_architecture(base: str, tuned: str) -> tuple[str, ...]:
@@ -130,9 +149,13 @@ def _shapes(name: str, base: Tensor, tuned: Tensor) -> str:
     return f"{name} has the shape {tuple(base.shape)} in the base and {tuple(tuned.shape)} in the tuned model"
 
 
-def _kind(model: nn.Module) -> str:
-    config = getattr(find_language_model(model), "config", None)
-    return str(getattr(config, "model_type", type(model).__name__))
+def kind_of(model: nn.Module) -> str:
+    """transformers' model type of the language model in `model`."""
+    return str(getattr(_config(model), "model_type", type(model).__name__))
+
+
+def _config(model: nn.Module) -> Any:
+    return getattr(find_language_model(model), "config", None)
 
 
 def _rows_note(name: str, n_base: int, n_tuned: int, vocabulary: Mapping[str, int]) -> str:

@@ -167,6 +167,22 @@ def delta(records: Rows) -> Table:
     )
 
 
+def embeddings(records: Rows) -> Table:
+    """What happened to the embedding and the head of given models, and to how many of their rows."""
+    return table(
+        "embeddings",
+        "Change of embedding and head",
+        (
+            *(METHOD, words("Part", "part"), counts("Rows, base", "rows_base"), counts("Rows, tuned", "rows_tuned")),
+            *(counts("In both", "rows"), counts("Changed", "rows_changed")),
+            numbers("Relative change", "relative_norm"),
+        ),
+        in_order(records, "method"),
+        "Rows are tokens. Relative change: Frobenius norm of the change over that of the base weights, in the rows "
+        "that both models have; the others are not compared.",
+    )
+
+
 def mask_overlap(records: Rows) -> Table:
     """One row per model and module kind would be long; over all matrices, with what other data alone change."""
     return table(

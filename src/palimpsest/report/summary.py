@@ -145,8 +145,15 @@ def _differs(inputs: Inputs, model: str) -> Finding:
         *_heard(inputs, model),
         *_changed(inputs, model),
         *_moved(inputs, model),
+        *_noted(inputs, model),
     )
     return Finding(f"{method_name(model)} {text}{' (' * bool(said)}{'; '.join(said)}{')' * bool(said)}.", details)
+
+
+def _noted(inputs: Inputs, model: str) -> list[str]:
+    """What of it is not compared, and how it was not asked."""
+    notes = at(inputs.provenance, "models", "given", model, "notes")
+    return [str(note) for note in notes] if isinstance(notes, list) else []
 
 
 def _drifted(inputs: Inputs, model: str) -> Iterator[str]:

@@ -132,6 +132,7 @@ def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Tabl
         structure_tables.clustering(results["clustering"]),
         structure_tables.clustering_summary(results["clustering_summary"]),
         structure_tables.delta(results["delta"]),
+        structure_tables.embeddings(results["embeddings"]),
         structure_tables.mask_overlap(results["mask_overlap"]),
         structure_tables.correlations(results["correlations"]),
         structure_tables.timings(results["timings"]),
@@ -145,7 +146,8 @@ def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Tabl
 def _tuned_on_text(inputs: Inputs) -> list[str]:
     """The methods that study.yaml trains on questions given as text."""
     methods = sorted({row["method"] for row in inputs.results["qa"]}, key=method_key)
-    return [method for method in methods if at(inputs.config, "methods", method, "modality") == "text"]
+    options = [(method, at(inputs.config, "methods", method)) for method in methods]
+    return [method for method, of in options if at(of, "modality") == "text" and at(of, "kind") != "given"]
 
 
 def _ranks(inputs: Inputs) -> dict[str, int]:

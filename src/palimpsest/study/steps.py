@@ -706,6 +706,12 @@ def _answerer(ws: Workspace, model: str, task: str, modality: Modality) -> Any:
     from palimpsest.models.loading import load_asr
 
     limit, compute = ws.config.evaluation.max_new_tokens, ws.compute.dtype
+    if modality == "speech" and ws.config.takes_recordings(model):
+        from palimpsest.evaluation.audio_llm import audio_llm_answerer
+
+        prompt = ws.config.prompt
+        asked_with = (limit, prompt.system, prompt.speech_instruction, compute)
+        return audio_llm_answerer(ws.language_model(model), ws.audio_processor(model), *asked_with)
     if modality == "speech":
         return speech_answerer(ws.speech_lm(model), ws.collator("speech", f"task-{task}"), limit, compute)
     by_text = text_answerer(ws.language_model(model), ws.processor.tokenizer, limit, ws.config.prompt, compute=compute)
@@ -738,6 +744,7 @@ def analysis(ws: Workspace) -> None:
             clustered=clustered,
             scores=ws.scores,
             weights=ws.weights,
+            paired={name: partial(ws.paired, name) for name in clustered if name != BASE and ws.given(name)},
             other=lambda: ws.scores(BASE, other=True),
             other_mask=ws.other_mask if ws.config.importance.keep_other == "masks" else None,
             reduction=ws.config.importance.reduction,

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from palimpsest.importance.scores import Scores
     from palimpsest.models.blend import Blend
     from palimpsest.models.compute import Choice
+    from palimpsest.models.paired_weights import PairedWeights
     from palimpsest.models.processor import SpeechLMProcessor
     from palimpsest.models.speech_lm import SpeechLM
     from palimpsest.models.trained_adaptor import TrainedAdaptor
@@ -513,29 +514,56 @@ class Workspace:
 
     def require_given(self) -> None:
         """A given model that cannot be compared with the base is an error before the long work; oddities are noted."""
-        from palimpsest.models.given import (
-            require_pair,
-            require_same_speech,
-            same_prompts,
-            speech_settings,
-            takes_speech,
-        )
+        for notes in self.given_notes.values():
+            for note in notes:
+                self.reporter.note(note)
 
-        models, speech, note = self.config.models, self.config.speech, self.reporter.note
+    @cached_property
+    def given_notes(self) -> dict[str, list[str]]:
+        """By given model what is not compared, and how it is not asked, a sentence each; a name is in each.
+
+        Raises UserError for one that cannot be compared with the base.
+        """
+        from palimpsest.models.given import require_pair, same_prompts
+
+        base, found = self.config.models.language_model, {}
         for name, method in self.config.methods.items():
             if (given := method.checkpoint) is None:
                 continue
-            require_pair(models.language_model, given)
+            found[name] = [f"{name}: {note}" for note in require_pair(base, given)]
             if self.given_models[name]["hash"] == self.base_hash:
-                note(f"warning: {name} ({given}) is the base itself, so every difference is 0.")
-            if not same_prompts(models.language_model, given):
-                note(f"{name} writes prompts by another chat template than the base; it is asked with the base's.")
-            if self.config.takes_speech(name):
-                require_same_speech(self.encoder, speech.stack_factor, speech.length, given)
-                if speech_settings(given)[2] != self.config.prompt:
-                    note(f"{name} was trained with another prompt than the recipe's, with which all models are asked.")
-            elif takes_speech(given):
-                note(f"{name} takes speech and is asked in text alone, as the recipe says.")
+                found[name].append(f"warning: {name} is the base itself, so every difference is 0.")
+            if not same_prompts(base, given):
+                found[name].append(
+                    f"{name} writes prompts by another chat template than the base; it is asked with the base's."
+                )
+            found[name] += self._notes_on_speech(name, given)
+        return found
+
+    def _notes_on_speech(self, name: str, given: str) -> list[str]:
+        from palimpsest.models.given import is_audio_llm, require_same_speech, speech_settings, takes_speech
+
+        speech = self.config.speech
+        if self.config.takes_speech(name):
+            require_same_speech(self.encoder, speech.stack_factor, speech.length, given)
+            if speech_settings(given)[2] == self.config.prompt:
+                return []
+            return [f"{name} was trained with another prompt than the recipe's, with which all models are asked."]
+        if self.config.takes_recordings(name):
+            from palimpsest.evaluation.audio_llm import require_place_for_audio
+
+            try:
+                require_place_for_audio(self.audio_processor(name))
+            except UserError as error:
+                said = str(error).removesuffix(".")
+                raise UserError(f"{said}; or ask {name} in text alone (modality: text).") from error
+            return [
+                f"{name} is an audio LLM: it answers recordings by its own processor and chat template, and its losses "
+                "are measured in text."
+            ]
+        if takes_speech(given) or is_audio_llm(given):
+            return [f"{name} takes speech and is asked in text alone, as the recipe says."]
+        return []
 
     def require_blends(self) -> None:
         """A blend of layers that are not there, or of a given model that does not fit, is an error before the work."""
@@ -704,6 +732,12 @@ class Workspace:
             self._text = (name, self._loaded(load_language_model, name))
         return self._text[1]
 
+    def audio_processor(self, name: str) -> Any:
+        """Of a given audio LLM."""
+        from palimpsest.models.loading import load_audio_processor
+
+        return load_audio_processor(str(self.given(name)))
+
     def whole(self, name: str) -> PreTrainedModel:
         """A SpeechLM where it takes speech or was trained here, else the language model alone."""
         alone = not self.config.takes_speech(name)
@@ -729,24 +763,28 @@ class Workspace:
 
         return Mask.open(self.path / BASE / "importance_other" / MASKS)
 
+    def paired(self, name: str) -> PairedWeights:
+        """All weights of the base's and a given model's language model; both are in memory."""
+        from palimpsest.models.paired_weights import pair_weights
+
+        return pair_weights(self.base, self.language_model(name))
+
     def weights(self, name: str) -> Mapping[str, Tensor]:
-        """The scored weights by canonical name, on the CPU; a tuned model's are read from its checkpoint as needed."""
+        """The scored weights by canonical name, on the CPU; of a given model all that it has in common with the base.
+
+        Those of a model that was trained are read from its checkpoint as needed.
+        """
         from palimpsest.models.anatomy import scored_parameters
         from palimpsest.models.blend import BlendedWeights
-        from palimpsest.models.given import form_of
         from palimpsest.models.light import LightWeights
-        from palimpsest.models.loading import OnCpu, StoredLanguageModel, blended_from, resolve
+        from palimpsest.models.loading import OnCpu, StoredLanguageModel
 
         if name == BASE or self.config.gated(name):
             return OnCpu(scored_parameters(self.base))
         if (origin := self.config.origin_of(name)) != name:
             return BlendedWeights(self.weights(BASE), self.weights(origin), self.blended(name))
-        if (given := self.given(name)) is not None:
-            where = resolve(given)
-            stored = form_of(where) in ("speech_lm", "language_model") and blended_from(where) is None
-            if stored and Path(where).is_dir():
-                return StoredLanguageModel(Path(where), self.config.models.dtype)
-            return OnCpu(scored_parameters(self.language_model(name)))
+        if self.given(name) is not None:
+            return OnCpu(self.paired(name).tuned)
         folder = checkpoint_of(self.path, name)
         return LightWeights(folder, self.base) if self.config.kept_light(name) else StoredLanguageModel(folder)
 
@@ -802,7 +840,7 @@ class Workspace:
                 "name": without_folders(method.checkpoint),
                 "hash": self.model_hash(method.checkpoint),
                 "form": form_of(resolve(method.checkpoint)),
-                "speech": self.config.takes_speech(name),
+                "speech": "speech" in self.config.asked_as(name),
             }
             for name, method in self.config.methods.items()
             if method.checkpoint is not None
@@ -833,7 +871,7 @@ class Workspace:
                     "name": models.adaptor and without_folders(models.adaptor),
                     "hash": self.adaptor and self.adaptor.fingerprint,
                 },
-                "given": self.given_models,
+                "given": {name: {**it, "notes": self.given_notes[name]} for name, it in self.given_models.items()},
             },
             "compute": {
                 "wanted": models.compute,

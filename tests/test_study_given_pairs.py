@@ -1,0 +1,193 @@
+"""Given models that are no plain copy of the base: vocabularies that grew, audio LLMs, pairs the wrong way round."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor
+
+from palimpsest.commands import diagnose
+from palimpsest.config import parse_config
+from palimpsest.data.examples import read_manifest
+from palimpsest.evaluation.audio_llm import audio_llm_answerer
+from palimpsest.files import UserError
+from palimpsest.models.anatomy import scored_parameters
+from palimpsest.models.loading import load_audio_llm
+from palimpsest.models.paired_weights import first_difference, pair_weights
+from palimpsest.models.prompts import tokenizer_for_text
+from palimpsest.report import figures, page
+from palimpsest.study.run import Study, run_study
+from test_audio_llm_in_text import Processor
+from test_importance_any_model import AUDIO_CLASSES, AUDIO_LLMS
+from test_study_given import given, inputs, recipe, results, saved
+from tiny import VOCAB, tiny_llama, tiny_tokenizer
+from tiny_audio import TEXT, save_tiny_audio_llm
+
+__all__ = ["inputs"]  # a fixture
+N_TOKENS = len(tiny_tokenizer())
+NEW = [f"<audio {i}>" for i in range(8)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (figures, page):
+        monkeypatch.setattr(module, "FIGURES", {})
+
+
+def study_of(inputs: Path, base: Path, tuned: dict[str, Path], **changes: Any) -> Any:
+    values = recipe(inputs, given(**tuned), encoder=False, **changes)
+    values["models"]["language_model"] = str(base)
+    values["analysis"]["rank_draws"], values["evaluation"]["probe"] = 0, False
+    return parse_config(values, "test")
+
+
+# -- a vocabulary that grew --------------------------------------------------------------------------------------------
+def grown(folder: Path, **planted: float) -> Path:
+    """The base's weights with eight rows more; planted: added to one number of a parameter, by its name."""
+    model = tiny_llama(vocab_size=N_TOKENS, eos_token_id=3, tied=False)
+    model.resize_token_embeddings(N_TOKENS + len(NEW), mean_resizing=False)
+    for name, change in planted.items():
+        model.get_parameter(name.replace("__", ".")).data[5, 4] += change
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(NEW)
+    return saved(folder, model, tokenizer)
+
+
+def test_a_vocabulary_that_grew_is_compared_in_the_rows_in_common(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_llama(vocab_size=N_TOKENS, eos_token_id=3, tied=False)
+    base = saved(tmp_path / "base", model, tiny_tokenizer())
+    matrix = "model.layers.1.mlp.up_proj.weight"
+    tuned = grown(tmp_path / "tuned", **{matrix.replace(".", "__"): 2.0, "model__embed_tokens__weight": 0.5})
+    config = study_of(inputs, base, {"tuned": tuned}, drift={"own_text": {"n_texts": 2, "new_tokens": 8}})
+    run_study(config, tmp_path / "run")
+    found = results(tmp_path / "run")
+    norms = {row["name"]: row["relative_norm"] for row in found["delta"]}
+    expected = 2.0 / float(torch.linalg.vector_norm(model.get_parameter(matrix).detach()))
+    assert norms.pop(matrix) == pytest.approx(expected, rel=1e-5)
+    assert set(norms.values()) == {0.0}
+    embedding, head = found["embeddings"]
+    rows = {"method": "tuned", "rows_base": N_TOKENS, "rows_tuned": N_TOKENS + 8, "rows": N_TOKENS}
+    norm = 0.5 / float(torch.linalg.vector_norm(model.get_input_embeddings().weight.detach()))
+    assert embedding == {
+        **rows,
+        "name": "model.embed_tokens.weight",
+        "part": "embedding",
+        "rows_changed": 1,
+        "relative_norm": pytest.approx(norm, rel=1e-5),
+    }
+    assert head == {**rows, "name": "lm_head.weight", "part": "head", "rows_changed": 0, "relative_norm": 0.0}
+    assert {row["new_tokens_share"] > 0 for row in found["drift"]} == {True}
+    said = "the 8 of the tuned model alone are not (<audio 0>, <audio 1>, <audio 2>, <audio 3>, <audio 4>, …)"
+    assert said in capsys.readouterr().err
+    (note,) = json.loads((tmp_path / "run/provenance.json").read_text())["models"]["given"]["tuned"]["notes"]
+    assert said in note
+    assert "&lt;audio 4&gt;" in (tmp_path / "run/report.html").read_text()
+
+
+def test_a_vocabulary_without_tokens_of_the_base_is_told(inputs: Path, tmp_path: Path) -> None:
+    base = saved(tmp_path / "base", tiny_llama(vocab_size=N_TOKENS, eos_token_id=3), tiny_tokenizer())
+    less = saved(tmp_path / "less", tiny_llama(vocab_size=N_TOKENS - 1, eos_token_id=3), tiny_tokenizer())
+    with pytest.raises(UserError, match=f"they are {N_TOKENS}, and its embedding has {N_TOKENS - 1} rows"):
+        Study(study_of(inputs, base, {"less": less}), tmp_path / "run").check()
+
+
+# -- audio LLMs --------------------------------------------------------------------------------------------------------
+class Deaf(Processor):
+    """Has no place for audio."""
+
+    def __call__(self, audio: Any = None) -> None: ...
+
+
+def text_base(folder: Path, audio: Path) -> Path:
+    """The language model of an audio LLM as a plain one, with its tokens."""
+    model, processor = load_audio_llm(str(audio))
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**TEXT))
+    plain.load_state_dict(dict(pair_weights(plain, model).tuned))
+    plain.generation_config.eos_token_id = 3
+    return saved(folder, plain, tokenizer_for_text(processor))
+
+
+def test_an_audio_llm_against_its_text_base(inputs: Path, tmp_path: Path) -> None:
+    audio = save_tiny_audio_llm("qwen2_audio", tmp_path / "audio")
+    base = text_base(tmp_path / "base", audio)
+    run_study(study_of(inputs, base, {"audio": audio}), tmp_path / "run")
+    found = results(tmp_path / "run")
+    assert {row["relative_norm"] for row in found["delta"] + found["embeddings"]} == {0.0}
+    assert {row["part"] for row in found["embeddings"]} == {"embedding", "head"}
+    shift = [row["value"] for row in found["shift"] if row["measure"] == "jensen_shannon"]
+    assert shift == pytest.approx([0.0] * len(shift), abs=1e-6)
+    asked = {(row["method"], row["modality"]) for row in found["qa"]}
+    assert asked == {("base", "text"), ("audio", "text"), ("audio", "speech")}
+    assert {row["modality"] for row in found["perplexity"]} == {"text"}
+    about = json.loads((tmp_path / "run/provenance.json").read_text())["models"]["given"]["audio"]
+    assert (about["form"], about["speech"]) == ("audio_llm", True)
+    assert about["notes"][-1].startswith("audio is an audio LLM: it answers recordings")
+    rows = [json.loads(line) for line in (tmp_path / "run/methods/audio/samples/numbers-speech/samples.jsonl").open()]
+    answer = audio_llm_answerer(*load_audio_llm(str(audio)), max_new_tokens=4)
+    questions = read_manifest(tmp_path / "run/data/task-numbers.jsonl")
+    expected = {question.id: answer([question], "speech")[0].response for question in questions}
+    assert {row["id"]: row["response"] for row in rows} == expected
+
+
+@pytest.mark.parametrize("kind", ["voxtral", "granite_speech"])
+def test_audio_llms_whose_processors_need_packages(
+    inputs: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"vocab_size": VOCAB, "max_position_embeddings": 512, "pad_token_id": 0}
+    text = {**AUDIO_LLMS[kind]["text_config"], **changes}
+    config = AutoConfig.for_model(kind, **{**AUDIO_LLMS[kind], "text_config": text})
+    model = AUDIO_CLASSES[kind](config)
+    audio = saved(tmp_path / "audio", model, tiny_tokenizer())
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**text))
+    plain.load_state_dict(dict(pair_weights(plain, model).tuned))
+    base = saved(tmp_path / "base", plain, tiny_tokenizer())
+    name = "model.layers.1.mlp.up_proj.weight"
+    with torch.no_grad():
+        scored_parameters(model)[name] *= 1.5
+    model.save_pretrained(audio)
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: Deaf())
+    options = diagnose.Options(str(base), [str(audio)], tmp_path / "run", data=str(inputs / "train.jsonl"), quick=True)
+    study = Study(diagnose.study_of(options), tmp_path / "run")
+    study.check()
+    assert study.ws.config.asked_as("audio") == ["text"]
+    assert study.ws.given_notes["audio"][-1].endswith("is asked in text alone, as the recipe says.")
+    weights = study.ws.weights("audio")
+    changed = [key for key, weight in study.ws.weights("base").items() if not torch.equal(weight, weights[key])]
+    assert changed == [name]
+
+
+# -- layers that compute the same --------------------------------------------------------------------------------------
+def test_llama_and_mistral_are_one_architecture_unless_attention_has_a_window() -> None:
+    llama = tiny_llama()
+    config = {key: value for key, value in llama.config.to_dict().items() if key != "model_type"}
+    ids = torch.arange(3, 40)[None]
+    for window, same in ((None, True), (8, False)):
+        mistral = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model("mistral", **{**config, "sliding_window": window})
+        ).eval()
+        mistral.load_state_dict(llama.state_dict())
+        with torch.no_grad():
+            assert torch.equal(mistral(ids).logits, llama(ids).logits) == same
+        said = None if same else "its layers have the same names and shapes and compute differently"
+        assert first_difference(mistral, llama) == said
+
+
+# -- the wrong way round -----------------------------------------------------------------------------------------------
+def test_models_that_are_swapped(inputs: Path, tmp_path: Path) -> None:
+    audio = save_tiny_audio_llm("qwen2_audio", tmp_path / "audio")
+    plain = text_base(tmp_path / "plain", audio)
+    with pytest.raises(UserError, match=r"takes speech and .*plain does not: the two are swapped"):
+        Study(study_of(inputs, audio, {"plain": plain}), tmp_path / "run").check()
+    llm = inputs / "llm"
+    adapted = get_peft_model(tiny_llama(eos_token_id=3), LoraConfig(r=2, target_modules=["v_proj"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(llm)
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(UserError, match=r"is an adapter on .*llm: the two are swapped"):
+        Study(study_of(inputs, tmp_path / "adapter", {"llm": llm}), tmp_path / "run").check()
