@@ -37,7 +37,7 @@ class Endpoint:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 endpoint.requests.append(body)
-                endpoint.headers.append(dict(self.headers))
+                endpoint.headers.append({name.lower(): value for name, value in self.headers.items()})
                 endpoint.paths.append(self.path)
                 status, content = reply(body["messages"][0]["content"], len(endpoint.requests))
                 payload = content.encode()
@@ -92,7 +92,7 @@ def test_verdicts_are_had_kept_and_not_asked_for_again(endpoint, tmp_path: Path,
     assert not judged.failed
     assert len(server.requests) == 3, "an empty answer is wrong without being asked about"
     assert set(server.paths) == {"/v1/chat/completions"}
-    assert {h["Authorization"] for h in server.headers} == {"Bearer secret-key"}
+    assert {h["authorization"] for h in server.headers} == {"Bearer secret-key"}
     assert {(r["model"], r["temperature"]) for r in server.requests} == {("tiny-judge", 0)}
     assert (told[0], told[-1]) == ((0, 3), (3, 3))
     assert "secret-key" not in cache.read_text()

@@ -113,7 +113,7 @@ def _function(options: Any, run: Callable[[Any], Iterator[str]]) -> Callable[...
 
 
 def _parameters(options: Any) -> Iterator[introspection.Parameter]:
-    """One for each field; the fields of a dataclass inside stand beside the others."""
+    """One for each field, those of a dataclass inside beside the others. What may be None need not be given."""
     hints = get_type_hints(options, include_extras=True)
     for field in dataclasses.fields(options):
         hint = hints[field.name]
@@ -126,6 +126,8 @@ def _parameters(options: Any) -> Iterator[introspection.Parameter]:
             default = field.default
         elif field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
+        elif type(None) in get_args(kind):
+            default = None
         annotation: Any = Annotated[kind, _described(field.name, about, default)]
         yield introspection.Parameter(
             field.name, introspection.Parameter.KEYWORD_ONLY, annotation=annotation, default=default

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -19,6 +20,7 @@ from palimpsest.records import MOST_CUT, Modality, PerplexityRecord
 
 if TYPE_CHECKING:
     from palimpsest.evaluation.answers import Answerer, SampleRow
+    from palimpsest.evaluation.endpoint import Endpoint
     from palimpsest.evaluation.judge import Judge, Judged
     from palimpsest.evaluation.tasks import Task
 
@@ -36,9 +38,11 @@ class Options:
     """Answer the questions of a task and score the answers, each accuracy with its 95 % interval.
 
     Example: palimpsest evaluate --model embedded:smollm2-135m-instruct --task facts --split heldout --out runs/eval
+
+    Example: palimpsest evaluate --url http://localhost:8000/v1 --task facts --split heldout --out runs/served
     """
 
-    model: Annotated[str, Doc(MODEL)]
+    model: Annotated[str | None, Doc(f"{MODEL} With --url: the name there, if it serves more than one.")]
     task: Annotated[str, Doc("facts, a manifest, llama_questions:FOLDER or web_questions:FOLDER.")]
     out: Annotated[Path, Doc("Folder for samples-MODALITY.jsonl and results-MODALITY.json.")]
     split: Annotated[str, Doc("Split of the task.")] = "test"
@@ -46,7 +50,14 @@ class Options:
     asr: Annotated[str, Doc("Recogniser of the cascade.")] = "embedded:whisper-tiny.en"
     limit: Annotated[int | None, Ge(1), Doc("Only the first questions.")] = None
     max_new_tokens: Annotated[int, Ge(1)] = 64
-    batch_size: Annotated[int, Ge(1)] = 16
+    batch_size: Annotated[int, Ge(1), Doc("Questions after which answers are on disk.")] = 16
+    url: Annotated[
+        str | None, Doc("Ask the model behind an OpenAI-compatible endpoint: the base of the API, http://HOST:8000/v1.")
+    ] = None
+    url_key: Annotated[str, Doc("Environment variable that has the key of --url.")] = "OPENAI_API_KEY"
+    url_body: Annotated[str | None, Doc("JSON object of further fields of every request to --url.")] = None
+    url_timeout: Annotated[int, Ge(1), Doc("Seconds that --url may be silent.")] = 120
+    concurrency: Annotated[int, Ge(1), Doc("Requests to --url that are under way at a time.")] = 4
     device: DeviceOption = "auto"
     dtype: DtypeOption = None
     compute: ComputeOption = "auto"
@@ -78,8 +89,9 @@ def _run(options: Options) -> Iterator[str]:
     from palimpsest.evaluation.judge import METRIC, judge_rows
     from palimpsest.models.loading import choose_device, reading_notes
 
-    model, modality, out = options.model, options.modality, options.out
-    judge, task, where = _check(options)
+    modality, out = options.modality, options.out
+    judge, task, asked = _check(options)
+    model = str(options.model if isinstance(asked, str) else asked.model)  # as the records call it
     transcribed = modality in ("cascade", "text_asr")
     unspoken = modality != "text" and any(example.audio is None for example in task.examples)
     reporter = Reporter(1 + unspoken + options.perplexity + (judge is not None))
@@ -88,27 +100,31 @@ def _run(options: Options) -> Iterator[str]:
             task = replace(task, examples=tuple(speak(task.examples, out / "audio", progress=advance)))
     device = choose_device(options.device)
     with reporter.step(f"{task.name} from {modality}") as advance:
-        answer, compute = _answerer(options, where, device)
+        answer, compute = _answerer(options, asked, device)
         rows = answer_questions(
             answer,
             task,
             modality,
-            model=_identity(options, transcribed),
+            model=_identity(options, asked, transcribed),
             out=out / f"samples-{modality}.jsonl",
             max_new_tokens=options.max_new_tokens,
             batch_size=options.batch_size,
-            compute=compute.dtype,
+            compute=compute.dtype if isinstance(asked, str) else "unknown",
             progress=advance,
             notice=reporter.note,
         )
     floors = floor_records(rows, model, task, modality)
     results: dict[str, Any] = {"schema": 1, "qa": summarise(rows, model, task, modality), "qa_floors": floors}
-    results["compute"] = {**asdict(compute), "device": device, "weights": options.dtype}  # null: the default
+    if isinstance(asked, str):
+        results["compute"] = {**asdict(compute), "device": device, "weights": options.dtype}  # null: the default
+    else:
+        results["compute"] = {"dtype": "unknown", "reason": f"by {asked.place}", "device": None, "weights": None}
+        results["endpoint"] = {"url": asked.place, "model": asked.model, "body": dict(asked.body)}
     results["seconds_per_question"] = sum(row["seconds"] for row in rows) / len(rows)
     judged = None
-    if options.perplexity:
+    if options.perplexity and isinstance(asked, str):
         with reporter.step(f"perplexity from {modality}") as advance:
-            results["perplexity"] = [_perplexity(options, where, device, compute, task, advance)]
+            results["perplexity"] = [_perplexity(options, asked, device, compute, task, advance)]
     if judge is not None:
         with reporter.step(f"judged by {judge.model}") as advance:
             judged = judge_rows(judge, rows, out / f"samples-{modality}.judge.jsonl", advance)
@@ -119,21 +135,26 @@ def _run(options: Options) -> Iterator[str]:
 
         results["word_error_rate"] = word_error_rate((row["question"], row["transcript"] or "") for row in rows)
     write_json(out / f"results-{modality}.json", results)
-    if modality != "speech":
+    if modality != "speech" and isinstance(asked, str):
         yield from reading_notes(model)
     yield from _lines(rows, results, judged, options.max_new_tokens)
 
 
-def _identity(options: Options, transcribed: bool) -> str:
-    """What answers are bound to: the files of the model and of a recogniser that is asked; weights of a dtype given."""
+def _identity(options: Options, asked: str | Endpoint, transcribed: bool) -> str:
+    """What answers are bound to: the files of the model and of a recogniser that is asked; weights of a dtype given.
+
+    Of a model behind an endpoint only address and name are known.
+    """
     from palimpsest.models.loading import fingerprint
 
-    parts = [fingerprint(options.model), *([fingerprint(options.asr)] if transcribed else [])]
+    if not isinstance(asked, str):
+        return f"{asked.identity}, after {fingerprint(options.asr)}" if transcribed else asked.identity
+    parts = [fingerprint(str(options.model)), *([fingerprint(options.asr)] if transcribed else [])]
     parts += [] if options.dtype is None else [options.dtype]
     return hash_value(parts) if len(parts) > 1 else parts[0]
 
 
-def _check(options: Options) -> tuple[Judge | None, Task, str]:
+def _check(options: Options) -> tuple[Judge | None, Task, str | Endpoint]:
     """What is known to be wrong before a model is loaded; (the judge, the task, where the model is)."""
     from palimpsest.evaluation.judge import Judge
     from palimpsest.models.loading import model_kind, resolve
@@ -144,16 +165,44 @@ def _check(options: Options) -> tuple[Judge | None, Task, str]:
     if options.perplexity and modality not in ("text", "speech"):
         raise UserError("A cascade has no perplexity; leave out --perplexity, or use --modality text or speech.")
     judge = Judge(url, name) if url is not None and name is not None else None
+    if options.model is None and options.url is None:
+        raise UserError("Nothing is asked: give --model, or the address of an endpoint with --url.")
+    endpoint = _endpoint(options)
     recordings = options.out / "audio" if modality != "text" else None  # of a table that holds them
     task = load_task(
         options.task, split=options.split, limit=options.limit, audio=recordings, faulty_audio=options.faulty_audio
     )
-    where = resolve(options.model)
+    if endpoint is not None:
+        from palimpsest.evaluation.remote import require_endpoint
+
+        return judge, task, require_endpoint(endpoint)
+    where = resolve(str(options.model))
     if modality == "speech" and model_kind(where) == "language_model":
         raise UserError(f"{options.model} takes no audio; evaluate it with --modality text or cascade.")
     if options.perplexity and model_kind(where) == "audio_llm":
         raise UserError(f"Perplexity of the audio LLM {options.model} cannot be measured yet; leave out --perplexity.")
     return judge, task, where
+
+
+def _endpoint(options: Options) -> Endpoint | None:
+    """That of --url, as yet unasked."""
+    from palimpsest.evaluation.endpoint import Endpoint
+
+    if options.url is None:
+        return None
+    if options.perplexity:
+        raise UserError("An endpoint gives no losses of target answers; leave out --perplexity.")
+    if options.dtype is not None:
+        raise UserError("Weights behind --url are what the server loaded; leave out --dtype.")
+    if options.model is not None and not options.model.strip():
+        raise UserError("--model is empty; give the name that the endpoint knows the model by, or leave it out.")
+    try:
+        body = json.loads(options.url_body or "{}")
+    except ValueError as error:
+        raise UserError(f"--url-body is not JSON ({error}); give an object such as '{{\"seed\": 0}}'.") from error
+    if not isinstance(body, dict):
+        raise UserError("--url-body is no JSON object; give one such as '{\"seed\": 0}'.")
+    return Endpoint(options.url, options.model, options.url_key, options.url_timeout, body=body)
 
 
 def load_task(
@@ -183,13 +232,19 @@ def task_name(source: str) -> str:
     return HUB_NAMES.get(source, Path(source.rpartition(":")[2]).stem)
 
 
-def _answerer(options: Options, where: str, device: str) -> tuple[Answerer, Choice]:
-    """The model as it is asked, and the arithmetic in which it answers."""
+def _answerer(options: Options, asked: str | Endpoint, device: str) -> tuple[Answerer, Choice]:
+    """The model as it is asked, and the arithmetic in which it answers: behind an endpoint, that of the recogniser."""
     from palimpsest.evaluation.answers import text_answerer
     from palimpsest.models.compute import choose_compute
-    from palimpsest.models.loading import load_asr, load_audio_llm, load_speech_lm, load_text_model, model_kind
+    from palimpsest.models.loading import load_audio_llm, load_speech_lm, load_text_model, model_kind
 
-    kind, limit, dtype = model_kind(where), options.max_new_tokens, options.dtype or "float32"
+    limit, dtype = options.max_new_tokens, options.dtype or "float32"
+    if not isinstance(asked, str):
+        from palimpsest.evaluation.remote import endpoint_answerer
+
+        answer = endpoint_answerer(asked, limit, options.concurrency)
+        return _transcribing(options, answer, device, choose_compute(options.compute, device))
+    where, kind = asked, model_kind(asked)
     if kind == "audio_llm":
         from palimpsest.evaluation.audio_llm import audio_llm_answerer
 
@@ -206,9 +261,15 @@ def _answerer(options: Options, where: str, device: str) -> tuple[Answerer, Choi
     if kind != "audio_llm":
         language_model, processor = load_text_model(where, dtype=dtype, device=device)
         answer = text_answerer(language_model, processor.tokenizer, limit, processor.style, compute=compute.dtype)
+    return _transcribing(options, answer, device, compute)
+
+
+def _transcribing(options: Options, answer: Answerer, device: str, compute: Choice) -> tuple[Answerer, Choice]:
+    """The same in the modalities in which the model gets what a recogniser wrote down."""
     if options.modality in ("text", "speech"):
         return answer, compute
     from palimpsest.evaluation.cascade import cascade_answerer, transcribe
+    from palimpsest.models.loading import load_asr
 
     write_down = partial(transcribe, *load_asr(options.asr, device=device), compute=compute.dtype)
     return cascade_answerer(write_down, answer), compute
@@ -240,7 +301,7 @@ def _perplexity(
         examples,
         options.batch_size,
         options.out,
-        method=options.model,
+        method=str(options.model),
         task=task.name,
         progress=advance,
         compute=compute.dtype,

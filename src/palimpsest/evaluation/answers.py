@@ -21,12 +21,13 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from typing_extensions import TypedDict
 
 from palimpsest.data.examples import Example
+from palimpsest.evaluation.endpoint import EndpointError
 from palimpsest.evaluation.finite import NotFiniteError, finite_logits
 from palimpsest.evaluation.generation import generation_settings, pad_left, without_own_settings
 from palimpsest.evaluation.scoring import METRIC_VERSION, METRICS, score, words
@@ -238,11 +239,12 @@ class Answer(NamedTuple):
     prompt_tokens: int | None = None
     transcript: str | None = None
     cut: bool = False
+    error: str | None = None  # why there is none; the others of its batch were answered
 
 
 Answerer = Callable[[Sequence[Example], Modality], list[Answer]]
 """One answer per example, in order; UserError, OSError or ValueError where an example cannot be answered,
-NotFiniteError where the model's logits are NaN or infinite."""
+NotFiniteError where the model's logits are NaN or infinite, EndpointError where nobody answers: these stop it."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -257,7 +259,7 @@ def answer_questions(
     out: Path,
     max_new_tokens: int = 64,
     batch_size: int = 16,
-    compute: Arithmetic = "float32",
+    compute: Arithmetic | Literal["unknown"] = "float32",
     progress: Callable[[int, int], None] | None = None,
     notice: Callable[[str], None] | None = None,
     distributed: bool = False,
@@ -275,7 +277,8 @@ def answer_questions(
 
     Args:
         model: fingerprint of everything `answer` uses (weights, system prompt); it binds the file to it.
-        max_new_tokens, compute: what `answer` was made with; recorded, and part of what a resumed file must match.
+        max_new_tokens, compute: what `answer` was made with ("unknown": behind an endpoint); recorded, and part of
+            what a resumed file must match.
         progress: called as progress(answered, total), first with what an earlier run left.
         notice: gets a sentence when questions of an earlier run are asked again, see `resume`.
         distributed: every rank calls, with a replica of the model, and answers every n-th of the batches, which are
@@ -284,7 +287,7 @@ def answer_questions(
 
     Raises:
         UserError: `out` belongs to another evaluation or is damaged (see `resume`), every single question
-            failed, or the model gives NaN or infinite logits.
+            failed, the model gives NaN or infinite logits, or its endpoint is of no use.
     """
     if batch_size < 1:
         raise UserError(f"A batch size of {batch_size} was given; use 1 or more.")
@@ -350,7 +353,7 @@ def _answer_batch(answer: Answerer, batch: Sequence[Example], modality: Modality
     started = time.perf_counter()
     try:
         answers = answer(batch, modality)
-    except NotFiniteError:  # no fault of the question: every accuracy of such a model would be a wrong number
+    except (NotFiniteError, EndpointError):  # no fault of the question, and the next ones would fail alike
         raise
     except (UserError, OSError, ValueError) as error:
         if len(batch) == 1:
@@ -359,7 +362,7 @@ def _answer_batch(answer: Answerer, batch: Sequence[Example], modality: Modality
     seconds = (time.perf_counter() - started) / len(batch)
     if len(answers) != len(batch):  # not a ValueError: no single example is to blame
         raise RuntimeError(f"the answerer gave {len(answers)} answers to {len(batch)} examples")
-    return [_row(example, given, seconds) for example, given in zip(batch, answers, strict=True)]
+    return [_row(example, given, seconds, given.error) for example, given in zip(batch, answers, strict=True)]
 
 
 def _row(example: Example, given: Answer, seconds: float, error: str | None = None) -> SampleRow:

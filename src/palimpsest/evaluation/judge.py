@@ -11,22 +11,17 @@ verdict could be had counts as wrong, is listed, and is asked again by the next 
 
 from __future__ import annotations
 
-import http.client
 import json
-import os
 import re
 import threading
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING
 
+from palimpsest.evaluation.endpoint import Endpoint, NoReply, complete, plain_session, retried
 from palimpsest.files import UserError, append_jsonl, drop_cut_line, hash_value, read_lines
 
 if TYPE_CHECKING:
@@ -53,7 +48,6 @@ REMEDY = "delete the file and judge again"
 WORKERS = 4  # requests under way at a time
 HOPELESS = 8  # answers without a verdict, from the first on, after which no more are asked about
 _VERDICT = re.compile(r"\W*(?:(?:verdict|grade|answer)\W+)?((?:in)?correct)\W*")  # a whole line
-RETRY_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
 
 
 @dataclass(frozen=True)
@@ -66,11 +60,13 @@ class Judge:
     pause: float = 1.0  # seconds before the second attempt; twice that before the third
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"--judge-url {self.url!r} is no http address; give the base such as https://HOST/v1.")
+        _ = self.endpoint  # which checks the address
         if not self.model.strip():
             raise UserError("--judge-model is empty; give the name that the endpoint knows the judge by.")
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint(self.url, self.model, KEY_VARIABLE, self.timeout, option="--judge-url")
 
     @property
     def version(self) -> str:
@@ -78,8 +74,8 @@ class Judge:
         return f"{PROMPT_VERSION}:{self.model}"
 
 
-class _NoVerdict(Exception):
-    """This answer could not be judged; the message says why."""
+class _NoVerdict(NoReply):
+    """A reply that is no verdict; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -110,14 +106,14 @@ def judge_rows(
         progress(len(done), len(ask))
     drop_cut_line(cache)
     stopped = threading.Event()  # set where asking on is no use, so that requests not yet sent never are
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with plain_session(), ThreadPoolExecutor(WORKERS) as pool:
         for row, outcome in zip(open_rows, pool.map(partial(_attempt, judge, stopped), open_rows), strict=True):
             if isinstance(outcome, str):
                 failed[row["id"]] = outcome
                 if len(failed) >= min(HOPELESS, len(ask)) and not done:
                     stopped.set()
                     raise UserError(
-                        f"The judge {judge.model} at {judge.url} gave no verdict on any of the first "
+                        f"The judge {judge.model} at {judge.endpoint.place} gave no verdict on any of the first "
                         f"{len(failed)} answers, the last because {outcome} Correct that and run again."
                     )
             else:
@@ -182,56 +178,28 @@ def shown(row: SampleRow) -> str:
 # ------------------------------------------------------------------------------------------------------------
 # The request
 # ------------------------------------------------------------------------------------------------------------
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to another host."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-_OPENER = urllib.request.build_opener(_NoRedirect)
-
-
 def _attempt(judge: Judge, stopped: threading.Event, row: SampleRow) -> bool | str:
     """The verdict, or why there is none. Raises UserError where asking on is no use."""
-    reason = ""
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            time.sleep(judge.pause * 2 ** (attempt - 1))
-        if stopped.is_set():
-            return "judging was stopped."
-        try:
-            return read_reply(_complete(judge, prompt(row)))
-        except _NoVerdict as error:
-            reason = str(error)
-        except urllib.error.HTTPError as error:
-            reason = f"the endpoint answered {error.code} {error.reason}."
-            if error.code not in RETRY_STATUS:
-                stopped.set()
-                raise UserError(
-                    f"The judge {judge.model} at {judge.url} answered {error.code} {error.reason}; check --judge-url, "
-                    f"--judge-model and the key in {KEY_VARIABLE}."
-                ) from error
-        except (OSError, http.client.HTTPException) as error:
-            reason = f"the endpoint could not be reached ({error})."
-    return reason
+    try:
+        return retried(
+            lambda: read_reply(_complete(judge, prompt(row))),
+            attempts=ATTEMPTS,
+            pause=judge.pause,
+            stopped=stopped.is_set,
+        )
+    except NoReply as error:
+        if error.again:
+            return str(error)
+        stopped.set()
+        raise UserError(
+            f"The judge {judge.model} at {judge.endpoint.place}: {error} Check --judge-url, --judge-model and the key "
+            f"in {KEY_VARIABLE}."
+        ) from error
 
 
 def _complete(judge: Judge, content: str) -> str:
     """The text of the first choice of a chat completion."""
-    body = {"model": judge.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get(KEY_VARIABLE, "").strip():
-        headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(
-        judge.url.rstrip("/") + "/chat/completions", json.dumps(body).encode(), headers, method="POST"
-    )
-    with _OPENER.open(request, timeout=judge.timeout) as response:
-        payload = response.read()
-    try:
-        text = json.loads(payload)["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise _NoVerdict(f"the endpoint sent no chat completion: {payload[:80]!r}.") from error
-    if not isinstance(text, str):
+    text = complete(judge.endpoint, [{"role": "user", "content": content}]).text
+    if text is None:
         raise _NoVerdict("the endpoint sent a completion without text.")
     return text
