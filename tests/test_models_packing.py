@@ -91,6 +91,37 @@ def test_speech_is_packed_behind_the_prompt_it_shares(monkeypatch: pytest.Monkey
     assert rows.tolist() == [0, 1, 2, 3]
 
 
+def test_a_long_row_is_divided_where_comparing_every_token_with_every_other_costs_more_than_the_prefix_again() -> None:
+    """40 rows of 100 shared tokens and 60 of their own; n rows of 100 + 2400/n tokens cost n·(L + L²/600) at width 100.
+
+    n = 1: 2500 + 10417; 4: 2800 + 3267; 8: 3200 + 2133 = 5333; 9: 3300 + 2017 = 5317; 10: 3400 + 1927 = 5327.
+    """
+    batch = batch_of([160] * 40, [2] * 40, 100)
+    packed = packing._pack_batch(batch, batch["labels"][:, 1:] != IGNORED)
+    assert packed is not None
+    assert packed.parts(100) == 9
+    assert packed.parts(10_000_000) == 1
+
+
+@pytest.mark.parametrize("n_parts", [1, 2, 3])
+def test_divided_rows_have_the_losses_of_padded_batches(monkeypatch: pytest.MonkeyPatch, n_parts: int) -> None:
+    monkeypatch.setattr(packing.Packed, "parts", lambda *_: n_parts)
+    monkeypatch.setattr(packing, "PAYS", 2)
+    text = (tiny_llama(), batch_of([12, 13, 14, 12, 9, 10, 11], [3, 4, 2, 3, 1, 2, 2], 6))
+    model, processor = tiny_speech_lm()
+    inputs = speech_inputs(processor, 0.5, 0.6, 0.5, 0.6, 0.4)
+    labels = torch.full_like(inputs["input_ids"], IGNORED)
+    labels[:, -2:] = inputs["input_ids"][:, -2:]
+    for asked, batch in (text, (model.eval(), {**inputs, "labels": labels})):
+        of_batch = Losses(asked)
+        with torch.no_grad():
+            found, rows = of_batch(batch)
+            expected, expected_rows = supervised_losses(asked, batch)
+        assert of_batch.n_packed == 1
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert torch.equal(rows, expected_rows)
+
+
 class BlindToMasks(nn.Module):
     """Takes a mask and positions and looks at neither: every token counts the tokens in front of it."""
 

@@ -32,6 +32,7 @@ PREFIX = 0  # the segment that all others see
 PAYS = 0.8  # a packed row must cost at most this share of the padded batch
 # Mean difference of a token's loss, nats, up to which packed rows count as the same; more, and the model cannot do it.
 TOLERANCE, ROUNDED_TOLERANCE = 1e-4, 5e-2  # in 32 bits or more; in 16
+TRIED_ROWS = 4
 PACKABLE = {"input_ids", "attention_mask", "labels", "position_ids"}
 SPEECH = {"input_features", "encoder_frames", "frame_counts"}  # of a SpeechLM, which places them before rows are packed
 
@@ -49,11 +50,25 @@ class Losses:
 
     def __call__(self, batch: Mapping[str, Any]) -> tuple[Float[Tensor, " supervised"], Int64[Tensor, " supervised"]]:
         supervised = supervised_positions(batch := right_padded(batch))
+        hidden = _hidden_size(self.model)
         packed = _pack_batch(batch, supervised) if _may_pack(self.model, batch) else None
-        if packed is None or not packed.pays(_hidden_size(self.model)) or not _can_pack(self.model, batch, packed):
+        if packed is None or not packed.pays(hidden) or not _can_pack(self.model, batch):
             return supervised_losses(self.model, batch)
         self.n_packed += 1
-        return _packed_losses(self.model, batch, packed)
+        n_parts = packed.parts(hidden)
+        if n_parts == 1 or torch.is_grad_enabled() or not _divides(batch):  # a backward gives a gradient once
+            return _packed_losses(self.model, batch, packed)
+        found = [self._part(batch, rows) for rows in torch.arange(packed.shape[0]).chunk(n_parts)]
+        return torch.cat([losses for losses, _ in found]), torch.cat([rows for _, rows in found])
+
+    def _part(
+        self, batch: Mapping[str, Any], rows: Int64[Tensor, " row"]
+    ) -> tuple[Float[Tensor, " supervised"], Int64[Tensor, " supervised"]]:
+        """Of some rows of a batch that packs."""
+        part = _rows_of(batch, slice(int(rows[0]), int(rows[-1]) + 1))
+        packed = _pack_batch(part, supervised_positions(part))
+        losses, of = supervised_losses(self.model, part) if packed is None else _packed_losses(self.model, part, packed)
+        return losses, of + int(rows[0])
 
 
 @dataclass(frozen=True)
@@ -68,9 +83,33 @@ class Packed:
     rows: Int64[Tensor, " supervised"]
 
     def pays(self, hidden: int) -> bool:
-        """By operations: those of products grow with tokens, those of attention with tokens and what they see."""
-        packed, (n_rows, length) = len(self.place), self.shape
-        return packed * (1 + packed / (6 * hidden)) < PAYS * n_rows * length * (1 + length / (6 * hidden))
+        n_rows, length = self.shape
+        return _cost(len(self.place), hidden) < PAYS * n_rows * _cost(length, hidden)
+
+    def parts(self, hidden: int) -> int:
+        """Into how many packed rows: in a long one every token is compared with those of all other questions."""
+        n_rows, shared = self.shape[0], int((self.segments == PREFIX).sum())
+        own = len(self.place) - shared
+        return min(range(1, n_rows // 2 + 1), key=lambda n: n * _cost(shared + own / n, hidden), default=1)
+
+
+def _cost(length: float, hidden: int) -> float:
+    """Of a row, in operations: those of products grow with its tokens, those of attention with their square."""
+    return length * (1 + length / (6 * hidden))
+
+
+def _divides(batch: Mapping[str, Any]) -> bool:
+    """Whether it has its speech row by row; a question of several utterances does not."""
+    return len(batch.get("frame_counts", batch["input_ids"])) == len(batch["input_ids"])
+
+
+def _rows_of(batch: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+    """Some rows of a batch, with the speech of these alone."""
+    n_rows = len(batch["input_ids"])
+    return {
+        key: value[rows] if isinstance(value, torch.Tensor | list) and len(value) == n_rows else value
+        for key, value in batch.items()
+    }
 
 
 def _pack_batch(batch: Mapping[str, Any], supervised: Bool[Tensor, "batch seq_minus_1"]) -> Packed | None:
@@ -147,13 +186,17 @@ def _hidden_size(model: nn.Module) -> int:
     return int(inner.get_input_embeddings().weight.shape[1])
 
 
-def _can_pack(model: nn.Module, batch: Mapping[str, Any], packed: Packed) -> bool:
-    """Tried once for a model, without gradients."""
+def _can_pack(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    """Tried once for a model, on a few rows, without gradients."""
     inner = unwrap(model)
     if inner not in _TRIED:
+        tried = _rows_of(batch, slice(0, TRIED_ROWS if _divides(batch) else None))
+        packed = _pack_batch(tried, supervised_positions(tried))
+        if packed is None:
+            return False
         with torch.no_grad():
-            plain, _ = supervised_losses(model, batch)
-            found, _ = _packed_losses(model, batch, packed)
+            plain, _ = supervised_losses(model, tried)
+            found, _ = _packed_losses(model, tried, packed)
         difference = float((found.double() - plain.double()).abs().mean())
         if not math.isfinite(difference):
             return False  # the plain way says of what
