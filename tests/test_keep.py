@@ -190,7 +190,7 @@ def test_the_teacher_of_an_adapter_is_the_base_whatever_the_adapter_is(setup: Se
     flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     expected = supervised_logits(tiny_llama(eos_token_id=3), batch)[0].detach()
     assert torch.equal(base_logits(None, model, batch, "float32"), expected)
-    with adapter_off(model):  # FSDP would take the flags that peft sets here for good
+    with adapter_off(model):
         assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
     assert model.training

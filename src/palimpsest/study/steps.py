@@ -463,9 +463,10 @@ def importance_questions(
     most of the group was needed: then they may be fewer.
     """
     # A changed copy asks the same question as its original: as text they are one example.
-    train = [example for example in groups["train"] if example.augmentation is None]
-    pool, elsewhere = (train, groups["heldout"]) if options.questions == "train" else (groups["heldout"], train)
-    n_examples = min(len(pool), options.n_examples or max(2, len(train) // 30))
+    # No variable is called `train`: that is a step, on whose code this one would seem to depend.
+    learned = [example for example in groups["train"] if example.augmentation is None]
+    pool, elsewhere = (learned, groups["heldout"]) if options.questions == "train" else (groups["heldout"], learned)
+    n_examples = min(len(pool), options.n_examples or max(2, len(learned) // 30))
     order = random.Random(seed).sample(pool, len(pool))
     if not other:
         return order[:n_examples]

@@ -345,8 +345,8 @@ def base_logits(
 def adapter_off(model: SpeechLM) -> Iterator[None]:
     """Within the block the language model is the base under its adapter, in eval mode."""
     language_model: Any = model.language_model
-    # peft freezes what it switches off. FSDP takes a parameter's flag when it first gathers it and would then give it
-    # no gradient for the rest of training, so the flags stay as they are.
+    # peft freezes what it switches off. FSDP reads the flag of a weight when it gathers it, and outside the layers that
+    # is not before the next backward; so the flags stay as they are.
     flags = [(parameter, parameter.requires_grad) for parameter in language_model.parameters()]
     training = model.training
 
