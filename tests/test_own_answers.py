@@ -186,7 +186,7 @@ def test_what_the_base_says_is_stored_and_learned(finished: Path, inputs: Path) 
         "C": ("Neverthe", True),
     }
     assert len(rows) == 12
-    about = read_json(finished / "base" / "own_answers" / "learned.json")
+    about = read_json(finished / "base" / "own_answers" / "left_out.json")
     assert (about["n_answers"], about["n_cut"], about["n_examples"]) == (12, 8, 8)
     assert about["n_left_out"] == {"cut before the end of a sentence": 4}
     ws = workspace(inputs, finished)
