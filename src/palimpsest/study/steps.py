@@ -171,7 +171,7 @@ def train(ws: Workspace, model: str) -> None:
         "data": ws.fingerprint("features" if ws.config.takes_speech(model) else "data"),
         "speech": {**asdict(ws.config.speech), "feature_cache": None, "features": ws.frames.path},
         "prompt": ws.prompt_inputs,
-        # What it learns and replays stands for itself below.
+        # Which answers it learns stands below: data.answers has a say in it.
         "method": {key: value for key, value in asdict(method).items() if key not in ("curve", "answers")},
         "training": {**asdict(ws.config.training), "compute": ws.compute.dtype},
         "seeds": [ws.seed("adaptor", model), ws.seed("train", model)],
