@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import soundfile
 import torch
 
+from palimpsest import parallel
 from palimpsest.config import parse_config
 from palimpsest.data.collate import Collator
 from palimpsest.data.examples import Example
@@ -24,6 +26,7 @@ from palimpsest.rundir import Step
 from palimpsest.study import steps
 from palimpsest.study.run import Study, steps_of
 from palimpsest.study.workspace import Workspace
+from ranks import find_each_other, start_ranks
 from tiny import save_tiny_models, tiny_llama, tiny_speech_lm, tiny_tokenizer
 
 
@@ -166,7 +169,10 @@ def workspace(inputs: Path, folder: Path, **changes: Any) -> Workspace:
 def trained(ws: Workspace) -> Path:
     """The study up to the models that it trains: what measures them is tested elsewhere."""
     ws.path.mkdir(exist_ok=True)
-    for step in (steps.check, steps.data, steps.features, steps.own_answers, steps.replay_text):
+    if parallel.is_main():
+        steps.check(ws)
+    parallel.wait_for_all()
+    for step in (steps.data, steps.features, steps.own_answers, steps.replay_text):
         step(ws)
     for name in ws.config.runs:
         steps.train(ws, name)
@@ -186,7 +192,7 @@ def test_what_the_base_says_is_stored_and_learned(finished: Path, inputs: Path) 
         "C": ("Neverthe", True),
     }
     assert len(rows) == 12
-    about = read_json(finished / "base" / "own_answers" / "learned.json")
+    about = read_json(finished / "base" / "own_answers" / "left_out.json")
     assert (about["n_answers"], about["n_cut"], about["n_examples"]) == (12, 8, 8)
     assert about["n_left_out"] == {"cut before the end of a sentence": 4}
     ws = workspace(inputs, finished)
@@ -264,6 +270,7 @@ def test_other_text_or_answers_train_anew_and_nothing_else_does(
     assert differ(methods=given["methods"]) == text
     (inputs / "wiki.txt").write_text(WIKI + " And more.")
     assert differ() == {"methods/wiki/checkpoint"}
+    (inputs / "wiki.txt").write_text(WIKI)
 
 
 def test_bad_text_is_an_error_before_the_work(inputs: Path, tmp_path: Path) -> None:
@@ -292,3 +299,25 @@ def test_a_base_without_an_end_leaves_nothing(inputs: Path, tmp_path: Path) -> N
     models = {**recipe(inputs)["models"], "language_model": str(tmp_path / "llm")}
     with pytest.raises(UserError, match="own answers leave no example to train on"):
         trained(workspace(inputs, tmp_path / "run", models=models))
+
+
+WRITTEN = ("own_answers/learned.jsonl", "own_answers/left_out.json", "replay_text/replay_text.jsonl")
+
+
+def work(rank: int, port: int, inputs: str, folder: str) -> None:
+    find_each_other(rank, port, 2)
+    os.environ["LOCAL_RANK"] = str(rank)
+    with parallel.joined():
+        trained(workspace(Path(inputs), Path(folder)))
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_files_of_one(finished: Path, inputs: Path, tmp_path: Path) -> None:
+    start_ranks(work, str(inputs), str(tmp_path / "run"), world=2)
+    for name in WRITTEN:
+        assert (tmp_path / "run" / "base" / name).read_bytes() == (finished / "base" / name).read_bytes(), name
+    for name in METHODS:
+        ranks, one = (
+            read_json(run / "methods" / name / "checkpoint" / "training.json") for run in (tmp_path / "run", finished)
+        )
+        assert [line["loss"] for line in ranks] == pytest.approx([line["loss"] for line in one], rel=1e-3)

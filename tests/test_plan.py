@@ -395,8 +395,8 @@ def test_replayed_text_and_own_answers_are_counted(tmp_path: Path) -> None:
     }
     path = recipe(tmp_path, methods=methods)
     plan = make_plan(load_config(path), Assumptions(gpu="L4"))
-    plain, own, long = plan.methods
-    assert [method.steps for method in plan.methods] == [6, 12, 12]
+    plain, own, long = ({method.name: method for method in plan.methods}[name] for name in methods)
+    assert [method.steps for method in (plain, own, long)] == [6, 12, 12]
     # The longest row of text is longer than any question, and supervised but for its first token.
     assert (long.batch.rows, long.batch.length, long.batch.positions, long.batch.supervised) == (4, 400, 0, 399)
     assert long.memory == memory(long.setup, long.batch)

@@ -351,7 +351,7 @@ def test_two_processes_train_like_one(setup: Any, out: Path, tmp_path: Path, lay
     for rank in range(WORLD):
         state, records = torch.load(out / f"{layout}-{case}-{rank}.pt")
         for key in ("loss", "replayed", "loss_replayed", "grad_norm"):
-            found, wanted = ([row.get(key) for row in rows] for rows in (records, expected))
+            found, wanted = ([row.get(key, 0.0) for row in rows] for rows in (records, expected))
             assert found == pytest.approx(wanted, rel=1e-3), key
         for name, value in model.state_dict().items():
             torch.testing.assert_close(state[name], value, rtol=0, atol=2e-3, msg=lambda m, name=name: f"{name}: {m}")

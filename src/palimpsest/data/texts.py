@@ -72,6 +72,12 @@ def texts_version(texts: Sequence[Text]) -> str:
     return hash_value([[text.text, text.document] for text in texts])[:12]
 
 
+def windows(tokens: Sequence[int], before: Sequence[int], window: int) -> Iterator[tuple[list[int], list[int]]]:
+    """(context, tokens predicted from it) of each window; every token is predicted once."""
+    for start in range(0, len(tokens), window):
+        yield list(before if start == 0 else tokens[start - 1 : start]), list(tokens[start : start + window])
+
+
 Found = Iterator[tuple[str, str, str | None]]  # where it stands, text, document
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from palimpsest.data.texts import Text
+from palimpsest.data.texts import Text, windows
 from palimpsest.evaluation.own_text import beginning
 from palimpsest.evaluation.perplexity import perplexity
 from palimpsest.files import UserError, read_jsonl, write_jsonl
@@ -96,12 +96,6 @@ def require_positions(config: Any, window: int) -> None:
             f"The model has {longest} positions, too few for windows of {window} tokens; give --window {longest - 1} "
             f"(in a recipe drift.general_text.window: {longest - 1})."
         )
-
-
-def windows(tokens: Sequence[int], before: Sequence[int], window: int) -> Iterator[tuple[list[int], list[int]]]:
-    """(context, tokens predicted from it) of each window; every token is predicted once."""
-    for start in range(0, len(tokens), window):
-        yield list(before if start == 0 else tokens[start - 1 : start]), list(tokens[start : start + window])
 
 
 def _batch(rows: Sequence[tuple[str, list[int], list[int]]], device: torch.device) -> dict[str, Any]:

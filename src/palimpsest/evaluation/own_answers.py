@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from palimpsest.evaluation.answers import SampleRow
     from palimpsest.models.processor import SpeechLMProcessor
 
-ANSWERS, LEARNED = "answers.jsonl", "learned.json"  # as they were given; what became of them
 # A sentence ends with one of these, and the quotes and brackets that it closes, in front of a blank or the end of the
 # text. Marks of scripts without blanks need none.
 SENTENCE_END = re.compile(

@@ -185,7 +185,7 @@ def train(ws: Workspace, model: str) -> None:
         "data": ws.fingerprint("features" if ws.config.takes_speech(model) else "data"),
         "speech": {**asdict(ws.config.speech), "feature_cache": None, "features": ws.frames.path},
         "prompt": ws.prompt_inputs,
-        # What it learns and replays stands for itself below.
+        # Which answers it learns stands below: data.answers has a say in it.
         "method": {key: value for key, value in asdict(method).items() if key not in ("curve", "answers")},
         "training": {**asdict(ws.config.training), "compute": ws.compute.dtype},
         "seeds": [ws.seed("adaptor", model), ws.seed("train", model)],
@@ -290,7 +290,8 @@ def blend(ws: Workspace, model: str) -> None:
 def own_answers(ws: Workspace) -> None:
     """base/own_answers/: what the base says to every training question as text, for methods that learn to say that.
 
-    answers.jsonl, a line of each question; learned.json, how many are learned and which examples are left out.
+    answers.jsonl, a line of each question; learned.jsonl, the answer that each example teaches; left_out.json, which do
+    not, and why.
     """
     options = ws.config.evaluation
     inputs = {
@@ -303,7 +304,7 @@ def own_answers(ws: Workspace) -> None:
 
     def write(folder: Path, advance: Advance) -> None:
         from palimpsest.evaluation.answers import answer_questions, text_answerer
-        from palimpsest.evaluation.own_answers import ANSWERS, LEARNED, learned, questions_of
+        from palimpsest.evaluation.own_answers import learned, questions_of
         from palimpsest.evaluation.tasks import Task
 
         limit, compute = options.max_new_tokens, ws.compute.dtype
@@ -312,7 +313,7 @@ def own_answers(ws: Workspace) -> None:
             Task("train", tuple(questions_of(ws.groups["train"]))),
             "text",
             model=hash_value(inputs["model"]),
-            out=folder / ANSWERS,
+            out=folder / "answers.jsonl",
             max_new_tokens=limit,
             batch_size=options.batch_size,
             compute=compute,
@@ -322,7 +323,8 @@ def own_answers(ws: Workspace) -> None:
         )
         found = learned(ws.groups["train"], rows, ws.processor)
         if is_main():
-            write_json(folder / LEARNED, found.to_json())
+            write_jsonl(folder / "learned.jsonl", ({"id": it.id, "answer": it.answer} for it in found.examples))
+            write_json(folder / "left_out.json", found.to_json())
             if said := str(found):
                 ws.reporter.note(said)
 

@@ -19,7 +19,7 @@ from palimpsest.data.examples import Example, read_manifest
 from palimpsest.data.features import Features
 from palimpsest.data.in_loop import Encoded, FramesChoice, FramesRecord, Recordings, choose_frames, frame_bytes
 from palimpsest.data.splits import Split, StudyData
-from palimpsest.data.texts import Text, read_texts, texts_version
+from palimpsest.data.texts import Text, read_texts, texts_version, windows
 from palimpsest.data.voices import Voices
 from palimpsest.evaluation.drift_settings import Drift, Sampling
 from palimpsest.files import (
@@ -321,11 +321,9 @@ class Workspace:
     @cached_property
     def own_examples(self) -> list[Example]:
         """The training examples with what the base answers to them; some have no such answer."""
-        from palimpsest.evaluation.answers import read_finished
-        from palimpsest.evaluation.own_answers import ANSWERS, learned
-
-        _, rows = read_finished(self.path / BASE / "own_answers" / ANSWERS)
-        return learned(self.groups["train"], rows, self.processor).examples
+        rows = read_jsonl(self.path / BASE / "own_answers" / "learned.jsonl")
+        learned = {row["id"]: row["answer"] for row in rows}
+        return [replace(it, answer=learned[it.id]) for it in self.groups["train"] if it.id in learned]
 
     @property
     def replays(self) -> list[Replay]:
@@ -351,7 +349,6 @@ class Workspace:
 
     def replay_rows(self, replay: Replay) -> list[TextRow]:
         """Rows of text to train on. Of the base's own what it sampled is learned, of a source all but its beginning."""
-        from palimpsest.evaluation.general_text import windows
         from palimpsest.evaluation.own_text import beginning, read_own_text
         from palimpsest.models.prompts import encode
         from palimpsest.training.replay import TextRow
