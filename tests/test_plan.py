@@ -80,9 +80,10 @@ def test_lengths_batch_and_steps_by_hand(tmp_path: Path) -> None:
 def test_every_recipe_can_be_planned_and_every_method_covers_a_model(path: Path) -> None:
     config = load_config(path)
     plan = make_plan(config, Assumptions(gpu="H200", n_gpus=8))
-    assert [method.name for method in plan.methods] == list(config.methods)
+    trained = {name: method for name, method in config.methods.items() if method.trains}
+    assert [method.name for method in plan.methods] == list(trained)
     assert all(method.memory.peak > method.memory.weights for method in plan.methods)
-    for method in config.methods.values():
+    for method in trained.values():
         model, _ = tiny_speech_lm()
         wanted = method
         if wanted.kind == "lora":

@@ -60,7 +60,7 @@ def test_the_table_of_the_frontier_by_hand(tmp_path: Path) -> None:
     assert [column.title for column in table.columns] == ["Method", "At", "Speech loss", "Drift", "Pareto"]
     assert [cell.plain for cell in table.rows[0]] == ["Base", "–", "–", "0 [0 to 0]", "–"]
     assert [cell.plain for cell in table.rows[1]] == [
-        "Full-FT", "learning_rate 0.0005", "1.75 [1.65 to 1.85]", "0.150 [0.135 to 0.165]", "1 of 1",
+        "Full-FT", "learning_rate 5e-4", "1.75 [1.65 to 1.85]", "0.150 [0.135 to 0.165]", "1 of 1",
     ]  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def test_the_figure_draws_better_up_and_right_and_rings_the_frontier(tmp_path: P
     assert axis.yaxis_inverted()
     rings = [line for line in axis.lines if line.get_markerfacecolor() == "none"]
     assert sorted(float(line.get_xdata()[0]) for line in rings) == pytest.approx([1.5, 1.75])
-    said = "Drift and Speech loss: Full-FT, learning_rate 0.001: 0.300 (0.270 to 0.330) and 1.50 (1.40 to 1.60), Pareto"
+    said = "Drift and Speech loss: Full-FT, learning_rate 1e-3: 0.300 (0.270 to 0.330) and 1.50 (1.40 to 1.60), Pareto"
     assert said in drawing.tips.values()
     assert not any("Base" in tip for tip in drawing.tips.values())  # it was not asked in speech: its line alone
 

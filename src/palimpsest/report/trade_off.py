@@ -5,7 +5,9 @@ How the numbers come about: comparison/frontier.py and docs/frontier.md.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -72,9 +74,14 @@ def place(row: Row) -> str:
     """A curve and the point on it: Full-FT, learning_rate 2e-4."""
     if row["point"] is None:
         return method_name(row["model"] if row["varied"] is None else row["curve"])
-    value = row["point"]
-    written = f"{value:g}" if isinstance(value, int | float) else str(value)
-    return f"{method_name(row['curve'])}, {row['varied']} {written}"
+    return f"{method_name(row['curve'])}, {row['varied']} {_written(row['point'])}"
+
+
+def _written(value: float | str) -> str:
+    """2e-4 for 0.0002, as it stands in the method's name."""
+    if not isinstance(value, int | float):
+        return value
+    return re.sub(r"\.?0*e-0*", "e-", f"{value:e}") if 0 < abs(value) < 0.01 else f"{value:g}"
 
 
 def _panels(records: Sequence[FrontierRecord]) -> list[dict[str, Any]]:
@@ -151,22 +158,23 @@ def _panel(drawing: Drawing, axis: Axes, of: dict[str, Any], curves: Sequence[st
     axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.yaxis.set_major_locator(MaxNLocator(5))
     if of["text_measure"] == "drift":
-        _wide_range(axis, [row["text"] for row in rows])
+        _wide_range(axis, [row["text"] for row in rows], max(row["text_ci_high"] for row in rows))
     if rows[0]["hearing_better"] == "lower":
         axis.invert_xaxis()
     if rows[0]["text_better"] == "lower":
         axis.invert_yaxis()
 
 
-def _wide_range(axis: Axes, values: Sequence[float]) -> None:
+def _wide_range(axis: Axes, values: Sequence[float], top: float) -> None:
     """Over a wide range logarithmic above the smallest value; 0, the base, has a place all the same."""
     above = [value for value in values if value > 0]
     if above and max(above) > WIDE_RANGE * min(above):
         axis.set_yscale("symlog", linthresh=min(above))
-        ticks = [0.0] + [t for e in range(-8, 3) for t in (10.0**e, 3 * 10.0**e) if min(above) <= t <= 1.1 * max(above)]
+        ticks = [0.0, *(n * 10.0**e for e in range(-8, 3) for n in (1, 2, 5) if min(above) <= n * 10.0**e <= 1.1 * top)]
         axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.yaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_ylim(-0.3 * min(above), 1.2 * top)
 
 
 def _ring(xs: Sequence[float], ys: Sequence[float]) -> Line2D:
@@ -216,9 +224,7 @@ def frontier_table(records: Rows) -> Table:
 def _at(row: Row) -> Cell:
     if row["point"] is None:
         return EMPTY
-    value = row["point"]
-    written = f"{value:g}" if isinstance(value, int | float) else str(value)
-    return Cell(f"{row['varied']} {written}", sort=value)
+    return Cell(f"{row['varied']} {_written(row['point'])}", sort=row["point"])
 
 
 def _of_measure(side: str, measure: str, task: str | None) -> Field:
@@ -327,10 +333,11 @@ def _gain(row: EqualHearingRecord, name: str) -> float:
     return sign * (1 if row["method_b"] == name else -1) * (row["difference"] or 0.0)
 
 
-def _standing(rows: Sequence[EqualHearingRecord], name: str) -> tuple[float, int]:
-    """(share of its comparisons in which a curve keeps more, how many those are)."""
-    gains = [_gain(row, name) > 0 for row in rows if name in (row["method_a"], row["method_b"])]
-    return sum(gains) / len(gains), sum(gains)
+def _standing(rows: Sequence[EqualHearingRecord], name: str) -> tuple[float, int, float]:
+    """(share of its comparisons in which a curve keeps more, how many those are, how much more on average)."""
+    gains = [_gain(row, name) for row in rows if name in (row["method_a"], row["method_b"])]
+    more = sum(gain > 0 for gain in gains)
+    return more / len(gains), more, fmean(gains)
 
 
 def _against(row: EqualHearingRecord, name: str) -> str:
