@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -156,6 +157,15 @@ def test_more_is_better_for_accuracies() -> None:
     rows = frontier_tables(PLACES, [text], [constant(S2T, HIGHER, right, "asked")], seed=0, n_draws=999)[1]
     best = next(row for row in rows if row["position"] == "best")
     assert (best["difference"], best["verdict"]) == (pytest.approx(0.2), "better")  # -0.4 against -0.6
+
+
+def test_texts_are_drawn_within_their_kind() -> None:
+    """All plain texts have one KL and all chats another, so no draw changes the mean: the interval has no width."""
+    drift = constant(DRIFT, LOWER, KL)
+    of_kind = np.array([0.1] * 6 + [0.5] * 6)
+    text = replace(drift, kinds=("plain",) * 6 + ("chat",) * 6, totals={"pull": {0: of_kind}})
+    (row,) = frontier_tables(PLACES, [text], [constant(SPEECH_LOSS, LOWER, LOSS, "answer")], seed=0, n_draws=99)[0]
+    assert [row[key] for key in ("text", "text_ci_low", "text_ci_high")] == pytest.approx([0.3] * 3)
 
 
 def test_several_training_runs_widen_the_interval() -> None:
