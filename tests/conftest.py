@@ -37,6 +37,14 @@ def same_arithmetic_everywhere() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_collections_between_steps() -> Iterator[None]:
+    """After each step of a study memory is given back, which beside everything a test process holds takes a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("palimpsest.study.workspace.give_back_memory", lambda: None)
+        yield
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     place = {name: i for i, name in enumerate(LONG)}
     items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))  # stable: the rest stays in its order

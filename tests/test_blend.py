@@ -130,7 +130,6 @@ def run(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         for module in (figures, page):
             patch.setattr(module, "FIGURES", {})
-        patch.setattr("gc.collect", lambda: 0)  # after each of many small steps, and most of the time that they take
         run_study(parse_config(study(inputs), "test"), folder)
     return folder
 
