@@ -102,6 +102,27 @@ def test_a_model_against_itself(compute: Any) -> None:
         assert drift.loss == drift.loss_base
 
 
+def test_one_planted_change_by_hand() -> None:
+    """log 3 more for one token, everywhere: q(v) = 3p(v)/Z and q(w) = p(w)/Z with Z = 1 + 2p(v), so that
+    KL(p ‖ q) = log Z − p(v)·log 3 and KL(q ‖ p) = q(v)·log 3 − log Z."""
+    base, tuned = tiny_llama(tied=False), tiny_llama(tied=False)
+    planted = 9
+    tuned.lm_head.bias = nn.Parameter(torch.zeros(300))
+    with torch.no_grad():
+        tuned.lm_head.bias[planted] = math.log(3)
+    drifts = measure_drift(base, tuned, TEXTS)
+    for drift, one in zip(drifts, TEXTS, strict=True):
+        logits = base(torch.tensor([[*one.prompt_ids, *one.ids]])).logits[0, len(one.prompt_ids) - 1 : -1]
+        share = logits.double().softmax(-1)[:, planted].tolist()
+        z = [1 + 2 * p for p in share]
+        assert drift.kl == pytest.approx(
+            [math.log(z) - p * math.log(3) for p, z in zip(share, z, strict=True)], rel=1e-4
+        )
+        back = [3 * p / z * math.log(3) - math.log(z) for p, z in zip(share, z, strict=True)]
+        assert drift.reverse_kl == pytest.approx(back, rel=1e-4)
+        assert min(drift.kl) > 0
+
+
 def test_changed_roles_change_the_measures() -> None:
     one, other = tiny_llama(0), tiny_llama(1)
     for ab, ba in zip(measure_drift(one, other, TEXTS), measure_drift(other, one, TEXTS), strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from palimpsest.files import UserError
 from palimpsest.models.loading import load_language_model
 from tiny import tiny_llama, tiny_tokenizer
 
+ROOT = Path(__file__).parent.parent
 SAMPLING = Sampling(6, 8)
 
 
@@ -157,3 +159,28 @@ def test_what_it_refuses(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match="measures in one process and this training has 2"):
         callback.on_train_begin(Several(), trainer.state, trainer.control, model=trainer.model)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl; pip install trl")
+def test_the_example_in_trl(tmp_path: Path) -> None:
+    """examples/sft_retention.py: the numbers of the adapters that SFTTrainer saves, up to the rounding of the merge."""
+    spec = importlib.util.spec_from_file_location("sft_retention", ROOT / "examples" / "sft_retention.py")
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    base = tmp_path / "base"
+    tiny_llama(eos_token_id=3).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    history = example.train(str(base), str(tmp_path / "sft"), sampling=SAMPLING).history
+    assert [it.step for it in history] == [0, 4, 8]
+    untuned, tokenizer = load_language_model(str(base))
+    texts = sample_own_text(untuned, tokenizer, SAMPLING, seed=0)
+    for measured in history[1:]:
+        tuned, _ = load_language_model(str(tmp_path / "sft" / f"checkpoint-{measured.step}"))
+        drifts = measure_drift(untuned, tuned, texts)[:6]
+        mean = sum(sum(it.kl) for it in drifts) / sum(len(it.kl) for it in drifts)
+        assert mean > 1e-6
+        assert measured.logged()["retention_kl_plain"] == pytest.approx(mean, rel=1e-3)
+        (every,) = [row for row in probe(tuned, tokenizer) if row["kind"] == "all"]
+        assert measured.logged()["retention_probe_margin"] == pytest.approx(every["margin"], abs=1e-5)
