@@ -25,9 +25,11 @@ from palimpsest.planning.plan import Batch, setups_of
 from palimpsest.planning.sizes import decoder_of, encoder_sizes
 from palimpsest.study.run import Study
 from palimpsest.training import keep as keeping
+from palimpsest.training.batching import EpochBatches
 from palimpsest.training.keep import Keep, WithText, adapter_off, attach, base_logits, distillation_loss, hold
 from palimpsest.training.methods import Method, add_lora, rules_for
 from palimpsest.training.remedies import REPLAYED, Distill, Pull, Replay, Slow
+from palimpsest.training.replay import MixedBatches, TextRow, collate_text
 from palimpsest.training.rules import parameter_groups
 from palimpsest.training.train import Settings, train
 from spoken import spoken
@@ -353,6 +355,33 @@ def test_interrupted_and_resumed_gives_the_same_weights(setup: Setup, tmp_path: 
         with pytest.raises(UserError, match="interrupted training of another recipe"):
             run(setup, tmp_path / "cut", method, keep=other)
     resumed, records = run(setup, tmp_path / "cut", method)
+    assert all(torch.equal(state(whole)[name], value) for name, value in state(resumed).items())
+    assert records == whole_records
+
+
+def test_replayed_text_is_distilled_beside_the_speech(setup: Setup, tmp_path: Path) -> None:
+    """Before its first step the model is the base, so the KL on text is 0 and the loss that of the labels, by half."""
+    text = [TextRow(f"text {i}", (1, 5 + i), (9 + i, 10, 11 + i)) for i in range(5)]
+    distill = Distill(speech=0.5, text=2.0, labels=0.5)
+    method = replace(EVERYTHING, distill=distill, replay=Replay(share=0.6))
+    settings = replace(SETTINGS, batch_size=4)
+    base = tiny_speech_lm()[0].eval()
+    whole, whole_records = run(setup, tmp_path / "whole", method, settings, replay=text)
+    replayed = [record["replayed"] for record in whole_records]
+    assert replayed[:2] == [1.0, 0.0]
+    assert replayed.count(1.0) == 2 * 3  # of two epochs with two batches of questions each
+    first = next(MixedBatches(EpochBatches(len(setup[0]), 4, 1), 3, [5] * 5).__iter__())
+    rows = collate_text([text[i - len(setup[0])] for i in first])
+    expected = 0.5 * float(supervised_losses(base, {k: v for k, v in rows.items() if k != REPLAYED})[0].mean())
+    assert whole_records[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+    def stop(done: int, total: int) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(setup, tmp_path / "cut", method, settings, replay=text, progress=stop)
+    resumed, records = run(setup, tmp_path / "cut", method, settings, replay=text)
     assert all(torch.equal(state(whole)[name], value) for name, value in state(resumed).items())
     assert records == whole_records
 
