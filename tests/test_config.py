@@ -274,3 +274,10 @@ def test_unreadable_recipes(tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(UserError, match="mapping"):
         load_config(tmp_path / "list.yaml")
+
+
+def test_the_recipe_of_the_dose_study_is_one_and_its_curves_are_those_of_its_plan() -> None:
+    config = load_config(Path(__file__).parent.parent / "results" / "dose" / "recipe.yaml")
+    curves = {str(method.curve) for method in config.methods.values()}
+    assert curves == {"full", "layer_lr", "lora", "full_text", "full_own", "lora_own"}
+    assert len(config.methods) == 3 * len(curves)

@@ -50,12 +50,11 @@ class Losses:
 
     def __call__(self, batch: Mapping[str, Any]) -> tuple[Float[Tensor, " supervised"], Int64[Tensor, " supervised"]]:
         supervised = supervised_positions(batch := right_padded(batch))
-        hidden = _hidden_size(self.model)
         packed = _pack_batch(batch, supervised) if _may_pack(self.model, batch) else None
-        if packed is None or not packed.pays(hidden) or not _can_pack(self.model, batch):
+        if packed is None or not packed.pays(_hidden_size(self.model)) or not _can_pack(self.model, batch):
             return supervised_losses(self.model, batch)
         self.n_packed += 1
-        n_parts = packed.parts(hidden)
+        n_parts = packed.parts(_hidden_size(self.model))
         if n_parts == 1 or torch.is_grad_enabled() or not _divides(batch):  # a backward gives a gradient once
             return _packed_losses(self.model, batch, packed)
         found = [self._part(batch, rows) for rows in torch.arange(packed.shape[0]).chunk(n_parts)]
