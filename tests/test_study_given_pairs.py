@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,18 @@ from palimpsest.data.examples import read_manifest
 from palimpsest.evaluation.audio_llm import audio_llm_answerer
 from palimpsest.files import UserError
 from palimpsest.models.anatomy import scored_parameters
+from palimpsest.models.given import require_pair, takes_speech
 from palimpsest.models.loading import load_audio_llm
 from palimpsest.models.paired_weights import first_difference, pair_weights
 from palimpsest.models.prompts import tokenizer_for_text
 from palimpsest.report import figures, page
+from palimpsest.report.inputs import read_inputs
+from palimpsest.report.summary import in_short
 from palimpsest.study.run import Study, run_study
+from report_fixture import make_run
 from test_audio_llm_in_text import Processor
 from test_importance_any_model import AUDIO_CLASSES, AUDIO_LLMS
+from test_models_speech_layouts import save_omni
 from test_study_given import given, inputs, recipe, results, saved
 from tiny import VOCAB, tiny_llama, tiny_tokenizer
 from tiny_audio import TEXT, save_tiny_audio_llm
@@ -191,3 +197,52 @@ def test_models_that_are_swapped(inputs: Path, tmp_path: Path) -> None:
     adapted.save_pretrained(str(tmp_path / "adapter"))
     with pytest.raises(UserError, match=r"is an adapter on .*llm: the two are swapped"):
         Study(study_of(inputs, tmp_path / "adapter", {"llm": llm}), tmp_path / "run").check()
+
+
+def test_adapters_on_adapters(inputs: Path, tmp_path: Path) -> None:
+    below = str(inputs / "llm")
+    for folder in ("first", "second"):
+        adapted = get_peft_model(tiny_llama(eos_token_id=3), LoraConfig(r=2, target_modules=["v_proj"]))
+        adapted.peft_config["default"].base_model_name_or_path = below
+        below = str(tmp_path / folder)
+        adapted.save_pretrained(below)
+    assert require_pair(str(inputs / "llm"), below) == ()
+    config = tmp_path / "first/adapter_config.json"
+    config.write_text(config.read_text().replace(str(inputs / "llm"), below))
+    with pytest.raises(UserError, match="is an adapter on itself, by the base that its config names"):
+        require_pair(str(inputs / "llm"), below)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+def test_slips_of_the_command(inputs: Path, tmp_path: Path) -> None:
+    llm = str(inputs / "llm")
+    with pytest.raises(UserError, match="is the folder of a model"):
+        diagnose.study_of(diagnose.Options(llm, [llm], inputs / "llm"))
+    with pytest.raises(UserError, match="is given twice"):
+        diagnose.study_of(diagnose.Options(llm, [llm, f"{llm}/"], tmp_path))
+
+
+def test_the_speech_llm_that_comes_in_a_wheel_takes_speech() -> None:
+    assert takes_speech("embedded:smollm2-135m-speech")
+    assert not takes_speech("smollm2-135m-speech")
+    assert not takes_speech("embedded:smollm2-135m-instruct")
+
+
+def test_changes_larger_than_the_weights_are_said_to_be_of_another_base(tmp_path: Path) -> None:
+    inputs = read_inputs(make_run(tmp_path, n_questions=1))
+    given_one = {"models": {"given": {"lora": {"notes": ["lora: a note."]}}}}
+    for norm, said in ((1.0, False), (1.4, True)):
+        delta: Any = [{**row, "relative_norm": norm} for row in inputs.results["delta"]]
+        lines = in_short(replace(inputs, provenance=given_one, results={**inputs.results, "delta": delta}))
+        assert any("as if it had been made from another base" in line for line in lines) == said
+        assert lines[-1] == "lora: a note."
+
+
+def test_what_is_left_out_of_a_checkpoint_of_another_layout_is_noted(inputs: Path, tmp_path: Path) -> None:
+    omni, model = save_omni(tmp_path / "omni", "llama", "omni_speech_llama")
+    study = Study(
+        study_of(inputs, saved(tmp_path / "base", model, tiny_tokenizer()), {"theirs": omni}), tmp_path / "run"
+    )
+    (note,) = study.ws.given_notes["theirs"]
+    assert note.startswith("theirs is read as a checkpoint like LLaMA-Omni's")
+    assert "left out: model.speech_encoder" in note

@@ -14,7 +14,7 @@ from typing_extensions import Doc
 
 from palimpsest.commands.demo import RECIPES
 from palimpsest.files import UserError
-from palimpsest.models.adapters import JOIN
+from palimpsest.models.adapters import CONFIG, JOIN
 from palimpsest.models.compute import ComputeOption, DeviceOption, DtypeOption
 from palimpsest.records import BASE
 
@@ -73,8 +73,11 @@ def study_of(options: Options) -> StudyConfig:
     from palimpsest.config import parse_config
     from palimpsest.models.loading import resolve
 
-    if twice := sorted(name for name in set(options.tuned) if options.tuned.count(name) > 1):
-        raise UserError(f"{twice[0]} is given twice; give every tuned model once.")
+    if (options.out / "config.json").is_file() or (options.out / CONFIG).is_file():
+        raise UserError(f"{options.out} is the folder of a model, which stays as it is; give another one with --out.")
+    places = [Path(name).resolve() if Path(name).exists() else name for name in options.tuned]
+    if twice := next((name for name, at in zip(options.tuned, places, strict=True) if places.count(at) > 1), None):
+        raise UserError(f"{twice} is given twice; give every tuned model once.")
     for name in (options.base, *options.tuned):
         resolve(name)  # what is no model is said first
     # Put together from the demo's sections, so that a number here is the number there.

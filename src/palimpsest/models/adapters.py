@@ -49,12 +49,27 @@ def find_adapter(name: str) -> Adapter | None:
     Raises UserError for a damaged or incomplete adapter folder, and one that does not say what it is an adapter of.
     """
     if is_adapter(folder := Path(name)):
+        _require_end(folder)
         return Adapter(folder, _base_of(folder))
     base, joined, adapter = name.rpartition(JOIN)
     if not joined or Path(name).exists() or not is_adapter(Path(adapter)):
         return None
     _config(Path(adapter))
     return Adapter(Path(adapter), base)
+
+
+def _require_end(folder: Path) -> None:
+    """Raise UserError for an adapter on an adapter on … that is itself."""
+    seen: list[Path] = []
+    base = str(folder)
+    while is_adapter(Path(base)):
+        if Path(base).resolve() in seen:
+            raise UserError(
+                f"{folder} is an adapter on itself, by the base that its config names ({base}); name the model that it "
+                f"was trained on in front: 'BASE{JOIN}{folder}'."
+            )
+        seen.append(Path(base).resolve())
+        base = _base_of(Path(base))
 
 
 def _base_of(folder: Path) -> str:
@@ -110,7 +125,9 @@ def merge_adapter(model: Any, folder: Path) -> Any:
     _require_same_keys(adapted, found, folder)
     if model.device.type == "meta":
         return adapted.unload()
-    return adapted.merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that an embedding of its own is no longer the head, which is as it should be
+        return adapted.merge_and_unload()
 
 
 def _require_same_keys(adapted: Any, found: Mapping[str, Tensor], folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from palimpsest.files import UserError, read_json
 from palimpsest.models import embedded, light
-from palimpsest.models.adapters import CONFIG, JOIN, find_adapter
+from palimpsest.models.adapters import CONFIG, JOIN, Adapter, find_adapter
 from palimpsest.models.loading import (
     blank_language_model,
     blended_from,
@@ -91,7 +91,7 @@ def require_pair(base: str, tuned: str) -> tuple[str, ...]:
 def _require_this_way_round(base: str, tuned: str) -> None:
     """Raise UserError for a base that is known to be what training made of the other."""
     adapter = find_adapter(base)
-    if adapter is not None and fingerprint(adapter.base) == fingerprint(tuned):
+    if adapter is not None and _is_on(adapter, tuned):
         raise UserError(f"{base}, given as the base, is an adapter on {tuned}: the two are swapped, give that first.")
     if _listens(base) and not _listens(tuned):
         raise UserError(
@@ -112,12 +112,20 @@ def _blank(name: str) -> PreTrainedModel:
 
 def _require_same_base(base: str, tuned: str) -> None:
     adapter = find_adapter(tuned)
-    if adapter is None or adapter.base == base or fingerprint(adapter.base) == fingerprint(base):
+    if adapter is None or _is_on(adapter, base):
         return
     raise UserError(
         f"{tuned} is an adapter on {adapter.base}, whose files are not those of {base}; give that as the base, or, if "
         f"the adapter belongs on this one all the same, '{base}{JOIN}{adapter.folder}'."
     )
+
+
+def _is_on(adapter: Adapter, base: str) -> bool:
+    """Whether an adapter is one on the base, or on another adapter on it."""
+    if adapter.base == base or fingerprint(adapter.base) == fingerprint(base):
+        return True
+    under = find_adapter(adapter.base)
+    return under is not None and _is_on(under, base)
 
 
 def _require_same_tokens(base: str, tuned: str, tokenizers: Sequence[Any]) -> None:

@@ -208,6 +208,8 @@ def _changed(inputs: Inputs, model: str) -> Iterator[str]:
             f"{most} ({significant(100 * means[most], 2)}\u00a0%), least in layer {least} "
             f"({significant(100 * means[least], 2)}\u00a0%)."
         )
+        if whole > 1:
+            yield "Warning: the weights changed by more than their norm, as if it had been made from another base."
 
 
 def _moved(inputs: Inputs, model: str) -> Iterator[str]:

@@ -522,12 +522,15 @@ class Workspace:
         Raises UserError for one that cannot be compared with the base.
         """
         from palimpsest.models.given import require_pair, same_prompts
+        from palimpsest.models.loading import reading_notes
 
         base, found = self.config.models.language_model, {}
         for name, method in self.config.methods.items():
             if (given := method.checkpoint) is None:
                 continue
             found[name] = [f"{name}: {note}" for note in require_pair(base, given)]
+            if self.given_models[name]["form"] == "language_model":  # of a layout of others
+                found[name] += [note.replace(given, name) for note in reading_notes(given)]
             if self.given_models[name]["hash"] == self.base_hash:
                 found[name].append(f"warning: {name} is the base itself, so every difference is 0.")
             if not same_prompts(base, given):
