@@ -58,6 +58,7 @@ def test_training(tmp_path: Path) -> None:
     assert all(row["tokens_per_second"] > 0 and row["mfu"] is None for row in found["rows"])
 
 
+@pytest.mark.slow
 def test_a_whole_study_of_the_paper(tmp_path: Path) -> None:
     arguments = ("--examples", "12", "--methods", "lora", "--folder", str(tmp_path / "kept"))
     found = run("paper_study.py", tmp_path / "out.json", *arguments, absent=("typer",))

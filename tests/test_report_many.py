@@ -78,6 +78,7 @@ def test_a_model_that_cannot_differ_makes_no_other_row_weaker() -> None:
     assert found["base", "full"]["p_holm"] == mcnemar_exact(7, 0)  # of one test, not of three
 
 
+@pytest.mark.slow
 def test_a_report_reads_its_results_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "run", without={"maps", "samples", "data"})
     read: list[Path] = []
