@@ -95,8 +95,8 @@ def learned(examples: Sequence[Example], rows: Iterable[SampleRow], processor: S
     found = Learned(kept, left_out, len(by_question), sum(row.get("cut", False) for row in by_question.values()))
     if not kept:
         raise UserError(
-            f"The base's own answers leave no example to train on ({found}) Give evaluation.max_new_tokens more room, "
-            "or set answers to gold."
+            f"The base's own answers leave no example to train on ({str(found).removesuffix('.')}); give "
+            "evaluation.max_new_tokens more room, or set answers to gold, and start again with --changed."
         )
     return found
 

@@ -81,8 +81,10 @@ class Method:
             raise ValueError("kind peft needs a config of peft's (peft: {peft_type: …}), and no other kind has one")
         if (self.kind == "blend") != (self.of is not None):
             raise ValueError("kind blend needs the name of a method (of), and no other kind has one")
-        if self.norm_of is not None and (self.scale != 1.0 or self.layers is not None):
-            raise ValueError("norm_of finds the scale of the whole update; remove scale and layers")
+        if self.norm_of is not None:
+            for name, default in (("scale", 1.0), ("layers", None)):
+                if getattr(self, name) != default:
+                    raise ValueError(f"norm_of finds the scale of the whole update; remove {name}")
         if self.modality == "text" and self.kind == "adaptor":
             raise ValueError("kind adaptor with modality text would train nothing; use speech, or another kind")
         self._require_sense()
