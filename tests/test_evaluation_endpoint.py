@@ -232,10 +232,13 @@ def test_cut_thoughts_and_an_answer_without_text() -> None:
         "thought": completion(None, {"model": "tiny"}, "length"),
         "nothing": completion(None, {"model": "tiny"}),
         "uncounted": {"choices": [{"message": {"content": " yes "}}]},
+        "halved": completion("a \ud83d b \U0001f600", {"model": "tiny"}),
     }
     examples = [Example(name, name, ("x",), "x") for name in replies]
     with chat_server(lambda messages, n: (200, replies[messages[0]["content"]])) as server:
-        cut, thought, nothing, uncounted = endpoint_answerer(Endpoint(server.url, "tiny"))(examples, "text")
+        answers = endpoint_answerer(Endpoint(server.url, "tiny"))(examples, "text")
+    cut, thought, nothing, uncounted, halved = answers
+    assert halved.response == "a \ufffd b \U0001f600"
     assert (cut.response, cut.cut, cut.n_new_tokens) == ("one two", True, 2)
     assert (thought.response, thought.cut, thought.error) == ("", True, None)
     assert nothing.error == "The endpoint sent a completion without text."

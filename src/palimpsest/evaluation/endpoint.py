@@ -137,6 +137,8 @@ def complete(endpoint: Endpoint, messages: Sequence[Mapping[str, Any]], max_toke
         raise NoReply(f"the endpoint sent no chat completion: {json.dumps(reply)[:80]}.") from error
     if not isinstance(text, str | None):
         raise NoReply("the endpoint sent a completion whose content is no text.")
+    if text is not None:  # a server that counts in UTF-16 may cut a character in half, which no file can hold
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     usage = reply.get("usage")
     counts = usage if isinstance(usage, Mapping) else {}
     n_prompt, n_new = (
