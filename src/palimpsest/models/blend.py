@@ -9,7 +9,6 @@ method's. With scale 0 in some layers these are the base's again, and all else i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,7 +60,7 @@ def read_blend(folder: Path) -> Blend:
 
 
 def write_blend(folder: Path, blend: Blend) -> None:
-    write_json(folder / FILE, json.loads(json.dumps(asdict(blend))))
+    write_json(folder / FILE, asdict(blend))
 
 
 def source_of(folder: Path) -> str:
