@@ -6,7 +6,8 @@ The files hold a JSON list of `instruction`, `input` (may be missing) and `outpu
 
     data/dose/train.jsonl, heldout.jsonl   instructions without input of at most 25 words, whose answer begins
                                            with prose; the answer is its first sentences, 40 words at most
-    data/dose/general.jsonl                the whole outputs of all other instructions, in which nothing is trained
+    data/dose/general.jsonl                the outputs of all other instructions, in which nothing is trained: of each the
+                                           first 90 words, with its lines as they stand
 
 Which instructions are held out is decided by a hash of their words, so that neither the order nor the number of the
 rows moves one from one side to the other. A row whose instruction is there twice is taken once.
@@ -22,7 +23,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-INSTRUCTION_WORDS, ANSWER_WORDS, LEAST_WORDS = 25, 40, 4
+INSTRUCTION_WORDS, ANSWER_WORDS, LEAST_WORDS, GENERAL_WORDS = 25, 40, 4, 90
 HELDOUT_SHARE = 0.15
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]]*\s+(?=[A-Z\"'(])")
 PLAIN = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-"})
@@ -53,7 +54,7 @@ def main() -> None:
     for name, part in (("train", trained), ("heldout", held_out)):
         write(options.out / f"{name}.jsonl", ({k: v for k, v in row.items() if k != "hash"} for row in part))
     texts = [text for text in general.values() if len(text.split()) >= ANSWER_WORDS]
-    write(options.out / "general.jsonl", ({"text": text} for text in texts))
+    write(options.out / "general.jsonl", ({"text": beginning(text)} for text in texts))
     print(f"{len(trained)} to train on, {len(held_out)} held out, {len(texts)} general texts in {options.out}")
 
 
@@ -79,6 +80,12 @@ def first_sentences(output: str) -> str | None:
             break
         kept = longer
     return kept if len(kept.split()) >= LEAST_WORDS else None
+
+
+def beginning(text: str) -> str:
+    """Its first words, and what stands between them."""
+    words = list(re.finditer(r"\S+", text))[:GENERAL_WORDS]
+    return text[: words[-1].end()]
 
 
 def write(file: Path, rows: Iterator[dict[str, str]]) -> None:
