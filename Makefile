@@ -7,8 +7,10 @@ PRESET ?= default
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Four processes at most, for their memory. A file stays in one of them, so that what its tests share is made once.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# Strict: a link or an anchor that leads nowhere fails.
+DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs -q build --strict
 
-.PHONY: install harness demo test test-slow check format clean
+.PHONY: install harness demo test test-slow check docs format clean
 
 $(VENV)/.installed: pyproject.toml requirements/constraints.txt requirements/embedded.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
@@ -31,10 +33,14 @@ test: install  ## what a push must pass
 test-slow: harness  ## everything, the long tests included
 	$(PYTEST) -m 'not gpu'
 
-check: install  ## format, lint, types
+check: install  ## format, lint, types, links of the documentation
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(DOCS)
+
+docs: install  ## the documentation as a site: site/index.html, from disk too
+	$(DOCS)
 
 format: install
 	$(BIN)/ruff format .
