@@ -6,8 +6,8 @@ The files hold a JSON list of `instruction`, `input` (may be missing) and `outpu
 
     data/dose/train.jsonl, heldout.jsonl   instructions without input of at most 25 words, whose answer begins
                                            with prose; the answer is its first sentences, 40 words at most
-    data/dose/general.jsonl                the outputs of all other instructions, in which nothing is trained: of each the
-                                           first 90 words, with its lines as they stand
+    data/dose/general.jsonl                the outputs of all other instructions, in which nothing is trained: of each
+                                           the first 90 words, with its lines as they stand
 
 Which instructions are held out is decided by a hash of their words, so that neither the order nor the number of the
 rows moves one from one side to the other. A row whose instruction is there twice is taken once.

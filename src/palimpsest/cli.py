@@ -37,6 +37,7 @@ from palimpsest.commands import (
     plan,
     prepare,
     probe,
+    publish,
     report,
     scales,
     study,
@@ -64,6 +65,7 @@ COMMANDS: dict[str, ModuleType] = {
     "validate-importance": validate_importance,
     "scales": scales,
     "export": export,
+    "publish": publish,
 }
 DATA_COMMANDS: dict[str, ModuleType] = {"prepare": prepare, "inspect": inspect}
 

@@ -64,10 +64,10 @@ class Run:
     inputs: Inputs
 
 
-def write_comparison(runs: Sequence[Path], paired: Paired, out: Path) -> Path:
+def write_comparison(runs: Sequence[Path], paired: Paired, out: Path, pages: Sequence[str] = ()) -> Path:
     """Write the page that shows `runs` side by side to `out` and return its path.
 
-    paired: what `palimpsest.comparison.pairs.pair_runs` returns.
+    paired: what `palimpsest.comparison.pairs.pair_runs` returns. pages: of each run the address of its own report.
 
     Raises:
         UserError: a run is not a folder, or is given twice; `out` is a folder.
@@ -77,11 +77,11 @@ def write_comparison(runs: Sequence[Path], paired: Paired, out: Path) -> Path:
     if out.is_dir():
         raise UserError(f"{out} is a folder; give a file for the page with --out.")
     read = [Run(label, read_inputs(run)) for label, run in zip(run_labels(runs), runs, strict=True)]
-    write_page(out, render(read, paired, out))
+    write_page(out, render(read, paired, out, pages))
     return out
 
 
-def render(runs: Sequence[Run], paired: Paired, out: Path) -> str:
+def render(runs: Sequence[Run], paired: Paired, out: Path, pages: Sequence[str] = ()) -> str:
     """The page as text."""
     return render_page(
         "comparison.html.j2",
@@ -91,6 +91,7 @@ def render(runs: Sequence[Run], paired: Paired, out: Path) -> str:
         out=out,
         questions=_summaries(runs),
         scales=[(run.label, summary.scale(run.inputs)) for run in runs],
+        pages=dict(zip((run.label for run in runs), pages, strict=False)),
         not_compared=[*_unlike(runs, paired["metric"]), *(_public(runs, line) for line in paired["not_compared"])],
         missing=[(run.label, run.inputs.missing) for run in runs if run.inputs.missing],
         tables={table.name: table for table in tables_of(runs, paired) if table.rows},
@@ -102,10 +103,13 @@ def render(runs: Sequence[Run], paired: Paired, out: Path) -> str:
 # Summaries, and what is not alike
 # ----------------------------------------------------------------------------------------------------------
 def _summaries(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, tuple[summary.Finding, ...]]]]]:
-    """Each question of the summary with every run's findings."""
-    points = zip(*(summary.points_of(by_method(run.inputs)) for run in runs), strict=True)
-    labels = [run.label for run in runs]
-    return [(of[0].question, list(zip(labels, (point.findings for point in of), strict=True))) for of in points]
+    """Each question of the summary with the findings of every run that has it: not all runs were given models."""
+    found: dict[str, list[tuple[str, tuple[summary.Finding, ...]]]] = {}
+    for run in sorted(runs, key=lambda run: not summary.given_models(run.inputs)):  # theirs begin with one more
+        for point in summary.points_of(by_method(run.inputs)):
+            found.setdefault(point.question, []).append((run.label, point.findings))
+    order = {run.label: i for i, run in enumerate(runs)}
+    return [(question, sorted(of, key=lambda it: order[it[0]])) for question, of in found.items()]
 
 
 def _public(runs: Sequence[Run], sentence: str) -> str:
