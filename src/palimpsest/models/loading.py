@@ -27,7 +27,7 @@ from palimpsest.models.anatomy import find_language_model, layer_index, scored_p
 from palimpsest.models.compute import DEVICE
 from palimpsest.models.gate import without_adapters
 from palimpsest.models.prompts import tokenizer_for_text
-from palimpsest.models.refusals import WEIGHT_FILES, file_refusal, folder_refusal, missing_parts
+from palimpsest.models.refusals import TOKENIZER, WEIGHT_FILES, file_refusal, folder_refusal, missing_parts
 from palimpsest.models.speech_layouts import Layout, has_language_model, put_own_weights, read_layout, what_is_read
 
 if TYPE_CHECKING:
@@ -297,12 +297,25 @@ def _commit(name: str) -> str:
 @cache
 def _hub_config(name: str) -> Path:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.constants import is_offline_mode
 
     try:
         return Path(hf_hub_download(name, "config.json"))
     except Exception as error:  # of the hub, of the network, of the name: they have no common kind
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name} is no local folder, and the hub does not give its config.json: {reason}") from error
+        if is_offline_mode():
+            raise UserError(
+                f"There is no folder {name}, and the hub, which may have a model of that name, is switched off "
+                "(HF_HUB_OFFLINE); correct the path, or unset that."
+            ) from error
+        raise UserError(
+            f"{name} is no local folder, and the hub does not give its config.json: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What a library says is wrong, in one line: its first, or all where that only announces the others."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines) if lines[0].endswith(":") else lines[0]
 
 
 def _files_read(folder: Path) -> list[Path]:
@@ -740,7 +753,15 @@ def _load_tokenizer(where: str) -> Any:
 
     # AutoTokenizer would ask transformers for the config of a model that it does not know.
     options = {} if _speech_checkpoint(where) is None else {"config": _config(where)}
-    tokenizer = _from_pretrained(AutoTokenizer, where, **options)
+    try:
+        tokenizer = _from_pretrained(AutoTokenizer, where, **options)
+    except UserError as error:
+        if Path(where).is_dir() and not any((Path(where) / name).exists() for name in TOKENIZER):
+            raise UserError(
+                f"{where} has no tokenizer ({TOKENIZER[0]} …); copy the tokenizer's files of the model that it was "
+                "trained from into it."
+            ) from error
+        raise
     _require_tokens(tokenizer, where)
     return tokenizer
 
@@ -750,8 +771,9 @@ def _require_tokens(tokenizer: Any, where: str) -> None:
     try:
         tokenizer.decode(tokenizer("Is it so?", add_special_tokens=False)["input_ids"])
     except Exception as error:  # what libraries raise for these has no common kind
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"The tokenizer of {where} is damaged ({reason}); copy or download it again.") from error
+        raise UserError(
+            f"The tokenizer of {where} is damaged ({_reason(error)}); copy or download it again."
+        ) from error
 
 
 def _config(where: str) -> Any:
@@ -900,5 +922,4 @@ def _from_pretrained(kind: Any, where: str, **options: Any) -> Any:
     # A model type that transformers does not know, or files that are not what their names promise: what libraries raise
     # for these has no common kind (tokenizers: Exception itself).
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{where} could not be loaded as {kind.__name__}: {reason}") from error
+        raise UserError(f"{where} could not be loaded as {kind.__name__}: {_reason(error)}") from error

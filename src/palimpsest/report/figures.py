@@ -49,6 +49,8 @@ def why_not(name: str, inputs: Inputs) -> str:
     """Why `draw` has nothing for the figure called `name`."""
     if name == "training" and not trains(inputs.config):
         return "Nothing was trained in this run: its models were given."
+    if name == "t2t_s2t" and _nothing_is_spoken(inputs):
+        return "Nothing was asked in speech in this run."
     return OPTIONAL[name](inputs) if name in OPTIONAL else f"The figure “{name}” has no data."
 
 
@@ -57,8 +59,14 @@ def may_lack(name: str, inputs: Inputs) -> bool:
     return (
         name in OPTIONAL
         or (name == "training" and not trains(inputs.config))
+        or (name == "t2t_s2t" and _nothing_is_spoken(inputs))
         or (name in OF_TUNED_SCORES and not tuned_are_scored(inputs.config))
     )
+
+
+def _nothing_is_spoken(inputs: Inputs) -> bool:
+    asked = {row["modality"] for row in inputs.results["qa"]}
+    return bool(asked) and "speech" not in asked
 
 
 def write_figure(run: Path, name: str) -> list[Path]:
