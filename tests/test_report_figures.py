@@ -62,6 +62,11 @@ def test_where_nothing_was_asked_in_speech_the_plane_is_not_missing(inputs: Inpu
         assert (why_not("t2t_s2t", given) == "Nothing was asked in speech in this run.") == lacking
 
 
+def test_where_no_method_is_called_full_its_figure_is_not_missing(inputs: Inputs) -> None:
+    for methods, lacking in (({"theirs": {"kind": "given"}}, True), ({"full": {}, "x": {}}, False), (None, False)):
+        assert may_lack("figure2", replace(inputs, config={**inputs.config, "methods": methods})) == lacking
+
+
 def test_an_unknown_name_lists_the_known_ones(run: Path) -> None:
     with pytest.raises(UserError, match="figure1, figure2"):
         write_figure(run, "figure9")

@@ -142,9 +142,15 @@ def test_an_audio_llm_against_its_text_base(inputs: Path, tmp_path: Path) -> Non
     assert {row["id"]: row["response"] for row in rows} == expected
 
 
-@pytest.mark.parametrize("kind", ["voxtral", "granite_speech"])
+def needs_torchaudio(*_: Any, **__: Any) -> None:
+    raise ImportError("GraniteSpeechFeatureExtractor requires the torchaudio library")
+
+
+@pytest.mark.parametrize(
+    ("kind", "processor"), [("voxtral", lambda *_, **__: Deaf()), ("granite_speech", needs_torchaudio)]
+)
 def test_audio_llms_whose_processors_need_packages(
-    inputs: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    inputs: Path, tmp_path: Path, kind: str, processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"vocab_size": VOCAB, "max_position_embeddings": 512, "pad_token_id": 0}
     text = {**AUDIO_LLMS[kind]["text_config"], **changes}
@@ -158,7 +164,7 @@ def test_audio_llms_whose_processors_need_packages(
     with torch.no_grad():
         scored_parameters(model)[name] *= 1.5
     model.save_pretrained(audio)
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: Deaf())
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", processor)
     options = diagnose.Options(str(base), [str(audio)], tmp_path / "run", data=str(inputs / "train.jsonl"), quick=True)
     notes: list[str] = []
     study = Study(diagnose.study_of(options, notes.append), tmp_path / "run")
@@ -213,6 +219,18 @@ def test_adapters_on_adapters(inputs: Path, tmp_path: Path) -> None:
     config.write_text(config.read_text().replace(str(inputs / "llm"), below))
     with pytest.raises(UserError, match="is an adapter on itself, by the base that its config names"):
         require_pair(str(inputs / "llm"), below)
+
+
+def test_who_stops_a_study_is_told_that_it_continues(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(study: Study) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Study, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study_of(inputs, inputs / "llm", {"same": inputs / "llm"}), tmp_path / "run")
+    assert f"note: stopped; the same command continues in {tmp_path / 'run'}." in capsys.readouterr().err
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

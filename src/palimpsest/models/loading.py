@@ -12,10 +12,11 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from safetensors import safe_open
@@ -597,10 +598,11 @@ def load_text_model(
         language_model, text_processor = load_text_model(source, dtype=dtype, device=device)
         return _blended(language_model, Path(where)), text_processor
     if kind == "audio_llm":
-        audio_llm, audio_processor = load_audio_llm(where, dtype=dtype, device=device)
+        audio_tokenizer = _tokenizer_without_audio(where)
+        audio_llm = _load_audio_model(where, dtype, device)
         if getattr(audio_llm.config, "has_lora_adapter", False) and getattr(audio_llm, "_hf_peft_config_loaded", False):
             audio_llm.disable_adapters()  # Granite Speech's is for audio; it does the same when it generates from text
-        return audio_llm, SpeechLMProcessor(tokenizer_for_text(audio_processor), None)
+        return audio_llm, SpeechLMProcessor(audio_tokenizer, None)
     if (adapter := find_adapter(where)) is not None:
         base, _ = load_language_model(adapter.base, device=_first_place(device))
         return _adapted(base, adapter, dtype, device), SpeechLMProcessor(load_tokenizer(where), None)
@@ -618,12 +620,29 @@ def load_audio_llm(
     Raises UserError for a model that takes no audio, for a class transformers does not have, and for a processor that
     needs a package which is not installed (Voxtral: mistral-common; Granite Speech: torchaudio).
     """
+    where = resolve(name)
+    _audio_class(where)
+    processor = load_audio_processor(where)
+    return _load_audio_model(where, dtype, device), processor
+
+
+def _load_audio_model(name: str, dtype: torch.dtype | str, device: str) -> PreTrainedModel:
+    where = resolve(name)
+    if (adapter := find_adapter(where)) is not None:
+        base = _load_audio_model(adapter.base, "float32", _first_place(device))
+        adapted: PreTrainedModel = _adapted(base, adapter, dtype, device)
+        return adapted
+    loaded: PreTrainedModel = _load(_audio_class(where), where, device, dtype=dtype)
+    return loaded
+
+
+def _audio_class(name: str) -> Any:
+    """The class of transformers that an audio LLM's checkpoint names; of an adapter its base's."""
     import transformers
 
     where = resolve(name)
     if (adapter := find_adapter(where)) is not None:
-        base, processor = load_audio_llm(adapter.base, device=_first_place(device))
-        return _adapted(base, adapter, dtype, device), processor
+        return _audio_class(adapter.base)
     config = _config(where)
     if not _takes_audio(config.to_dict()):
         raise UserError(f"{name} is a {config.model_type} model and takes no audio; ask it in text, or use a cascade.")
@@ -634,8 +653,7 @@ def load_audio_llm(
             f"{name} names the class {architecture}, which transformers {transformers.__version__} cannot answer with; "
             "use another version of transformers, or another checkpoint."
         )
-    processor = load_audio_processor(where)
-    return _load(kind, where, device, dtype=dtype), processor
+    return kind
 
 
 def load_audio_processor(name: str) -> Any:
@@ -645,6 +663,22 @@ def load_audio_processor(name: str) -> Any:
     where = resolve(name)
     adapter = find_adapter(where)
     return _from_pretrained(AutoProcessor, where) if adapter is None else load_audio_processor(adapter.base)
+
+
+def _tokenizer_without_audio(name: str) -> Any:
+    """The tokenizer, with the chat template, that an audio LLM is asked in text with.
+
+    A processor that lacks a package or a file of its audio part is not needed for that, unless it has the template.
+    Raises UserError as `load_audio_processor` where there is none.
+    """
+    try:
+        return tokenizer_for_text(load_audio_processor(name))
+    except UserError as error:
+        with suppress(UserError):
+            tokenizer = load_tokenizer(name)
+            if getattr(tokenizer, "chat_template", None):
+                return tokenizer_for_text(SimpleNamespace(tokenizer=tokenizer))
+        raise error
 
 
 def load_asr(name: str, *, device: str = "cpu") -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:

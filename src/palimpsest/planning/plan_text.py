@@ -218,7 +218,7 @@ def _disk(plan: Plan) -> Iterator[str]:
         ["recordings that are no files yet (FLAC)", f"{plan.audio / GB:.2f}"],
         ["encoder frames of the training data (16-bit)", f"{plan.features / GB:.2f}"],
         ["encoder frames of held-out and task questions", f"{plan.other_features / GB:.2f}"],
-        [f"importance, {reductions} of {models} models", f"{models * plan.scores / GB:.2f}"],
+        [f"importance, {reductions} of {models} model{'s' if models != 1 else ''}", f"{models * plan.scores / GB:.2f}"],
         [f"importance of the base on other questions, {config.importance.keep_other}", f"{others / GB:.2f}"],
         [f"checkpoints of {_methods(n) if config.seeds == 1 else f'{n} training runs'}", f"{checkpoints / GB:.2f}"],
         [f"at most beside these, while {largest.name} is made", f"{largest.passing / GB:.2f}"],
