@@ -29,7 +29,7 @@ class Options:
     model: Annotated[str, Doc(f"The model that was scored. {MODEL}")]
     scores: Annotated[Path, Doc("Folder written by `palimpsest importance`.")]
     data: Annotated[str, Doc("Question set with answers to measure perplexity on.")]
-    out: Annotated[Path, Doc("Folder for records.json.")]
+    out: Annotated[Path, Doc("New folder for records.json.")]
     split: Annotated[str, Doc("Split of the data.")] = "heldout"
     limit: Annotated[int | None, Ge(1)] = None
     ratios: Annotated[str, Doc("Shares of the weights to zero, ascending, comma-separated.")] = "0.03"

@@ -48,7 +48,9 @@ class Options:
     )
     text: Annotated[str | None, Doc("General text whose loss is measured too: a file or set as for drift.")] = None
     limit: Annotated[
-        int | None, Ge(2), Doc("At most so many questions for each measurement, and own texts; not for the probe.")
+        int | None,
+        Ge(2),
+        Doc("At most so many questions and own texts for a measurement; the probe keeps its pairs."),
     ] = None
     max_new_tokens: NewTokensOption = 64
     quick: Annotated[bool, Doc("Fewer questions and own texts: to see that it works.")] = False

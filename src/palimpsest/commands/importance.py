@@ -25,7 +25,7 @@ class Options:
 
     model: Annotated[str, Doc(MODEL)]
     data: Annotated[str, Doc("Question set with answers: facts or a manifest.")]
-    out: Annotated[Path, Doc("Folder for the scores.")]
+    out: Annotated[Path, Doc("New folder for the scores.")]
     split: Annotated[str, Doc("Split of the data.")] = "train"
     limit: Annotated[int | None, Ge(1), Doc("Only so many examples.")] = None
     batch_size: Annotated[int, Ge(1)] = 8
