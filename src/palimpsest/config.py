@@ -23,6 +23,7 @@ from palimpsest.data.filters import Filters
 from palimpsest.data.in_loop import FramesWanted
 from palimpsest.data.splits import Split, TaskSplit
 from palimpsest.evaluation.drift_settings import Drift
+from palimpsest.evaluation.tasks import NewTokensOption
 from palimpsest.files import UserError, differences, in_words
 from palimpsest.models.compute import DEVICE, Compute, WeightDtype
 from palimpsest.models.given import is_audio_llm, takes_speech
@@ -147,7 +148,7 @@ class EvaluationTask(TaskSplit):
 @dataclass(frozen=True)
 class Evaluation:
     tasks: Annotated[tuple[EvaluationTask, ...], MinLen(1)]
-    max_new_tokens: Annotated[int, Ge(1)] = 64
+    max_new_tokens: NewTokensOption = 64
     batch_size: Annotated[int, Ge(1)] = 16
     probe: bool = True  # the retention probe of every model: seconds each
     text_asr: bool = False  # also ask the tuned models the recogniser's transcripts; needs models.asr

@@ -287,7 +287,11 @@ def _memory_of_steps(
     measured = replace(setup, autocast=exact)
     batch = _largest_batch(config.training, lengths.sequences(config, "text"), 1, budget=False)
     found = []
-    for tuned in (False, True):
+    # Of the base alone where no other model is measured: points of curves need not be.
+    scored, deactivated = (
+        any(config.measures(run, what) for run in config.runs) for what in ("importance", "deactivation")
+    )
+    for tuned in (False, True) if scored else (False,):
         step = importance_memory(config, measured, batch, tuned=tuned)
         if step.peak > capacity:
             step = replace(step, remedy=importance_that_fits(config, measured, batch, capacity, tuned=tuned))
@@ -300,7 +304,8 @@ def _memory_of_steps(
     recogniser = 0 if config.models.asr is None else recogniser_bytes(setup.encoder)
     size, asked = config.deactivation.batch_size, config.evaluation.batch_size
     forward: list[tuple[str, str, int, dict[str, Any]]] = [
-        ("deactivation", "deactivation", size, {"setup": measured, "length": longest, "columns": most, "cached": 0}),
+        ("deactivation", "deactivation", size, {"setup": measured, "length": longest, "columns": most, "cached": 0,
+                                          "tuned": deactivated}),
         ("perplexity", "deactivation", size, {"setup": setup, "length": longest, "columns": most, "cached": 0}),
         ("answers", "evaluation", asked, {"setup": setup, "length": max(questions), "columns": 1,
                                           "cached": max(questions) + limit}),

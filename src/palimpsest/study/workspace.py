@@ -562,7 +562,7 @@ class Workspace:
                 "are measured in text."
             ]
         if takes_speech(given) or is_audio_llm(given):
-            return [f"{name} takes speech and is asked in text alone, as the recipe says."]
+            return [f"{name} takes speech and is asked in text alone."]
         return []
 
     def require_blends(self) -> None:
