@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 
 from palimpsest.files import UserError
-from palimpsest.training.methods import Method, add_lora, merge_lora, method_scales, require_mergeable, tuner_parameters
+from palimpsest.training.methods import Method, add_lora, added_parameters, merge_lora, method_scales, require_mergeable
 from palimpsest.training.train import Settings, train
 from palimpsest.training.tuners import require_merging, tuner_config
 from spoken import spoken
@@ -44,7 +44,7 @@ def test_the_merged_model_is_the_tuned_one(kind: str) -> None:
     add_lora(model, method(kind))
     require_merging(model.language_model)
     trained = [it for it in model.language_model.parameters() if it.requires_grad]
-    assert sum(it.numel() for it in trained) == tuner_parameters(tiny_llama(), method(kind)) > 0
+    assert sum(it.numel() for it in trained) == added_parameters(tiny_llama(), method(kind)) > 0
     torch.manual_seed(0)
     for parameter in trained:
         parameter.data += 0.05 * torch.randn_like(parameter)

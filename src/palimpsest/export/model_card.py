@@ -32,13 +32,16 @@ WHAT = {
     "adapter": "The low-rank updates (LoRA) that speech training made to a language model. They change the language "
     "model alone: to hear, it also needs the encoder and the adaptor of the whole speech LLM.",
     "light": "What speech training added to a language model, without the model itself: the adaptor and, if the model "
-    "was tuned, low-rank updates (LoRA). palimpsest makes the speech LLM of these, the language model and the encoder.",
+    "was tuned, low-rank updates (LoRA) or inserted layers. palimpsest makes the speech LLM of these, the language "
+    "model and the encoder.",
 }
 METHODS = {
     "full": "all weights of the language model and the adaptor trained (Full-FT)",
     "layer_lr": "all weights trained, each layer at a learning rate set by its importance (Eq. 3 of arXiv 2509.23755)",
     "lora": "low-rank updates of the language model (LoRA, merged into its weights) and the adaptor trained",
     "peft": "the adaptor and a tuner of peft trained, which is merged into the weights of the language model",
+    "inserted": "layers inserted between those of the language model (block expansion) and the adaptor trained, all "
+    "else as it was",
     "blend": "no training: a part of what the method `of` changed (base + scale · change), its adaptor whole",
     "adaptor": "the adaptor trained, the language model frozen",
 }
