@@ -30,9 +30,12 @@ METHODS = {
     "full": Method("full", RATE, distill=Distill(temperature=2.0), pull=Pull(5.0, "fisher"), slow=Slow(0.1, scale=0.5)),
     "frozen": Method("full", RATE, pull=Pull(1.0), slow=Slow(0.2)),
     "lora": Method("lora", RATE, rank=2, distill=Distill()),
+    "inserted": Method("inserted", RATE, new_layers=1, distill=Distill()),
+    "gated": Method("lora", RATE, rank=2, gate="speech"),
+    "oft": Method("peft", RATE, peft={"peft_type": "OFT", "oft_block_size": 4}),
 }
 LAYOUTS = ("replicas", "sharded")
-CASES, MORE = ("full", "lora"), ("frozen",)
+CASES, MORE = ("full", "lora", "inserted"), ("frozen", "gated", "oft")
 
 
 def run(
