@@ -318,6 +318,7 @@ def test_each_training_run_has_its_own_blend_and_gate(inputs: Path, tmp_path: Pa
     [
         ({"kind": "blend", "of": "full", "scale": 0, "layers": [1, 2]}, "layers names 2, which is none"),
         ({"kind": "blend", "of": "full", "scale": 0, "layers": []}, "layers names no layer"),
+        ({"kind": "blend", "of": "full", "norm_of": "full"}, "norm_of and of are both full"),
         ({"kind": "peft", "peft": {"peft_type": "boft"}}, "nearest that it has is 'BOFT'"),
         ({"kind": "peft", "peft": {"peft_type": "OFT", "block": 4}}, "no key 'block'; the nearest is"),
         ({"kind": "peft", "peft": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}}, "cannot become part of"),

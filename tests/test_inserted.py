@@ -192,6 +192,7 @@ def test_what_would_change_the_base_before_it_has_learned_is_told(
         ({"kind": "full", "new_layers": 1}, "no other kind has one"),
         ({"kind": "inserted", "new_layers": 1, "pull": {"strength": 1}}, "inserted trains others beside them"),
         ({"kind": "inserted", "new_layers": 1, "slow": {"top": 0.1}}, "inserted trains others beside them"),
+        ({"kind": "inserted", "new_layers": 1, "rank": 4}, "rank belongs to kind lora; inserted does not use it"),
         ({"kind": "inserted", "new_layers": 1, "gate": "speech"}, "belongs to kind lora"),
         ({"kind": "blend", "of": "new", "scale": 0.5}, "which adds layers to the base's"),
         ({"kind": "blend", "of": "full", "norm_of": "new"}, "which adds layers to the base's"),

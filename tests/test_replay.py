@@ -128,6 +128,13 @@ def test_rows_above_the_budget_are_cut_and_too_few_are_refused() -> None:
         fitting([], 4, 8)
 
 
+def test_options_of_the_other_kind_of_text_are_told() -> None:
+    with pytest.raises(ValueError, match=r"window is of a source of text, which replay.text 'own' is not"):
+        Replay(window=8)
+    with pytest.raises(ValueError, match=r"n_texts is of text of the base's own"):
+        Replay(text="wiki.txt", n_texts=8)
+
+
 def test_what_is_read_and_what_is_learned() -> None:
     batch = collate_text([TextRow("a", (1, 5, 6), (7, 2)), TextRow("b", (1,), (8, 9))])
     assert batch["input_ids"].tolist() == [[1, 5, 6, 7, 2], [1, 8, 9, 0, 0]]

@@ -11,6 +11,7 @@ from peft import PeftModel
 
 from palimpsest.files import UserError
 from palimpsest.training.methods import Method, add_lora, added_parameters, merge_lora, method_scales, require_mergeable
+from palimpsest.training.remedies import Distill
 from palimpsest.training.train import Settings, train
 from palimpsest.training.tuners import require_merging, tuner_config
 from spoken import spoken
@@ -88,6 +89,25 @@ def test_what_peft_does_not_take_is_told(method: Method, message: str) -> None:
     model, _ = tiny_speech_lm()
     with pytest.raises(UserError, match=message):
         add_lora(model, method)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"kind": "full", "targets": ("q_proj",)}, "targets belongs to kind lora and peft; full does not use it"),
+        ({"kind": "layer_lr", "dropout": 0.1}, "dropout belongs to kind lora"),
+        ({"kind": "lora", "lambda_": 0.1}, "lambda_ belongs to kind layer_lr"),
+        ({"kind": "peft", "rank": 4, "peft": {"peft_type": "VERA"}}, r"options stand under the key peft"),
+        (
+            {"kind": "peft", "peft": {"peft_type": "LORA", "bias": "all"}, "distill": Distill()},
+            "trains biases of the base",
+        ),
+    ],
+)
+def test_a_key_that_its_kind_does_not_use_is_told(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Method(**keys)
+    Method("full", rank=4)  # as in recipes that give it to every kind
 
 
 def test_targets_are_those_of_lora_unless_a_tuner_is_about_others() -> None:

@@ -41,6 +41,12 @@ if TYPE_CHECKING:
 
 MethodKind = Literal["adaptor", "full", "layer_lr", "lora", "peft", "inserted", "given", "blend"]
 WITHOUT_TRAINING = ("given", "blend")
+USED_BY: dict[str, tuple[MethodKind, ...]] = {
+    "lambda_": ("layer_lr",),
+    "targets": ("lora", "peft"),
+    **dict.fromkeys(("rank", "alpha", "dropout"), ("lora",)),
+}
+WITHOUT_RANK = ("adaptor", "full", "layer_lr")  # beside them nobody takes a rank for more than lora's
 ADDING = ("lora", "peft", "inserted")  # train what is added to the language model, whose own weights are frozen
 # Their kernels read the weight of out_proj, past an adapter; peft refuses it.
 WITHOUT_OUT_PROJ = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
@@ -88,6 +94,8 @@ class Method:
         if (self.kind == "blend") != (self.of is not None):
             raise ValueError("kind blend needs the name of a method (of), and no other kind has one")
         if self.norm_of is not None:
+            if self.norm_of == self.of:
+                raise ValueError(f"norm_of and of are both {self.of}, whose update has its own norm; name another")
             for name, default in (("scale", 1.0), ("layers", None)):
                 if getattr(self, name) != default:
                     raise ValueError(f"norm_of finds the scale of the whole update; remove {name}")
@@ -115,6 +123,12 @@ class Method:
         for name, default in (("scale", 1.0), ("layers", None), ("norm_of", None)):
             if getattr(self, name) != default:
                 raise ValueError(f"{name} belongs to kind blend; {self.kind} does not use it")
+        for name, kinds in USED_BY.items():
+            usual = next(it.default for it in fields(self) if it.name == name)
+            used = self.kind in kinds or (name == "rank" and self.kind in WITHOUT_RANK)
+            if not used and getattr(self, name) != usual:
+                instead = " (its own options stand under the key peft)" if self.kind == "peft" else ""
+                raise ValueError(f"{name} belongs to kind {' and '.join(kinds)}; {self.kind} does not use it{instead}")
 
     def _require_sense(self) -> None:
         """Of what holds back: only where it can do something."""
@@ -131,6 +145,8 @@ class Method:
             raise ValueError("distill.text is the weight on replayed text; add replay, or remove it")
         if self.distill is not None and self.distill.speech and self.modality == "text":
             raise ValueError("distill.speech needs spoken questions; with modality text use distill.text with replay")
+        if self.distill is not None and (self.peft or {}).get("bias", "none") != "none":
+            raise ValueError("peft.bias trains biases of the base, which is then not there to distil from; remove one")
         if self.gate == "speech":
             if self.modality == "text":
                 raise ValueError("gate speech with modality text would train nothing; use speech, or no gate")
