@@ -27,6 +27,7 @@ from palimpsest.models.adapters import JOIN, Adapter, find_adapter, merge_adapte
 from palimpsest.models.anatomy import find_language_model, layer_index, scored_parameters
 from palimpsest.models.compute import DEVICE
 from palimpsest.models.gate import without_adapters
+from palimpsest.models.inserted import insert_layers
 from palimpsest.models.prompts import tokenizer_for_text
 from palimpsest.models.refusals import TOKENIZER, WEIGHT_FILES, file_refusal, folder_refusal, missing_parts
 from palimpsest.models.speech_layouts import Layout, has_language_model, put_own_weights, read_layout, what_is_read
@@ -574,7 +575,10 @@ def blank_language_model(name: str) -> PreTrainedModel:
         if model_kind(where) == "audio_llm":
             return getattr(transformers, config.architectures[0])._from_config(config)
         model = transformers.AutoModelForCausalLM.from_config(config)
-    return model.language_model if is_speech_lm(where) else model
+    language_model: PreTrainedModel = model.language_model if is_speech_lm(where) else model
+    if light.is_light(Path(name)) and (n_new := light.read_light(Path(name)).new_layers):
+        insert_layers(language_model, n_new)
+    return language_model
 
 
 def load_text_model(

@@ -612,6 +612,15 @@ class Workspace:
                 "and deactivation would be the base's and are left out."
             )
 
+    def note_inserted(self) -> None:
+        """What is left out of methods whose models have layers that the base does not have."""
+        for name, method in self.config.methods.items():
+            if method.kind == "inserted":
+                self.reporter.note(
+                    f"{name} leaves every weight of the base as it is and adds layers beside them: importance, "
+                    "parameter change and deactivation, which compare layer with layer, are left out."
+                )
+
     def new_speech_lm(self, run: str) -> SpeechLM:
         """The base language model behind the adaptor that a run starts from: a fresh one, or that of models.adaptor.
 
