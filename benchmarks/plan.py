@@ -22,8 +22,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from palimpsest.config import StudyConfig, load_config
+from palimpsest.models.anatomy import scored_parameters
 from palimpsest.planning.plan import Assumptions, make_plan
+from palimpsest.training.remedies import OWN
 
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 ROOT = Path(__file__).parent.parent
@@ -78,13 +82,15 @@ def main() -> None:
 
 
 def make_data(config: StudyConfig, folder: Path) -> None:
-    """data/ and features/ of the study, resumed if they are there."""
+    """data/ and features/ of the study, and what the base writes to be replayed; resumed if they are there."""
     from palimpsest.study import steps
     from palimpsest.study.run import Study
 
     study = Study(config, folder)
     steps.data(study.ws)
     steps.features(study.ws)
+    if any(replay.text == OWN for replay in study.ws.replays):
+        steps.replay_text(study.ws)
 
 
 def in_a_process(options: argparse.Namespace, method: str, environment: dict[str, str]) -> dict[str, int]:
@@ -107,7 +113,7 @@ def measure(config: StudyConfig, folder: Path, name: str, batches: int) -> dict[
     """Resident bytes after loading, and at the peak of training; the longest row there was."""
     from palimpsest.progress import Reporter
     from palimpsest.study.workspace import Workspace
-    from palimpsest.training.methods import Method
+    from palimpsest.training.keep import Keep
     from palimpsest.training.train import Settings, train
 
     workspace = Workspace(config, folder, Reporter(1))
@@ -118,13 +124,15 @@ def measure(config: StudyConfig, folder: Path, name: str, batches: int) -> dict[
     chosen = [examples.pop(), *random.Random(0).sample(examples, batches * training.batch_size - 1)]
     model = workspace.new_speech_lm(name)
     n_layers = model.language_model.config.num_hidden_layers
+    # Which weights are the most important makes no difference to the memory.
+    scores = {name: torch.rand(weight.shape) for name, weight in scored_parameters(model).items()}
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     with tempfile.TemporaryDirectory() as out:
         train(
             model,
             chosen,
             collator,
-            Method(method.kind, method.learning_rate, rank=method.rank, modality=method.modality),
+            method,
             Settings(
                 epochs=1,
                 batch_size=training.batch_size,
@@ -135,6 +143,11 @@ def measure(config: StudyConfig, folder: Path, name: str, batches: int) -> dict[
             Path(out),
             name=name,
             scales={layer: 1.0 - 0.4 * layer / n_layers for layer in range(n_layers)},
+            replay=() if method.replay is None else workspace.replay_rows(method.replay),
+            keep=Keep(
+                importance=scores if method.weighs_by("importance") else None,
+                fisher=scores if method.weighs_by("fisher") else None,
+            ),
         )
     return {"peak": status("VmHWM"), "longest": max(map(collator.length, chosen))}
 

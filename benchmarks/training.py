@@ -27,6 +27,7 @@ and peak resident memory above what the model took before (Linux).
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import math
 import platform
@@ -70,6 +71,9 @@ REMEDIES = {
     "full, distill from speech": Method("full", LEARNING_RATE, distill=Distill()),
     "lora": Method("lora", LEARNING_RATE),
     "lora, distill from speech": Method("lora", LEARNING_RATE, distill=Distill()),
+    "lora, gate": Method("lora", LEARNING_RATE, gate="speech"),
+    "inserted, 4 layers": Method("inserted", LEARNING_RATE, new_layers=4),
+    "inserted, 4, distill": Method("inserted", LEARNING_RATE, new_layers=4, distill=Distill()),
 }
 GOALS = {"full, pull": 1.05, "full, distill from speech": 1.5}
 
@@ -333,12 +337,11 @@ def print_remedies(bench: Bench, options: argparse.Namespace, folder: Path) -> N
     weights = scored_parameters(bench.model)
     # Which weights are the most important makes no difference to the cost.
     keep = Keep(importance={name: torch.rand(weight.shape) for name, weight in weights.items()})
-    before = {name: value.clone() for name, value in bench.model.state_dict().items()}
     seconds: dict[str, list[list[float]]] = {name: [] for name in REMEDIES}
     peaks: dict[str, list[float]] = {name: [] for name in REMEDIES}
     for repeat in range(options.repeats):
         for name in list(REMEDIES) if repeat % 2 == 0 else reversed(REMEDIES):
-            bench.model.load_state_dict(before)
+            model = copy.deepcopy(bench.model)  # which some methods make another of
             give_back_memory()
             resident = memory_from_here()
             marks: list[float] = []
@@ -347,7 +350,7 @@ def print_remedies(bench: Bench, options: argparse.Namespace, folder: Path) -> N
                 marks.append(bench.clock())
 
             settings = Settings(epochs=1, batch_size=options.batch_size, checkpoint_every=10**6)
-            train(bench.model, examples, bench.collators["trim"], REMEDIES[name], settings,
+            train(model, examples, bench.collators["trim"], REMEDIES[name], settings,
                   folder / f"{name}-{repeat}", name="m", keep=keep, progress=mark)  # fmt: skip
             seconds[name].append(between(marks))
             peaks[name].append((peak_bytes() - resident) / 1e9)

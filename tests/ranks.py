@@ -9,8 +9,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -21,6 +23,19 @@ def start_ranks(work: Callable[..., None], *arguments: Any, world: int) -> None:
     # The server imports these once, for all of them.
     multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "transformers", "peft", "tiny"])
     torch.multiprocessing.start_processes(work, (store.port, *arguments), nprocs=world, start_method="forkserver")
+
+
+def written_by_ranks(work: Callable[..., None], *arguments: Any, world: int) -> Any:
+    """A fixture of a module with `inputs`: the folder in which `work`(rank, port, inputs, folder, *arguments) of every
+    rank has written."""
+
+    @pytest.fixture(scope="module")
+    def out(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        folder = tmp_path_factory.mktemp("ranks")
+        start_ranks(work, str(inputs), str(folder), *arguments, world=world)
+        return folder
+
+    return out
 
 
 def find_each_other(rank: int, port: int, world: int) -> None:

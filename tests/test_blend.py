@@ -235,17 +235,82 @@ def test_another_scale_trains_nothing_and_what_is_done_is_skipped(run: Path, inp
     assert not [name for name in made if not name.startswith("methods/matched/")]
 
 
-def test_a_blend_of_a_given_model_and_of_each_training_run(run: Path, inputs: Path, tmp_path: Path) -> None:
+def test_a_blend_of_a_given_text_model(run: Path, inputs: Path, tmp_path: Path, no_figures: None) -> None:
     text = {"kind": "given", "checkpoint": str(tmp_path / "text")}
     export.export(run, method="full", text_llm=tmp_path / "text")
-    methods = {"theirs": text, "half": {"kind": "blend", "of": "theirs", "scale": 0.5}}
-    config = parse_config(recipe(inputs, methods, encoder=False), "test")
+    methods = {
+        "theirs": text,
+        "half": {"kind": "blend", "of": "theirs", "scale": 0.5},
+        "none": {"kind": "blend", "of": "theirs", "scale": 0, "curve": "none"},
+    }
+    values = recipe(inputs, methods, encoder=False, analysis={"shuffles": 1, "bootstrap": 100, "rank_draws": 0})
+    values["evaluation"]["probe"] = False
+    config = parse_config(values, "test")
     assert not config.takes_speech("half")
-    ws = Study(config, tmp_path / "run").ws
-    Study(config, tmp_path / "run").check()
-    assert ws.config.origin_of("half") == "theirs"
-    several = parse_config({**study(inputs), "seeds": 2}, "test")
-    assert several.origin_of("restored-seed1") == "full-seed1"
+    study = Study(config, tmp_path / "run")
+    study.run()
+    base, theirs = (named_parameters(load_language_model(str(it))[0]) for it in (inputs / "llm", tmp_path / "text"))
+    for name, tensor in named_parameters(study.ws.language_model("half")).items():
+        assert torch.equal(tensor, base[name] + (theirs[name] - base[name]) * 0.5), name
+    found = results(tmp_path / "run")
+    assert {row["modality"] for row in of(found["qa"], "half")} == {"text"}
+    (of_base,), (of_none,) = (without_name(of(found["perplexity"], it)) for it in ("base", "none"))
+    assert of_none == of_base
+    whole, half = ({row["name"]: row["relative_norm"] for row in of(found["delta"], it)} for it in ("theirs", "half"))
+    assert half == pytest.approx({name: norm / 2 for name, norm in whole.items()}, rel=1e-4)
+    assert whole
+
+
+SEVERAL = {
+    "full": {"kind": "full", "learning_rate": 1e-2, "curve": "full"},
+    "gated": {"kind": "lora", "learning_rate": 1e-2, "rank": 2, "gate": "speech"},
+    "part": {"kind": "blend", "of": "full", "over": {"scale": [0, 0.5]}},
+}
+
+
+@pytest.mark.slow
+def test_each_training_run_has_its_own_blend_and_gate(inputs: Path, tmp_path: Path, no_figures: None) -> None:
+    drift = {"own_text": {"n_texts": 4, "new_tokens": 8}, "batch_size": 4, "in_training": 0}
+    values = recipe(inputs, SEVERAL, seeds=2, seeds_measure=["drift"], drift=drift)
+    values["evaluation"]["probe"] = False
+    run_study(parse_config(values, "test"), tmp_path)
+    base = named_parameters(load_language_model(str(inputs / "llm"))[0])
+    halves, speech = [], []
+    for end in ("", "-seed1"):
+        about = json.loads((checkpoint(tmp_path, f"part-0_5{end}") / "blend.json").read_text())
+        assert (about["method"], about["scale"]) == (f"full{end}", 0.5)
+        whole = named_parameters(load_speech_lm(checkpoint(tmp_path, f"full{end}"))[0].language_model)
+        half = named_parameters(load_speech_lm(checkpoint(tmp_path, f"part-0_5{end}"))[0].language_model)
+        for name, tensor in half.items():
+            assert torch.equal(tensor, base[name] + (whole[name] - base[name]) * 0.5), name
+        halves.append(half)
+        speech.append(load_speech_lm(checkpoint(tmp_path, f"gated{end}"))[0].state_dict())
+    updates = [name for name in speech[0] if "lora_B" in name]
+    assert updates
+    assert not any(torch.equal(speech[0][name], speech[1][name]) for name in updates)
+    assert not any(torch.equal(halves[0][name], halves[1][name]) for name in halves[0])
+
+    found = results(tmp_path)
+    drifts = [row for row in found["drift"] if row["tokens"] == "all"]
+    assert {row["kl"] for row in drifts if row["model"] in ("part-0", "part-0-seed1", "gated", "gated-seed1")} == {0.0}
+    means = {
+        row["model"]: row
+        for row in found["frontier"]
+        if (row["text_measure"], row["hearing_measure"]) == ("drift", "speech_loss")
+    }
+    assert means.keys() == {"base", "full", "part-0", "part-0_5", "gated"}
+    for name, row in means.items():
+        if name != "base":
+            runs = [
+                sum(d["kl"] * d["n_tokens"] for d in mine) / sum(d["n_tokens"] for d in mine)
+                for mine in ([d for d in drifts if d["model"] == run] for run in (name, f"{name}-seed1"))
+            ]
+            assert row["n_seeds"] == 2
+            assert row["text"] == pytest.approx(sum(runs) / 2)
+    assert 0 < means["part-0_5"]["text"] < means["full"]["text"]
+    assert {(row["seeds_a"], row["seeds_b"]) for row in found["equal_hearing"]} == {(2, 2)}
+    pairs = {frozenset((row["method_a"], row["method_b"])) for row in found["equal_hearing"]}
+    assert pairs == {frozenset(pair) for pair in (("full", "part"), ("gated", "part"))}
 
 
 @pytest.mark.parametrize(
@@ -253,6 +318,7 @@ def test_a_blend_of_a_given_model_and_of_each_training_run(run: Path, inputs: Pa
     [
         ({"kind": "blend", "of": "full", "scale": 0, "layers": [1, 2]}, "layers names 2, which is none"),
         ({"kind": "blend", "of": "full", "scale": 0, "layers": []}, "layers names no layer"),
+        ({"kind": "blend", "of": "full", "norm_of": "full"}, "norm_of and of are both full"),
         ({"kind": "peft", "peft": {"peft_type": "boft"}}, "nearest that it has is 'BOFT'"),
         ({"kind": "peft", "peft": {"peft_type": "OFT", "block": 4}}, "no key 'block'; the nearest is"),
         ({"kind": "peft", "peft": {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}}, "cannot become part of"),

@@ -486,6 +486,10 @@ def test_importance_and_deactivate_say_what_they_computed_in(models: Path, tmp_p
     options = deactivate.Options(model, scores, QUESTIONS, tmp_path / "off", limit=3, random_seeds=1, device="cpu")
     lines = list(deactivate.run(options))
     assert f"computed in float32 ({EXACT})" in lines
+    with pytest.raises(UserError, match="scores holds scores already; delete the folder or write elsewhere"):
+        list(importance.run(importance.Options("no/model", QUESTIONS, scores)))
+    with pytest.raises(UserError, match="off holds a deactivation already"):
+        list(deactivate.run(replace(options, limit=2)))
     for record in read_json(tmp_path / "off" / "records.json"):
         assert record["compute"] == {"dtype": "float32", "reason": EXACT, "scores": "float32"}
 

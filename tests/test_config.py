@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from palimpsest.files import UserError
 from palimpsest.models.prompts import PRESETS, PromptStyle
 from palimpsest.planning.plan import PUBLISHED_ROWS
 
-RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 MINIMAL: dict[str, Any] = {
     "name": "x",
     "models": {"language_model": "a", "encoder": "b"},
@@ -42,6 +44,28 @@ def test_every_recipe_builds_and_says_how_it_is_run(path: Path) -> None:
     assert "command" in header
     assert "hardware" in header
     assert parse_config(yaml.safe_load(dump_config(config)), "dump") == config
+
+
+def leaves(section: Any, *path: Any) -> Iterator[tuple[Any, ...]]:
+    if not isinstance(section, (dict, list)):
+        yield path
+        return
+    for key, value in section.items() if isinstance(section, dict) else enumerate(section):
+        yield from leaves(value, *path, key)
+
+
+def test_the_first_recipe_of_the_documentation_has_what_is_required_and_no_more() -> None:
+    page = (ROOT / "docs" / "training.md").read_text()
+    text = page.split("## A first recipe")[1].split("```yaml\n")[1].split("```")[0]
+    assert parse_config(yaml.safe_load(text), "first").methods["full"].learning_rate == 2e-5
+    for *parents, last in leaves(yaml.safe_load(text)):
+        without = yaml.safe_load(text)
+        section = without
+        for key in parents:
+            section = section[key]
+        del section[last]
+        with pytest.raises(UserError, match=r"^first: "):
+            parse_config(without, "first")
 
 
 @pytest.mark.parametrize(
@@ -74,6 +98,14 @@ def test_an_unknown_key_names_the_nearest_one(path: str, near: str) -> None:
 def test_values_out_of_range_name_the_key(path: str, value: Any) -> None:
     with pytest.raises(UserError, match=path.replace(".", r"\.")):
         parse_config(changed(path, value), "recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("path", "value"), [("deactivation.scope", 3), ("speech.voice", 3), ("deactivation.scope", {})]
+)
+def test_a_value_of_another_type_names_the_key_alone(path: str, value: Any) -> None:
+    with pytest.raises(UserError, match=rf"^r: {path}: Input should be"):
+        parse_config(changed(path, value), "r")
 
 
 @pytest.mark.parametrize(

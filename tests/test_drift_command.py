@@ -141,6 +141,10 @@ def test_what_is_refused_before_a_model_is_loaded(models: Path, tmp_path: Path, 
         run(models, tmp_path / "a", "lora", text=str(models / "none.txt"))
     with pytest.raises(UserError, match="nothing is not a folder"):
         run(models, tmp_path / "a", "nothing")
+    bare = tmp_path / "bare"
+    tiny_llama(1).save_pretrained(bare)
+    with pytest.raises(UserError, match=r"bare has no tokenizer \(tokenizer\.json …\); copy .* into it\.$"):
+        run(models, tmp_path / "a", "lora", str(bare))
     assert loads == []
     assert not (tmp_path / "a").exists()
     run(models, tmp_path / "b", "lora", text=None)

@@ -176,7 +176,7 @@ def test_a_question_that_is_refused_fails_alone_and_is_asked_again(task: str, tm
         ),
         (refusal(403), "set OPENAI_API_KEY to a key that it takes"),
         ((307, {}), "answered 307"),
-        ((200, "<html>A web page</html>"), "answered none of 4 questions, the last because the endpoint sent no JSON"),
+        ((200, "{cut"), "answered none of 4 questions, the last because the endpoint sent no JSON"),
         ((200, {"choices": []}), r"none of 4 questions, the last because the endpoint sent no chat completion: \{"),
         (refusal(503, "loading"), r"none of 4 questions, the last because the endpoint answered 503 .*\(loading\)"),
         (
@@ -214,6 +214,24 @@ def test_who_is_not_there_and_what_is_not_served(task: str, tmp_path: Path) -> N
     assert not (tmp_path / "out" / "results-text.json").exists()
 
 
+def test_a_web_page_in_place_of_answers_is_not_asked_again(task: str, tmp_path: Path, no_waiting: list[float]) -> None:
+    with chat_server(lambda messages, n: (200, "\n<!doctype html><html>")) as server:
+        with pytest.raises(EndpointError, match=r"v1: the endpoint sent a web page .*\. To go on, .*correct --url"):
+            evaluated(server.url, task, tmp_path / "out")
+        assert len(server.requests) <= 4, "those that were under way"
+    assert no_waiting == []
+
+
+def test_the_remedy_for_late_answers_is_the_option(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*_: Any) -> Any:
+        raise NoReply("the endpoint did not answer within 1 seconds.", late=True)
+
+    monkeypatch.setattr("palimpsest.evaluation.remote.complete", late)
+    said = r"within 1 seconds\. Raise --url-timeout, or lower --concurrency, and run again"
+    with chat_server(lambda messages, n: "yes") as server, pytest.raises(EndpointError, match=said):
+        evaluated(server.url, task, tmp_path / "out")
+
+
 def test_an_answer_that_is_late_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     wait = time.monotonic() + 0.5
 
@@ -222,8 +240,10 @@ def test_an_answer_that_is_late_is_no_answer(monkeypatch: pytest.MonkeyPatch) ->
             pass
         return "late"
 
-    with chat_server(slow) as server, plain_session(), pytest.raises(NoReply, match=r"not answer within 0\.1 seconds"):
-        complete(Endpoint(server.url, "tiny", timeout=0.1), [{"role": "user", "content": "?"}])
+    with chat_server(slow) as server, plain_session():
+        with pytest.raises(NoReply, match=r"not answer within 0\.1 seconds") as raised:
+            complete(Endpoint(server.url, "tiny", timeout=0.1), [{"role": "user", "content": "?"}])
+        assert raised.value.late
 
 
 def test_cut_thoughts_and_an_answer_without_text() -> None:

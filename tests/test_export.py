@@ -231,6 +231,26 @@ def test_the_card_says_what_the_run_says(run: Path) -> None:
     assert yaml.safe_load(recipe)["methods"]["low"]["rank"] == 2
 
 
+def test_a_second_training_run_has_the_card_of_its_method(run: Path, tmp_path: Path) -> None:
+    config = yaml.safe_load((run / "study.yaml").read_text())
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({**config, "seeds": 2}))
+    (tmp_path / "results.json").write_text(json.dumps({"qa": [qa("low", "text", 22), qa("low-seed1", "text", 23)]}))
+    for name in ("low", "low-seed1", "stray"):
+        (tmp_path / "methods" / name).mkdir(parents=True)
+        (tmp_path / "methods" / name / "checkpoint").symlink_to(run / "methods/low/checkpoint")
+    export.export(tmp_path, method="low-seed1", text_llm=tmp_path / "text")
+    card = (tmp_path / "text/README.md").read_text()
+    assert "# tiny: low-seed1" in card
+    assert "| Method | `low`: low-rank updates" in card
+    assert "; training run 2 of 2 |" in card
+    assert "23 of 40" in card
+    assert "22 of 40" not in card
+    (recipe,) = re.findall(r"```yaml\n(.*?)```", card, flags=re.S)
+    assert yaml.safe_load(recipe)["methods"]["low"]["rank"] == 2
+    # Of a method that is not in the recipe the run says nothing.
+    assert "lies outside a run directory" in card_of(tmp_path, "text_llm", "stray")
+
+
 def test_a_card_takes_no_text_for_markup_and_names_no_folder() -> None:
     study = {
         "name": "my `study`",

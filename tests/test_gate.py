@@ -153,19 +153,46 @@ def test_interrupted_and_resumed_gives_the_same_weights(models: Path, setup: Any
     assert all(torch.equal(expected[name], value) for name, value in resumed.state_dict().items())
 
 
+def test_weights_in_sixteen_bits_stay_the_bases_and_come_back_from_their_folder(
+    models: Path, setup: Any, tmp_path: Path
+) -> None:
+    examples, collator = setup
+    base, _ = load_language_model(str(models / "llm"), dtype="bfloat16")
+    encoder, _ = load_encoder(str(models / "whisper"), dtype="bfloat16")
+    expected = {name: value.clone() for name, value in base.state_dict().items()}
+    model = SpeechLM.from_parts(encoder, base, adaptor_hidden_size=24, seed=0)
+    train(model, examples, collator, GATED, replace(SETTINGS, epochs=1), tmp_path, name="it")
+    text, speech = batches(setup)
+    base, _ = load_language_model(str(models / "llm"), dtype="bfloat16")
+    assert all(torch.equal(value, expected[name]) for name, value in base.state_dict().items())
+    assert torch.equal(logits(model, text), logits(base, text))
+    heard = logits(model, speech)
+    assert heard.dtype == torch.bfloat16
+    updates = [p for name, p in model.language_model.named_parameters() if "lora_B" in name]
+    assert all(bool(p.any()) for p in updates)
+    written(model, models, setup[1].processor, tmp_path, dtype="bfloat16")
+    found, _ = load_speech_lm(tmp_path, dtype="auto")
+    assert torch.equal(logits(found, text), logits(base, text))
+    assert torch.equal(logits(found, speech), heard)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Light folders
 # ---------------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def light(models: Path, setup: Any, gated: tuple[SpeechLM, Path]) -> Path:
     model, folder = gated
+    return written(model, models, setup[1].processor, folder)
+
+
+def written(model: SpeechLM, models: Path, processor: SpeechLMProcessor, folder: Path, dtype: str = "float32") -> Path:
     names = {key: str(models / name) for key, name in (("language_model", "llm"), ("encoder", "whisper"))}
     parts = {"language_model": load_language_model, "encoder": load_encoder}
     write_light(
         folder,
         model,
-        setup[1].processor,
-        **{key: (names[key], load(names[key])[0]) for key, load in parts.items()},
+        processor,
+        **{key: (names[key], load(names[key], dtype=dtype)[0]) for key, load in parts.items()},
         adapter=folder / "adapter",
         trained={},
         exact=True,

@@ -231,6 +231,16 @@ def test_lora_has_no_second_copy_of_the_base(setup: Setup) -> None:
     assert not any(parameter.requires_grad for parameter in copied.parameters())
 
 
+def test_a_copy_in_host_memory_is_the_same_model_and_shares_nothing() -> None:
+    model = tiny_llama()
+    made = keeping.copied(model, "cpu")
+    assert made.lm_head.weight is made.model.embed_tokens.weight
+    ids = torch.arange(10, 30)[None]
+    assert torch.equal(made(ids).logits, model(ids).logits)
+    theirs = {tensor.data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
+    assert not theirs & {tensor.data_ptr() for tensor in [*made.parameters(), *made.buffers()]}
+
+
 # -- the pull ---------------------------------------------------------------------------------------------------------
 def one_step(method: Method, keep: Keep | None = None) -> tuple[dict[str, torch.Tensor], ...]:
     """(base, before the step, gradients, after it) of the language model, by canonical name; plain gradient descent."""

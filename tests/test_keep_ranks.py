@@ -19,7 +19,7 @@ from palimpsest.training.methods import Method
 from palimpsest.training.remedies import Distill, Pull, Slow
 from palimpsest.training.settings import Settings
 from palimpsest.training.train import train
-from ranks import find_each_other, start_ranks
+from ranks import find_each_other, written_by_ranks
 from test_keep import scores
 from test_training_distributed import CUT, SETTINGS, WORLD, assert_same, inputs, make_examples, stop_at_5
 from tiny import tiny_speech_lm
@@ -30,9 +30,12 @@ METHODS = {
     "full": Method("full", RATE, distill=Distill(temperature=2.0), pull=Pull(5.0, "fisher"), slow=Slow(0.1, scale=0.5)),
     "frozen": Method("full", RATE, pull=Pull(1.0), slow=Slow(0.2)),
     "lora": Method("lora", RATE, rank=2, distill=Distill()),
+    "inserted": Method("inserted", RATE, new_layers=1, distill=Distill()),
+    "gated": Method("lora", RATE, rank=2, gate="speech"),
+    "oft": Method("peft", RATE, peft={"peft_type": "OFT", "oft_block_size": 4}),
 }
 LAYOUTS = ("replicas", "sharded")
-CASES, MORE = ("full", "lora"), ("frozen",)
+CASES, MORE = ("full", "lora", "inserted"), ("frozen", "gated", "oft")
 
 
 def run(
@@ -73,19 +76,8 @@ def interrupted(inputs: Path, out: Path) -> None:
     assert_same(expected, resumed, 0.0)
 
 
-@pytest.fixture(scope="module")
-def out(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return start(inputs, tmp_path_factory.mktemp("ranks"), more=False)
-
-
-@pytest.fixture(scope="module")
-def more_out(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return start(inputs, tmp_path_factory.mktemp("more"), more=True)
-
-
-def start(inputs: Path, folder: Path, *, more: bool) -> Path:
-    start_ranks(work, str(inputs), str(folder), more, world=WORLD)
-    return folder
+out = written_by_ranks(work, False, world=WORLD)
+more_out = written_by_ranks(work, True, world=WORLD)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

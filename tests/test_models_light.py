@@ -296,7 +296,7 @@ def test_what_has_no_light_form_is_refused(models: Path, checkpoint: Path, small
     with pytest.raises(UserError, match=r"not .*llm with the low-rank updates .*up_proj\.weight differs"):
         export.export(full, light=out, **names)
     shutil.rmtree(full / "adapter")  # nothing left to explain how it came to be
-    with pytest.raises(UserError, match="only methods of kind adaptor and lora"):
+    with pytest.raises(UserError, match="only methods of kind adaptor, lora and inserted"):
         export.export(full, light=out, **names)
     other = changed(models / "whisper", "encoder.layers.0.fc1.weight", tmp_path / "other")
     with pytest.raises(UserError, match=r"encoder of the checkpoint is not .*other"):

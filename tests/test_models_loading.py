@@ -258,6 +258,12 @@ def test_json_that_is_no_object_is_one_sentence(models: Path, name: str, content
         load_text_model(str(models / "llm"))
 
 
+def test_a_mistyped_folder_is_named_where_the_hub_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"^There is no folder mine/modle, and the hub, .* is switched off .*; correct"):
+        load_text_model("mine/modle")
+
+
 HUB = """
 import sys
 from pathlib import Path

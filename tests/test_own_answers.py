@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 
 from palimpsest import parallel
@@ -27,7 +24,8 @@ from palimpsest.study import steps
 from palimpsest.study.run import Study, steps_of
 from palimpsest.study.workspace import Workspace
 from ranks import find_each_other, start_ranks
-from tiny import save_tiny_models, tiny_llama, tiny_speech_lm, tiny_tokenizer
+from tiny import tiny_llama, tiny_speech_lm, tiny_tokenizer
+from tiny_study import write_inputs
 
 
 @pytest.mark.parametrize(
@@ -119,17 +117,12 @@ WIKI = "\n\n".join(f"Paragraph {i} says {'that ' * i}." for i in range(6))
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny models, of which the language model has learned to say what SAYS has; noise for speech."""
-    folder = tmp_path_factory.mktemp("inputs")
-    save_tiny_models(folder)
-    rng = np.random.default_rng(0)
     questions = [f"{kind}{i}?" for i in range(4) for kind in SAYS]
-    for split, chosen in (("train", questions), ("heldout", ["A9?", "B9?"])):
-        rows = []
-        for i, question in enumerate(chosen):
-            soundfile.write(folder / f"{split}{i}.wav", rng.normal(0, 0.1, 6_400 + 800 * (i % 3)), 16_000)
-            about = {"id": f"{split}{i}", "question": question, "answer": f"It is {i}.", "audio": f"{split}{i}.wav"}
-            rows.append(about)
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
+    splits = {
+        split: [(question, f"It is {i}.") for i, question in enumerate(chosen)]
+        for split, chosen in (("train", questions), ("heldout", ["A9?", "B9?"]))
+    }
+    folder = write_inputs(tmp_path_factory.mktemp("inputs"), splits, lambda i: 6_400 + 800 * (i % 3))
     (folder / "wiki.txt").write_text(WIKI)
     model, processor = tiny_speech_lm()
     said = [Example(f"q{i}", q, ("x",), SAYS[q[0]]) for i, q in enumerate(questions)]

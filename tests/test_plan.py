@@ -183,6 +183,18 @@ def test_importance_is_planned_and_refused_with_the_keys_that_make_room(tmp_path
     assert "where base/importance" in str(refusal(*plan_with(batch_size=1)))
 
 
+def test_what_points_of_curves_do_not_measure_is_not_planned_for_them(tmp_path: Path) -> None:
+    curve = {"full": {"kind": "full", "over": {"learning_rate": [1e-5, 1e-4]}}}
+
+    def weights(frontier: list[str]) -> dict[str, int]:
+        plan = make_plan(load_config(recipe(tmp_path, methods=curve, frontier={"measure": frontier})), Assumptions())
+        return {step.name: step.parts["weights"] for step in plan.steps}
+
+    base_alone, all_measured = weights([]), weights(["importance", "deactivation"])
+    assert all_measured.keys() - base_alone.keys() == {"methods/NAME/importance"}
+    assert base_alone["deactivation"] == base_alone["base/importance"] < all_measured["deactivation"]
+
+
 def test_drift_has_two_models_and_both_their_logits(tmp_path: Path) -> None:
     values = yaml.safe_load(recipe(tmp_path).read_text())
     path = tmp_path / "drift.yaml"

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```sh\n(.*?)```", README, flags=re.S)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
+PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.S)
 LONG = ("make demo", "palimpsest study", "palimpsest report")
 AFTER_THE_DEMO = ("--audio question.wav", "palimpsest export")
 
@@ -61,15 +63,29 @@ def test_the_study_the_report_and_a_spoken_question(tmp_path: Path) -> None:
     assert (tmp_path / "runs/lora-speech/README.md").exists()
 
 
+def test_the_script_with_the_callback_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import palimpsest
+    from tiny import tiny_llama, tiny_tokenizer
+
+    monkeypatch.setattr(palimpsest, "load_language_model", lambda name: (tiny_llama(), tiny_tokenizer()))
+    monkeypatch.chdir(tmp_path)
+    fewer = PYTHON[0].replace("max_steps=200", "max_steps=2").replace("every=100", "every=2")
+    names = {"texts": [f"Text {i}." for i in range(4)]}
+    exec(fewer, names)
+    watching: Any = names["watching"]
+    assert [measured.step for measured in watching.history] == [0, 2]
+    assert watching.history[-1].logged()["retention_kl_plain"] > 0
+
+
 def test_the_python_example_runs() -> None:
     import torch
 
     from tiny import tiny_llama
 
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    example = PYTHON[1]
     ids = torch.randint(5, 300, (2, 8), generator=torch.Generator().manual_seed(0))
     batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}]
-    names = {"model": tiny_llama(), "batches": batches, "torch": torch}
+    names = {"model": tiny_llama(), "batches": batches}
     exec(example, names)
     optimizer = names["optimizer"]
     assert sorted({round(group["scale"], 3) for group in optimizer.param_groups}) == [0.6, 1.0]

@@ -31,7 +31,7 @@ from palimpsest.training import trainer
 from palimpsest.training.batching import EpochBatches
 from palimpsest.training.methods import Method
 from palimpsest.training.phases import phases_of
-from palimpsest.training.remedies import REPLAYED, Replay
+from palimpsest.training.remedies import REPLAYED, Distill, Replay
 from palimpsest.training.replay import MixedBatches, TextRow, collate_text, fitting, places, text_batches
 from palimpsest.training.settings import AdaptorFirst, Settings
 from palimpsest.training.train import train
@@ -59,12 +59,13 @@ def run(
     settings: Settings = SETTINGS,
     lr: float = 1e-2,
     dropout: float = 0,
+    distill: Distill | None = None,
     **more: Any,
 ) -> Any:
     examples, collator = setup
     model, _ = tiny_speech_lm()
     folder.mkdir(parents=True, exist_ok=True)
-    method = Method(kind, learning_rate=lr, rank=2, dropout=dropout, replay=HALF)  # type: ignore[arg-type]
+    method = Method(kind, learning_rate=lr, rank=2, dropout=dropout, replay=HALF, distill=distill)  # type: ignore[arg-type]
     records = train(model, examples, collator, method, settings, folder, name=kind, replay=TEXT, **more)
     return model, records
 
@@ -127,6 +128,13 @@ def test_rows_above_the_budget_are_cut_and_too_few_are_refused() -> None:
         fitting([], 4, 8)
 
 
+def test_options_of_the_other_kind_of_text_are_told() -> None:
+    with pytest.raises(ValueError, match=r"window is of a source of text, which replay.text 'own' is not"):
+        Replay(window=8)
+    with pytest.raises(ValueError, match=r"n_texts is of text of the base's own"):
+        Replay(text="wiki.txt", n_texts=8)
+
+
 def test_what_is_read_and_what_is_learned() -> None:
     batch = collate_text([TextRow("a", (1, 5, 6), (7, 2)), TextRow("b", (1,), (8, 9))])
     assert batch["input_ids"].tolist() == [[1, 5, 6, 7, 2], [1, 8, 9, 0, 0]]
@@ -178,6 +186,7 @@ def test_the_loss_of_a_mixed_step_has_its_part_of_text(setup: Any, tmp_path: Pat
 
 
 BUDGET = dataclasses.replace(SETTINGS, batch_size=4, max_tokens=160)
+BOTH = Distill(speech=0.5, text=1.0, labels=0.5)
 MIDDLE = 5  # the second step of the second epoch
 
 
@@ -212,14 +221,17 @@ def test_interrupted_and_resumed_gives_the_same_weights(
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_goes_on_with_the_same_weights(setup: Any, tmp_path: Path) -> None:
-    whole, whole_records = run(setup, tmp_path / "whole", "full")
+    """Of the base, from which is distilled, the killed process left nothing: it is taken anew."""
+    whole, whole_records = run(setup, tmp_path / "whole", "full", distill=BOTH)
     (tmp_path / "setup.pickle").write_bytes(pickle.dumps(setup))
     here = str(Path(__file__).parent)
     code = f"import sys; sys.path.insert(0, {here!r})\nimport test_replay\ntest_replay.killed({str(tmp_path)!r})"
     done = forked("import torch, transformers.trainer", code)
     assert done.returncode == -signal.SIGKILL, done.stderr
     steps: list[int] = []
-    resumed, records = run(setup, tmp_path / "cut", "full", progress=lambda done, _: steps.append(done))
+    resumed, records = run(
+        setup, tmp_path / "cut", "full", distill=BOTH, progress=lambda done, _: steps.append(done)
+    )  # fmt: skip
     assert steps == [MIDDLE, 6]
     assert same(whole, resumed)
     assert records == whole_records
@@ -231,7 +243,8 @@ def killed(folder: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     torch.set_num_threads(1)
-    run(pickle.loads((Path(folder) / "setup.pickle").read_bytes()), Path(folder) / "cut", "full", progress=stop)
+    setup = pickle.loads((Path(folder) / "setup.pickle").read_bytes())
+    run(setup, Path(folder) / "cut", "full", distill=BOTH, progress=stop)
 
 
 def test_another_text_is_another_training(setup: Any, tmp_path: Path) -> None:

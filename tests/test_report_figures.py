@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 
 from palimpsest.files import UserError, write_json
 from palimpsest.report.charts import _paper_like
-from palimpsest.report.figures import FIGURES, draw, write_figure, write_figures
+from palimpsest.report.figures import FIGURES, draw, may_lack, why_not, write_figure, write_figures
 from palimpsest.report.heatmaps import _representative, short_name
 from palimpsest.report.inputs import Inputs, read_inputs
 from palimpsest.report.style import _LOOKS, _OTHERS, WIDTH, look, model_legend, style, to_inline_svg, to_svg
@@ -51,6 +52,19 @@ def test_without_data_there_is_no_figure_and_an_old_one_goes(tmp_path: Path) -> 
     (tmp_path / "figures" / "training.svg").write_text("of an earlier state of the run")
     assert write_figures(tmp_path) == []
     assert not (tmp_path / "figures" / "training.svg").exists()
+
+
+def test_where_nothing_was_asked_in_speech_the_plane_is_not_missing(inputs: Inputs) -> None:
+    typed = [row for row in inputs.results["qa"] if row["modality"] == "text"]
+    for qa, lacking in ((typed, True), ([], False), (inputs.results["qa"], False)):
+        given = replace(inputs, results={**inputs.results, "qa": qa})
+        assert may_lack("t2t_s2t", given) == lacking
+        assert (why_not("t2t_s2t", given) == "Nothing was asked in speech in this run.") == lacking
+
+
+def test_where_no_method_is_called_full_its_figure_is_not_missing(inputs: Inputs) -> None:
+    for methods, lacking in (({"theirs": {"kind": "given"}}, True), ({"full": {}, "x": {}}, False), (None, False)):
+        assert may_lack("figure2", replace(inputs, config={**inputs.config, "methods": methods})) == lacking
 
 
 def test_an_unknown_name_lists_the_known_ones(run: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -30,7 +29,7 @@ from palimpsest.report.page import render, tables_of
 from palimpsest.report.summary import points_of
 from palimpsest.study.run import Study, run_study
 from report_fixture import make_run
-from tiny import save_tiny_models
+from tiny_study import numbered, write_inputs
 
 T2 = 4.302652729911275  # t of 2 degrees of freedom at 97.5 %, from a table
 
@@ -402,17 +401,8 @@ def test_runs_stand_behind_their_method() -> None:
 # ------------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("inputs")
-    save_tiny_models(folder)
-    rng = np.random.default_rng(0)
-    for split, n in (("train", 24), ("heldout", 4)):
-        rows = [
-            {"id": f"{split}{i}", "question": f"What is {i}?", "answer": f"It is {i}.", "audio": f"{split}{i}.wav"}
-            for i in range(n)
-        ]
-        for i, row in enumerate(rows):
-            soundfile.write(folder / row["audio"], rng.normal(0, 0.1, 6_400 + 800 * (i % 3)), 16_000)
-        write_jsonl(folder / f"{split}.jsonl", rows)
+    splits = numbered(24, 4, "What is {i}?", "It is {i}.")
+    folder = write_inputs(tmp_path_factory.mktemp("inputs"), splits, lambda i: 6_400 + 800 * (i % 3))
     source = {split: {"source": str(folder / f"{split}.jsonl"), "split": split} for split in ("train", "heldout")}
     return {
         "name": "tiny",

@@ -13,9 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
@@ -37,7 +35,7 @@ from palimpsest.report import figures, page
 from palimpsest.study import steps, workspace
 from palimpsest.study.run import Study, run_study
 from palimpsest.ui.asking import open_panel
-from tiny import save_tiny_models
+from tiny_study import numbered, write_inputs
 
 METHODS = ("full", "layer_lr", "lora")
 
@@ -45,19 +43,8 @@ METHODS = ("full", "layer_lr", "lora")
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny checkpoints and manifests with noise for speech."""
-    folder = tmp_path_factory.mktemp("inputs")
-    save_tiny_models(folder)
-    rng = np.random.default_rng(0)
-    for split, n in (("train", 24), ("heldout", 6)):
-        rows = []
-        for i in range(n):
-            name = f"{split}{i}.wav"
-            soundfile.write(folder / name, rng.normal(0, 0.1, 6_400 + 800 * (i % 5)), 16_000)
-            rows.append(
-                {"id": f"{split}{i}", "question": f"What is {split} {i}?", "answer": f"It is {i}.", "audio": name}
-            )
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    splits = numbered(24, 6, "What is {split} {i}?", "It is {i}.")
+    return write_inputs(tmp_path_factory.mktemp("inputs"), splits, lambda i: 6_400 + 800 * (i % 5))
 
 
 def recipe(inputs: Path, **changes: Any) -> dict[str, Any]:

@@ -7,9 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -24,7 +22,8 @@ from palimpsest.report import figures, page
 from palimpsest.rundir import RunDir
 from palimpsest.study.results import collect
 from palimpsest.study.run import Study, run_study
-from tiny import save_tiny_models, tiny_llama, tiny_tokenizer
+from tiny import tiny_llama, tiny_tokenizer
+from tiny_study import numbered, write_inputs
 
 N_TRAIN, N_HELDOUT = 8, 4
 
@@ -32,8 +31,8 @@ N_TRAIN, N_HELDOUT = 8, 4
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny models, a speech LLM of them (`whole`, and as a light folder `light`), and manifests of noise."""
-    folder = tmp_path_factory.mktemp("inputs")
-    save_tiny_models(folder)
+    splits = numbered(N_TRAIN, N_HELDOUT, "{split} {i}?", "{i}.")
+    folder = write_inputs(tmp_path_factory.mktemp("inputs"), splits)
     language_model, tokenizer = load_language_model(str(folder / "llm"))
     encoder, extractor = load_encoder(str(folder / "whisper"))
     model = SpeechLM.from_parts(encoder, language_model, adaptor_hidden_size=24, seed=7)
@@ -42,15 +41,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     SpeechLMProcessor(tokenizer, extractor).save_pretrained(folder / "whole")
     names = {"language_model": str(folder / "llm"), "encoder": str(folder / "whisper")}
     export.export(folder / "whole", light=folder / "light", **names)
-    rng = np.random.default_rng(0)
-    for split, n in (("train", N_TRAIN), ("heldout", N_HELDOUT)):
-        rows = []
-        for i in range(n):
-            soundfile.write(folder / f"{split}{i}.wav", rng.normal(0, 0.1, 6_400 + 800 * i), 16_000)
-            rows.append(
-                {"id": f"{split}{i}", "question": f"{split} {i}?", "answer": f"{i}.", "audio": f"{split}{i}.wav"}
-            )
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 

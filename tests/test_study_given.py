@@ -7,9 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import soundfile
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -22,7 +20,8 @@ from palimpsest.planning.plan_text import plan_recipe
 from palimpsest.report import figures, page
 from palimpsest.study.run import Study, run_study
 from test_importance_any_model import ARCHITECTURES
-from tiny import VOCAB, save_tiny_models, tiny_llama, tiny_tokenizer
+from tiny import VOCAB, tiny_llama, tiny_tokenizer
+from tiny_study import numbered, write_inputs
 
 WEIGHTS = ("layers", "shift", "clustering", "clustering_summary", "delta", "mask_overlap")
 BY_MODEL = ("deactivation", "perplexity", "qa", "qa_floors", "probe")
@@ -39,18 +38,7 @@ def nothing_is_drawn() -> Any:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tiny models, and manifests with noise for speech."""
-    folder = tmp_path_factory.mktemp("inputs")
-    save_tiny_models(folder)
-    rng = np.random.default_rng(0)
-    for split, n in (("train", 12), ("heldout", 6)):
-        rows = []
-        for i in range(n):
-            soundfile.write(folder / f"{split}{i}.wav", rng.normal(0, 0.1, 6_400 + 800 * i), 16_000)
-            rows.append(
-                {"id": f"{split}{i}", "question": f"{split} {i}?", "answer": f"{i}.", "audio": f"{split}{i}.wav"}
-            )
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return write_inputs(tmp_path_factory.mktemp("inputs"), numbered(12, 6, "{split} {i}?", "{i}."))
 
 
 def recipe(inputs: Path, methods: dict[str, Any], *, encoder: bool = True, **changes: Any) -> dict[str, Any]:

@@ -142,9 +142,15 @@ def test_an_audio_llm_against_its_text_base(inputs: Path, tmp_path: Path) -> Non
     assert {row["id"]: row["response"] for row in rows} == expected
 
 
-@pytest.mark.parametrize("kind", ["voxtral", "granite_speech"])
+def needs_torchaudio(*_: Any, **__: Any) -> None:
+    raise ImportError("GraniteSpeechFeatureExtractor requires the torchaudio library")
+
+
+@pytest.mark.parametrize(
+    ("kind", "processor"), [("voxtral", lambda *_, **__: Deaf()), ("granite_speech", needs_torchaudio)]
+)
 def test_audio_llms_whose_processors_need_packages(
-    inputs: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    inputs: Path, tmp_path: Path, kind: str, processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes = {"vocab_size": VOCAB, "max_position_embeddings": 512, "pad_token_id": 0}
     text = {**AUDIO_LLMS[kind]["text_config"], **changes}
@@ -158,12 +164,14 @@ def test_audio_llms_whose_processors_need_packages(
     with torch.no_grad():
         scored_parameters(model)[name] *= 1.5
     model.save_pretrained(audio)
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda *_, **__: Deaf())
+    monkeypatch.setattr(AutoProcessor, "from_pretrained", processor)
     options = diagnose.Options(str(base), [str(audio)], tmp_path / "run", data=str(inputs / "train.jsonl"), quick=True)
-    study = Study(diagnose.study_of(options), tmp_path / "run")
+    notes: list[str] = []
+    study = Study(diagnose.study_of(options, notes.append), tmp_path / "run")
     study.check()
+    assert [note.split(":")[0] for note in notes] == [f"{audio} is not asked in speech"]
     assert study.ws.config.asked_as("audio") == ["text"]
-    assert study.ws.given_notes["audio"][-1].endswith("is asked in text alone, as the recipe says.")
+    assert study.ws.given_notes["audio"][-1] == "audio takes speech and is asked in text alone."
     weights = study.ws.weights("audio")
     changed = [key for key, weight in study.ws.weights("base").items() if not torch.equal(weight, weights[key])]
     assert changed == [name]
@@ -213,6 +221,18 @@ def test_adapters_on_adapters(inputs: Path, tmp_path: Path) -> None:
         require_pair(str(inputs / "llm"), below)
 
 
+def test_who_stops_a_study_is_told_that_it_continues(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(study: Study) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Study, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(study_of(inputs, inputs / "llm", {"same": inputs / "llm"}), tmp_path / "run")
+    assert f"note: stopped; the same command continues in {tmp_path / 'run'}." in capsys.readouterr().err
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 def test_slips_of_the_command(inputs: Path, tmp_path: Path) -> None:
     llm = str(inputs / "llm")
@@ -220,6 +240,30 @@ def test_slips_of_the_command(inputs: Path, tmp_path: Path) -> None:
         diagnose.study_of(diagnose.Options(llm, [llm], inputs / "llm"))
     with pytest.raises(UserError, match="is given twice"):
         diagnose.study_of(diagnose.Options(llm, [llm, f"{llm}/"], tmp_path))
+
+
+def test_the_limits_of_the_command_reach_the_recipe(inputs: Path, tmp_path: Path) -> None:
+    llm = str(inputs / "llm")
+    made = diagnose.study_of(diagnose.Options(llm, [llm], tmp_path, limit=5, max_new_tokens=7))
+    assert made.evaluation.max_new_tokens == 7
+    assert made.drift is not None
+    assert made.data.heldout is not None
+    limits = [made.data.train.limit, made.data.heldout.limit, *(task.limit for task in made.evaluation.tasks)]
+    assert {made.importance.n_examples, made.deactivation.n_examples, made.drift.own_text.n_texts, *limits} == {5}
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["m/adapter", "m/merged/"], ["m-adapter", "m-merged"]),
+        (["m", "m/merged", "x/m"], ["m", "m-merged", "m-2"]),
+        (["base + m/adapter-5", "m/merged-5"], ["m-adapter-5", "m-merged-5"]),
+        (["m/checkpoint-5", "m/checkpoint-10"], ["m-5", "m-10"]),
+        (["base/merged", "base/adapter", "base"], ["base-merged", "base-adapter", "base-tuned"]),
+    ],
+)
+def test_models_in_one_folder_have_names_that_tell_them_apart(paths: list[str], names: list[str]) -> None:
+    assert diagnose.names_of(paths) == names
 
 
 def test_the_speech_llm_that_comes_in_a_wheel_takes_speech() -> None:

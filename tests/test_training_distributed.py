@@ -26,7 +26,7 @@ from palimpsest.training import distributed
 from palimpsest.training.batching import EpochBatches
 from palimpsest.training.methods import Method
 from palimpsest.training.train import AdaptorFirst, Settings, train
-from ranks import find_each_other, start_ranks
+from ranks import find_each_other, written_by_ranks
 from tiny import tiny_speech_lm
 
 WORLD = 2
@@ -167,19 +167,8 @@ def make_examples_without_features(folder: Path) -> list[Example]:
     return [Example(f"e{i}", f"Question {i}?", (f"A{i}",), "A", folder / f"{i}.wav") for i in range(7)]
 
 
-@pytest.fixture(scope="module")
-def out(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return start(inputs, tmp_path_factory.mktemp("ranks"), more=False)
-
-
-@pytest.fixture(scope="module")
-def more_out(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return start(inputs, tmp_path_factory.mktemp("more"), more=True)
-
-
-def start(inputs: Path, folder: Path, *, more: bool) -> Path:
-    start_ranks(work, str(inputs), str(folder), more, world=WORLD)
-    return folder
+out = written_by_ranks(work, False, world=WORLD)
+more_out = written_by_ranks(work, True, world=WORLD)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

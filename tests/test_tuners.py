@@ -10,7 +10,8 @@ import torch
 from peft import PeftModel
 
 from palimpsest.files import UserError
-from palimpsest.training.methods import Method, add_lora, merge_lora, method_scales, require_mergeable, tuner_parameters
+from palimpsest.training.methods import Method, add_lora, added_parameters, merge_lora, method_scales, require_mergeable
+from palimpsest.training.remedies import Distill
 from palimpsest.training.train import Settings, train
 from palimpsest.training.tuners import require_merging, tuner_config
 from spoken import spoken
@@ -44,7 +45,7 @@ def test_the_merged_model_is_the_tuned_one(kind: str) -> None:
     add_lora(model, method(kind))
     require_merging(model.language_model)
     trained = [it for it in model.language_model.parameters() if it.requires_grad]
-    assert sum(it.numel() for it in trained) == tuner_parameters(tiny_llama(), method(kind)) > 0
+    assert sum(it.numel() for it in trained) == added_parameters(tiny_llama(), method(kind)) > 0
     torch.manual_seed(0)
     for parameter in trained:
         parameter.data += 0.05 * torch.randn_like(parameter)
@@ -88,6 +89,25 @@ def test_what_peft_does_not_take_is_told(method: Method, message: str) -> None:
     model, _ = tiny_speech_lm()
     with pytest.raises(UserError, match=message):
         add_lora(model, method)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"kind": "full", "targets": ("q_proj",)}, "targets belongs to kind lora and peft; full does not use it"),
+        ({"kind": "layer_lr", "dropout": 0.1}, "dropout belongs to kind lora"),
+        ({"kind": "lora", "lambda_": 0.1}, "lambda_ belongs to kind layer_lr"),
+        ({"kind": "peft", "rank": 4, "peft": {"peft_type": "VERA"}}, r"options stand under the key peft"),
+        (
+            {"kind": "peft", "peft": {"peft_type": "LORA", "bias": "all"}, "distill": Distill()},
+            "trains biases of the base",
+        ),
+    ],
+)
+def test_a_key_that_its_kind_does_not_use_is_told(keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Method(**keys)
+    Method("full", rank=4)  # as in recipes that give it to every kind
 
 
 def test_targets_are_those_of_lora_unless_a_tuner_is_about_others() -> None:

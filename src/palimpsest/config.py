@@ -23,6 +23,7 @@ from palimpsest.data.filters import Filters
 from palimpsest.data.in_loop import FramesWanted
 from palimpsest.data.splits import Split, TaskSplit
 from palimpsest.evaluation.drift_settings import Drift
+from palimpsest.evaluation.tasks import NewTokensOption
 from palimpsest.files import UserError, differences, in_words
 from palimpsest.models.compute import DEVICE, Compute, WeightDtype
 from palimpsest.models.given import is_audio_llm, takes_speech
@@ -43,7 +44,7 @@ class Models:
     asr: str | None = None  # the cascade's recogniser; none: no cascade
     adaptor: str | None = None  # a speech LLM whose adaptor every method starts from; none: a fresh one
     dtype: WeightDtype = "float32"  # of the weights
-    # Of the runs: whole models, or of adaptor and lora what was trained alone, beside the names of what it belongs to.
+    # Of the runs: whole models, or of adaptor, lora and inserted what was trained alone, beside the names of the rest.
     checkpoints: Literal["whole", "light"] = "whole"
     compute: Compute = "auto"  # of matrix products; auto: bfloat16 where the device multiplies it faster
     device: str = "auto"  # "auto": CUDA if there is one, else CPU
@@ -147,7 +148,7 @@ class EvaluationTask(TaskSplit):
 @dataclass(frozen=True)
 class Evaluation:
     tasks: Annotated[tuple[EvaluationTask, ...], MinLen(1)]
-    max_new_tokens: Annotated[int, Ge(1)] = 64
+    max_new_tokens: NewTokensOption = 64
     batch_size: Annotated[int, Ge(1)] = 16
     probe: bool = True  # the retention probe of every model: seconds each
     text_asr: bool = False  # also ask the tuned models the recogniser's transcripts; needs models.asr
@@ -156,6 +157,7 @@ class Evaluation:
 # What can be left out after the first run of a method; clustering: with it parameter change and overlap of masks.
 SeedMeasure = Literal["importance", "clustering", "deactivation", "probe", "drift"]
 SEED_MEASURES: tuple[SeedMeasure, ...] = ("importance", "clustering", "deactivation", "probe")  # drift: if asked for
+LIGHT = ("adaptor", "lora", "inserted")  # kinds of method that have a light checkpoint
 OF_WEIGHTS: tuple[SeedMeasure, ...] = ("importance", "clustering", "deactivation")
 
 
@@ -262,6 +264,8 @@ class StudyConfig(BaseModel):
                 kinds = ("blend", "adaptor")
                 if other is not None and (self.methods[other].kind in kinds or self.gated(other)):
                     raise ValueError(f"methods.{name} is of {other}, which changes no weights of its own; name another")
+                if other is not None and self.methods[other].kind == "inserted":
+                    raise ValueError(f"methods.{name} is of {other}, which adds layers to the base's; name another")
             if name == BASE:
                 raise ValueError(f"the method name {name!r} must be letters, digits, - and _, and not {BASE!r}")
             _require_name("method", name)
@@ -335,9 +339,10 @@ class StudyConfig(BaseModel):
     def measures(self, run: str, what: SeedMeasure) -> bool:
         """Whether a run is measured in a way that may be left out after a method's first, and of a curve's points.
 
-        Of a model that answers texts as its base does there is nothing to say of the weights behind them.
+        Of a model that answers texts as its base does there is nothing to say of the weights behind them. One with
+        inserted layers has all of the base's as they were, and others beside them that the base does not have.
         """
-        if run != BASE and what in OF_WEIGHTS and self.gated(run):
+        if run != BASE and what in OF_WEIGHTS and (self.gated(run) or self.runs[run].kind == "inserted"):
             return False
         if run != BASE and self.runs[run].curve is not None and what not in self.frontier.measure:
             return False
@@ -375,12 +380,13 @@ class StudyConfig(BaseModel):
         return run if of is None else run_name(of, self.number_of(run))
 
     def kept_light(self, run: str) -> bool:
-        """Whether a run's checkpoint holds only what was trained; full and layer_lr train all there is.
+        """Whether a run's checkpoint holds only what was trained; full and layer_lr train all there is, and of peft's
+        tuners a light folder holds LoRA alone.
 
         Of a gated LoRA always: there are no weights that it could be merged into.
         """
         method = self.runs[run]
-        return method.gate != "none" or (self.models.checkpoints == "light" and method.kind in ("adaptor", "lora"))
+        return method.gate != "none" or (self.models.checkpoints == "light" and method.kind in LIGHT)
 
     def takes_speech(self, run: str) -> bool:
         """Whether a model can be asked through frames of the study's encoder: not one tuned on text, and the base only

@@ -105,6 +105,12 @@ LOCK = ".lock"  # a file in a folder while a process writes there: who, where, s
 _held: set[Path] = set()  # a process's own locks, which the system does not hold against itself
 
 
+def require_unwritten(file: Path, what: str) -> None:
+    """Raise UserError if `file`, the last that a command writes, is there: it may have taken long to make."""
+    if file.exists():
+        raise UserError(f"{file.parent} holds {what} already; delete the folder or write elsewhere.")
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Within the block this process alone writes into `folder`, which is made if need be; a kill ends that too.

@@ -7,6 +7,7 @@ it here. An unknown key is an error that names the nearest known one; a value ou
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -18,6 +19,8 @@ from typing_extensions import TypedDict
 from palimpsest.files import UserError
 
 T = TypeVar("T")
+# Where a value may be of several types, pydantic names in its location which of them it tried.
+TRIED = re.compile(r"(str|int|float|bool|list|tuple|dict)(\[.*\])?")
 UNKNOWN = ("extra_forbidden", "unexpected_keyword_argument")
 
 
@@ -36,7 +39,7 @@ def checked(kind: type[T], values: Mapping[str, Any], origin: str) -> T:
     except ValidationError as error:
         first = error.errors()[0]
         location = first["loc"][1:]
-        where = ".".join(str(part) for part in location)
+        where = ".".join(part for part in map(str, location) if not TRIED.fullmatch(part))
         if first["type"] in UNKNOWN:
             near = nearest(str(location[-1]), _keys_at(kind, location[:-1]))
             raise UserError(f"{origin}: there is no key {where!r}; the nearest known key is {near!r}.") from error

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import soundfile
 import yaml
 
-from tiny import save_tiny_models, tiny_speech_lm
+from tiny import tiny_speech_lm
+from tiny_study import numbered
+from tiny_study import write_inputs as write_tiny_inputs
 
 METHODS = ("full", "layer_lr", "lora")
 
@@ -32,18 +32,10 @@ class Job:
 
 def write_inputs(folder: Path) -> None:
     """Tiny checkpoints and a speech LLM, manifests with noise for speech, a table of questions, and a recipe."""
-    save_tiny_models(folder)
+    splits = numbered(24, 6, "What is {split} {i}?", "It is {i}.")
+    write_tiny_inputs(folder, splits, lambda i: 64_000 + 1_600 * (i % 5))
     for part in tiny_speech_lm():
         part.save_pretrained(folder / "speech_lm")
-    rng = np.random.default_rng(0)
-    for split, n in (("train", 24), ("heldout", 6)):
-        rows = []
-        for i in range(n):
-            name = f"{split}{i}.wav"
-            soundfile.write(folder / name, rng.normal(0, 0.1, 64_000 + 1_600 * (i % 5)), 16_000)
-            row = {"id": f"{split}{i}", "question": f"What is {split} {i}?", "answer": f"It is {i}.", "audio": name}
-            rows.append(row)
-        _write_lines(folder / f"{split}.jsonl", rows)
     text = [{"id": f"t{i}", "question": f"What is {i} and {i + 1}?", "answer": f"{2 * i + 1}"} for i in range(30)]
     _write_lines(folder / "text.jsonl", text)
     recipe = {

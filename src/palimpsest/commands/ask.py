@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from annotated_types import Ge
 from typing_extensions import Doc
 
+from palimpsest.evaluation.tasks import NewTokensOption
 from palimpsest.files import UserError
 from palimpsest.models import MODEL
 from palimpsest.models.compute import ComputeOption, DeviceOption, DtypeOption
@@ -33,7 +33,7 @@ class Options:
     ] = "embedded:smollm2-135m-speech"
     audio: Annotated[Path | None, Doc("The question as a recording (wav, flac, …; up to 30 s).")] = None
     text: Annotated[str | None, Doc("The question as text.")] = None
-    max_new_tokens: Annotated[int, Ge(1)] = 64
+    max_new_tokens: NewTokensOption = 64
     device: DeviceOption = "auto"
     dtype: DtypeOption = None
     compute: ComputeOption = "auto"

@@ -11,10 +11,12 @@ from typing import Annotated, Any
 from annotated_types import Ge
 from typing_extensions import Doc
 
-from palimpsest.files import UserError, write_json
+from palimpsest.files import UserError, require_unwritten, write_json
 from palimpsest.models import MODEL
 from palimpsest.models.compute import ComputeOption, DeviceOption, DtypeOption
 from palimpsest.progress import Reporter
+
+RECORDS = "records.json"
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Options:
     model: Annotated[str, Doc(f"The model that was scored. {MODEL}")]
     scores: Annotated[Path, Doc("Folder written by `palimpsest importance`.")]
     data: Annotated[str, Doc("Question set with answers to measure perplexity on.")]
-    out: Annotated[Path, Doc("Folder for records.json.")]
+    out: Annotated[Path, Doc("New folder for records.json.")]
     split: Annotated[str, Doc("Split of the data.")] = "heldout"
     limit: Annotated[int | None, Ge(1)] = None
     ratios: Annotated[str, Doc("Shares of the weights to zero, ascending, comma-separated.")] = "0.03"
@@ -54,6 +56,7 @@ def run(options: Options) -> Iterator[str]:
     from palimpsest.models.compute import choose_compute
     from palimpsest.models.loading import choose_device, load_text_model, reading_notes
 
+    require_unwritten(options.out / RECORDS, "a deactivation")
     try:
         ratios = [float(ratio) for ratio in options.ratios.split(",")]
     except ValueError as error:
@@ -82,7 +85,7 @@ def run(options: Options) -> Iterator[str]:
         )
     made_in = scores.metadata.get("compute", "float32")
     about = {"compute": {**asdict(compute), "scores": made_in}}
-    write_json(options.out / "records.json", [{**record, **about} for record in records])
+    write_json(options.out / RECORDS, [{**record, **about} for record in records])
     yield from reading_notes(options.model)
     for record in records:
         label = record["condition"] + ("" if record["seed"] is None else f" (seed {record['seed']})")

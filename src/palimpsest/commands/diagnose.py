@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,9 +14,11 @@ from annotated_types import Ge
 from typing_extensions import Doc
 
 from palimpsest.commands.demo import RECIPES
+from palimpsest.evaluation.tasks import NewTokensOption
 from palimpsest.files import UserError
 from palimpsest.models.adapters import CONFIG, JOIN
 from palimpsest.models.compute import ComputeOption, DeviceOption, DtypeOption
+from palimpsest.progress import Reporter
 from palimpsest.records import BASE
 
 if TYPE_CHECKING:
@@ -44,8 +47,13 @@ class Options:
         default_factory=list
     )
     text: Annotated[str | None, Doc("General text whose loss is measured too: a file or set as for drift.")] = None
-    limit: Annotated[int | None, Ge(2), Doc("At most so many questions for each measurement.")] = None
-    quick: Annotated[bool, Doc("Fewer questions: to see that it works.")] = False
+    limit: Annotated[
+        int | None,
+        Ge(2),
+        Doc("At most so many questions and own texts for a measurement; the probe keeps its pairs."),
+    ] = None
+    max_new_tokens: NewTokensOption = 64
+    quick: Annotated[bool, Doc("Fewer questions and own texts: to see that it works.")] = False
     speech: Annotated[bool, Doc("Ask speech LLMs the questions spoken too.")] = True
     device: DeviceOption = "auto"
     dtype: DtypeOption = None
@@ -60,14 +68,22 @@ def run(options: Options) -> Iterator[str]:
     from palimpsest.report.summary import in_short
     from palimpsest.study.run import run_study
 
-    report = run_study(study_of(options), options.out, changed=options.changed)
-    if started_first():
+    first = started_first()
+    reporter = Reporter(0, quiet=not first)
+    config = study_of(options, reporter.note)
+    for name, method in config.methods.items():
+        reporter.note(f"{name} is {method.checkpoint}")
+    report = run_study(config, options.out, changed=options.changed)
+    if first:
         yield from in_short(read_inputs(options.out))
         yield f"Report: {report}"
 
 
-def study_of(options: Options) -> StudyConfig:
-    """The study that is run: the demo's measurements, of models that are given."""
+def study_of(options: Options, note: Callable[[str], None] = lambda sentence: None) -> StudyConfig:
+    """The study that is run: the demo's measurements, of models that are given.
+
+    note: gets a sentence for each model that takes speech and cannot be asked in it.
+    """
     import yaml
 
     from palimpsest.config import parse_config
@@ -106,30 +122,46 @@ def study_of(options: Options) -> StudyConfig:
     }
     for section in ("importance", "deactivation"):
         recipe[section]["n_examples"] = _at_most(options.limit, recipe[section]["n_examples"])
-    _ask_recordings(recipe, options.speech)
+    _ask_recordings(recipe, options.speech, note)
     if options.speech:
-        _add_speech(recipe)
+        _add_speech(recipe, note)
     return parse_config(recipe, "what diagnose makes of its options")
 
 
 def names_of(tuned: Sequence[str]) -> list[str]:
     """A name for each model, of letters, digits, - and _: the last part of its path that says whose it is.
 
+    Where that is one folder of several models, what follows it tells them apart.
+
     >>> names_of(["runs/a/methods/full/checkpoint", "me/Llama-3.2-1B-speech", "out/checkpoint-500", "b/full"])
     ['full', 'Llama-3_2-1B-speech', 'out-500', 'full-2']
+    >>> names_of(["m/adapter", "m/merged"])
+    ['m-adapter', 'm-merged']
     """
+    found = [_told_by(path) for path in tuned]
+    folders = Counter((folder, name) for folder, name, _ in found)
     names: list[str] = []
-    for path in tuned:
-        parts = [part for part in re.split(r"[/\\:]", path.rpartition(JOIN)[2]) if part.strip(".~ ")]
-        number = ""
-        while len(parts) > 1 and (untelling := UNTELLING.fullmatch(parts[-1])):
-            number = number or untelling[1]
-            parts.pop()
-        name = re.sub(r"[^A-Za-z0-9_-]+", "_", parts[-1] if parts else "").strip("_") or "tuned"
-        name = f"{name}-{number}" if number else f"{name}-tuned" if name == BASE else name
+    for folder, name, after in found:
+        if after and folders[folder, name] > 1:
+            name = f"{_in_letters(folder[-1:])}-{_in_letters(after)}"
+        name = f"{name}-tuned" if name == BASE else name
         same = sum(known == name or re.fullmatch(rf"{re.escape(name)}-\d+", known) is not None for known in names)
         names.append(f"{name}-{same + 1}" if name in names else name)
     return names
+
+
+def _told_by(path: str) -> tuple[tuple[str, ...], str, tuple[str, ...]]:
+    """(the parts of a path up to the last one that says whose it is, the name by it, the parts after it)."""
+    parts = [part for part in re.split(r"[/\\:]", path.rpartition(JOIN)[2]) if part.strip(".~ ")]
+    n, number = len(parts), ""
+    while n > 1 and (untelling := UNTELLING.fullmatch(parts[n - 1])):
+        number, n = number or untelling[1], n - 1
+    name = _in_letters(parts[n - 1 : n])
+    return tuple(parts[:n]), f"{name}-{number}" if number else name, tuple(parts[n:])
+
+
+def _in_letters(parts: Sequence[str]) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", "-".join(parts)).strip("_") or "tuned"
 
 
 def _questions(options: Options, of_demo: dict[str, Any]) -> dict[str, Any]:
@@ -154,30 +186,30 @@ def _questions(options: Options, of_demo: dict[str, Any]) -> dict[str, Any]:
     for name, source in zip(names_of([FILE.sub("", it) for it in sources]), sources, strict=True):
         split = "heldout" if source == FACTS else options.split if source == options.data else "test"
         tasks.append({"name": name, "source": source, "split": split, "limit": _at_most(limit, task["limit"])})
-    return {"data": {**data, "decontaminate": False}, "evaluation": {**evaluation, "tasks": tasks}}
+    evaluation = {**evaluation, "tasks": tasks, "max_new_tokens": options.max_new_tokens}
+    return {"data": {**data, "decontaminate": False}, "evaluation": evaluation}
 
 
-def _ask_recordings(recipe: dict[str, Any], wanted: bool) -> None:
+def _ask_recordings(recipe: dict[str, Any], wanted: bool, note: Callable[[str], None]) -> None:
     """Audio LLMs are asked in speech where it is wanted and their processor is to be had; the check notes which."""
-    from palimpsest.models.given import is_audio_llm
-
-    for method in recipe["methods"].values():
-        if is_audio_llm(method["checkpoint"]) and not (wanted and _has_processor(method["checkpoint"])):
-            method["modality"] = "text"
-
-
-def _has_processor(audio_llm: str) -> bool:
     from palimpsest.evaluation.audio_llm import require_place_for_audio
+    from palimpsest.models.given import is_audio_llm
     from palimpsest.models.loading import load_audio_processor
 
-    try:
-        require_place_for_audio(load_audio_processor(audio_llm))
-    except UserError:
-        return False
-    return True
+    for method in recipe["methods"].values():
+        if not is_audio_llm(method["checkpoint"]):
+            continue
+        if not wanted:
+            method["modality"] = "text"
+            continue
+        try:
+            require_place_for_audio(load_audio_processor(method["checkpoint"]))
+        except UserError as error:
+            method["modality"] = "text"
+            note(f"{method['checkpoint']} is not asked in speech: {error}")
 
 
-def _add_speech(recipe: dict[str, Any]) -> None:
+def _add_speech(recipe: dict[str, Any], note: Callable[[str], None]) -> None:
     """The encoder and prompts of the first model that takes speech; one that takes it otherwise is asked in text."""
     from palimpsest.models.given import encoder_of, require_same_speech, speech_settings, takes_speech
 
@@ -192,8 +224,12 @@ def _add_speech(recipe: dict[str, Any]) -> None:
     for method in listening[1:]:
         try:
             require_same_speech(encoder, stack_factor, length, method["checkpoint"])
-        except UserError:  # the study's check notes that it is asked in text alone
+        except UserError:  # whose remedies are those of a recipe
             method["modality"] = "text"
+            note(
+                f"{method['checkpoint']} is not asked in speech: {first}, given before it, takes speech otherwise; to "
+                "have it asked, diagnose it alone."
+            )
 
 
 def _at_most(limit: int | None, n: int) -> int:

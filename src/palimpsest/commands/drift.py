@@ -55,7 +55,7 @@ def _run(options: Options) -> Iterator[str]:
     """
     from palimpsest.data.texts import read_texts
     from palimpsest.models.compute import choose_compute
-    from palimpsest.models.loading import choose_device, fingerprint, reading_notes
+    from palimpsest.models.loading import choose_device, fingerprint, load_tokenizer, reading_notes
 
     if twice := sorted(name for name in set(options.tuned) if options.tuned.count(name) > 1):
         raise UserError(f"{twice[0]} is given twice; give every tuned model once.")
@@ -63,6 +63,8 @@ def _run(options: Options) -> Iterator[str]:
     texts = None if given.text is None else read_texts(given.text, given.split, given.limit)
     names = [options.base, *options.tuned]
     prints = {name: fingerprint(name) for name in names}
+    for name in names:
+        load_tokenizer(name)  # one that is not there is said before the base writes
     device = choose_device(options.device)
     compute = choose_compute(options.compute, device, weights=options.dtype or "float32", exact=True)
     n_steps = 1 + len(options.tuned) + (0 if texts is None else len(prints))

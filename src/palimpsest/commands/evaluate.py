@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge
 from typing_extensions import Doc
 
+from palimpsest.evaluation.tasks import NewTokensOption
 from palimpsest.files import UserError, hash_value, locked, write_json
 from palimpsest.models import MODEL
 from palimpsest.models.compute import Choice, ComputeOption, DeviceOption, DtypeOption
@@ -49,7 +50,7 @@ class Options:
     modality: Annotated[Modality, Doc("How the questions are put.")] = "text"
     asr: Annotated[str, Doc("Recogniser of the cascade.")] = "embedded:whisper-tiny.en"
     limit: Annotated[int | None, Ge(1), Doc("Only the first questions.")] = None
-    max_new_tokens: Annotated[int, Ge(1)] = 64
+    max_new_tokens: NewTokensOption = 64
     batch_size: Annotated[int, Ge(1), Doc("Questions after which answers are on disk.")] = 16
     url: Annotated[
         str | None, Doc("Ask the model behind an OpenAI-compatible endpoint: the base of the API, http://HOST:8000/v1.")

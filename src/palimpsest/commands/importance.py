@@ -10,6 +10,7 @@ from typing import Annotated
 from annotated_types import Ge
 from typing_extensions import Doc
 
+from palimpsest.files import require_unwritten
 from palimpsest.models import MODEL
 from palimpsest.models.compute import ComputeOption, DeviceOption, DtypeOption
 from palimpsest.progress import Reporter
@@ -24,7 +25,7 @@ class Options:
 
     model: Annotated[str, Doc(MODEL)]
     data: Annotated[str, Doc("Question set with answers: facts or a manifest.")]
-    out: Annotated[Path, Doc("Folder for the scores.")]
+    out: Annotated[Path, Doc("New folder for the scores.")]
     split: Annotated[str, Doc("Split of the data.")] = "train"
     limit: Annotated[int | None, Ge(1), Doc("Only so many examples.")] = None
     batch_size: Annotated[int, Ge(1)] = 8
@@ -44,10 +45,12 @@ def run(options: Options) -> Iterator[str]:
     from palimpsest.data.collate import Collator, batches
     from palimpsest.data.sources import load_examples
     from palimpsest.importance.estimate import estimate_importance
+    from palimpsest.importance.scores import SCORES_FILE
     from palimpsest.models.compute import choose_compute
     from palimpsest.models.loading import choose_device, load_text_model, reading_notes
     from palimpsest.training.methods import layer_totals
 
+    require_unwritten(options.out / SCORES_FILE, "scores")
     examples = load_examples(options.data, options.split, options.limit)
     reductions, offload = tuple(options.reductions.split(",")), options.offload
     device, dtype = choose_device(options.device), options.dtype or "float32"

@@ -34,13 +34,23 @@ class NoReply(Exception):
     """A request came to nothing; the message, the end of a sentence with its full stop, says why."""
 
     def __init__(
-        self, reason: str, *, status: int | None = None, pause: float = 0.0, again: bool = True, there: bool = True
+        self,
+        reason: str,
+        *,
+        status: int | None = None,
+        pause: float = 0.0,
+        again: bool = True,
+        there: bool = True,
+        late: bool = False,
+        page: bool = False,
     ) -> None:
         super().__init__(reason)
         self.status = status  # of HTTP, where there was an answer that is no success
         self.pause = pause  # seconds that the server asks to wait
         self.again = again  # whether the same request may be answered later
         self.there = there  # whether anybody was reached
+        self.late = late  # whether it took longer than the endpoint's timeout
+        self.page = page  # whether there was a web page in place of it: of another server, or of one that is busy
 
 
 @dataclass(frozen=True)
@@ -136,7 +146,7 @@ def complete(endpoint: Endpoint, messages: Sequence[Mapping[str, Any]], max_toke
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise NoReply(f"the endpoint sent no chat completion: {json.dumps(reply)[:80]}.") from error
     if not isinstance(text, str | None):
-        raise NoReply("the endpoint sent a completion whose content is no text.")
+        raise NoReply("the endpoint sent a completion whose content is no text.", again=False)
     if text is not None:  # a server that counts in UTF-16 may cut a character in half, which no file can hold
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     usage = reply.get("usage")
@@ -206,9 +216,11 @@ def plain_session() -> Iterator[None]:
 
 def _require_success(response: Any) -> None:
     """Before the hub's own reading of statuses, which takes every host for the hub."""
-    if response.is_success:
-        return
     response.read()
+    if response.is_success:
+        if response.text.lstrip().startswith("<"):
+            raise NoReply("the endpoint sent a web page where JSON belongs.", page=True)
+        return
     seconds = response.headers.get("retry-after", "").strip()
     raise NoReply(
         f"the endpoint answered {response.status_code} {response.reason_phrase}{_said(response)}.",
@@ -239,7 +251,7 @@ def _failures(endpoint: Endpoint) -> Iterator[None]:
     try:
         yield
     except errors.InferenceTimeoutError as error:
-        raise NoReply(f"the endpoint did not answer within {endpoint.timeout:g} seconds.") from error
+        raise NoReply(f"the endpoint did not answer within {endpoint.timeout:g} seconds.", late=True) from error
     except transport as error:
         there = type(error).__name__ not in ("ConnectError", "ConnectTimeout")
         raise NoReply(f"the endpoint could not be reached ({error or type(error).__name__}).", there=there) from error

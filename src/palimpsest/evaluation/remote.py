@@ -21,6 +21,7 @@ from palimpsest.data.examples import Example
 from palimpsest.evaluation.answers import Answer, Answerer
 from palimpsest.evaluation.endpoint import (
     PASSING,
+    Completion,
     Endpoint,
     EndpointError,
     NoReply,
@@ -76,7 +77,19 @@ def endpoint_answerer(
     Raises EndpointError, from the answerer, where asking on is no use: a refused key, an unknown model, nobody there,
     or no answer to any of several questions.
     """
-    answered = False
+    answered = an_api = False  # an_api: anything but web pages has come
+
+    def asked(messages: list[dict[str, Any]]) -> Completion:
+        nonlocal an_api
+        try:
+            found = complete(endpoint, messages, max_new_tokens)
+        except NoReply as error:
+            if error.page and not an_api:  # of another server: it will not change
+                raise NoReply(str(error), again=False, there=False) from error
+            an_api = an_api or error.there
+            raise
+        an_api = True
+        return found
 
     def ask(stopped: threading.Event, modality: Modality, example: Example) -> Answer | NoReply:
         try:
@@ -85,7 +98,7 @@ def endpoint_answerer(
             return Answer("", 0, error=str(error))
         try:
             found = retried(
-                partial(complete, endpoint, messages, max_new_tokens),
+                partial(asked, messages),
                 attempts=endpoint.attempts,
                 pause=endpoint.pause,
                 stopped=stopped.is_set,
@@ -111,9 +124,11 @@ def endpoint_answerer(
         if len(failures) == len(found):
             of_the_endpoint = any(one.status not in OF_THE_QUESTION for one in failures)
             if (len(found) > 1) + (not answered) + of_the_endpoint >= 2:  # one thing alone may be chance
+                last = failures[-1]
+                remedy = "Raise --url-timeout, or lower --concurrency," if last.late else "Correct that"
                 raise EndpointError(
                     f"{endpoint.model} at {endpoint.place} answered none of {len(found)} questions, the last because "
-                    f"{failures[-1]} Correct that and run again; answers had before are kept."
+                    f"{last} {remedy} and run again; answers had before are kept."
                 )
         answered = answered or any(isinstance(one, Answer) and one.error is None for one in found)
         return [Answer("", 0, error=_sentence(one)) if isinstance(one, NoReply) else one for one in found]

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge
+from typing_extensions import Doc
 
 from palimpsest.data.examples import Example
 from palimpsest.evaluation.scoring import METRIC_VERSION, METRICS, PRIMARY, words
 from palimpsest.files import UserError, hash_value
+
+NewTokensOption = Annotated[int, Ge(1), Doc("Most new tokens of an answer; a longer one is cut.")]
 
 TASK_VERSION = "1"  # raised whenever the same examples would be put to a model in another way
 

@@ -80,8 +80,8 @@ def export(
         text_llm: the language model alone, with its tokenizer, for AutoModelForCausalLM and AutoTokenizer.
         speech_lm: the whole SpeechLM with its processor, for AutoModel(ForCausalLM) and AutoProcessor.
         adapter: the low-rank updates alone, for peft; methods of kind lora and peft only.
-        light: adaptor and low-rank updates beside the names of language model and encoder, for palimpsest; methods of
-            kind adaptor and lora only.
+        light: what was trained alone beside the names of language model and encoder, for palimpsest; methods of
+            kind adaptor, lora and inserted only.
         language_model, encoder: those names, for `light` from a checkpoint outside a run.
         sources: JSON list of rows with `kind`, `utterances` and `licence`, and `voice` if known: what the training data
             was made of, for the cards.
@@ -300,6 +300,8 @@ def _write_light(
     )
     updates = f" and LoRA of rank {read_json(adapter)['r']}" if adapter.exists() else ""
     updates += ", on where there is speech," if model.gated else ""
+    if n_new := light_folder.read_light(folder).new_layers:
+        updates += f" and {n_new} inserted layers"
     tensors = [tensor for file in folder.rglob("*.safetensors") for tensor in load_file(file).values()]
     return Facts(
         sum(tensor.numel() for tensor in tensors),

@@ -18,6 +18,7 @@ import palimpsest
 from palimpsest.evaluation.scoring import PRIMARY
 from palimpsest.files import read_json, read_jsonl, without_folders
 from palimpsest.models.embedded import MODELS, PREFIX, SHIPPED
+from palimpsest.records import method_of
 from palimpsest.report.public import JOIN, public
 from palimpsest.report.table import inline_markdown
 
@@ -32,13 +33,16 @@ WHAT = {
     "adapter": "The low-rank updates (LoRA) that speech training made to a language model. They change the language "
     "model alone: to hear, it also needs the encoder and the adaptor of the whole speech LLM.",
     "light": "What speech training added to a language model, without the model itself: the adaptor and, if the model "
-    "was tuned, low-rank updates (LoRA). palimpsest makes the speech LLM of these, the language model and the encoder.",
+    "was tuned, low-rank updates (LoRA) or inserted layers. palimpsest makes the speech LLM of these, the language "
+    "model and the encoder.",
 }
 METHODS = {
     "full": "all weights of the language model and the adaptor trained (Full-FT)",
     "layer_lr": "all weights trained, each layer at a learning rate set by its importance (Eq. 3 of arXiv 2509.23755)",
     "lora": "low-rank updates of the language model (LoRA, merged into its weights) and the adaptor trained",
     "peft": "the adaptor and a tuner of peft trained, which is merged into the weights of the language model",
+    "inserted": "layers inserted between those of the language model (block expansion) and the adaptor trained, all "
+    "else as it was",
     "blend": "no training: a part of what the method `of` changed (base + scale · change), its adaptor whole",
     "adaptor": "the adaptor trained, the language model frozen",
 }
@@ -81,11 +85,14 @@ THIS = "this model"
 def study_of(run: Path | None, method: str | None) -> Study:
     """What the card needs of a run: its study.yaml, and `method`, `n_train`, `voices` and `qa` (rows of results.json).
 
-    Empty for a checkpoint outside a run. study.yaml is read as plain YAML: a run of an older version also has a card.
+    method: the name of a training run, of the first that of its method. Empty for a checkpoint outside a run, or in one
+    whose recipe does not have the method. study.yaml is read as plain YAML: a run of an older version also has a card.
     """
     if run is None or not (run / "study.yaml").exists():
         return {}
     config = yaml.safe_load((run / "study.yaml").read_text(encoding="utf-8"))
+    if method is not None and _method_of(config["methods"], method)[0] not in config["methods"]:
+        return {}
     manifest, results = run / "data" / "train.jsonl", run / "results.json"
     train = read_jsonl(manifest) if manifest.exists() else []
     return {
@@ -95,6 +102,11 @@ def study_of(run: Path | None, method: str | None) -> Study:
         "voices": sorted({row.get("voice") or "recording" for row in train}),
         "qa": read_json(results)["qa"] if results.exists() else [],
     }
+
+
+def _method_of(methods: Mapping[str, Any], run: str) -> tuple[str, int]:
+    """(method, number of its training run, from 0)"""
+    return (run, 0) if run in methods else method_of(run)
 
 
 def model_card(kind: Kind, facts: Facts, study: Study, more: Additions = NOTHING) -> str:
@@ -178,13 +190,15 @@ def _made_of(facts: Facts, study: Study) -> str:
     if facts.encoder is not None:
         rows.append(("Speech encoder", f"{part(facts.encoder).label}, frozen"))
     if study:
-        method = study["methods"][study["method"]]
+        name, number = _method_of(study["methods"], study["method"])
+        method, n_runs = study["methods"][name], study.get("seeds") or 1
+        which = "" if n_runs == 1 else f"; training run {number + 1} of {n_runs}"
         start = study["models"].get("adaptor")
         train = study["data"]["train"]
         count = f"{study['n_train']} questions of " if study["n_train"] else ""
         rows += [
             ("Adaptor started from", "" if start is None else part(start).label),
-            ("Method", f"`{study['method']}`: {METHODS.get(method['kind'], method['kind'])}"),
+            ("Method", f"`{name}`: {METHODS.get(method['kind'], method['kind'])}{which}"),
             ("Training data", f"{count}{_without_path(train['source'])}, split {train['split']}"),
             ("Voice of the questions", inline_markdown(", ".join(map(without_folders, study["voices"])))),
         ]
@@ -201,7 +215,8 @@ def _training(study: Study, notes: str) -> str:
         return (
             "This checkpoint lies outside a run directory: how it was trained and measured is not recorded beside it."
         )
-    methods, name = study["methods"], study["method"]
+    methods = study["methods"]
+    name, _ = _method_of(methods, study["method"])
     told = [*(other for key in ("of", "norm_of") if (other := methods[name].get(key))), name]
     given = {it: {key: value for key, value in methods[it].items() if value is not None} for it in told}
     recipe = {

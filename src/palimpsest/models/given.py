@@ -133,7 +133,8 @@ def _require_same_tokens(base: str, tuned: str, tokenizers: Sequence[Any]) -> No
         id, (here, there) = next(iter(found.items()))
         raise UserError(
             f"{tuned} has another tokenizer than {base}: {len(found):,} tokens differ, the first is {id}, {there!r} "
-            f"instead of {here!r}; give the base it was made from."
+            f"instead of {here!r}; give the base it was made from, or leave it out here (`palimpsest drift {base} "
+            f"{tuned} --text FILE` compares its loss on general text per byte)."
         )
 
 

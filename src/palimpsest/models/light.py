@@ -1,8 +1,9 @@
 """A light SpeechLM: only what was trained, beside the names and hashes of the models it was trained on.
 
-    light.json            language model and encoder (name, content hash), prompt, hashes of the two files below
+    light.json            language model and encoder (name, content hash), prompt, hashes of the files below
     adaptor.safetensors   the adaptor: matrices float16, biases and the buffers of its calibration float32
     adapter/              the low-rank updates in PEFT's format, float16, of a method of kind lora
+    inserted.safetensors  instead: the layers that a method of kind inserted has put between those there are
 
 A study that keeps its checkpoints light (`models.checkpoints`) has all numbers as they were trained, not in float16.
 `load_speech_lm` composes the SpeechLM again: language model, low-rank updates merged, encoder, adaptor. With a gate the
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from palimpsest.files import UserError, hash_file, read_json, write_json
-from palimpsest.models.anatomy import named_parameters, scored_parameters
+from palimpsest.models.anatomy import decoder_layers, named_parameters, scored_parameters
 from palimpsest.models.gate import close_gate
+from palimpsest.models.inserted import insert_layers, inserted_weights, numbers_of
 from palimpsest.models.prompts import PromptStyle
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from palimpsest.models.processor import SpeechLMProcessor
     from palimpsest.models.speech_lm import SpeechLM
 
-FILE, ADAPTOR = "light.json", "adaptor.safetensors"
+FILE, ADAPTOR, INSERTED = "light.json", "adaptor.safetensors", "inserted.safetensors"
 ADAPTER = Path("adapter", "adapter_model.safetensors")
 
 
@@ -58,6 +60,7 @@ class Light:
     date: str = PromptStyle.date  # of the prompts; folders of earlier versions do not name it
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     gate: Literal["none", "speech"] = "none"  # speech: the updates are for speech alone
+    new_layers: int = 0  # inserted into the language model
 
 
 def is_light(folder: Path) -> bool:
@@ -125,6 +128,8 @@ def compose(
             raise UserError(f"{folder} was trained with another {what} than {part.name} is here: the weights differ.")
     if light.gate == "none" and (folder / ADAPTER).exists():
         language_model = merged(language_model, folder / ADAPTER.parent)
+    if light.new_layers:
+        grow(language_model, light.new_layers, load_file(folder / INSERTED))
     adaptor = load_file(folder / ADAPTOR)
     model = SpeechLM.from_parts(
         encoder,
@@ -150,6 +155,19 @@ def merged(language_model: Any, adapter: Path) -> Any:
 
     dtype = language_model.dtype
     return PeftModel.from_pretrained(language_model.float(), str(adapter)).merge_and_unload().to(dtype)
+
+
+def grow(language_model: Any, n_new: int, weights: Mapping[str, Tensor]) -> None:
+    """Put so many layers, of these weights, into the language model, in place."""
+    import torch
+
+    numbers = insert_layers(language_model, n_new)
+    there = inserted_weights(language_model, numbers)
+    if there.keys() != weights.keys():
+        raise UserError(f"{INSERTED} does not hold the weights of {n_new} inserted layers; copy the folder again.")
+    with torch.no_grad():
+        for name, weight in there.items():
+            weight.copy_(weights[name])
 
 
 class LightWeights(Mapping[str, "Tensor"]):
@@ -220,12 +238,19 @@ def write_light(
     }
     if content_hash(model.encoder.named_parameters()) != parts["encoder"].content:
         raise UserError(f"The encoder of the checkpoint is not {encoder[0]}; name the one it was trained with.")
-    under = base if adapter is None or model.gated else merged(base, adapter)
+    n_new = 0 if model.gated else len(decoder_layers(model.language_model)) - len(decoder_layers(base))
+    under, inserted = base if adapter is None or model.gated else merged(base, adapter), {}
+    if n_new > 0:
+        inserted = inserted_weights(model.language_model, numbers_of(len(decoder_layers(base)), n_new))
+        grow(under, n_new, inserted)
     _require_made_of(model.language_model, under, name, adapter)
 
     stored = _as_it_is if exact else _stored
     save_file({key: stored(tensor) for key, tensor in model.adaptor.state_dict().items()}, folder / ADAPTOR)
     files = [ADAPTOR]
+    if inserted:
+        save_file({key: stored(tensor) for key, tensor in inserted.items()}, folder / INSERTED)
+        files.append(INSERTED)
     if adapter is not None:
         if adapter != folder / ADAPTER.parent:
             (folder / ADAPTER).parent.mkdir()
@@ -244,6 +269,7 @@ def write_light(
         date=processor.style.date,
         template_arguments=dict(processor.style.template_arguments),
         gate="speech" if model.gated else "none",
+        new_layers=max(n_new, 0),
         files={file: hash_file(folder / file) for file in files},
         trained=trained,
     )
@@ -275,5 +301,5 @@ def _require_made_of(trained: Any, expected: Any, name: str, adapter: Path | Non
         updates = "" if adapter is None else " with the low-rank updates beside the checkpoint"
         raise UserError(
             f"The language model of the checkpoint is not {name}{updates} ({key} differs), so it has no light form; "
-            "only methods of kind adaptor and lora have one."
+            "only methods of kind adaptor, lora and inserted have one."
         )

@@ -12,10 +12,11 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from safetensors import safe_open
@@ -26,8 +27,9 @@ from palimpsest.models.adapters import JOIN, Adapter, find_adapter, merge_adapte
 from palimpsest.models.anatomy import find_language_model, layer_index, scored_parameters
 from palimpsest.models.compute import DEVICE
 from palimpsest.models.gate import without_adapters
+from palimpsest.models.inserted import insert_layers
 from palimpsest.models.prompts import tokenizer_for_text
-from palimpsest.models.refusals import WEIGHT_FILES, file_refusal, folder_refusal, missing_parts
+from palimpsest.models.refusals import TOKENIZER, WEIGHT_FILES, file_refusal, folder_refusal, missing_parts
 from palimpsest.models.speech_layouts import Layout, has_language_model, put_own_weights, read_layout, what_is_read
 
 if TYPE_CHECKING:
@@ -297,12 +299,25 @@ def _commit(name: str) -> str:
 @cache
 def _hub_config(name: str) -> Path:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.constants import is_offline_mode
 
     try:
         return Path(hf_hub_download(name, "config.json"))
     except Exception as error:  # of the hub, of the network, of the name: they have no common kind
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name} is no local folder, and the hub does not give its config.json: {reason}") from error
+        if is_offline_mode():
+            raise UserError(
+                f"There is no folder {name}, and the hub, which may have a model of that name, is switched off "
+                "(HF_HUB_OFFLINE); correct the path, or unset that."
+            ) from error
+        raise UserError(
+            f"{name} is no local folder, and the hub does not give its config.json: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What a library says is wrong, in one line: its first, or all where that only announces the others."""
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return " ".join(lines) if lines[0].endswith(":") else lines[0]
 
 
 def _files_read(folder: Path) -> list[Path]:
@@ -560,7 +575,10 @@ def blank_language_model(name: str) -> PreTrainedModel:
         if model_kind(where) == "audio_llm":
             return getattr(transformers, config.architectures[0])._from_config(config)
         model = transformers.AutoModelForCausalLM.from_config(config)
-    return model.language_model if is_speech_lm(where) else model
+    language_model: PreTrainedModel = model.language_model if is_speech_lm(where) else model
+    if light.is_light(Path(name)) and (n_new := light.read_light(Path(name)).new_layers):
+        insert_layers(language_model, n_new)
+    return language_model
 
 
 def load_text_model(
@@ -584,10 +602,11 @@ def load_text_model(
         language_model, text_processor = load_text_model(source, dtype=dtype, device=device)
         return _blended(language_model, Path(where)), text_processor
     if kind == "audio_llm":
-        audio_llm, audio_processor = load_audio_llm(where, dtype=dtype, device=device)
+        audio_tokenizer = _tokenizer_without_audio(where)
+        audio_llm = _load_audio_model(where, dtype, device)
         if getattr(audio_llm.config, "has_lora_adapter", False) and getattr(audio_llm, "_hf_peft_config_loaded", False):
             audio_llm.disable_adapters()  # Granite Speech's is for audio; it does the same when it generates from text
-        return audio_llm, SpeechLMProcessor(tokenizer_for_text(audio_processor), None)
+        return audio_llm, SpeechLMProcessor(audio_tokenizer, None)
     if (adapter := find_adapter(where)) is not None:
         base, _ = load_language_model(adapter.base, device=_first_place(device))
         return _adapted(base, adapter, dtype, device), SpeechLMProcessor(load_tokenizer(where), None)
@@ -605,12 +624,29 @@ def load_audio_llm(
     Raises UserError for a model that takes no audio, for a class transformers does not have, and for a processor that
     needs a package which is not installed (Voxtral: mistral-common; Granite Speech: torchaudio).
     """
+    where = resolve(name)
+    _audio_class(where)
+    processor = load_audio_processor(where)
+    return _load_audio_model(where, dtype, device), processor
+
+
+def _load_audio_model(name: str, dtype: torch.dtype | str, device: str) -> PreTrainedModel:
+    where = resolve(name)
+    if (adapter := find_adapter(where)) is not None:
+        base = _load_audio_model(adapter.base, "float32", _first_place(device))
+        adapted: PreTrainedModel = _adapted(base, adapter, dtype, device)
+        return adapted
+    loaded: PreTrainedModel = _load(_audio_class(where), where, device, dtype=dtype)
+    return loaded
+
+
+def _audio_class(name: str) -> Any:
+    """The class of transformers that an audio LLM's checkpoint names; of an adapter its base's."""
     import transformers
 
     where = resolve(name)
     if (adapter := find_adapter(where)) is not None:
-        base, processor = load_audio_llm(adapter.base, device=_first_place(device))
-        return _adapted(base, adapter, dtype, device), processor
+        return _audio_class(adapter.base)
     config = _config(where)
     if not _takes_audio(config.to_dict()):
         raise UserError(f"{name} is a {config.model_type} model and takes no audio; ask it in text, or use a cascade.")
@@ -621,8 +657,7 @@ def load_audio_llm(
             f"{name} names the class {architecture}, which transformers {transformers.__version__} cannot answer with; "
             "use another version of transformers, or another checkpoint."
         )
-    processor = load_audio_processor(where)
-    return _load(kind, where, device, dtype=dtype), processor
+    return kind
 
 
 def load_audio_processor(name: str) -> Any:
@@ -632,6 +667,22 @@ def load_audio_processor(name: str) -> Any:
     where = resolve(name)
     adapter = find_adapter(where)
     return _from_pretrained(AutoProcessor, where) if adapter is None else load_audio_processor(adapter.base)
+
+
+def _tokenizer_without_audio(name: str) -> Any:
+    """The tokenizer, with the chat template, that an audio LLM is asked in text with.
+
+    A processor that lacks a package or a file of its audio part is not needed for that, unless it has the template.
+    Raises UserError as `load_audio_processor` where there is none.
+    """
+    try:
+        return tokenizer_for_text(load_audio_processor(name))
+    except UserError as error:
+        with suppress(UserError):
+            tokenizer = load_tokenizer(name)
+            if getattr(tokenizer, "chat_template", None):
+                return tokenizer_for_text(SimpleNamespace(tokenizer=tokenizer))
+        raise error
 
 
 def load_asr(name: str, *, device: str = "cpu") -> tuple[WhisperForConditionalGeneration, WhisperProcessor]:
@@ -740,7 +791,15 @@ def _load_tokenizer(where: str) -> Any:
 
     # AutoTokenizer would ask transformers for the config of a model that it does not know.
     options = {} if _speech_checkpoint(where) is None else {"config": _config(where)}
-    tokenizer = _from_pretrained(AutoTokenizer, where, **options)
+    try:
+        tokenizer = _from_pretrained(AutoTokenizer, where, **options)
+    except UserError as error:
+        if Path(where).is_dir() and not any((Path(where) / name).exists() for name in TOKENIZER):
+            raise UserError(
+                f"{where} has no tokenizer ({TOKENIZER[0]} …); copy the tokenizer's files of the model that it was "
+                "trained from into it."
+            ) from error
+        raise
     _require_tokens(tokenizer, where)
     return tokenizer
 
@@ -750,8 +809,9 @@ def _require_tokens(tokenizer: Any, where: str) -> None:
     try:
         tokenizer.decode(tokenizer("Is it so?", add_special_tokens=False)["input_ids"])
     except Exception as error:  # what libraries raise for these has no common kind
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"The tokenizer of {where} is damaged ({reason}); copy or download it again.") from error
+        raise UserError(
+            f"The tokenizer of {where} is damaged ({_reason(error)}); copy or download it again."
+        ) from error
 
 
 def _config(where: str) -> Any:
@@ -900,5 +960,4 @@ def _from_pretrained(kind: Any, where: str, **options: Any) -> Any:
     # A model type that transformers does not know, or files that are not what their names promise: what libraries raise
     # for these has no common kind (tokenizers: Exception itself).
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{where} could not be loaded as {kind.__name__}: {reason}") from error
+        raise UserError(f"{where} could not be loaded as {kind.__name__}: {_reason(error)}") from error

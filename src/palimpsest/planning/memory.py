@@ -77,6 +77,8 @@ class Setup:
     method: MethodKind
     rank: int = 8
     tuner_parameters: int = 0  # of kind peft: what its tuner trains
+    new_layers: int = 0  # of kind inserted: how many of the decoder's layers are new …
+    new_parameters: int = 0  # … and what is in them
     modality: Literal["speech", "text"] = "speech"
     stack_factor: int = 5
     adaptor_hidden: int = 2048
@@ -112,6 +114,8 @@ class Setup:
             return 0
         if self.method == "adaptor":
             return adaptor
+        if self.method == "inserted":
+            return adaptor + self.new_parameters
         return adaptor + (self.lora_parameters if self.has_adapter else self.decoder.parameters)
 
     @property
@@ -125,12 +129,15 @@ class Setup:
 
     @property
     def held_back(self) -> int:
-        """Bytes of what holds the weights back: the base once more as the teacher of full fine-tuning and once more for
-        a pull, a float32 number of each score it weighs by; value and position (int64) of each slowed weight."""
+        """Bytes of what holds the weights back: the base once more as the teacher of full fine-tuning (of inserted
+        layers in parts too) and once more for a pull, a float32 number of each score it weighs by; value and position
+        (int64) of each slowed weight."""
         decoder, w = self.decoder, self.weight_bytes
-        copies = int(self.distill and self.trains_decoder) + int(self.pull is not None)
+        taught = self.trains_decoder or (self.method == "inserted" and self.n_gpus > 1)
+        copies = int(self.distill and taught) + int(self.pull is not None)
         scores = 4 * decoder.matrices if self.pull in ("fisher", "importance") else 0
-        return copies * w * decoder.parameters + scores + round(self.slow * decoder.matrices) * (w + 8)
+        of_base = w * (decoder.parameters - self.new_parameters)
+        return copies * of_base + scores + round(self.slow * decoder.matrices) * (w + 8)
 
     @property
     def casts(self) -> bool:
@@ -263,14 +270,17 @@ def layer_bytes_per_token(setup: Setup) -> dict[str, int]:
 def activation_bytes(setup: Setup, batch: Batch) -> int:
     """What is kept from forward to backward, without the loss."""
     decoder, c = setup.decoder, setup.compute_bytes
-    per_layer = batch.tokens * (sum(layer_bytes_per_token(setup).values()) + c * batch.length)  # the mask: B·S·S
-    if setup.casts:
-        per_layer += 2 * (decoder.matrices + setup.lora_parameters) // decoder.layers  # bf16 copies of the weights
+    copies = 2 * (decoder.matrices + setup.lora_parameters) // decoder.layers if setup.casts else 0  # bf16, of weights
+
+    def per_layer(of: Setup) -> int:
+        return batch.tokens * (sum(layer_bytes_per_token(of).values()) + c * batch.length) + copies  # the mask: B·S·S
+
     stream = setup.stream_bytes
-    if setup.checkpointing:
-        layers = decoder.layers * batch.tokens * stream * decoder.hidden + per_layer  # inputs; one layer at a time anew
+    new = per_layer(replace(setup, method="full")) if setup.new_layers else 0
+    if setup.checkpointing:  # inputs; one layer at a time anew
+        layers = decoder.layers * batch.tokens * stream * decoder.hidden + max(new, per_layer(setup))
     else:
-        layers = decoder.layers * per_layer
+        layers = setup.new_layers * new + (decoder.layers - setup.new_layers) * per_layer(setup)
     final_norm = batch.tokens * (4 + (stream if setup.trains_decoder else 0)) * decoder.hidden
     head = c * batch.rows * batch.columns * decoder.hidden if setup.trains_decoder else 0
     if setup.casts:
@@ -304,7 +314,8 @@ def _gathered(setup: Setup) -> int:
     layer = decoder.matrices // decoder.layers
     rest = decoder.parameters - decoder.matrices + setup.adaptor_parameters
     reduced = c + (4 if setup.autocast else 0)  # gradients are added up over devices in float32
-    return c * (2 * layer + rest) + (reduced * (layer + rest) if setup.trains_decoder else 0)
+    trained = layer + rest if setup.trains_decoder else layer if setup.new_layers else 0
+    return c * (2 * layer + rest) + reduced * trained
 
 
 def largest_rows(setup: Setup, batch: Batch, capacity: int) -> int:
@@ -325,7 +336,7 @@ def step_flops(setup: Setup, tokens: float, length: float, positions: float, sup
     """
     decoder = setup.decoder
     per_weight = 6 if setup.trains_decoder else 4
-    layers = (per_weight * decoder.matrices + 6 * setup.lora_parameters) * tokens
+    layers = (per_weight * decoder.matrices + 6 * setup.lora_parameters + 2 * setup.new_parameters) * tokens
     attention = 6 * decoder.layers * decoder.attention * length * tokens
     head = per_weight * decoder.vocabulary * decoder.hidden * supervised
     adaptor = 6 * setup.adaptor_parameters * positions if setup.modality == "speech" else 0

@@ -168,11 +168,12 @@ def disk_of_steps(
 
 
 def checkpoint_bytes(setup: Setup, *, light: bool) -> int:
-    """Of one trained model; a light one holds the adaptor and LoRA's matrices, which peft keeps in float32."""
+    """Of one trained model; a light one holds the adaptor and inserted layers, or LoRA's matrices, which peft keeps in
+    float32."""
     adaptor = setup.weight_bytes * setup.adaptor_parameters
     lora = 4 * setup.lora_parameters
     if light:
-        return adaptor + lora
+        return adaptor + lora + setup.weight_bytes * setup.new_parameters
     return adaptor + lora + setup.weight_bytes * (setup.decoder.parameters + setup.encoder.parameters)
 
 

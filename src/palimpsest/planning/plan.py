@@ -53,6 +53,7 @@ from palimpsest.training.remedies import OWN, Replay
 if TYPE_CHECKING:
     from palimpsest.data.splits import Split
     from palimpsest.planning.sizes import Gpu
+    from palimpsest.training.methods import Method
     from palimpsest.training.settings import Settings
 
 GB = 1e9
@@ -157,7 +158,7 @@ class Plan:
     encoding_flops: float  # of the training data, once
     encodings: float  # how often
     scores: int  # bytes on disk of one model's importance
-    setup: Setup  # of the study's first method
+    setup: Setup  # of the study's first method, with the base as its language model
     steps: tuple[StepMemory, ...]  # of the study but training
     disk: tuple[StepDisk, ...]  # of weights and scores
     importance_flops: float  # of all models, and of the base on other questions
@@ -199,6 +200,8 @@ def make_plan(config: StudyConfig, options: Assumptions) -> Plan:
         return blank_decoder(config.models.language_model, options.shape, options.config)[0]
 
     setups = setups_of(config, decoder, encoder, blank, **how)
+    # The first method's, without inserted layers.
+    base = replace(next(iter(setups.values())), decoder=decoder, new_layers=0, new_parameters=0)
     trained = {name: setup for name, setup in setups.items() if setup.method not in ("given", "blend")}
     methods = tuple(_plan_method(config, lengths, name, setup) for name, setup in trained.items())
     n_steps = {method.name: float(method.steps) for method in methods}
@@ -207,12 +210,12 @@ def make_plan(config: StudyConfig, options: Assumptions) -> Plan:
     return Plan(
         config=config,
         methods=methods,
-        setup=next(iter(setups.values())),
-        steps=_memory_of_steps(config, lengths, others, setups, exact, capacity),
+        setup=base,
+        steps=_memory_of_steps(config, lengths, others, base, setups, exact, capacity),
         disk=tuple(disk_of_steps(config, decoder, setups, n_steps, options.n_gpus)),
-        importance_flops=passes * _importance_flops(config, lengths, next(iter(setups.values()))),
+        importance_flops=passes * _importance_flops(config, lengths, base),
         importance_bf16=exact or config.models.dtype == "bfloat16",
-        written=tuple(_written(config, lengths, next(iter(setups.values())))),
+        written=tuple(_written(config, lengths, base)),
         lengths=lengths,
         origins={"language model": decoder_origin, "encoder": encoder_origin},
         frames=choice,
@@ -241,20 +244,30 @@ def setups_of(
     tuner of peft counts what it trains; None: the recipe's.
     """
     from palimpsest.models.loading import blank_language_model
-    from palimpsest.training.methods import tuner_parameters
+    from palimpsest.planning.sizes import decoder_of
+    from palimpsest.training.methods import added_parameters
 
     blank = blank or partial(blank_language_model, config.models.language_model)
     training, machine = config.training, {"device": "cpu", "n_gpus": 1, "in_loop": False, **how}
     # A sharded head is not there as a whole for the fused kernel.
     fused = machine["n_gpus"] == 1 and machine["device"] == "cuda"
     wanted = training.liger is True or (training.liger == "auto" and find_spec("liger_kernel") is not None)
+
+    def of_decoder(method: Method) -> dict[str, Any]:
+        if method.kind == "peft":
+            return {"decoder": decoder, "tuner_parameters": added_parameters(blank(), method)}
+        if method.new_layers is None:
+            return {"decoder": decoder}
+        grown = blank()
+        new = added_parameters(grown, method)
+        return {"decoder": decoder_of(grown), "new_layers": method.new_layers, "new_parameters": new}
+
     return {
         name: Setup(
-            decoder=decoder,
+            **of_decoder(method),
             encoder=encoder,
             method=method.kind,
             rank=method.rank,
-            tuner_parameters=tuner_parameters(blank(), method) if method.kind == "peft" else 0,
             modality=method.modality,
             stack_factor=config.speech.stack_factor,
             adaptor_hidden=config.speech.adaptor_hidden_size,
@@ -275,6 +288,7 @@ def _memory_of_steps(
     config: StudyConfig,
     lengths: Lengths,
     others: Sequence[Lengths],
+    base: Setup,
     setups: Mapping[str, Setup],
     exact: bool,
     capacity: int,
@@ -283,11 +297,15 @@ def _memory_of_steps(
 
     exact: whether importance and deactivation compute in bfloat16; the others do as training does.
     """
-    setup = next(iter(setups.values()))
-    measured = replace(setup, autocast=exact)
+    setup = max(setups.values(), key=lambda it: it.decoder.parameters)  # inserted layers make it larger than the base
+    measured = replace(base, autocast=exact)
     batch = _largest_batch(config.training, lengths.sequences(config, "text"), 1, budget=False)
     found = []
-    for tuned in (False, True):
+    # Of the base alone where no other model is measured: points of curves need not be.
+    scored, deactivated = (
+        any(config.measures(run, what) for run in config.runs) for what in ("importance", "deactivation")
+    )
+    for tuned in (False, True) if scored else (False,):
         step = importance_memory(config, measured, batch, tuned=tuned)
         if step.peak > capacity:
             step = replace(step, remedy=importance_that_fits(config, measured, batch, capacity, tuned=tuned))
@@ -300,7 +318,8 @@ def _memory_of_steps(
     recogniser = 0 if config.models.asr is None else recogniser_bytes(setup.encoder)
     size, asked = config.deactivation.batch_size, config.evaluation.batch_size
     forward: list[tuple[str, str, int, dict[str, Any]]] = [
-        ("deactivation", "deactivation", size, {"setup": measured, "length": longest, "columns": most, "cached": 0}),
+        ("deactivation", "deactivation", size, {"setup": measured, "length": longest, "columns": most, "cached": 0,
+                                          "tuned": deactivated}),
         ("perplexity", "deactivation", size, {"setup": setup, "length": longest, "columns": most, "cached": 0}),
         ("answers", "evaluation", asked, {"setup": setup, "length": max(questions), "columns": 1,
                                           "cached": max(questions) + limit}),

@@ -24,8 +24,8 @@ FORMULAS = (
     "  loss         12 n V (float32), or the head's output at every supervised column; none with a fused kernel",
     "  peak         weights + optimizer + runtime + allocator + the largest of: activations + loss; activations + the",
     "               head's gradient; all gradients + one layer. These two do not peak together",
-    "  held back    (distill, pull, slow) the base once as a teacher beside full or layer_lr, and once for a pull;",
-    "               4 a score that a pull weighs by, w + 8 a slowed weight; part of the peak",
+    "  held back    (distill, pull, slow) the base once as a teacher beside full or layer_lr (sharded: inserted too),",
+    "               and once for a pull; 4 a score that a pull weighs by, w + 8 a slowed weight; part of the peak",
     "  allocator    on a CPU half of the activations: what glibc keeps of freed memory; on CUDA none",
     "  FLOPs        tokens · (6 · trained matrices, 4 · frozen ones, + 6 L q S), the same of the head at n and of the",
     "               adaptor at speech positions; 2 more with gradient checkpointing",
@@ -100,7 +100,7 @@ def _what(plan: Plan) -> Iterator[str]:
     training = config.training
     runs = f", {config.seeds} training runs of each" if config.seeds > 1 else ""
     kinds = [method.kind for method in config.methods.values()]
-    parts = [f"{len(plan.methods)} methods{runs}"] if plan.methods else []
+    parts = [f"{_methods(len(plan.methods))}{runs}"] if plan.methods else []
     parts += [
         f"{kinds.count(kind)} {word}" for kind, word in (("given", "given"), ("blend", "blended")) if kind in kinds
     ]
@@ -218,13 +218,17 @@ def _disk(plan: Plan) -> Iterator[str]:
         ["recordings that are no files yet (FLAC)", f"{plan.audio / GB:.2f}"],
         ["encoder frames of the training data (16-bit)", f"{plan.features / GB:.2f}"],
         ["encoder frames of held-out and task questions", f"{plan.other_features / GB:.2f}"],
-        [f"importance, {reductions} of {models} models", f"{models * plan.scores / GB:.2f}"],
+        [f"importance, {reductions} of {models} model{'s' if models != 1 else ''}", f"{models * plan.scores / GB:.2f}"],
         [f"importance of the base on other questions, {config.importance.keep_other}", f"{others / GB:.2f}"],
-        [f"checkpoints of {n} {'methods' if config.seeds == 1 else 'training runs'}", f"{checkpoints / GB:.2f}"],
+        [f"checkpoints of {_methods(n) if config.seeds == 1 else f'{n} training runs'}", f"{checkpoints / GB:.2f}"],
         [f"at most beside these, while {largest.name} is made", f"{largest.passing / GB:.2f}"],
     ]
     yield from _table(["", ""], rows)
     yield f"Encoder frames of the training data: {plan.frames}."
+
+
+def _methods(n: int) -> str:
+    return f"{n} method{'s' if n != 1 else ''}"
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], words: Collection[int] = (0,)) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from palimpsest.files import UserError, replacing, write_text
 from palimpsest.report import charts, curves, heatmaps, trade_off
 from palimpsest.report.across_runs import by_method
-from palimpsest.report.inputs import Inputs, read_inputs, trains, tuned_are_scored
+from palimpsest.report.inputs import Inputs, at, read_inputs, trains, tuned_are_scored
 from palimpsest.report.style import Drawing, style, to_png, to_svg
 
 FIGURES: dict[str, Callable[[Inputs], Drawing | None]] = {
@@ -49,6 +49,10 @@ def why_not(name: str, inputs: Inputs) -> str:
     """Why `draw` has nothing for the figure called `name`."""
     if name == "training" and not trains(inputs.config):
         return "Nothing was trained in this run: its models were given."
+    if name == "figure2" and not _has_full(inputs):
+        return "No method of this run is called full; figure3 has its models."
+    if name == "t2t_s2t" and _nothing_is_spoken(inputs):
+        return "Nothing was asked in speech in this run."
     return OPTIONAL[name](inputs) if name in OPTIONAL else f"The figure “{name}” has no data."
 
 
@@ -57,8 +61,21 @@ def may_lack(name: str, inputs: Inputs) -> bool:
     return (
         name in OPTIONAL
         or (name == "training" and not trains(inputs.config))
+        or (name == "figure2" and not _has_full(inputs))
+        or (name == "t2t_s2t" and _nothing_is_spoken(inputs))
         or (name in OF_TUNED_SCORES and not tuned_are_scored(inputs.config))
     )
+
+
+def _has_full(inputs: Inputs) -> bool:
+    """Whether there can be a figure of the base before and after Full-FT; a run whose recipe is not there may have."""
+    methods = at(inputs.config, "methods")
+    return not isinstance(methods, dict) or "full" in methods
+
+
+def _nothing_is_spoken(inputs: Inputs) -> bool:
+    asked = {row["modality"] for row in inputs.results["qa"]}
+    return bool(asked) and "speech" not in asked
 
 
 def write_figure(run: Path, name: str) -> list[Path]:

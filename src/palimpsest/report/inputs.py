@@ -128,10 +128,14 @@ def _not_asked_for(config: dict[str, Any] | None) -> set[str]:
 
 
 def tuned_are_scored(config: Any) -> bool:
-    """Whether the importance of any tuned model is estimated: of points of curves the recipe says it."""
+    """Whether the importance of any tuned model is estimated: of points of curves the recipe says it; with a gate or
+    inserted layers it is not."""
     methods = at(config, "methods")
-    points = [at(method, "curve") is not None for method in methods.values()] if isinstance(methods, dict) else []
-    return not points or not all(points) or "importance" in (at(config, "frontier", "measure") or ())
+    if not isinstance(methods, dict) or not methods:
+        return True
+    scored = [it for it in methods.values() if at(it, "kind") != "inserted" and at(it, "gate") in (None, "none")]
+    of_points = "importance" in (at(config, "frontier", "measure") or ())
+    return any(at(method, "curve") is None or of_points for method in scored)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -36,7 +36,12 @@ def run_study(config: StudyConfig, folder: Path, reporter: Reporter | None = Non
     with joined(), locked(folder) if is_main() else nullcontext():
         if is_main() and not changed:
             require_same_recipe(config, folder / STUDY)
-        return Study(config, folder, reporter).run()
+        study = Study(config, folder, reporter)
+        try:
+            return study.run()
+        except KeyboardInterrupt:
+            study.ws.reporter.note(f"stopped; the same command continues in {folder}.")
+            raise
 
 
 class Study:

@@ -68,6 +68,7 @@ def check(ws: Workspace) -> None:
     ws.require_given()
     ws.require_blends()
     ws.require_gated()
+    ws.note_inserted()
     if ws.config.drift is not None and ws.general_texts:
         from palimpsest.evaluation.general_text import require_positions
         from palimpsest.models.loading import blank_language_model

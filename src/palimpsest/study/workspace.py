@@ -562,7 +562,7 @@ class Workspace:
                 "are measured in text."
             ]
         if takes_speech(given) or is_audio_llm(given):
-            return [f"{name} takes speech and is asked in text alone, as the recipe says."]
+            return [f"{name} takes speech and is asked in text alone."]
         return []
 
     def require_blends(self) -> None:
@@ -611,6 +611,15 @@ class Workspace:
                 f"{name} answers texts as the base does, its LoRA being for speech alone: importance, parameter change "
                 "and deactivation would be the base's and are left out."
             )
+
+    def note_inserted(self) -> None:
+        """What is left out of methods whose models have layers that the base does not have."""
+        for name, method in self.config.methods.items():
+            if method.kind == "inserted":
+                self.reporter.note(
+                    f"{name} leaves every weight of the base as it is and adds layers beside them: importance, "
+                    "parameter change and deactivation, which compare layer with layer, are left out."
+                )
 
     def new_speech_lm(self, run: str) -> SpeechLM:
         """The base language model behind the adaptor that a run starts from: a fresh one, or that of models.adaptor.

@@ -159,19 +159,19 @@ def twin_of(model: M) -> M:
     return copy.deepcopy(model, memo)
 
 
-def shard(twin: nn.Module, *, bf16: bool = False, whole_encoder: bool = False) -> None:
+def shard(twin: nn.Module, *, bf16: bool = False, whole_encoder: bool = False, device: str | None = None) -> None:
     """Divide the parameters of `twin` over the ranks, by rows; those of the model it was made from become empty.
 
     Each decoder layer is gathered when it runs; the encoder, which does not run in training, never; all the rest
     (embedding, head, adaptor) from the start of a forward to the end of its backward. bf16: as the Trainer does it,
     float32 weights and autocast, but gathered in bfloat16. whole_encoder: it encodes every batch, so it stays whole and
-    as it is on every rank.
+    as it is on every rank. device: where the parts go, if not where the whole is; then a layer at a time is there.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     parameters = list(twin.parameters())
-    device = parameters[0].device.type
+    device = device or parameters[0].device.type
     options: dict[str, Any] = {"mesh": init_device_mesh(device, (world_size(),))}
     if bf16:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -6,7 +6,8 @@ All three are about the *base*, so what they need of it is taken from the model 
 **Distillation** (Hinton et al. 2015; Li & Hoiem 2016). Per supervised token labels · CE + weight · T² ·
 KL(base ‖ model), both distributions at the temperature T; summed and divided as the cross-entropy is. Where the model
 is asked in speech the base reads the same question as text, and the same answer: its tokens stand in other places, in
-the same order. The base is the model itself with its adapter off (peft), or a frozen copy of the language model.
+the same order. The base is the model itself with its adapter off (peft); without inserted layers, whose neighbours it
+shares; or a frozen copy of the language model.
 
 **Pull and slowed weights** work in the optimizer's step, on values: a gradient that is zeroed or added to would pass
 through AdamW's moments, which move a weight without a gradient too and divide every pull by the gradients' size.
@@ -20,7 +21,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from palimpsest.models.speech_lm import SpeechLM
     from palimpsest.training.methods import Method
 
+M = TypeVar("M", bound=nn.Module)
 AS_TEXT = "as_text"  # key of a spoken batch: the same examples with the question as text, a batch of its own
 
 
@@ -67,7 +69,7 @@ class Keep:
 class Held:
     """Of one training: the options, and what they need of the base. Made by `hold`.
 
-    teacher: the frozen copy, on the model's device (in parts, if the model is); None: the model, its adapter off.
+    teacher: the base, on the model's device (in parts, if the model is); None: the model, its adapter off.
     base: pull: the language model's weights by canonical name.
     mask, slowed: slow: which weights, and the base's values of these (marked,), by canonical name.
     Both are whole, and emptied by `attach`, which keeps what this rank needs.
@@ -93,7 +95,7 @@ class Held:
 def hold(
     model: SpeechLM, method: Method, keep: Keep | None, text: Collator, *, compute: Arithmetic, sharded: bool
 ) -> Held | None:
-    """What the method's remedies need of `model`, which holds the base's weights still; None without a remedy.
+    """What the method's remedies need of `model`, which is the base still; None without a remedy.
 
     text: the collator that puts questions as text.
 
@@ -106,10 +108,14 @@ def hold(
     teacher, mask = None, None
     base: dict[str, Tensor] = {}
     slowed: dict[str, Tensor] = {}
-    if method.distill is not None and not hasattr(language_model, "peft_config"):
-        teacher = copy.deepcopy(language_model).requires_grad_(False).eval()
-        if sharded:
-            distributed.shard(teacher, bf16=compute == "bfloat16")
+    if method.distill is not None and method.kind not in ("lora", "peft"):
+        if sharded:  # copied to host memory: a device that holds the model has no room for another whole one
+            teacher = copied(language_model, "cpu").requires_grad_(False).eval()
+            distributed.shard(teacher, bf16=compute == "bfloat16", device=model.device.type)
+        elif method.kind == "inserted":  # whose frozen weights are the base's
+            teacher = distributed.twin_of(language_model).requires_grad_(False).eval()
+        else:
+            teacher = copy.deepcopy(language_model).requires_grad_(False).eval()
     weights = named_parameters(find_language_model(model))
     if method.slow is not None:
         assert scores.importance is not None
@@ -123,6 +129,16 @@ def hold(
         marked = {name: weights[name].detach()[mask.tensor(name).to(weights[name].device)] for name in mask.names}
         slowed = {name: values.to(place or values.device) for name, values in marked.items()}
     return Held(method.distill, method.pull, method.slow, scores, text, teacher, base, mask, slowed, sharded)
+
+
+def copied(model: M, device: str) -> M:
+    """A copy of a module on a device, of whose weights none stands a second time on the model's own."""
+    memo: dict[int, Any] = {
+        id(tensor): nn.Parameter(tensor.detach().to(device, copy=True)) if isinstance(tensor, nn.Parameter)
+        else tensor.to(device, copy=True)
+        for tensor in [*model.parameters(), *model.buffers()]
+    }  # fmt: skip
+    return copy.deepcopy(model, memo)
 
 
 def require_scores(method: Method, keep: Keep | None) -> None:
@@ -368,13 +384,14 @@ def adapter_off(model: SpeechLM) -> Iterator[None]:
 def base_stays(
     model: SpeechLM, method: Method, text: Collator, examples: Sequence[Example], compute: Arithmetic
 ) -> Iterator[None]:
-    """Around what puts an adapter on `model`: raises UserError where the base is not there under it to distil from.
+    """Around what adds to `model`: raises UserError where it is then another model than the base.
 
-    Of peft's tuners some train biases of the base itself, and some ways to begin take a part out of the base's weights.
+    Of peft's tuners some train biases of the base itself, and some ways to begin take a part out of the base's weights:
+    then there is none to distil from. Inserted layers must say what the base says to the bit.
 
     examples: a few, which `text` puts as text.
     """
-    if method.distill is None:
+    if method.distill is None and method.kind != "inserted":
         yield
         return
     batch = to_device(text(examples), model.device)
@@ -382,6 +399,13 @@ def base_stays(
         expected = supervised_logits(model.eval(), batch)[0]
     yield
     language_model: Any = model.language_model
+    if method.kind == "inserted":
+        with torch.no_grad(), computing(compute, model.device):
+            if not torch.equal(supervised_logits(model, batch)[0], expected):
+                raise UserError(
+                    f"Layers inserted into {type(language_model).__name__} change what it says before they have "
+                    "learned anything; use another kind of method with this model."
+                )
     if not hasattr(language_model, "peft_config"):
         return
     config = next(iter(language_model.peft_config.values()))

@@ -7,6 +7,7 @@
 | `layer_lr` | adaptor, whole language model             | Eq. 3 per layer; 1 for embedding, head and final norm |
 | `lora`     | adaptor, low-rank updates (peft)          | 1                                                    |
 | `peft`     | adaptor, any tuner of peft                | 1                                                    |
+| `inserted` | adaptor, copies of layers between those   | 1                                                    |
 | `given`    | nothing: `checkpoint` is there already    |                                                      |
 | `blend`    | nothing: base + scale · (`of` − base)     |                                                      |
 
@@ -27,6 +28,7 @@ from annotated_types import Ge, Gt, Le, Lt
 
 from palimpsest.files import UserError
 from palimpsest.models.anatomy import layer_index, scored_parameters
+from palimpsest.models.inserted import insert_layers
 from palimpsest.training.remedies import Distill, Pull, Replay, Slow
 from palimpsest.training.rules import Rule, layer_rules
 from palimpsest.training.tuners import require_merging, tuner_config
@@ -37,8 +39,15 @@ if TYPE_CHECKING:
     from palimpsest.importance.scores import Scores
     from palimpsest.models.speech_lm import SpeechLM
 
-MethodKind = Literal["adaptor", "full", "layer_lr", "lora", "peft", "given", "blend"]
+MethodKind = Literal["adaptor", "full", "layer_lr", "lora", "peft", "inserted", "given", "blend"]
 WITHOUT_TRAINING = ("given", "blend")
+USED_BY: dict[str, tuple[MethodKind, ...]] = {
+    "lambda_": ("layer_lr",),
+    "targets": ("lora", "peft"),
+    **dict.fromkeys(("rank", "alpha", "dropout"), ("lora",)),
+}
+WITHOUT_RANK = ("adaptor", "full", "layer_lr")  # beside them nobody takes a rank for more than lora's
+ADDING = ("lora", "peft", "inserted")  # train what is added to the language model, whose own weights are frozen
 # Their kernels read the weight of out_proj, past an adapter; peft refuses it.
 WITHOUT_OUT_PROJ = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 WIDE = ("float32", "float64")  # weights that a low-rank update is merged into without losing much of it
@@ -61,6 +70,7 @@ class Method:
     targets: tuple[str, ...] | None = None  # lora, peft: names of linear layers, such as q_proj; None: all of a layer
     gate: Literal["none", "speech"] = "none"  # lora; speech: only where there is speech, so that text is the base's
     peft: dict[str, Any] | None = None  # peft: a config of peft's, with peft_type
+    new_layers: Annotated[int, Ge(1)] | None = None  # inserted: how many copies, evenly between the layers there are
     answers: Literal["gold", "own"] | None = None  # what is learned; None: what data.answers says
     replay: Replay | None = None
     distill: Distill | None = None
@@ -79,9 +89,13 @@ class Method:
             raise ValueError("kind given needs a checkpoint, and no other kind has one: it starts from the base")
         if (self.kind == "peft") != (self.peft is not None):
             raise ValueError("kind peft needs a config of peft's (peft: {peft_type: …}), and no other kind has one")
+        if (self.kind == "inserted") != (self.new_layers is not None):
+            raise ValueError("kind inserted needs a number of layers (new_layers), and no other kind has one")
         if (self.kind == "blend") != (self.of is not None):
             raise ValueError("kind blend needs the name of a method (of), and no other kind has one")
         if self.norm_of is not None:
+            if self.norm_of == self.of:
+                raise ValueError(f"norm_of and of are both {self.of}, whose update has its own norm; name another")
             for name, default in (("scale", 1.0), ("layers", None)):
                 if getattr(self, name) != default:
                     raise ValueError(f"norm_of finds the scale of the whole update; remove {name}")
@@ -109,6 +123,12 @@ class Method:
         for name, default in (("scale", 1.0), ("layers", None), ("norm_of", None)):
             if getattr(self, name) != default:
                 raise ValueError(f"{name} belongs to kind blend; {self.kind} does not use it")
+        for name, kinds in USED_BY.items():
+            usual = next(it.default for it in fields(self) if it.name == name)
+            used = self.kind in kinds or (name == "rank" and self.kind in WITHOUT_RANK)
+            if not used and getattr(self, name) != usual:
+                instead = " (its own options stand under the key peft)" if self.kind == "peft" else ""
+                raise ValueError(f"{name} belongs to kind {' and '.join(kinds)}; {self.kind} does not use it{instead}")
 
     def _require_sense(self) -> None:
         """Of what holds back: only where it can do something."""
@@ -116,7 +136,7 @@ class Method:
             if getattr(self, name) is not None and self.kind == "adaptor":
                 raise ValueError(f"{name} has nothing to hold back: kind adaptor leaves the language model as it is")
         for name in ("pull", "slow"):
-            if getattr(self, name) is not None and self.kind in ("lora", "peft"):
+            if getattr(self, name) is not None and self.kind in ADDING:
                 raise ValueError(
                     f"{name} is for weights that have a value in the base, and {self.kind} trains others beside them; "
                     "use it with full or layer_lr"
@@ -125,6 +145,8 @@ class Method:
             raise ValueError("distill.text is the weight on replayed text; add replay, or remove it")
         if self.distill is not None and self.distill.speech and self.modality == "text":
             raise ValueError("distill.speech needs spoken questions; with modality text use distill.text with replay")
+        if self.distill is not None and (self.peft or {}).get("bias", "none") != "none":
+            raise ValueError("peft.bias trains biases of the base, which is then not there to distil from; remove one")
         if self.gate == "speech":
             if self.modality == "text":
                 raise ValueError("gate speech with modality text would train nothing; use speech, or no gate")
@@ -212,7 +234,7 @@ def rules_for(method: Method, scales: Mapping[int, float] | None = None) -> list
         raise UserError(f"{method.checkpoint or method.of} is there already, so there is nothing to train.")
     if method.kind == "adaptor":
         return [*start, (r".*", None)]
-    if method.kind in ("full", "peft"):  # of peft what it made trainable, see Phase.keeps_frozen
+    if method.kind in ("full", "peft", "inserted"):  # of these two what is left trainable, see Phase.keeps_frozen
         return [*start, (r".*", 1.0)]
     if method.kind == "lora":
         return [*start, (r"\.lora_", 1.0), (r".*", None)]
@@ -234,6 +256,12 @@ def add_lora(model: SpeechLM, method: Method) -> None:
     require_merging(model.language_model)
 
 
+def add_layers(model: SpeechLM, n_new: int) -> None:
+    """Insert so many layers into the language model of `model`, in place; they alone of it stay trainable."""
+    insert_layers(model.language_model, n_new)
+    model.config.text_config = model.language_model.config
+
+
 def require_language_model(name: str, methods: Iterable[Method]) -> None:
     """Raise UserError for a language model that the methods could not train, or that could not answer speech then.
 
@@ -253,12 +281,20 @@ def require_language_model(name: str, methods: Iterable[Method]) -> None:
     for method in methods:
         if method.kind in ("lora", "peft"):
             require_merging(_adapted(blank_language_model(name), method))
+        elif method.new_layers is not None:
+            insert_layers(blank_language_model(name), method.new_layers)
 
 
-def tuner_parameters(language_model: PreTrainedModel, method: Method) -> int:
-    """How many numbers a method of kind lora or peft trains in a language model, which may be without its weights."""
-    adapted = _adapted(language_model, method)
-    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+def added_parameters(language_model: PreTrainedModel, method: Method) -> int:
+    """How many numbers a method of kind lora, peft or inserted trains in a language model, which it is put on in place.
+
+    The language model may be without its weights.
+    """
+    if method.new_layers is None:
+        language_model = _adapted(language_model, method)
+    else:
+        insert_layers(language_model, method.new_layers)
+    return sum(parameter.numel() for parameter in language_model.parameters() if parameter.requires_grad)
 
 
 def _adapted(language_model: PreTrainedModel, method: Method) -> Any:

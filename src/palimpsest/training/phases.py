@@ -40,7 +40,7 @@ class Phase:
     steps: int  # optimizer steps
     before: int  # those of the phase before
     text: Sequence[TextRow] = ()  # that is replayed between the examples
-    keeps_frozen: bool = False  # what is frozen stays so, whatever rule names it not: a tuner decides what it trains
+    keeps_frozen: bool = False  # what is frozen stays so, unless a rule names it: what is added decides what it trains
 
     @property
     def rows(self) -> list[Any]:
@@ -89,7 +89,7 @@ def phases_of(
             batches = MixedBatches(batches, method.replay.n_batches(len(batches)), [len(row) for row in text])
         steps = n_steps(len(examples), settings, n_batches=len(batches), epochs=epochs)
         before = sum(phase.steps for phase in phases)
-        keeps = name == "method" and method.kind == "peft"
+        keeps = name == "method" and method.kind in ("peft", "inserted")
         phases.append(Phase(name, learning_rate, rules, examples, collator, batches, steps, before, text, keeps))
     return phases
 

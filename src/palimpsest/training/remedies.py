@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -33,6 +33,13 @@ class Replay:
     n_texts: Annotated[int, Ge(2)] = 200  # own: of each kind, plain and chat, that the base writes
     new_tokens: Annotated[int, Ge(2)] = 64  # own: most tokens of such a text
     window: Annotated[int, Ge(2)] = 256  # most tokens of a row; a longer text of a source makes several
+
+    def __post_init__(self) -> None:
+        unused = ("split", "limit", "window") if self.text == OWN else ("n_texts", "new_tokens")
+        for name in unused:
+            if getattr(self, name) != next(it.default for it in fields(self) if it.name == name):
+                of = "a source of text" if self.text == OWN else "text of the base's own"
+                raise ValueError(f"{name} is of {of}, which replay.text {self.text!r} is not; remove it")
 
     def n_batches(self, n_questions: int) -> int:
         """Batches of text in an epoch of so many batches of questions."""

@@ -29,7 +29,7 @@ from palimpsest.training.align import align_phase, align_steps
 from palimpsest.training.callbacks import require_loggers
 from palimpsest.training.held_out import HeldOut, OwnText, loss_of_batches
 from palimpsest.training.keep import Keep, base_stays, hold, require_scores
-from palimpsest.training.methods import Method, add_lora, merge_lora, require_mergeable
+from palimpsest.training.methods import Method, add_layers, add_lora, merge_lora, require_mergeable
 from palimpsest.training.phases import phases_of
 from palimpsest.training.replay import TextRow
 from palimpsest.training.resume import adaptor_phase, describe_run, keep_logs, require_same_run
@@ -126,11 +126,13 @@ def train(
             records += adaptor_phase(model, state / "adaptor", run)
         else:
             text = Collator(collator.processor, "text")
+            held = hold(model, method, keep, text, compute=settings.compute, sharded=sharded)
             with base_stays(model, method, text, examples[:2], settings.compute):
                 if method.kind in ("lora", "peft"):
                     add_lora(model, method)
                     model.gated = method.gate == "speech"
-            held = hold(model, method, keep, text, compute=settings.compute, sharded=sharded)
+                elif method.new_layers is not None:
+                    add_layers(model, method.new_layers)
             records += run(state, held=held)
     if method.kind in ("lora", "peft"):
         if is_main():
