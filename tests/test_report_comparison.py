@@ -190,3 +190,16 @@ def test_one_run_may_have_its_page_elsewhere(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["report", str(tmp_path / "a"), "--out", str(tmp_path / "p.html")]).exit_code == 0
     assert (tmp_path / "p.html").exists()
     assert not (tmp_path / "a" / "report.html").exists()
+
+
+def test_a_run_that_was_given_its_models_stands_beside_one_that_trained_them(two: tuple[Path, Path]) -> None:
+    a, b = two
+    provenance = read_json(b / "provenance.json")
+    provenance["models"]["given"] = {"full": {"name": "theirs"}}
+    write_json(b / "provenance.json", provenance)
+    page = page_of(a, b)
+    different, lost = page.index("<dt>What is different?</dt>"), page.index("<dt>What was lost?</dt>")
+    assert different < lost
+    assert "<bdi>b</bdi>" in page[different:lost]
+    assert "<bdi>a</bdi>" not in page[different:lost]
+    assert page[lost:].index("<bdi>a</bdi>") < page[lost:].index("<bdi>b</bdi>")
