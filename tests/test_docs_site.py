@@ -79,7 +79,7 @@ def test_every_key_of_a_recipe_is_there() -> None:
 def test_every_option_of_every_command_is_there() -> None:
     parts = dict(part.split("\n", 1) for part in site().commands_page().split("\n## ")[1:])
     assert set(parts) == {f"palimpsest {n}" for n in COMMANDS} | {f"palimpsest data {n}" for n in DATA_COMMANDS}
-    assert "| `--limit` |  | At most so many questions for each measurement. |" in parts["palimpsest diagnose"]
+    assert "| `--text` |  | General text whose loss is measured too" in parts["palimpsest diagnose"]
     assert "| `--speech` `--no-speech` | `true` |" in parts["palimpsest diagnose"]
     assert "| `BASE` | required |" in parts["palimpsest diagnose"]
     assert all("```\npalimpsest " in part for part in parts.values())

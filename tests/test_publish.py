@@ -14,6 +14,7 @@ import yaml
 from huggingface_hub.errors import HfHubHTTPError
 
 from palimpsest.commands.publish import Options, run
+from palimpsest.comparison.pairs import pair_runs
 from palimpsest.export import publish as published
 from palimpsest.export.publish import leaks, publish, push, write_parquet
 from palimpsest.files import UserError, read_json, write_text
@@ -25,7 +26,7 @@ USER = "ada_the_user"
 
 def test_the_folder_of_one_run(tmp_path: Path) -> None:
     source = make_run(tmp_path / "my run")
-    out = publish([source], tmp_path / "out")
+    out = publish([source], tmp_path / "out", pair_runs)
     assert {path.name for path in out.iterdir()} == {"README.md", "index.html", "my_run"}
     whole = read_json(source / "results.json")
     assert read_json(out / "my_run" / "results.json") == whole
@@ -48,7 +49,7 @@ def test_the_folder_of_one_run(tmp_path: Path) -> None:
 def test_several_runs_have_a_page_each_that_the_first_links_to(tmp_path: Path) -> None:
     light = {"maps", "samples", "clustering", "delta", "mask_overlap"}
     runs = [make_run(tmp_path / name / "run", without=light) for name in ("a", "b")]
-    out = publish(runs, tmp_path / "out", kind="space")
+    out = publish(runs, tmp_path / "out", pair_runs, kind="space")
     page = (out / "index.html").read_text(encoding="utf-8")
     for name in ("run_1", "run_2"):
         assert f'href="{name}/report.html"' in page
@@ -60,7 +61,7 @@ def test_several_runs_have_a_page_each_that_the_first_links_to(tmp_path: Path) -
 def test_nothing_of_the_machine_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Paths in recipe, provenance, data and errors, with samples too; what is put there afterwards is pointed at."""
     monkeypatch.setattr(getpass, "getuser", lambda: USER)
-    out = publish([local_run(tmp_path / "my run")], tmp_path / "out", samples=True)
+    out = publish([local_run(tmp_path / "my run")], tmp_path / "out", pair_runs, samples=True)
     assert '<details class="sample"' in (out / "index.html").read_text(encoding="utf-8")
     assert list(leaks(out)) == []
     for file in out.rglob("*"):
@@ -129,7 +130,7 @@ def test_it_is_sent_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     source = make_run(tmp_path / "run")
 
-    def written(runs: list[Path], out: Path, **_: Any) -> Path:
+    def written(runs: list[Path], out: Path, *_: Any, **__: Any) -> Path:
         write_text(out / "README.md", "Runs.")
         return out
 

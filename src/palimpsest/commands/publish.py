@@ -37,6 +37,7 @@ class Options:
 
 
 def run(options: Options) -> Iterator[str]:
+    from palimpsest.comparison.pairs import pair_runs
     from palimpsest.export import publish
 
     if options.push and options.to is None:
@@ -53,7 +54,7 @@ def run(options: Options) -> Iterator[str]:
     elif options.out is None:
         raise UserError("Give a new folder for the pages and records with --out.")
     else:
-        folder = publish.publish(options.what, options.out, kind=kind, samples=options.samples)
+        folder = publish.publish(options.what, options.out, pair_runs, kind=kind, samples=options.samples)
         yield f"{folder}: open {folder / 'index.html'}"
     yield from publish.listing(folder)
     found = list(publish.leaks(folder))

@@ -18,16 +18,15 @@ import json
 import platform
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from palimpsest.comparison.pairs import pair_runs
 from palimpsest.files import UserError, rename_folder, working_folder, write_json, write_tables, write_text
-from palimpsest.records import RESULT_TABLES
+from palimpsest.records import RESULT_TABLES, Paired
 from palimpsest.report import summary
 from palimpsest.report.across_runs import by_method
 from palimpsest.report.figures import FIGURES, draw
@@ -59,9 +58,17 @@ class Leak:
 # ---------------------------------------------------------------------------------------------------------------------
 # Making the folder
 # ---------------------------------------------------------------------------------------------------------------------
-def publish(runs: Sequence[Path], out: Path, *, kind: Kind = "dataset", samples: bool = False) -> Path:
+def publish(
+    runs: Sequence[Path],
+    out: Path,
+    paired: Callable[[list[Path]], Paired],
+    *,
+    kind: Kind = "dataset",
+    samples: bool = False,
+) -> Path:
     """Write the folder `out` and return its path; at once, so that a killed call leaves none.
 
+    paired: sets several runs against each other, `palimpsest.comparison.pairs.pair_runs`.
     samples: questions, answers and recordings stand in the pages.
 
     Raises UserError, before anything is written, where `out` is not empty, a run is none, or pyarrow is missing.
@@ -85,7 +92,7 @@ def publish(runs: Sequence[Path], out: Path, *, kind: Kind = "dataset", samples:
             write_report(names[name], page, samples=samples, audio=samples, inputs=inputs)
         if len(runs) > 1:
             pages = [f"{name}/report.html" for name in names]
-            write_comparison(runs, pair_runs(list(runs)), working / "index.html", pages=pages)
+            write_comparison(runs, paired(list(runs)), working / "index.html", pages=pages)
         write_text(working / "README.md", _card(read, kind, samples))
         rename_folder(working, out.absolute())
     finally:
