@@ -321,9 +321,16 @@ def keeps_most(inputs: Inputs) -> Iterator[tuple[str, tuple[str, ...]]]:
         own = [row for row in tested if best in (row["method_a"], row["method_b"])]
         better = [_gain(row, best) > 0 for row in own]
         shown = [gain and (row["p_holm"] or 0.0) <= LEVEL for row, gain in zip(own, better, strict=True)]
-        others = f"{'each' if all(better) else sum(better)} of the {len(own)} that it can be compared with"
-        who = f"{method_name(best)} keeps more text than {others}"
-        sentence = f"{what}: {who}, shown for {sum(shown)} of them (p, Holm-corrected, at most 0.05)."
+        among = f"each of the {len(own)} that it" if all(better) else f"{sum(better)} of the {len(own)} that it"
+        if any(shown):
+            who = (
+                f"{method_name(best)} keeps more text than {among} can be compared with, shown for {sum(shown)} of them"
+            )
+        else:
+            who = (
+                f"no method is shown to keep more than another; {method_name(best)} lies above {among} is compared with"
+            )
+        sentence = f"{what}: {who} (p, Holm-corrected, at most 0.05)."
         yield sentence, tuple(_against(row, best) for row in own)
 
 
