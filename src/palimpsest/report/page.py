@@ -15,10 +15,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from palimpsest.files import write_text
-from palimpsest.report import paper, summary
+from palimpsest.report import glance, paper, summary
 from palimpsest.report import remake as commands
 from palimpsest.report.across_runs import by_method
-from palimpsest.report.figures import FIGURES, draw, may_lack, why_not
+from palimpsest.report.figures import FIGURES, draw, first_pictures, may_lack, why_not
 from palimpsest.report.inputs import Inputs, flat, main_metric, missing_steps, read_inputs, task_name, trains
 from palimpsest.report.recordings import read_recordings
 from palimpsest.report.samples import MAX_QUESTIONS, samples_of
@@ -94,6 +94,9 @@ def render(inputs: Inputs, *, audio: bool = True, samples: bool = True) -> str:
         "report.html.j2",
         name=inputs.path.resolve().name,
         run=inputs.path,
+        opening=glance.opening(inputs),
+        numbers=glance.numbers_of(inputs),
+        pictures=first_pictures(inputs),
         scale=summary.scale(inputs),
         points=summary.points_of(inputs),
         missing=[
