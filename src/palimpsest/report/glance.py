@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from palimpsest.records import LayerRecord, QARecord
+from palimpsest.report.across_runs import by_method
 from palimpsest.report.charts import plane_panel
 from palimpsest.report.inputs import (
     Inputs,
@@ -80,6 +81,7 @@ def base_importance(inputs: Inputs) -> str:
 
 def closing(inputs: Inputs) -> list[str]:
     """The run in five lines at most: the verdict, the numbers, and where the importance for text lies."""
+    inputs = by_method(inputs)
     numbers = [f"{it.title}: {it.value} {it.unit} ({it.spread})" for it in numbers_of(inputs)]
     rows = text_layers(inputs.results)
     models = sorted({row["model"] for row in rows}, key=method_key)

@@ -51,6 +51,7 @@ from palimpsest.rundir import STEP_FILE, models_in
 BETTER, ALIKE, UNPAIRED = "Better than", "Not distinguishable from", "Not compared question by question with"
 Pair = tuple[QARecord, ComparisonRecord]  # the accuracy of a model, and its comparison with the base
 REFERENCES = {"unrelated": "against other questions", "text": "against typed", "cascade": "against the cascade"}
+NOT_KNOWN = "Not known"
 DIAGNOSIS = "diagnosis"  # name of the recipe that palimpsest diagnose writes
 LARGE_MODEL = 10**9  # parameters of the paper's smaller model
 LARGE_DATA = 10**5  # training examples; the paper's sets have several 10⁵
@@ -125,12 +126,16 @@ def points_of(inputs: Inputs) -> list[Point]:
         ("Do the models understand speech?", _understand, "answers to spoken questions"),
     )
     found = [
-        Point(question, tuple(answer(inputs)) or (Finding(f"Not known: the run has no {lacking}."),))
+        Point(question, tuple(answer(inputs)) or (Finding(f"{NOT_KNOWN}: the run has no {lacking}."),))
         for question, answer, lacking in questions
     ]
     found[0] = replace(found[0], findings=(*found[0].findings, *_cut(inputs)))
     differs = tuple(_differs(inputs, name) for name in given_models(inputs))
     return [*([Point("What is different?", differs)] if differs else []), *found]
+
+
+def is_known(point: Point) -> bool:
+    return not point.findings[0].sentence.startswith(NOT_KNOWN)
 
 
 def in_short(inputs: Inputs) -> list[str]:
