@@ -190,3 +190,11 @@ def test_one_run_may_have_its_page_elsewhere(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["report", str(tmp_path / "a"), "--out", str(tmp_path / "p.html")]).exit_code == 0
     assert (tmp_path / "p.html").exists()
     assert not (tmp_path / "a" / "report.html").exists()
+
+
+def test_a_diagnosis_beside_a_study_has_its_own_question(two: tuple[Path, Path]) -> None:
+    provenance = read_json(two[1] / "provenance.json")
+    provenance["models"]["given"] = {"full": {"notes": []}}
+    write_json(two[1] / "provenance.json", provenance)
+    page = page_of(*two)
+    assert page.count("<dt>What is different?</dt>") == page.count("<dt>What was lost?</dt>") == 1

@@ -103,9 +103,11 @@ def render(runs: Sequence[Run], paired: Paired, out: Path) -> str:
 # ----------------------------------------------------------------------------------------------------------
 def _summaries(runs: Sequence[Run]) -> list[tuple[str, list[tuple[str, tuple[summary.Finding, ...]]]]]:
     """Each question of the summary with every run's findings."""
-    points = zip(*(summary.points_of(by_method(run.inputs)) for run in runs), strict=True)
-    labels = [run.label for run in runs]
-    return [(of[0].question, list(zip(labels, (point.findings for point in of), strict=True))) for of in points]
+    answers: dict[str, list[tuple[str, tuple[summary.Finding, ...]]]] = {}
+    for run in runs:  # a run with given models has a question that others have not
+        for point in summary.points_of(by_method(run.inputs)):
+            answers.setdefault(point.question, []).append((run.label, point.findings))
+    return list(answers.items())
 
 
 def _public(runs: Sequence[Run], sentence: str) -> str:
