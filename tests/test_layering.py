@@ -24,7 +24,7 @@ ORDER: list[set[str]] = [
     {"commands"},
     {"cli"},
 ]
-REPORT_MAY_IMPORT = {"files", "records", "rundir"}  # it only reads what a run has left
+REPORT_MAY_IMPORT = {"files", "records", "rundir", "intervals"}  # it only reads what a run has left
 MOST_TOP_LEVEL_FILES = 10
 
 MODULES = {

@@ -48,6 +48,7 @@ def page_of(run: Path) -> str:
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(html, "FIGURES", {})
+    monkeypatch.setattr(html, "first_pictures", lambda _: [])
 
 
 @pytest.fixture(scope="module")

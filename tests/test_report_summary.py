@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from palimpsest.files import write_json
+from palimpsest.files import write_json, write_text
 from palimpsest.report import summary
 from palimpsest.report.inputs import read_inputs
 from palimpsest.report.summary import points_of, scale
-from report_fixture import accuracy_row, comparison_row, invented_provenance, make_run, speech_test
+from report_fixture import accuracy_row, comparison_row, drift_row, invented_provenance, make_run, speech_test
 
 LOST, WHERE, KEEPS, SPEECH = range(4)
 
@@ -51,7 +52,7 @@ def test_scale_of_a_large_run_has_no_reservation(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("difference", "p", "verdict"),
-    [(-0.1, 0.01, "a loss: −10.0 points"), (0.1, 0.01, "a gain: +10.0"), (-0.1, 0.05, "no difference shown: −10.0")],
+    [(-0.1, 0.01, "a loss: −10 points"), (0.1, 0.01, "a gain: +10 "), (-0.1, 0.05, "no difference shown: −10 ")],
 )
 def test_lost_reads_the_paired_test(tmp_path: Path, difference: float, p: float, verdict: str) -> None:
     qa = [accuracy_row("base", "facts", "text", 60), accuracy_row("full", "facts", "text", 30)]
@@ -224,3 +225,50 @@ def test_drift_and_general_text_are_sentences_with_their_intervals() -> None:
         "General text: +0.0065 nats a byte against the base (95 % interval 0.00300 to 0.0100).",
     ]
     assert list(summary._drifted(inputs, "layer_lr")) == []
+
+
+def test_points_of_a_curve_are_one_line(tmp_path: Path) -> None:
+    methods = {f"full-{rate}": {"kind": "full", "curve": "full"} for rate in ("1e-4", "2e-4", "5e-4")}
+    write_text(tmp_path / "study.yaml", json.dumps({"methods": {**methods, "lora": {"kind": "lora"}}}))
+    found = {"full-1e-4": (0.0, 1.0), "full-2e-4": (-0.02, 0.5), "full-5e-4": (-0.2, 0.001), "lora": (0.01, 0.9)}
+    qa = [accuracy_row(method, "facts", "text", 60) for method in ("base", *found)]
+    comparisons = [comparison_row("facts", "base", method, *of) for method, of in found.items()]
+    lines = _answers(tmp_path, LOST, qa=qa, comparisons=comparisons).split("\n")[1:]
+    assert len(lines) == 2  # one for the curve, one for the method that is none
+    assert lines[0].startswith("LoRA") != lines[1].startswith("LoRA")
+    (curve,) = (line for line in lines if line.startswith("Full-FT"))
+    assert "a loss at full-5e-4; no difference shown at full-1e-4, full-2e-4 (−20.0 to 0.0 points)" in curve
+
+
+def test_of_a_base_without_a_right_answer_nothing_is_lost(tmp_path: Path) -> None:
+    qa = [accuracy_row("base", "facts", "text", 0), accuracy_row("full", "facts", "text", 0)]
+    row = {**comparison_row("facts", "base", "full", 0.0, 1.0), "only_a": 0, "only_b": 0, "ci_low": 0.0, "ci_high": 0.0}
+    answer = _answers(tmp_path, LOST, qa=qa, comparisons=[row])
+    assert "of 300 typed questions, so that none can be lost; drift and general text say what changed" in answer
+    assert "no answer to 300 questions changed, which leaves room for a loss of up to 1.0 points" in answer
+    assert "0.0 to 0.0" not in answer
+
+
+def test_drift_says_which_model_is_nearest(tmp_path: Path) -> None:
+    drift = [drift_row("full", "plain", 0.5), drift_row("lora", "plain", 0.1), drift_row("layer_lr", "plain", 0.105)]
+    answer = _answers(tmp_path, KEEPS, drift=drift)
+    # 0.1 ± 0.01 overlaps 0.105 ± 0.0105 and not 0.5 ± 0.05
+    assert "Drift: LoRA is nearest to the base on text of the base, its interval apart from 1 of the other 2" in answer
+    assert answer.index("LoRA: 0.100") < answer.index("Layer-LR: 0.105") < answer.index("Full-FT: 0.500")
+
+
+def test_a_run_that_is_not_finished_says_what_is_there_and_what_is_to_come(tmp_path: Path) -> None:
+    methods = {"full": {"kind": "full"}, "lora": {"kind": "lora"}, "other": {"kind": "given", "checkpoint": "x"}}
+    write_text(tmp_path / "study.yaml", json.dumps({"methods": methods}))
+    for name in ("full", "other"):
+        write_json(tmp_path / "methods" / name / "checkpoint" / "step.json", {})
+    assert scale(read_inputs(tmp_path)).startswith(
+        "This run is not finished: Full-FT is trained, LoRA is to be trained, other is given; nothing"
+    )
+
+
+def test_the_cut_answers_of_a_diagnosis_name_its_option(tmp_path: Path) -> None:
+    qa = [{**accuracy_row("base", "facts", "text", 60), "n_cut": 200}]
+    for name, said in (("diagnosis", "--max-new-tokens"), ("demo", "; raise evaluation.max_new_tokens and run")):
+        write_text(tmp_path / "study.yaml", f"name: {name}\n")
+        assert said in _answers(tmp_path, LOST, qa=qa)

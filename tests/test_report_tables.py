@@ -258,9 +258,24 @@ def test_claims_stand_beside_the_papers_evidence_with_a_worded_verdict() -> None
         "ci_high": None,
         "verdict": "undecided",
     }
-    row = _row(tables.claims([claim]), 0)
-    assert row[:6] == ["5", "s", "? undecided", "m", "–", ""]
+    decided, left = tables.claims([{**claim, "value": 0.06}])
+    row = _row(decided, 0)
+    assert row[:6] == ["5", "s", "? undecided", "m", "0.0600", ""]
     assert row[6].startswith("Table 2 (published):")
+    assert not left.rows
+
+
+def test_claims_that_do_not_apply_stand_apart_and_say_why() -> None:
+    common: Any = {"statement": "s", "measure": "m", "ci_low": None, "ci_high": None}
+    rows: Any = [
+        {**common, "claim": 1, "value": 2.0, "verdict": "holds"},
+        {**common, "claim": 4, "value": None, "verdict": "undecided"},
+        {**common, "claim": 5, "value": 0.1, "verdict": "undecided"},  # measured, and not enough
+    ]
+    decided, left = tables.claims(rows, ["base", "full", "mine"])
+    assert [row[0].text for row in decided.rows] == ["1", "5"]
+    assert [row[0].text for row in left.rows] == ["4"]
+    assert left.title == "1 of 3 claims does not apply to this run: it has no Layer-LR and no LoRA"
 
 
 def test_timings_add_up() -> None:

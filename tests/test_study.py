@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from audio_files import BROKEN, voice_assistant, wav
 from palimpsest.commands import compare
+from palimpsest.commands import report as report_command
 from palimpsest.config import parse_config
 from palimpsest.export.folders import export
 from palimpsest.files import UserError, locked
@@ -30,10 +31,12 @@ from palimpsest.models.loading import StoredLanguageModel, load_language_model, 
 from palimpsest.planning.needs import checkpoint_bytes
 from palimpsest.planning.plan import setups_of
 from palimpsest.planning.sizes import decoder_of, encoder_sizes
+from palimpsest.progress import Reporter
 from palimpsest.records import RESULT_TABLES
 from palimpsest.report import figures, page
 from palimpsest.study import steps, workspace
-from palimpsest.study.run import Study, run_study
+from palimpsest.study.live import LivePage, kind_of, name_of, progress_of, tables_so_far
+from palimpsest.study.run import Study, run_study, unfinished
 from palimpsest.ui.asking import open_panel
 from tiny_study import numbered, write_inputs
 
@@ -81,6 +84,121 @@ def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     run_study(parse_config(recipe(inputs), "test"), folder)
     return folder
+
+
+@pytest.fixture
+def stopped(inputs: Path, finished: Path, tmp_path: Path) -> tuple[Study, list[str]]:
+    """A copy of the finished run without what the study's end writes, and the names of its steps in their order."""
+    run = tmp_path / "stopped"
+    shutil.copytree(finished, run)
+    for name in ("results.json", "provenance.json", "report.html"):
+        (run / name).unlink()
+    study = Study(parse_config(recipe(inputs), "test"), run, Reporter(1, quiet=True))
+    return study, [name_of(step) for step in study.steps]
+
+
+def test_the_names_of_the_steps_are_their_folders(finished: Path, stopped: tuple[Study, list[str]]) -> None:
+    there = {file.parent.relative_to(finished).as_posix() for file in finished.rglob("step.json")}
+    assert set(stopped[1]) == there
+    assert (
+        kind_of("methods/full/samples/numbers-text") == kind_of("base/samples/numbers-text") == "samples/numbers-text"
+    )
+
+
+def test_the_tables_on_the_way_are_those_of_the_finished_models(
+    finished: Path, stopped: tuple[Study, list[str]]
+) -> None:
+    """After the base's importance its layers; after a model's last step all of it, as in results.json."""
+    study, names = stopped
+    whole = results(finished)
+
+    def at(last: str) -> dict[str, Any]:
+        done = names[: names.index(last) + 1]
+        return tables_so_far(study.ws.dir, study.ws.config, study.steps, done, study.ws.seed("results"))
+
+    first = at("base/importance")
+    assert not first["qa"]
+    assert {row["model"] for row in first["layers"]} == {"base"}
+    shares = {(r["layer"], r["kind"]): r["share"] for r in whole["layers"]
+              if (r["model"], r["reduction"]) == ("base", "per_batch_abs")}  # fmt: skip
+    assert {(row["layer"], row["kind"]): row["share"] for row in first["layers"]} == pytest.approx(shares)
+
+    one = at("methods/layer_lr/importance")  # the second method is begun
+    assert {row["method"] for row in one["qa"]} == {"base", "full"}
+    assert {row["model"] for row in one["layers"]} == {"base", "full", "layer_lr"}
+    assert one["probe"] == [row for row in whole["probe"] if row["model"] in ("base", "full")]
+    assert [row["p_value"] for row in one["comparisons"]] == [
+        row["p_value"] for row in whole["comparisons"] if {row["method_a"], row["method_b"]} == {"base", "full"}
+    ]
+    assert at("maps")["qa"] == whole["qa"]
+
+
+def test_time_left_is_what_the_like_of_the_steps_took(stopped: tuple[Study, list[str]]) -> None:
+    study, names = stopped
+    done = names[: names.index("methods/full/checkpoint")]
+    took = {name: json.loads((study.ws.path / name / "step.json").read_text())["seconds"] for name in done}
+    progress = progress_of(study.ws.dir, names, done)
+    assert "methods/full/checkpoint" in progress.to_come
+    assert set(progress.untimed) >= {"checkpoint", "samples/numbers-speech", "analysis", "maps"}
+    known = ("importance", "deactivation", "perplexity", "probe", "samples/numbers-text")
+    assert progress.seconds_left == pytest.approx(3 * sum(took[f"base/{name}"] for name in known))
+
+
+def test_the_page_on_the_way_says_what_is_to_come_and_changes_no_result(
+    stopped: tuple[Study, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, names = stopped
+    before = {file: file.read_bytes() for file in study.ws.path.rglob("*.json")}
+    live = LivePage(study.ws.dir, study.ws.config, study.steps, study.ws.seed("results"), Reporter(1))
+    live.after(names.index("base/importance") + 1)
+    assert not (study.ws.path / "report.html").exists()  # of a study of seconds
+    live.started -= 60
+    live.after(names.index("data") + 1)
+    assert not (study.ws.path / "report.html").exists()  # nothing is measured
+    live.after(names.index("base/importance") + 1)
+    page = (study.ws.path / "report.html").read_text(encoding="utf-8")
+    assert f"Not finished: 3 of {len(names)} steps are there" in page
+    assert "while base/importance_other runs" in page
+    assert "Missing from this run" not in page
+    assert 'http-equiv="refresh"' not in page
+    assert "In the base, layer" in capsys.readouterr().err
+    live.after(len(names) - 1)
+    assert (study.ws.path / "report.html").read_text(encoding="utf-8") == page  # a short time ago
+    assert {file: file.read_bytes() for file in study.ws.path.rglob("*.json")} == before
+
+
+def test_what_cannot_be_drawn_is_said_once_and_stops_nothing(
+    stopped: tuple[Study, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, names = stopped
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("no room\nfor a page")
+
+    monkeypatch.setattr(page, "write_report", fail)
+    live = LivePage(study.ws.dir, study.ws.config, study.steps, 0, Reporter(1))
+    for _ in range(2):
+        live.started, live.written = -1e9, None
+        live.after(names.index("base/importance") + 1)
+    assert capsys.readouterr().err.count("cannot be drawn (MemoryError: no room); the study goes on.") == 1
+
+
+def test_the_report_of_a_stopped_study_has_what_is_there(
+    stopped: tuple[Study, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(figures, "FIGURES", {})  # drawing is tested elsewhere
+    monkeypatch.setattr(page, "FIGURES", {})
+    study, names = stopped
+    for name in ("lora", "layer_lr"):
+        shutil.rmtree(study.ws.path / "methods" / name / "perplexity")
+    inputs, progress = unfinished(study.ws.path)
+    assert {row["method"] for row in inputs.results["qa"]} == {"base", "full"}
+    assert progress.to_come == ("methods/layer_lr/perplexity", "methods/lora/perplexity")
+    (said,) = report_command.run(report_command.Options([study.ws.path]))
+    html_page = (study.ws.path / "report.html").read_text(encoding="utf-8")
+    assert said == f"Report: {study.ws.path / 'report.html'}"
+    assert f"Not finished: {len(names) - 2} of {len(names)} steps are there" in html_page
+    assert "This resumes the study" in html_page
 
 
 def test_every_table_is_there_for_every_model(finished: Path) -> None:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from typing_extensions import Doc
 
 from palimpsest.files import UserError
+
+if TYPE_CHECKING:
+    from palimpsest.report.inputs import Inputs
+    from palimpsest.study.live import Progress
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,23 @@ def run(options: Options) -> Iterator[str]:
         page = write_comparison(options.runs, pair_runs(options.runs), options.out or Path("comparison.html"))
     else:
         folder = options.runs[0]
-        inputs = read_inputs(folder)  # once for figures and page: 2 s for 150 MB
+        inputs, progress = _of_unfinished(folder) or (read_inputs(folder), None)  # once: 2 s for 150 MB
         write_figures(folder, inputs)
-        page = write_report(folder, options.out, audio=options.audio, samples=options.samples, inputs=inputs)
+        page = write_report(
+            folder, options.out, audio=options.audio, samples=options.samples, inputs=inputs, progress=progress
+        )
     yield f"Report: {page}"
+
+
+def _of_unfinished(run: Path) -> tuple[Inputs, Progress] | None:
+    """What a study that was stopped has so far; None of any other folder, and where its steps cannot be read."""
+    from palimpsest.rundir import RESULTS, STUDY
+
+    if (run / RESULTS).exists() or not (run / STUDY).exists():
+        return None
+    from palimpsest.study.run import unfinished  # brings torch
+
+    try:
+        return unfinished(run)
+    except UserError:
+        return None

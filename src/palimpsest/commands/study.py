@@ -34,8 +34,11 @@ def run(options: Options) -> Iterator[str]:
 
 def run_and_say(config: StudyConfig, out: Path, changed: bool) -> Iterator[str]:
     from palimpsest.parallel import started_first
+    from palimpsest.report.glance import closing
+    from palimpsest.report.inputs import read_inputs
     from palimpsest.study.run import run_study
 
     report = run_study(config, out, changed=changed)
     if started_first():
+        yield from closing(read_inputs(out))
         yield f"Report: {report}"

@@ -280,7 +280,7 @@ def plane(inputs: Inputs) -> Drawing | None:
     drawing = Drawing("t2t_s2t", "Typed against spoken questions", figure)
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for axis, task in zip(panels, tasks, strict=True):
-        _plane_panel(drawing, axis, task, rows, inputs)
+        plane_panel(drawing, axis, task, rows, inputs)
     handles = {label: mark for axis in panels for mark, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     legend_below(figure, list(handles.values()), list(handles), most=4)
     runs = n_runs(inputs.results)
@@ -295,7 +295,7 @@ def plane(inputs: Inputs) -> Drawing | None:
     return drawing
 
 
-def _plane_panel(
+def plane_panel(
     drawing: Drawing, axis: Axes, task: str, rows: dict[tuple[str, str, str], QARecord], inputs: Inputs
 ) -> None:
     methods = methods_in(inputs.results)

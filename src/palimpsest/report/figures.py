@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from palimpsest.files import UserError, replacing, write_text
-from palimpsest.report import charts, curves, heatmaps, trade_off
+from palimpsest.report import charts, curves, glance, heatmaps, trade_off
 from palimpsest.report.across_runs import by_method
 from palimpsest.report.inputs import Inputs, at, read_inputs, trains, tuned_are_scored
 from palimpsest.report.style import Drawing, style, to_png, to_svg
@@ -43,6 +43,13 @@ def draw(name: str, inputs: Inputs) -> Drawing | None:
         raise UserError(f"There is no figure {name!r}; choose one of {', '.join(FIGURES)}.")
     with style():
         return FIGURES[name](by_method(inputs))
+
+
+def first_pictures(inputs: Inputs) -> list[Drawing]:
+    """The two pictures of the first screen, fewer where the run has no data for them; only the page has them."""
+    with style():
+        shown = by_method(inputs)
+        return [drawing for drawing in (glance.kept(shown), glance.layers(shown)) if drawing is not None]
 
 
 def why_not(name: str, inputs: Inputs) -> str:

@@ -77,8 +77,11 @@ class Inputs:
     missing: tuple[str, ...]
 
 
-def read_inputs(run: Path) -> Inputs:
+def read_inputs(run: Path, so_far: tuple[dict[str, Any], dict[str, Any]] | None = None) -> Inputs:
     """Read the run directory `run`.
+
+    so_far: (results, provenance) of a run that is not finished and has no such files; what it lacks is to come, and is
+    not called missing.
 
     Raises:
         UserError: `run` is not a folder.
@@ -86,8 +89,11 @@ def read_inputs(run: Path) -> Inputs:
     if not run.is_dir():
         raise UserError(f"{run} is not a folder; give the run directory of a study.")
     missing: list[str] = []
-    results = _read_results(run / "results.json", missing)
-    provenance = _read_mapping(run / "provenance.json", missing)
+    if so_far is None:
+        results = _read_results(run / "results.json", missing)
+        provenance = _read_mapping(run / "provenance.json", missing)
+    else:
+        results, provenance = _tables_of(so_far[0], "the results", missing), so_far[1]
     config = _read_mapping(run / "study.yaml", missing)
     left_out = {NO_RECORDS.format(table) for table in _not_asked_for(config)}
     missing = [line for line in missing if line not in left_out]
@@ -102,7 +108,7 @@ def read_inputs(run: Path) -> Inputs:
         importance_maps=_read_maps(run / "maps" / "importance.npz", missing),
         delta_maps=_read_maps(run / "maps" / "delta.npz", missing),
         samples=_read_samples(run, results, missing),
-        missing=tuple(without_paths(line, run) for line in missing),
+        missing=tuple(without_paths(line, run) for line in missing) if so_far is None else (),
     )
 
 
@@ -295,10 +301,13 @@ def _reading(where: str, missing: list[str]) -> Iterator[None]:
 
 
 def _read_results(path: Path, missing: list[str]) -> Results:
-    raw = _read_mapping(path, missing)
+    return _tables_of(_read_mapping(path, missing), path.name, missing)
+
+
+def _tables_of(raw: dict[str, Any] | None, name: str, missing: list[str]) -> Results:
     if raw is not None and raw.get("schema") != records.SCHEMA:
         missing.append(
-            f"{path.name} says schema {raw.get('schema')!r}, this version reads {records.SCHEMA}; "
+            f"{name} says schema {raw.get('schema')!r}, this version reads {records.SCHEMA}; "
             "what it does not know is left out."
         )
     types = get_type_hints(Results)
@@ -316,11 +325,11 @@ def _read_results(path: Path, missing: list[str]) -> Results:
                 missing.append(NO_RECORDS.format(table))
             continue
         if not isinstance(rows, list):
-            missing.append(f"{path.name}: “{table}” is not a list.")
+            missing.append(f"{name}: “{table}” is not a list.")
             continue
         tables[table], bad = _checked(rows, record)
         if bad:
-            missing.append(f"{path.name}: {len(bad)} of {len(rows)} records of “{table}” are left out ({bad[0]}).")
+            missing.append(f"{name}: {len(bad)} of {len(rows)} records of “{table}” are left out ({bad[0]}).")
     return cast(Results, tables)
 
 

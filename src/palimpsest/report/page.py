@@ -8,22 +8,23 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from palimpsest.files import write_text
-from palimpsest.report import paper, summary
+from palimpsest.report import glance, paper, summary
 from palimpsest.report import remake as commands
 from palimpsest.report.across_runs import by_method
-from palimpsest.report.figures import FIGURES, draw, may_lack, why_not
+from palimpsest.report.figures import FIGURES, draw, first_pictures, may_lack, why_not
 from palimpsest.report.inputs import Inputs, flat, main_metric, missing_steps, read_inputs, task_name, trains
 from palimpsest.report.recordings import read_recordings
 from palimpsest.report.samples import MAX_QUESTIONS, samples_of
 from palimpsest.report.style import to_inline_svg
-from palimpsest.report.table import to_csv, to_html, to_latex, to_markdown
+from palimpsest.report.table import seconds, to_csv, to_html, to_latex, to_markdown
 from palimpsest.report.tables import tables_of
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -61,8 +62,29 @@ def write_page(path: Path, page: str) -> None:
 MAX_VALUE = 400  # characters of one provenance value
 
 
+class Progress(Protocol):
+    """How far a run is that is not finished; study/live.py has it."""
+
+    @property
+    def there(self) -> Sequence[str]: ...
+    @property
+    def to_come(self) -> Sequence[str]: ...
+    @property
+    def seconds_left(self) -> float: ...
+    @property
+    def untimed(self) -> Sequence[str]: ...
+    @property
+    def written(self) -> str: ...
+
+
 def write_report(
-    run: Path, out: Path | None = None, *, audio: bool = True, samples: bool = True, inputs: Inputs | None = None
+    run: Path,
+    out: Path | None = None,
+    *,
+    audio: bool = True,
+    samples: bool = True,
+    inputs: Inputs | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Write `out`, by default `run`/report.html, from what the run directory holds and return its path.
 
@@ -73,17 +95,18 @@ def write_report(
         audio: put recordings of the spoken questions shown into the page.
         samples: show questions and answers; False leaves out the recordings too.
         inputs: what `read_inputs` gave for `run`, where that was read already.
+        progress: of a run that is not finished: the page says what is there and what is to come, instead of missing.
 
     Raises:
         UserError: `run` is not a folder.
     """
     path = out or run / "report.html"
-    page = render(read_inputs(run) if inputs is None else inputs, audio=audio, samples=samples)
+    page = render(read_inputs(run) if inputs is None else inputs, audio=audio, samples=samples, progress=progress)
     write_page(path, page)
     return path
 
 
-def render(inputs: Inputs, *, audio: bool = True, samples: bool = True) -> str:
+def render(inputs: Inputs, *, audio: bool = True, samples: bool = True, progress: Progress | None = None) -> str:
     """The page as text."""
     every_run, inputs = inputs, by_method(inputs)
     drawings = {name: drawing for name in FIGURES if (drawing := draw(name, inputs)) is not None}
@@ -94,9 +117,16 @@ def render(inputs: Inputs, *, audio: bool = True, samples: bool = True) -> str:
         "report.html.j2",
         name=inputs.path.resolve().name,
         run=inputs.path,
+        opening=glance.opening(inputs),
+        numbers=glance.numbers_of(inputs),
+        pictures=first_pictures(inputs),
         scale=summary.scale(inputs),
-        points=summary.points_of(inputs),
-        missing=[
+        points=[it for it in summary.points_of(inputs) if progress is None or summary.is_known(it)],
+        progress=progress,
+        duration=lambda left: seconds(left) if left >= 60 else f"{left:.0f} s",
+        missing=[]
+        if progress is not None
+        else [
             *inputs.missing,
             *missing_steps(inputs.path, inputs.provenance),
             *recordings.missing,

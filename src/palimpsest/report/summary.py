@@ -22,7 +22,6 @@ from palimpsest.report.inputs import (
     Inputs,
     at,
     having,
-    in_order,
     main_metric,
     method_key,
     method_name,
@@ -32,13 +31,28 @@ from palimpsest.report.inputs import (
     text_layers,
     text_shifts,
 )
-from palimpsest.report.table import interval, p_value, percent, points, significant
+from palimpsest.report.table import interval, p_value, percent, points, points_fitting, significant
 from palimpsest.report.trade_off import keeps_most
+from palimpsest.report.verdict import (
+    ALL,
+    LEVEL,
+    Drift,
+    accuracies,
+    drift_of,
+    nothing_changed,
+    of_base,
+    of_model,
+    of_tuned,
+    paired,
+    unseen,
+)
+from palimpsest.rundir import STEP_FILE, models_in
 
-LEVEL = 0.05
-ALL = "all"  # kinds of pairs of the probe
 BETTER, ALIKE, UNPAIRED = "Better than", "Not distinguishable from", "Not compared question by question with"
+Pair = tuple[QARecord, ComparisonRecord]  # the accuracy of a model, and its comparison with the base
 REFERENCES = {"unrelated": "against other questions", "text": "against typed", "cascade": "against the cascade"}
+NOT_KNOWN = "Not known"
+DIAGNOSIS = "diagnosis"  # name of the recipe that palimpsest diagnose writes
 LARGE_MODEL = 10**9  # parameters of the paper's smaller model
 LARGE_DATA = 10**5  # training examples; the paper's sets have several 10⁵
 
@@ -70,7 +84,7 @@ def scale(inputs: Inputs) -> str:
     examples = at(inputs.provenance, "data", "train", "n")
     steps = max((row["step"] for row in inputs.results["training"]), default=None)
     if not any(row["method"] != "base" for table in ("training", "qa") for row in inputs.results[table]):
-        return "This run has not trained a model yet."
+        return _begun(inputs)
     what = model_name(inputs) or "a language model"
     if isinstance(parameters, int):
         what += f" ({_millions(parameters)} parameters)"
@@ -90,6 +104,19 @@ def scale(inputs: Inputs) -> str:
     return sentence + "; read it as a demonstration of the method, not as evidence about large models."
 
 
+def _begun(inputs: Inputs) -> str:
+    """Of a run without a record of a tuned model: which are there all the same, by the run directory, and which not."""
+    methods = at(inputs.config, "methods")
+    there = {name for name, folder in models_in(inputs.path).items() if (folder / "checkpoint" / STEP_FILE).is_file()}
+    if not isinstance(methods, dict) or not methods:
+        return "This run has not trained a model yet."
+    said = []
+    for name in sorted(methods, key=method_key):
+        what = {"given": "given", "blend": "blended"}.get(str(at(methods[name], "kind")), "trained")
+        said.append(f"{method_name(name)} {'is' if name in there else 'is to be'} {what}")
+    return f"This run is not finished: {', '.join(said)}; nothing of a tuned model has been compared with the base yet."
+
+
 def points_of(inputs: Inputs) -> list[Point]:
     """The summary's questions with their answers, in reading order."""
     questions = (
@@ -99,12 +126,16 @@ def points_of(inputs: Inputs) -> list[Point]:
         ("Do the models understand speech?", _understand, "answers to spoken questions"),
     )
     found = [
-        Point(question, tuple(answer(inputs)) or (Finding(f"Not known: the run has no {lacking}."),))
+        Point(question, tuple(answer(inputs)) or (Finding(f"{NOT_KNOWN}: the run has no {lacking}."),))
         for question, answer, lacking in questions
     ]
     found[0] = replace(found[0], findings=(*found[0].findings, *_cut(inputs)))
     differs = tuple(_differs(inputs, name) for name in given_models(inputs))
     return [*([Point("What is different?", differs)] if differs else []), *found]
+
+
+def is_known(point: Point) -> bool:
+    return not point.findings[0].sentence.startswith(NOT_KNOWN)
 
 
 def in_short(inputs: Inputs) -> list[str]:
@@ -124,20 +155,6 @@ def given_models(inputs: Inputs) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------
 def _differs(inputs: Inputs, model: str) -> Finding:
     """Whether text was kept, by how much, and where in the layers the model differs."""
-    typed = having(_accuracies(inputs, "text"), method=model)
-    pairs = [(row, _paired(inputs, row["task"], "base", model)) for row in typed]
-    tested = [(row, pair) for row, pair in pairs if pair is not None]
-    signs = {0 if pair["p_holm"] >= LEVEL else 1 if pair["difference"] > 0 else -1 for _, pair in tested}
-    text = "is not known to have kept its text"
-    if tested:
-        text = "lost text" if -1 in signs else "gained text" if 1 in signs else "shows no loss of text"
-        text = "lost and gained text" if {-1, 1} <= signs else text
-    said = [
-        f"{task_name(row['task'])}: {_share(row['accuracy'] - pair['difference'])} before, "
-        f"{_share(row['accuracy'])} after, "
-        f"{_difference(pair).removesuffix('.')}"
-        for row, pair in tested
-    ]
     probe = having(inputs.results["probe_comparisons"], method=model, kind=ALL)
     details = (
         *_drifted(inputs, model),
@@ -147,7 +164,7 @@ def _differs(inputs: Inputs, model: str) -> Finding:
         *_moved(inputs, model),
         *_noted(inputs, model),
     )
-    return Finding(f"{method_name(model)} {text}{' (' * bool(said)}{'; '.join(said)}{')' * bool(said)}.", details)
+    return Finding(of_model(inputs, model), details)
 
 
 def _noted(inputs: Inputs, model: str) -> list[str]:
@@ -184,7 +201,7 @@ def _probed(row: ProbeComparisonRecord) -> str:
 def _heard(inputs: Inputs, model: str) -> Iterator[str]:
     said = [
         f"{task_name(row['task'])} {_share(row['accuracy'])}"
-        for row in having(_accuracies(inputs, "speech"), method=model)
+        for row in having(accuracies(inputs, "speech"), method=model)
     ]
     if said:
         yield f"From speech: {'; '.join(said)}."
@@ -228,18 +245,50 @@ def _moved(inputs: Inputs, model: str) -> Iterator[str]:
 
 
 def _lost(inputs: Inputs) -> Iterator[Finding]:
-    rows = _accuracies(inputs, "text")
+    rows = accuracies(inputs, "text")
     for task in dict.fromkeys(row["task"] for row in rows):
-        base, trained = _base(rows, task), _trained(rows, task)
+        base, trained = of_base(rows, task), of_tuned(rows, task)
         if base is None or not trained:
             continue
-        paired = [(_named(row), _paired(inputs, task, "base", row["method"])) for row in trained]
-        details = [f"{name}: {_difference(comparison)}" for name, comparison in paired if comparison is not None]
-        alone = [name for name, comparison in paired if comparison is None]
+        compared = [(row, paired(inputs, task, "base", row["method"])) for row in trained]
+        details = []
+        for curve, of in _by_curve(inputs, [(row, pair) for row, pair in compared if pair is not None]).items():
+            details.append(f"{_named(of[0][0])}: {_difference(of[0][1])}" if len(of) == 1 else _curve(curve, of))
+        alone = [_named(row) for row, comparison in compared if comparison is None]
         if alone:
             details.append(f"Not compared with the base question by question: {', '.join(alone)}.")
         answered = f"the base answers {_share(base['accuracy'])} of {base['n']} typed questions"
+        if base["accuracy"] == 0:
+            answered += ", so that none can be lost; drift and general text say what changed"
         yield Finding(f"{task_name(task)}: {answered}; the trained models:", tuple(details))
+
+
+def _by_curve(inputs: Inputs, compared: Sequence[Pair]) -> dict[str, list[Pair]]:
+    """The points of a curve under its name, every other model under its own."""
+    groups: dict[str, list[Pair]] = {}
+    for row, pair in compared:
+        curve = at(inputs.config, "methods", row["method"], "curve")
+        groups.setdefault(row["method"] if curve is None else str(curve), []).append((row, pair))
+    return groups
+
+
+def _curve(curve: str, of: Sequence[Pair]) -> str:
+    """A line for all points: what is shown, and between which differences they lie."""
+    kinds: dict[str, list[str]] = {}
+    for row, pair in of:
+        verdict = "no difference shown" if pair["p_holm"] >= LEVEL else "a gain" if pair["difference"] > 0 else "a loss"
+        kinds.setdefault(verdict, []).append(method_name(row["method"]))
+    every = "both points" if len(of) == 2 else f"all {len(of)} points"
+    said = [
+        f"{verdict} at {every if len(names) == len(of) else ', '.join(names)}"
+        for verdict, names in sorted(kinds.items())
+    ]
+    differences = [pair["difference"] for _, pair in of]
+    widest = max((unseen(pair) for _, pair in of if pair["p_holm"] >= LEVEL), key=lambda it: it[1], default=("", 0.0))
+    return (
+        f"{method_name(curve)}: {'; '.join(said)} ({points(min(differences))} to {points(max(differences))} points)"
+        f"{'; ' * bool(widest[0])}{widest[0]}."
+    )
 
 
 def _cut(inputs: Inputs) -> Iterator[Finding]:
@@ -256,9 +305,16 @@ def _cut(inputs: Inputs) -> Iterator[Finding]:
         sentence = (
             f"Warning: of these answers more than {percent(MOST_CUT)}\u00a0% were cut at the limit of new tokens "
             "without an end. What would have followed was not scored, so their accuracies, and differences between "
-            "them, may come from the limit; raise evaluation.max_new_tokens and run the study again with --changed."
+            f"them, may come from the limit; {_raise_it(inputs)}."
         )
         yield Finding(sentence, tuple(details))
+
+
+def _raise_it(inputs: Inputs) -> str:
+    """How the limit is raised: of a diagnosis its command writes the recipe."""
+    if at(inputs.config, "name") == DIAGNOSIS:
+        return "give palimpsest diagnose a higher --max-new-tokens (evaluation.max_new_tokens), with --changed"
+    return "raise evaluation.max_new_tokens and run the study again with --changed"
 
 
 def _where(inputs: Inputs) -> Iterator[Finding]:
@@ -305,22 +361,45 @@ def _floor(row: ShiftRecord) -> str:
 
 def _keeps(inputs: Inputs) -> Iterator[Finding]:
     yield from (Finding(*said) for said in keeps_most(inputs))
-    rows = _accuracies(inputs, "text")
+    if not any(row["text_measure"] == "drift" for row in inputs.results["equal_hearing"]):
+        yield from _nearest(inputs)
+    rows = accuracies(inputs, "text")
     rows = [row for row in rows if not _is_point(inputs, row["method"])]  # those are compared as curves
     for task in dict.fromkeys(row["task"] for row in rows):
-        trained = _trained(rows, task)
+        trained = of_tuned(rows, task)
         if len(trained) < 2:
             continue
         best = max(trained, key=lambda row: row["accuracy"])
         others: dict[str, list[str]] = {BETTER: [], ALIKE: [], UNPAIRED: []}
         for row in trained:
             if row is not best:
-                others[_relation(_paired(inputs, task, row["method"], best["method"]))].append(_named(row))
+                others[_relation(paired(inputs, task, row["method"], best["method"]))].append(_named(row))
         yield Finding(
             f"{task_name(task)}: of the trained models {method_name(best['method'])} answers the most typed "
             f"questions, {_share(best['accuracy'])}.",
             tuple(f"{relation} {', '.join(names)}." for relation, names in others.items() if names),
         )
+
+
+def _nearest(inputs: Inputs) -> Iterator[Finding]:
+    """The models by their drift, whatever they understand of speech; of intervals that overlap nothing is concluded."""
+    models = sorted({row["model"] for row in inputs.results["drift"]} - {"base"}, key=method_key)
+    known = {model: drift for model in models if (drift := drift_of(inputs, model)) is not None}
+    if len(known) < 2:
+        return
+    order = sorted(known, key=lambda model: known[model].value)
+    apart = [model for model in order[1:] if known[model].low > known[order[0]].high]
+    shown = "from none of the others" if not apart else f"from {len(apart)} of the other {len(order) - 1}"
+    shown = "from every other" if len(apart) == len(order) - 1 else shown
+    yield Finding(
+        f"Drift: {method_name(order[0])} is nearest to the base on {known[order[0]].text}, its interval apart {shown}; "
+        "what was understood of speech is left aside. Nats a token:",
+        tuple(f"{method_name(model)}: {_kl(known[model])}." for model in order),
+    )
+
+
+def _kl(drift: Drift) -> str:
+    return f"{significant(drift.value)} (95 % interval {interval(drift.low, drift.high, significant)})"
 
 
 def _is_point(inputs: Inputs, method: str) -> bool:
@@ -334,7 +413,7 @@ def _relation(paired: ComparisonRecord | None) -> str:
 
 
 def _understand(inputs: Inputs) -> Iterator[Finding]:
-    rows = [row for row in _accuracies(inputs, "speech") if row["method"] != "base"]
+    rows = [row for row in accuracies(inputs, "speech") if row["method"] != "base"]
     if not rows:
         return
     tests = having(inputs.results["speech_tests"], metric=main_metric(inputs.results))
@@ -388,7 +467,7 @@ def _direction(test: SpeechTestRecord) -> int:
 
 def _beside(inputs: Inputs, task: str) -> str:
     """What the methods' answers to speech are read against: the base through its adaptor, the cascade."""
-    spoken, written = _base(_accuracies(inputs, "speech"), task), _base(_accuracies(inputs, "cascade"), task)
+    spoken, written = of_base(accuracies(inputs, "speech"), task), of_base(accuracies(inputs, "cascade"), task)
     parts = [f"the base through the adaptor it was given answers {_share(spoken['accuracy'])}"] if spoken else []
     parts += [f"the base after a recogniser {_share(written['accuracy'])}"] if written else []
     return f" ({'; '.join(parts)})" if parts else ""
@@ -397,47 +476,22 @@ def _beside(inputs: Inputs, task: str) -> str:
 # ----------------------------------------------------------------------------------------------------------
 # Records
 # ----------------------------------------------------------------------------------------------------------
-def _accuracies(inputs: Inputs, modality: str) -> list[QARecord]:
-    rows = having(inputs.results["qa"], modality=modality, metric=main_metric(inputs.results))
-    return in_order(rows, "method")
-
-
-def _base(rows: Sequence[QARecord], task: str) -> QARecord | None:
-    return next(iter(having(rows, task=task, method="base")), None)
-
-
-def _trained(rows: Sequence[QARecord], task: str) -> list[QARecord]:
-    return [row for row in having(rows, task=task) if row["method"] != "base"]
-
-
-def _paired(inputs: Inputs, task: str, before: str, after: str) -> ComparisonRecord | None:
-    """The comparison on typed questions, turned so that `difference` = accuracy(after) − accuracy(before)."""
-    typed = {"task": task, "modality": "text", "metric": main_metric(inputs.results)}
-    for row in having(inputs.results["comparisons"], **typed):
-        if (row["method_a"], row["method_b"]) == (before, after):
-            return row
-        if (row["method_a"], row["method_b"]) == (after, before):
-            return {
-                **row,
-                "method_a": before,
-                "method_b": after,
-                "only_a": row["only_b"],
-                "only_b": row["only_a"],
-                "difference": -row["difference"],
-                "ci_low": -row["ci_high"],
-                "ci_high": -row["ci_low"],
-            }
-    return None
-
-
 def _difference(row: ComparisonRecord | SpeechTestRecord, more: str = "a gain", less: str = "a loss") -> str:
-    spread = interval(row["ci_low"], row["ci_high"], points)
+    """With what a comparison of models could not have seen, where it shows nothing."""
+    value, low, high = points_fitting(row["difference"], row["ci_low"], row["ci_high"])
     p = p_value(row["p_holm"])
     over = "Holm-corrected" if "n_family" not in row else row.get("left_out") or f"Holm over {row['n_family']}"
-    evidence = f"95 % interval {spread}; paired p {p if p.startswith('<') else f'= {p}'}, {over}"
-    if row["p_holm"] >= LEVEL:
-        return f"no difference shown: {points(row['difference'])} points ({evidence})."
-    return f"{more if row['difference'] > 0 else less}: {points(row['difference'])} points ({evidence})."
+    evidence = f"95 % interval {low} to {high}; paired p {p if p.startswith('<') else f'= {p}'}, {over}"
+    if row["p_holm"] < LEVEL:
+        return f"{more if row['difference'] > 0 else less}: {value} points ({evidence})."
+    if "method_a" not in row:
+        if row["ci_low"] == row["ci_high"] == 0:
+            return f"no difference shown: not one of {row['n']} questions separates them."
+        return f"no difference shown: {value} points ({evidence})."
+    left_open, _ = unseen(row)
+    if nothing_changed(row):
+        return f"no difference shown: {left_open}."
+    return f"no difference shown: {value} points ({evidence}); {left_open}."
 
 
 def _named(row: QARecord) -> str:

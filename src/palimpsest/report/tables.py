@@ -15,6 +15,7 @@ from palimpsest.files import without_folders
 from palimpsest.report import paper, structure_tables, trade_off
 from palimpsest.report.across_runs import OF_FIRST_RUNS, n_runs
 from palimpsest.report.inputs import (
+    METHOD_ORDER,
     MODALITY_NAMES,
     Inputs,
     at,
@@ -25,6 +26,7 @@ from palimpsest.report.inputs import (
     main_reduction,
     method_key,
     method_name,
+    methods_in,
     modality_key,
     model_name,
     rank_in_name,
@@ -119,7 +121,7 @@ def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Tabl
         seed_comparisons(results["seed_comparisons"]),
         pooled_comparisons(results["pooled_comparisons"]),
         perplexity(results["perplexity"], of_each),
-        claims(results["claims"]),
+        *claims(results["claims"], methods_in(results)),
         probe(results["probe"]),
         probe_comparisons(results["probe_comparisons"]),
         drift(results["drift"]),
@@ -522,23 +524,36 @@ def perplexity(records: Rows, n_runs: int = 1) -> Table:
     )
 
 
-def claims(records: Rows) -> Table:
-    """The paper's claims, each with this run's measure, value, interval and verdict."""
+def claims(records: Rows, models: Sequence[str] = ()) -> tuple[Table, Table]:
+    """The paper's claims, each with this run's measure, value, interval and verdict; and those that do not apply.
+
+    Of these a part that was not measured is what decides: their title says how many they are and, by the `models` that
+    the run has, why.
+    """
     published = {claim.claim: text(f"{claim.where} (published): {claim.published}") for claim in paper.CLAIMS}
-    return table(
-        "claims",
-        "The paper's claims, tested on this run",
-        (
-            counts("Claim", "claim"),
-            words("Statement", "statement", prose=True),
-            words("Verdict", "verdict", lambda verdict: VERDICTS.get(verdict, verdict)),
-            words("Measure", "measure", prose=True),
-            ranges("Value", "value"),
-            (Column("Note", prose=True), lambda row: text(row.get("note", ""))),
-            (Column("In the paper", prose=True), lambda row: published.get(row["claim"], EMPTY)),
+    fields = (
+        counts("Claim", "claim"),
+        words("Statement", "statement", prose=True),
+        words("Verdict", "verdict", lambda verdict: VERDICTS.get(verdict, verdict)),
+        words("Measure", "measure", prose=True),
+        ranges("Value", "value"),
+        (Column("Note", prose=True), lambda row: text(row.get("note", ""))),
+        (Column("In the paper", prose=True), lambda row: published.get(row["claim"], EMPTY)),
+    )
+    rows = in_order(records, "claim")
+    left = [row for row in rows if row["verdict"] == "undecided" and row["value"] is None]
+    does = "does" if len(left) == 1 else "do"
+    lacking = [method_name(method) for method in METHOD_ORDER if method not in models]
+    why = f"it has no {' and no '.join(lacking)}" if lacking else "their notes say what they need"
+    return (
+        table(
+            "claims",
+            "The paper's claims, tested on this run",
+            fields,
+            [row for row in rows if row not in left],
+            "A verdict is about this run, not about the paper: the models and data differ. Brackets: 95 % interval.",
         ),
-        in_order(records, "claim"),
-        "A verdict is about this run, not about the paper: the models and data differ. Brackets: 95 % interval.",
+        table("claims_left", f"{len(left)} of {len(rows)} claims {does} not apply to this run: {why}", fields, left),
     )
 
 

@@ -84,7 +84,7 @@ def _written(value: float | str) -> str:
     return re.sub(r"\.?0*e-0*", "e-", f"{value:e}") if 0 < abs(value) < 0.01 else f"{value:g}"
 
 
-def _panels(records: Sequence[FrontierRecord]) -> list[dict[str, Any]]:
+def frontier_panels(records: Sequence[FrontierRecord]) -> list[dict[str, Any]]:
     """The records by text and hearing measure, as they come; those that no method has both of are left out."""
     keys = ("text_measure", "text_task", "hearing_measure", "hearing_task")
     return [of for of in grouped(records, *keys) if any(row["hearing"] is not None for row in of["rows"])]
@@ -95,7 +95,7 @@ def _panels(records: Sequence[FrontierRecord]) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------------------------------------------------------
 def frontier(inputs: Inputs) -> Drawing | None:
     """A panel per text and hearing measure; a curve per method, up and to the right is better everywhere."""
-    panels = _panels(inputs.results["frontier"])
+    panels = frontier_panels(inputs.results["frontier"])
     if not panels:
         return None
     columns = min(MOST_COLUMNS, len({(of["hearing_measure"], of["hearing_task"]) for of in panels}))
@@ -106,7 +106,7 @@ def frontier(inputs: Inputs) -> Drawing | None:
     curves = sorted({row["curve"] for of in panels for row in of["rows"]} - {"base"}, key=method_key)
     methods = list(dict.fromkeys([*methods_in(inputs.results), *curves]))
     for axis, of in zip(axes.flat, panels, strict=False):
-        _panel(drawing, axis, of, curves, methods)
+        panel(drawing, axis, of, curves, methods)
     for axis in list(axes.flat)[len(panels) :]:
         axis.remove()
     looks = [look(curve, methods) for curve in curves]
@@ -130,7 +130,7 @@ def why_no_frontier(inputs: Inputs) -> str:
     )
 
 
-def _panel(drawing: Drawing, axis: Axes, of: dict[str, Any], curves: Sequence[str], methods: Sequence[str]) -> None:
+def panel(drawing: Drawing, axis: Axes, of: dict[str, Any], curves: Sequence[str], methods: Sequence[str]) -> None:
     rows: list[FrontierRecord] = of["rows"]
     scale_x, scale_y = (100.0 if of[f"{side}_measure"] in ("t2t", "s2t") else 1.0 for side in ("hearing", "text"))
     title = f"{measure_name(of, 'text')} and {measure_name(of, 'hearing')}"
@@ -321,9 +321,16 @@ def keeps_most(inputs: Inputs) -> Iterator[tuple[str, tuple[str, ...]]]:
         own = [row for row in tested if best in (row["method_a"], row["method_b"])]
         better = [_gain(row, best) > 0 for row in own]
         shown = [gain and (row["p_holm"] or 0.0) <= LEVEL for row, gain in zip(own, better, strict=True)]
-        others = f"{'each' if all(better) else sum(better)} of the {len(own)} that it can be compared with"
-        who = f"{method_name(best)} keeps more text than {others}"
-        sentence = f"{what}: {who}, shown for {sum(shown)} of them (p, Holm-corrected, at most 0.05)."
+        among = f"each of the {len(own)} that it" if all(better) else f"{sum(better)} of the {len(own)} that it"
+        if any(shown):
+            who = (
+                f"{method_name(best)} keeps more text than {among} can be compared with, shown for {sum(shown)} of them"
+            )
+        else:
+            who = (
+                f"no method is shown to keep more than another; {method_name(best)} lies above {among} is compared with"
+            )
+        sentence = f"{what}: {who} (p, Holm-corrected, at most 0.05)."
         yield sentence, tuple(_against(row, best) for row in own)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from palimpsest.training.methods import Method
 
 
-def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -> dict[str, Any]:
+def collect(run: RunDir, config: StudyConfig, steps: Collection[str], seed: int) -> dict[str, Any]:
     """The value of results.json for a run whose `steps` are done; `seed` is the bootstrap's."""
     names = [BASE, *config.runs]
     first_runs = [BASE, *config.methods]
@@ -79,7 +79,8 @@ def collect(run: RunDir, config: StudyConfig, steps: Iterable[str], seed: int) -
             (BASE, losses.pop(BASE)), losses, text, same, points
         )
     for table in TABLES:
-        tables[table] = read_json(run.path / "analysis" / f"{table}.json")
+        # A study that is not finished has none yet.
+        tables[table] = read_json(run.path / "analysis" / f"{table}.json") if "analysis" in steps else []
 
     comparisons: list[ComparisonRecord] = []
     right: dict[tuple[str, str], Verdicts] = {}

@@ -1,7 +1,7 @@
 """A study from data to report: the steps in order, each written once and skipped when nothing it depends on changed.
 
 data → features → base (importance, own text, deactivation, probe, answers) → each training run (train, and the same)
-→ analysis → results.json, figures, report.html
+→ analysis → results.json, figures, report.html; between the steps a report of what is there (live.py)
 """
 
 from __future__ import annotations
@@ -11,16 +11,21 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from palimpsest.config import StudyConfig, require_same_recipe
+from palimpsest.config import StudyConfig, load_config, require_same_recipe
 from palimpsest.files import locked
 from palimpsest.parallel import is_main, joined, share, wait_for_all
 from palimpsest.progress import Reporter
 from palimpsest.records import BASE
-from palimpsest.rundir import STUDY
+from palimpsest.rundir import STEP_FILE, STUDY
 from palimpsest.study import steps
+from palimpsest.study.live import LivePage, Progress, inputs_so_far, name_of, progress_of
 from palimpsest.study.workspace import Workspace
 from palimpsest.training.remedies import OWN
+
+if TYPE_CHECKING:
+    from palimpsest.report.inputs import Inputs
 
 Step = Callable[[Workspace], None]  # writes one folder of the run directory
 
@@ -58,10 +63,26 @@ class Study:
         if is_main():
             self.check()
         wait_for_all()
-        for step in self.steps:
+        seed = self.ws.seed("results")
+        live = LivePage(self.ws.dir, self.ws.config, self.steps, seed, self.ws.reporter)
+        for n_done, step in enumerate(self.steps, 1):
             step(self.ws)
+            if not self.ws.done[-1].skipped:
+                live.after(n_done)
         self.ws.forget()
         return share(steps.report(self.ws, started) if is_main() else None)
+
+
+def unfinished(run: Path) -> tuple[Inputs, Progress]:
+    """Of a study that was stopped, what the report reads: the results of its finished steps, and what is to come.
+
+    Raises UserError where study.yaml cannot be used or what a step wrote cannot be read.
+    """
+    study = Study(load_config(run / STUDY), run, Reporter(0, quiet=True))
+    names = [name_of(step) for step in study.steps]
+    done = [name for name in names if (run / name / STEP_FILE).is_file()]
+    ws = study.ws
+    return inputs_so_far(ws.dir, ws.config, study.steps, done, ws.seed("results")), progress_of(ws.dir, names, done)
 
 
 def steps_of(config: StudyConfig) -> Iterator[Step]:
