@@ -28,7 +28,9 @@ def test_every_line_is_found_out_here(found: dict[str, Finding]) -> None:
     missing = {name for name, finding in found.items() if not finding.found}
     assert missing <= {"espeak-ng"}  # a program, which may not be installed
     assert found["palimpsest"].values["version"] == palimpsest.__version__
-    assert found["packages"].values["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(
+        found["packages"].values["versions"]["torch"]
+    )  # of a wheel for CUDA without +cu
     assert found["packages"].values["missing"] == []
     assert {"embedded", "hub", "augment"} <= set(found["extras"].values["there"])
     assert found["threads"].values["torch"] == torch.get_num_threads()
