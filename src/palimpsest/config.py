@@ -31,6 +31,7 @@ from palimpsest.models.light import is_gated
 from palimpsest.models.prompts import PromptStyle, written_out
 from palimpsest.options import checked, nearest
 from palimpsest.records import BASE, SCOPES, Modality, Scope, method_of, run_name
+from palimpsest.rundir import RECIPES
 from palimpsest.training.methods import WIDE, Method
 from palimpsest.training.settings import Settings
 
@@ -464,7 +465,7 @@ def load_config(path: Path) -> StudyConfig:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"The recipe {path} cannot be read ({error.strerror}); `ls recipes` shows those that ship."
+            f"The recipe {path} cannot be read ({error.strerror}); those that ship are in {RECIPES}."
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"The recipe {path} is not text in UTF-8 ({error}); save it as such.") from error

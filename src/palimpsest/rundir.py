@@ -37,6 +37,7 @@ from palimpsest.records import BASE, TimingRecord
 # Layout: what lies where, for those who write it and those who read it
 # ---------------------------------------------------------------------------------------------------------------------
 ROOT = Path(__file__).parent  # of this package
+RECIPES = ROOT / "recipes"  # those that ship
 STUDY, RESULTS, PROVENANCE = "study.yaml", "results.json", "provenance.json"
 FRAMES = "frames.json"  # what speech.features: auto came to
 STEP_FILE = "step.json"  # inside every step's directory: fingerprint, inputs, seconds

@@ -10,8 +10,7 @@ from typing import Annotated, Literal
 from typing_extensions import Doc
 
 from palimpsest.commands.study import run_and_say
-
-RECIPES = Path(__file__).parent.parent / "recipes"
+from palimpsest.rundir import RECIPES
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,8 @@ class Options:
 
 def run(options: Options) -> Iterator[str]:
     from palimpsest.config import load_config
+    from palimpsest.models.embedded import require_wheels
 
+    require_wheels("The demo")
     name = "demo" if options.preset == "default" else "demo-quick"
     yield from run_and_say(load_config(RECIPES / f"{name}.yaml"), options.out, options.changed)

@@ -13,13 +13,13 @@ import typer
 from annotated_types import Ge
 from typing_extensions import Doc
 
-from palimpsest.commands.demo import RECIPES
 from palimpsest.evaluation.tasks import NewTokensOption
 from palimpsest.files import UserError
 from palimpsest.models.adapters import CONFIG, JOIN
 from palimpsest.models.compute import ComputeOption, DeviceOption, DtypeOption
 from palimpsest.progress import Reporter
 from palimpsest.records import BASE
+from palimpsest.rundir import RECIPES
 
 if TYPE_CHECKING:
     from palimpsest.config import StudyConfig

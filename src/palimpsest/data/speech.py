@@ -82,7 +82,7 @@ def write_flac(path: Path, audio: Float32[ndarray, " samples"]) -> None:
     buffer = io.BytesIO()
     soundfile.write(buffer, pcm, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
     with replacing(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+        temporary.write_bytes(buffer.getvalue())  # shared, not copied; a view would outlive an error (3.13)
 
 
 def to_16_khz(audio: Float32[ndarray, " frames"], rate: int) -> Float32[ndarray, " samples"]:

