@@ -78,13 +78,15 @@ def main() -> None:
 
 
 def make_data(config: StudyConfig, folder: Path) -> None:
-    """data/ and features/ of the study, resumed if they are there."""
+    """data/, features/ and, if it has them, tokens/ of the study, resumed if they are there."""
     from palimpsest.study import steps
     from palimpsest.study.run import Study
 
     study = Study(config, folder)
     steps.data(study.ws)
     steps.features(study.ws)
+    if config.speech.tokens is not None:
+        steps.tokens(study.ws)
 
 
 def in_a_process(options: argparse.Namespace, method: str, environment: dict[str, str]) -> dict[str, int]:
@@ -112,7 +114,7 @@ def measure(config: StudyConfig, folder: Path, name: str, batches: int) -> dict[
 
     workspace = Workspace(config, folder, Reporter(1))
     method = config.methods[name]
-    collator = workspace.collator(method.modality, "train")
+    collator = workspace.collator(method.modality, "train", name)
     training = config.training
     examples = sorted(workspace.groups["train"], key=collator.length)
     chosen = [examples.pop(), *random.Random(0).sample(examples, batches * training.batch_size - 1)]
@@ -124,7 +126,7 @@ def measure(config: StudyConfig, folder: Path, name: str, batches: int) -> dict[
             model,
             chosen,
             collator,
-            Method(method.kind, method.learning_rate, rank=method.rank, modality=method.modality),
+            Method(method.kind, method.learning_rate, rank=method.rank, modality=method.modality, speech=method.speech),
             Settings(
                 epochs=1,
                 batch_size=training.batch_size,

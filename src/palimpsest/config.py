@@ -28,6 +28,7 @@ from palimpsest.models.compute import DEVICE, Compute, WeightDtype
 from palimpsest.models.given import is_audio_llm, takes_speech
 from palimpsest.models.light import is_gated
 from palimpsest.models.prompts import PromptStyle, written_out
+from palimpsest.models.token_settings import SpeechInput, Tokens
 from palimpsest.options import checked, nearest
 from palimpsest.records import BASE, SCOPES, Modality, Scope, method_of, run_name
 from palimpsest.training.methods import WIDE, Method
@@ -65,6 +66,7 @@ class Speech:
     augmentation: Augmentation | None = None  # of the training utterances
     features: FramesWanted = "cache"  # of training recordings: kept, made in the loop, or what the disk allows
     feature_cache: str | None = None  # folder of encoder frames that several studies share; none: in the run directory
+    tokens: Tokens | None = None  # for methods with speech: tokens, or centroids
 
 
 @dataclass(frozen=True)
@@ -282,6 +284,7 @@ class StudyConfig(BaseModel):
         if self.models.encoder is None and (trained is not None or self.models.adaptor is not None):
             needs = "models.adaptor" if trained is None else f"methods.{trained} ({self.methods[trained].kind})"
             raise ValueError(f"{needs} needs models.encoder; only a study of given models can do without")
+        self._require_tokens()
         given = next((name for name, method in self.methods.items() if method.kind == "given"), None)
         if given is not None and self.seeds > 1:
             raise ValueError(
@@ -298,6 +301,25 @@ class StudyConfig(BaseModel):
         if len(set(tasks)) < len(tasks):
             raise ValueError(f"evaluation.tasks names a task twice: {tasks}")
         return self
+
+    def _require_tokens(self) -> None:
+        reader = next((name for name, method in self.methods.items() if method.speech != "frames"), None)
+        tokens = self.speech.tokens
+        if reader is not None and tokens is None:
+            raise ValueError(f"methods.{reader}.speech needs speech.tokens, which says how tokens are made; add it")
+        if reader is None and tokens is not None:
+            raise ValueError("speech.tokens is used by methods with speech: tokens (or centroids), and there is none")
+        if tokens is not None and tokens.start == "adaptor" and self.models.adaptor is None:
+            raise ValueError("speech.tokens.start: adaptor needs models.adaptor; name a speech LLM, or use embedding")
+
+    def speech_of(self, run: str) -> SpeechInput:
+        """What stands for speech in the prompts of a run."""
+        return "frames" if run == BASE else self.runs[self.origin_of(run)].speech
+
+    def stack_factor(self, run: str) -> int:
+        """Encoder frames of a position of speech."""
+        tokens = self.speech.tokens
+        return tokens.pool if tokens is not None and self.speech_of(run) == "tokens" else self.speech.stack_factor
 
     @property
     def speech_reads(self) -> float:

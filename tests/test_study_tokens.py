@@ -1,0 +1,114 @@
+"""Both paradigms in one study: methods that read encoder frames beside methods that read speech tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from palimpsest.config import parse_config
+from palimpsest.data.features import Features
+from palimpsest.models.loading import load_speech_lm
+from palimpsest.models.speech_lm import SpeechAdaptor
+from palimpsest.models.tokens import read_tokens, rows_heard
+from palimpsest.models.trained_adaptor import read_adaptor
+from palimpsest.report import figures, page
+from palimpsest.study.run import run_study
+from test_study_adaptor import N_HELDOUT, inputs, recipe
+
+__all__ = ["inputs"]  # a fixture
+
+K = 8
+IDLE = 1e-30  # a step of it changes no float32
+
+
+def both(folder: Path) -> dict[str, Any]:
+    tokens = {"kind": "kmeans", "k": K, "pool": 2, "start": "adaptor"}
+    written = recipe(folder, speech={"adaptor_hidden_size": 24, "tokens": tokens})
+    written["models"]["checkpoints"] = "light"
+    written["methods"] = {
+        "full": {"kind": "full", "learning_rate": 1e-2},
+        "full_tokens": {"kind": "full", "learning_rate": 1e-2, "speech": "tokens"},
+        "lora_tokens": {"kind": "lora", "learning_rate": 1e-2, "adaptor_learning_rate": IDLE, "speech": "tokens"},
+        "quantised": {"kind": "adaptor", "learning_rate": IDLE, "speech": "centroids"},
+    }
+    return written
+
+
+@pytest.fixture(scope="module")
+def finished(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (figures, page):
+            patch.setattr(module, "FIGURES", {})
+        run_study(parse_config(both(inputs), "test"), folder)
+    return folder
+
+
+def fingerprints(folder: Path) -> dict[str, str]:
+    steps = json.loads((folder / "provenance.json").read_text())["steps"]
+    return {name: step["fingerprint"] for name, step in steps.items()}
+
+
+def test_both_paradigms_stand_in_one_report_in_pairs(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    asked = {(row["method"], row["modality"]) for row in results["qa"]}
+    assert asked == {(name, m) for name in ("base", *both(finished)["methods"]) for m in ("text", "speech")}
+    pairs = {(row["method_a"], row["method_b"], row["modality"]) for row in results["comparisons"]}
+    assert {("full", "full_tokens", "text"), ("full", "full_tokens", "speech")} <= pairs
+    assert {row["model"] for row in results["shift"]} >= {"full", "full_tokens", "lora_tokens"}
+    for name in both(finished)["methods"]:
+        samples = (finished / f"methods/{name}/samples/numbers-speech/samples.jsonl").read_text().splitlines()
+        assert len(samples) == N_HELDOUT, name
+
+
+def test_the_tokens_are_a_step_with_its_provenance(finished: Path) -> None:
+    described = json.loads((finished / "tokens/tokens.json").read_text())
+    assert (described["k"], described["pool"]) == (K, 2)
+    for group in ("train", "heldout"):
+        assert described["speech"][group]["per_second"] == pytest.approx(25, rel=0.05)
+        assert described["speech"][group]["collapsed_per_second"] < 25
+    about = json.loads((finished / "provenance.json").read_text())["models"]["tokens"]
+    assert about == read_tokens(finished / "tokens/tokenizer.safetensors").about
+    assert about["features"] == fingerprints(finished)["features"]
+
+
+def test_rows_start_from_what_the_adaptor_makes_of_their_frames(finished: Path, inputs: Path) -> None:
+    trained = read_adaptor(str(inputs / "light"))
+    adaptor = SpeechAdaptor(16, trained.hidden, trained.output, trained.stack_factor)
+    adaptor.load_state_dict(trained.tensors)
+    quantiser = read_tokens(finished / "tokens/tokenizer.safetensors").quantiser()
+    frames = Features(finished / "features/train")
+    expected, counts = rows_heard(adaptor, quantiser, (frames[f"train{i}"] for i in range(8)))
+    assert (counts > 0).all()
+    stored = load_file(finished / "methods/lora_tokens/checkpoint/adaptor.safetensors")
+    assert torch.equal(stored["rows.weight"], expected)
+    quantised = load_file(finished / "methods/quantised/checkpoint/adaptor.safetensors")
+    assert all(torch.equal(quantised[name], tensor) for name, tensor in trained.tensors.items())
+    assert torch.equal(quantised["quantiser.centroids"], quantiser.centroids)
+    moved = load_file(finished / "methods/full_tokens/checkpoint/model.safetensors")["adaptor.rows.weight"] - expected
+    assert (moved.abs().sum(1) > 0).all()  # every token was said in training
+
+
+def test_a_checkpoint_answers_recordings_by_itself(finished: Path) -> None:
+    """A processor's counts are those of all tokens; which of them are left out, the model sees."""
+    from palimpsest.data.examples import read_manifest
+    from palimpsest.evaluation.spoken import recording_answerer
+
+    model, processor = load_speech_lm(finished / "methods/full_tokens/checkpoint")
+    assert (processor.stack_factor, processor.rounded_to) == (2, 5)  # as the frames of the study
+    path = finished / "methods/full_tokens/samples/numbers-speech/samples.jsonl"
+    expected = [json.loads(line)["response"] for line in path.read_text().splitlines()]
+    asked = read_manifest(finished / "data/task-numbers.jsonl")
+    assert [answer.response for answer in recording_answerer(model, processor, 4)(asked, "speech")] == expected
+
+
+def test_another_tokenizer_would_touch_what_reads_tokens_alone(finished: Path) -> None:
+    fingerprint = fingerprints(finished)["tokens"]
+    reading = {name: fingerprint in (finished / name / "step.json").read_text() for name in fingerprints(finished)}
+    trained = {name for name in reading if name.endswith("/checkpoint")}
+    assert {name for name, reads in reading.items() if reads} == (trained - {"methods/full/checkpoint"}) | {"tokens"}
