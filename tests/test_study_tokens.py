@@ -30,6 +30,7 @@ def both(folder: Path) -> dict[str, Any]:
     tokens = {"kind": "kmeans", "k": K, "pool": 2, "start": "adaptor"}
     written = recipe(folder, speech={"adaptor_hidden_size": 24, "tokens": tokens})
     written["models"]["checkpoints"] = "light"
+    written["drift"] = {"own_text": {"n_texts": 4, "new_tokens": 4}}
     written["methods"] = {
         "full": {"kind": "full", "learning_rate": 1e-2},
         "full_tokens": {"kind": "full", "learning_rate": 1e-2, "speech": "tokens"},
@@ -60,6 +61,25 @@ def test_both_paradigms_stand_in_one_report_in_pairs(finished: Path) -> None:
     assert asked == {(name, m) for name in ("base", *both(finished)["methods"]) for m in ("text", "speech")}
     pairs = {(row["method_a"], row["method_b"], row["modality"]) for row in results["comparisons"]}
     assert {("full", "full_tokens", "text"), ("full", "full_tokens", "speech")} <= pairs
+    found = {(row["method"], row["reference"], row["measure"], row["of"]): row for row in results["speech_inputs"]}
+    of = [("t2t", "numbers"), ("s2t", "numbers"), *(("shift", it) for it in ("jensen_shannon", "wasserstein_1"))]
+    of += [("drift", kind) for kind in ("plain", "chat")]
+    assert found.keys() == {("full_tokens", "full", *it) for it in of}  # the others have no like
+    for (*_, measure, kind), row in found.items():
+        assert row["difference"] == pytest.approx(row["value"] - row["value_reference"])
+        if measure == "drift":
+            kls = {r["model"]: r["kl"] for r in results["drift"] if (r["text"], r["tokens"]) == (kind, "all")}
+            assert (row["value"], row["value_reference"]) == pytest.approx((kls["full_tokens"], kls["full"]))
+            assert row["ci_low"] <= row["difference"] <= row["ci_high"]
+        if measure == "shift":
+            moved = {
+                r["model"]: r["value"]
+                for r in results["shift"]
+                if (r["measure"], r["reduction"], r["reference"]) == (kind, "signed_sum", "base")
+            }
+            assert (row["value"], row["value_reference"]) == pytest.approx((moved["full_tokens"], moved["full"]))
+    page = (finished / "report.html").read_text()
+    assert "Speech as tokens against speech as encoder frames" in page
     assert {row["model"] for row in results["shift"]} >= {"full", "full_tokens", "lora_tokens"}
     for name in both(finished)["methods"]:
         samples = (finished / f"methods/{name}/samples/numbers-speech/samples.jsonl").read_text().splitlines()
