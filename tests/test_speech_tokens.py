@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoProcessor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoProcessor,
+    EncodecConfig,
+    EncodecFeatureExtractor,
+    EncodecModel,
+    MimiConfig,
+    MimiModel,
+)
 
 from palimpsest.config import parse_config
 from palimpsest.export import folders as export
 from palimpsest.files import UserError
 from palimpsest.importance.estimate import estimate_importance
+from palimpsest.models.codecs import codec_ids, codec_rate, load_codec
 from palimpsest.models.loading import load_encoder, load_language_model, load_speech_lm
 from palimpsest.models.processor import SpeechLMProcessor
 from palimpsest.models.speech_lm import SPEECH_POSITION, SpeechAdaptor, SpeechLM
@@ -24,6 +34,7 @@ from palimpsest.models.tokens import (
     Quantiser,
     SpeechTokenizer,
     TokenAdaptor,
+    as_frames,
     collapsed,
     describe_tokens,
     fit_tokens,
@@ -344,6 +355,61 @@ def test_checkpoints_from_before_there_were_tokens_load_as_ever(tmp_path: Path) 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Codecs
+# ---------------------------------------------------------------------------------------------------------------------
+def save_tiny_codec(folder: Path, kind: str) -> None:
+    """Random, of 32 codes: the whole way of a codec without its weights."""
+    torch.manual_seed(0)
+    shared: dict[str, Any] = {"codebook_size": 32, "codebook_dim": 8, "num_filters": 4, "hidden_size": 16}
+    if kind == "mimi":
+        config = MimiConfig(
+            **shared, vector_quantization_hidden_dimension=8, num_quantizers=3, num_hidden_layers=1,
+            intermediate_size=16, num_attention_heads=2, num_key_value_heads=2, head_dim=8, upsample_groups=16,
+        )  # fmt: skip
+        model: Any = MimiModel(config)
+        for codebook in (it for name, it in model.named_buffers() if name.endswith("embed_sum")):
+            codebook.normal_()
+    else:
+        config = EncodecConfig(**{**shared, "codebook_dim": 16}, num_lstm_layers=1, target_bandwidths=[1.5])
+        model = EncodecModel(config)
+        codebooks = [it for name, it in model.named_buffers() if name.endswith("embed")]
+        with torch.no_grad():  # a random encoder gives nearly the same for all sounds, so the codes lie where that is
+            codebooks[0].copy_(model.encoder(0.1 * torch.randn(1, 1, 10_240))[0].T[:32])
+        codebooks[1].normal_(std=1e-3)
+    model.save_pretrained(folder)
+    EncodecFeatureExtractor(sampling_rate=24_000).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(("kind", "rate"), [("mimi", 12.5), ("encodec", 75.0)])
+def test_a_codec_is_a_tokenizer_too(tmp_path: Path, kind: str, rate: float) -> None:
+    save_tiny_codec(tmp_path, kind)
+    options = Tokens(kind="codec", codec=str(tmp_path), k=32, codebook=1)
+    codec, extractor = load_codec(str(tmp_path), options)
+    assert codec_rate(codec.config) == rate
+    wave = np.random.default_rng(0).normal(0, 0.1, 16_000).astype(np.float32)
+    ids = codec_ids(codec, extractor, wave, 16_000, 1)
+    assert len(ids) == pytest.approx(rate, abs=1)  # of one second
+    assert len(set(ids)) > 1
+    assert all(0 <= token < 32 for token in ids)
+    assert ids != codec_ids(codec, extractor, wave, 16_000, 0)
+    for wrong, said in (({"k": 64}, r"k is 64 and the codebooks .* have 32"), ({"codebook": 40}, "codebook is 40 and")):
+        with pytest.raises(UserError, match=said):
+            load_codec(str(tmp_path), replace(options, **wrong))
+
+
+def test_codes_pass_as_frames_and_nothing_else_does() -> None:
+    ids = [0, 1, 255, 256, 2047]
+    assert as_frames(ids).half()[-1].tolist() == [7, 255]
+    model = SpeechLM.from_parts(
+        tiny_encoder(), tiny_llama(eos_token_id=3), reads="tokens", tokenizer=SpeechTokenizer(1, {}, codes=2048)
+    )
+    assert model.adaptor.stack_factor == 1
+    assert torch.equal(model.adaptor(as_frames(ids)[None])[0], model.adaptor.get_parameter("rows.weight")[ids])
+    with pytest.raises(UserError, match="tokens of a codec, which is no part of it"):
+        model.adaptor(torch.zeros(1, 4, D_ENC))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Recipes
 # ---------------------------------------------------------------------------------------------------------------------
 def test_what_a_recipe_may_not_say() -> None:
@@ -363,6 +429,15 @@ def test_what_a_recipe_may_not_say() -> None:
         },
         "would not be heard": {"methods": {"a": {**method, "modality": "text"}}, "speech": {"tokens": tokens}},
         "kmeans": {"methods": {"a": method}, "speech": {"tokens": {"kind": "other"}}},
+        "needs a codec": {"methods": {"a": method}, "speech": {"tokens": {"kind": "codec"}}},
+        "needs the encoder's frames": {
+            "methods": {"a": method},
+            "speech": {"tokens": {"kind": "codec", "codec": "x", "start": "adaptor"}},
+        },
+        "centroids needs": {
+            "methods": {"a": {**method, "speech": "centroids"}},
+            "speech": {"tokens": {"kind": "codec", "codec": "x"}},
+        },
     }.items():
         with pytest.raises(UserError, match=said):
             parse_config({**base, **changes}, "test")

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from palimpsest.config import parse_config
 from palimpsest.data.features import Features
+from palimpsest.files import UserError
 from palimpsest.models.loading import load_speech_lm
 from palimpsest.models.speech_lm import SpeechAdaptor
 from palimpsest.models.tokens import read_tokens, rows_heard
 from palimpsest.models.trained_adaptor import read_adaptor
 from palimpsest.report import figures, page
-from palimpsest.study.run import run_study
-from test_study_adaptor import N_HELDOUT, inputs, recipe
+from palimpsest.study import steps
+from palimpsest.study.run import Study, run_study
+from test_speech_tokens import save_tiny_codec
+from test_study_adaptor import N_HELDOUT, N_TRAIN, inputs, recipe
 
 __all__ = ["inputs"]  # a fixture
 
@@ -34,9 +39,12 @@ def both(folder: Path) -> dict[str, Any]:
     written["methods"] = {
         "full": {"kind": "full", "learning_rate": 1e-2},
         "full_tokens": {"kind": "full", "learning_rate": 1e-2, "speech": "tokens"},
-        "lora_tokens": {"kind": "lora", "learning_rate": 1e-2, "adaptor_learning_rate": IDLE, "speech": "tokens"},
-        "quantised": {"kind": "adaptor", "learning_rate": IDLE, "speech": "centroids"},
-    }
+        # As points of a curve: asked and measured for drift, without importance.
+        "lora_tokens": {
+            "kind": "lora", "learning_rate": 1e-2, "adaptor_learning_rate": IDLE, "speech": "tokens", "curve": "lora",
+        },
+        "quantised": {"kind": "adaptor", "learning_rate": IDLE, "speech": "centroids", "curve": "quantised"},
+    }  # fmt: skip
     return written
 
 
@@ -80,7 +88,7 @@ def test_both_paradigms_stand_in_one_report_in_pairs(finished: Path) -> None:
             assert (row["value"], row["value_reference"]) == pytest.approx((moved["full_tokens"], moved["full"]))
     page = (finished / "report.html").read_text()
     assert "Speech as tokens against speech as encoder frames" in page
-    assert {row["model"] for row in results["shift"]} >= {"full", "full_tokens", "lora_tokens"}
+    assert {row["model"] for row in results["shift"]} >= {"full", "full_tokens"}
     for name in both(finished)["methods"]:
         samples = (finished / f"methods/{name}/samples/numbers-speech/samples.jsonl").read_text().splitlines()
         assert len(samples) == N_HELDOUT, name
@@ -132,3 +140,33 @@ def test_another_tokenizer_would_touch_what_reads_tokens_alone(finished: Path) -
     reading = {name: fingerprint in (finished / name / "step.json").read_text() for name in fingerprints(finished)}
     trained = {name for name in reading if name.endswith("/checkpoint")}
     assert {name for name, reads in reading.items() if reads} == (trained - {"methods/full/checkpoint"}) | {"tokens"}
+
+
+def test_a_codec_takes_the_place_of_the_frames(inputs: Path, tmp_path: Path) -> None:
+    """The steps of a method that reads a codec's tokens, without those of the base."""
+    save_tiny_codec(tmp_path / "codec", "mimi")
+    tokens = {"kind": "codec", "codec": str(tmp_path / "codec"), "k": 32}
+    written = recipe(inputs, adaptor=None, speech={"tokens": tokens})
+    written["models"]["checkpoints"] = "light"
+    written["methods"] = {"rows": {"kind": "adaptor", "learning_rate": 1e-2, "speech": "tokens"}}
+    study = Study(parse_config(written, "test"), tmp_path / "run")
+    study.check()
+    for step in (steps.data, steps.features, steps.tokens):
+        step(study.ws)
+    for measure in (steps.train, steps.perplexity, partial(steps.answers, task="numbers", modality="speech")):
+        measure(study.ws, model="rows")
+    rows = [json.loads(line) for line in (tmp_path / "run/tokens/train.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == [f"train{i}" for i in range(N_TRAIN)]
+    assert [len(row["ids"]) for row in rows] == [-(-(6_400 + 800 * i) // 1_280) for i in range(N_TRAIN)]  # of 0.08 s
+    described = json.loads((tmp_path / "run/tokens/tokens.json").read_text())
+    assert described["speech"]["train"]["per_second"] == pytest.approx(12.5)
+    moved = load_file(tmp_path / "run/methods/rows/checkpoint/adaptor.safetensors")["rows.weight"]
+    fresh = study.ws.new_speech_lm("rows").adaptor.get_parameter("rows.weight").detach()
+    said = sorted({token for row in rows for token in row["ids"]})
+    unsaid = [token for token in range(32) if token not in said]
+    assert (moved[said] != fresh[said]).any(1).all()
+    assert torch.equal(moved[unsaid], fresh[unsaid])
+    assert len((tmp_path / "run/methods/rows/samples/numbers-speech/samples.jsonl").read_text().splitlines()) == 4
+    model, processor = load_speech_lm(tmp_path / "run/methods/rows/checkpoint")
+    with pytest.raises(UserError, match="which is no part of it"):
+        model(**processor(audio=np.zeros(8_000, np.float32)))

@@ -309,6 +309,9 @@ class StudyConfig(BaseModel):
             raise ValueError(f"methods.{reader}.speech needs speech.tokens, which says how tokens are made; add it")
         if reader is None and tokens is not None:
             raise ValueError("speech.tokens is used by methods with speech: tokens (or centroids), and there is none")
+        quantised = next((name for name, method in self.methods.items() if method.speech == "centroids"), None)
+        if quantised is not None and tokens is not None and tokens.kind != "kmeans":
+            raise ValueError(f"methods.{quantised}.speech: centroids needs speech.tokens of kind kmeans")
         if tokens is not None and tokens.start == "adaptor" and self.models.adaptor is None:
             raise ValueError("speech.tokens.start: adaptor needs models.adaptor; name a speech LLM, or use embedding")
 
@@ -319,7 +322,7 @@ class StudyConfig(BaseModel):
     def stack_factor(self, run: str) -> int:
         """Encoder frames of a position of speech."""
         tokens = self.speech.tokens
-        return tokens.pool if tokens is not None and self.speech_of(run) == "tokens" else self.speech.stack_factor
+        return tokens.frames if tokens is not None and self.speech_of(run) == "tokens" else self.speech.stack_factor
 
     @property
     def speech_reads(self) -> float:

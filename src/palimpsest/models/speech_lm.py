@@ -29,7 +29,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from palimpsest.files import UserError
 from palimpsest.models.gate import adapters_switched, require_one_kind
 from palimpsest.models.token_settings import SpeechInput
-from palimpsest.models.tokens import Quantiser, SpeechTokenizer, TokenAdaptor, repeats, rows_like
+from palimpsest.models.tokens import Codes, Quantiser, SpeechTokenizer, TokenAdaptor, repeats, rows_like
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -52,7 +52,7 @@ class SpeechLMConfig(PreTrainedConfig):  # type: ignore[misc]
         adaptor_hidden_size: width between the adaptor's two linear layers (2048).
         speech_length: "trim" encodes the real length of the speech under a mask; "pad_to_30s" is LLaMA-Omni's layout:
             every utterance takes 1500 encoder frames, 300 positions.
-        tokens: None where the adaptor reads encoder frames; else {reads, k, pool, collapse, rounded_to} of speech
+        tokens: None where the adaptor reads encoder frames; else {reads, kind, k, pool, collapse, rounded_to} of speech
             tokens (tokens.py), reads being "tokens" or "centroids", rounded_to as in the processor.
     """
 
@@ -196,11 +196,11 @@ class SpeechLM(PreTrainedModel):  # type: ignore[misc]
         stack_factor says what trimmed speech is rounded to; `collapse`: of equal ones in a row the language model sees
         one.
         """
-        tokens = None
+        tokens: dict[str, Any] | None = None
         if reads != "frames":
             assert tokenizer is not None
             tokens = {"reads": reads, "k": tokenizer.k, "pool": tokenizer.pool, "collapse": collapse}
-            tokens["rounded_to"] = stack_factor
+            tokens |= {"kind": "codec" if tokenizer.codes else "kmeans", "rounded_to": stack_factor}
         config = SpeechLMConfig(
             text_config=language_model.config,
             encoder_config=encoder.config,
@@ -218,8 +218,7 @@ class SpeechLM(PreTrainedModel):  # type: ignore[misc]
         if isinstance(model.adaptor, TokenAdaptor):
             rows = rows_like(model.get_input_embeddings().get_parameter("weight"), len(model.adaptor.rows.weight), seed)
             model.adaptor.rows.weight.data.copy_(rows)
-        if tokens is not None and tokenizer is not None:
-            assert model.adaptor.quantiser is not None
+        if tokenizer is not None and tokenizer.tensors and model.adaptor.quantiser is not None:
             model.adaptor.quantiser.load_state_dict(dict(tokenizer.tensors))
         return model
 
@@ -350,6 +349,8 @@ class SpeechLM(PreTrainedModel):  # type: ignore[misc]
 
 def _blank_adaptor(config: SpeechLMConfig, output_dim: int) -> SpeechAdaptor | TokenAdaptor:
     dim, tokens, quantiser = config.encoder_config.d_model, config.tokens, None
+    if tokens is not None and tokens["kind"] == "codec":
+        return TokenAdaptor(Codes(tokens["k"]), output_dim, collapse=tokens["collapse"])
     if tokens is not None:
         quantiser = Quantiser(tokens["k"], dim, tokens["pool"])
         if tokens["reads"] == "tokens":

@@ -49,7 +49,7 @@ class Quantiser(nn.Module):
 
     def __init__(self, k: int, dim: int, pool: int) -> None:
         super().__init__()
-        self.pool = pool
+        self.k, self.pool = k, pool
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("scale", torch.ones(dim))
         self.register_buffer("centroids", torch.zeros(k, dim))
@@ -77,6 +77,30 @@ class Quantiser(nn.Module):
         return torch.cat([copies.to(frames.dtype), frames[:, copies.shape[1] :]], dim=1)
 
 
+class Codes(nn.Module):
+    """The ids of a codec's codebook, which come as they are, as two numbers that float16 has: 256 · first + second."""
+
+    pool = 1
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self.k = k
+
+    def ids(self, frames: Float[Tensor, "speech time 2"]) -> Int[Tensor, "speech time"]:
+        if frames.shape[-1] != 2:
+            raise UserError(
+                "This model reads the tokens of a codec, which is no part of it, so it cannot be given recordings; ask "
+                "it in a study, which has their tokens."
+            )
+        return (frames[..., 0].long() * 256 + frames[..., 1].long()).clamp_max(self.k - 1)
+
+
+def as_frames(ids: Sequence[int]) -> Float[Tensor, "time 2"]:
+    """Ids as `Codes` takes them."""
+    values = torch.tensor(ids, dtype=torch.long)
+    return torch.stack([values // 256, values % 256], dim=-1).float()
+
+
 def repeats(ids: Int[Tensor, "speech position"]) -> Bool[Tensor, "speech position"]:
     """Where an id is that of the position before."""
     same = torch.zeros_like(ids, dtype=torch.bool)
@@ -97,10 +121,10 @@ def collapsed(ids: Iterable[int]) -> tuple[list[int], list[int]]:
 class TokenAdaptor(nn.Module):
     """The row of each token, in the place of an adaptor's output; `quantiser` is no parameter and is never trained."""
 
-    def __init__(self, quantiser: Quantiser, output_dim: int, *, collapse: bool) -> None:
+    def __init__(self, quantiser: Quantiser | Codes, output_dim: int, *, collapse: bool) -> None:
         super().__init__()
         self.quantiser = quantiser
-        self.rows = nn.Embedding(len(quantiser.centroids), output_dim)
+        self.rows = nn.Embedding(quantiser.k, output_dim)
         self.collapse = collapse
 
     @property
@@ -133,27 +157,32 @@ class Frames(Protocol):
 
 @dataclass(frozen=True)
 class SpeechTokenizer:
-    """A fitted quantiser as a value: its tensors, how many frames make a token, and where it comes from (JSON)."""
+    """A quantiser as a value: its tensors, how many frames make a token, and where it comes from (JSON).
+
+    Of a codec's codebook there are no tensors, but how many `codes` it has.
+    """
 
     pool: int
     tensors: Mapping[str, Tensor]  # TENSORS, float32
     about: Mapping[str, Any] = field(default_factory=dict)
+    codes: int = 0
 
     @property
     def k(self) -> int:
-        return len(self.tensors["centroids"])
+        return self.codes or len(self.tensors["centroids"])
 
     def quantiser(self) -> Quantiser:
+        """Of frames."""
         made = Quantiser(self.k, self.tensors["centroids"].shape[1], self.pool)
         made.load_state_dict(dict(self.tensors))
         return made
 
 
 def stored_tokenizer(adaptor: Mapping[str, Tensor], pool: int) -> SpeechTokenizer | None:
-    """The quantiser among the tensors of an adaptor, if there is one."""
-    if "quantiser.centroids" not in adaptor:
-        return None
-    return SpeechTokenizer(pool, {name: adaptor[f"quantiser.{name}"].float() for name in TENSORS})
+    """The quantiser among the tensors of an adaptor; None of one that reads frames."""
+    if "quantiser.centroids" in adaptor:
+        return SpeechTokenizer(pool, {name: adaptor[f"quantiser.{name}"].float() for name in TENSORS})
+    return SpeechTokenizer(pool, {}, codes=len(adaptor["rows.weight"])) if "rows.weight" in adaptor else None
 
 
 def fit_tokens(
@@ -255,7 +284,7 @@ def rows_heard(
     adaptor: one that reads frames. Each frame counts with the output of the position that it is part of, so that the
     adaptor's positions may be longer or shorter than tokens.
     """
-    k = len(quantiser.centroids)
+    k = quantiser.k
     sums, counts = torch.zeros(0), torch.zeros(k, dtype=torch.long)
     for item in frames:
         token = quantiser.ids(item[None])[0].repeat_interleave(quantiser.pool).cpu()
@@ -270,14 +299,18 @@ def rows_heard(
 # ---------------------------------------------------------------------------------------------------------------------
 # What the tokens are like
 # ---------------------------------------------------------------------------------------------------------------------
-def describe_tokens(quantiser: Quantiser, frames: Iterable[Float[Tensor, "time d_enc"]]) -> dict[str, float]:
-    """Of some speech: seconds, tokens a second as they are and without repetitions, how many of the k occur, and the
-    perplexity of their frequencies (k where all are equally frequent)."""
+def describe_tokens(
+    quantiser: Quantiser | Codes,
+    frames: Iterable[Float[Tensor, "time d_enc"]],
+    per_second: float = FRAMES_PER_SECOND,
+) -> dict[str, float]:
+    """Of some speech, with its frames `per_second`: seconds, tokens a second as they are and without repetitions, how
+    many of the k occur, and the perplexity of their frequencies (k where all are equally frequent)."""
     seconds, n_tokens, n_kept = 0.0, 0, 0
-    frequencies = torch.zeros(len(quantiser.centroids))
+    frequencies = torch.zeros(quantiser.k)
     for item in frames:
         ids = quantiser.ids(item[None])
-        seconds += len(item) / FRAMES_PER_SECOND
+        seconds += len(item) / per_second
         n_tokens += ids.numel()
         n_kept += int((~repeats(ids)).sum())
         frequencies += torch.bincount(ids[0].cpu(), minlength=len(frequencies))
@@ -300,7 +333,8 @@ def write_tokens(tokenizer: SpeechTokenizer, path: Path) -> None:
 
     about = json.dumps({**tokenizer.about, "pool": tokenizer.pool}, sort_keys=True)
     with replacing(path) as temporary:
-        save_file({name: tokenizer.tensors[name] for name in TENSORS}, temporary, metadata={"tokenizer": about})
+        tensors = dict(tokenizer.tensors) or {"codes": torch.tensor(tokenizer.codes)}
+        save_file(tensors, temporary, metadata={"tokenizer": about})
 
 
 def read_tokens(path: Path) -> SpeechTokenizer:
@@ -311,7 +345,8 @@ def read_tokens(path: Path) -> SpeechTokenizer:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["tokenizer"])
-            tensors = {name: file.get_tensor(name) for name in TENSORS}
+            codes = int(file.get_tensor("codes")) if "codes" in file.keys() else 0  # noqa: SIM118 (not a mapping)
+            tensors = {} if codes else {name: file.get_tensor(name) for name in TENSORS}
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{path} is no file of speech tokens, or damaged ({error}); fit them again.") from error
-    return SpeechTokenizer(about["pool"], tensors, about)
+    return SpeechTokenizer(about["pool"], tensors, about, codes)

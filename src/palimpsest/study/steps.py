@@ -69,6 +69,10 @@ def check(ws: Workspace) -> None:
     collapse = read is not None and read.collapse
     trained = [it for it in ws.config.methods.values() if it.trains]
     require_language_model(models.language_model, trained, collapse=collapse)
+    if read is not None and read.codec is not None:
+        from palimpsest.models.codecs import load_codec
+
+        load_codec(read.codec, read, "meta")
     ws.require_given()
     ws.require_blends()
     ws.require_gated()
@@ -181,7 +185,8 @@ def tokens(ws: Workspace) -> None:
     """tokens/: centroids fitted on the frames of the training speech, and what tokens they make of it.
 
     tokenizer.safetensors; tokens.json, of training and held-out speech; with start: adaptor rows.safetensors, the mean
-    of the adaptor's outputs over the frames of each token, and the number of these.
+    of the adaptor's outputs over the frames of each token, and the number of these. Of a codec GROUP.jsonl instead, the
+    tokens of every recording.
     """
     options, seed = ws.config.speech.tokens, ws.seed("tokens")
     assert options is not None
@@ -195,6 +200,39 @@ def tokens(ws: Workspace) -> None:
     }
     if options.start == "adaptor":
         inputs |= ws.adaptor_inputs
+    if options.codec is not None:
+        inputs = {
+            "data": ws.fingerprint("data"),
+            "codec": ws.model_hash(options.codec),
+            "options": [options.k, options.codebook],
+        }
+
+    def write_codes(folder: Path, advance: Advance) -> None:
+        from palimpsest.data.codec_tokens import CodecTokens, write_codec_tokens
+        from palimpsest.models.codecs import codec_rate, load_codec
+        from palimpsest.models.tokens import Codes, SpeechTokenizer, describe_tokens, write_tokens
+
+        codec, extractor = load_codec(str(options.codec), options, ws.device)
+        total, done = sum(map(len, ws.groups.values())), 0
+        for group, examples in ws.groups.items():
+            if not (folder / f"{group}.jsonl").exists():  # of a start that was killed
+                write_codec_tokens(
+                    folder / f"{group}.jsonl",
+                    examples,
+                    codec,
+                    extractor,
+                    options.codebook,
+                    lambda n, done=done: advance(done + n, total),  # type: ignore[misc]
+                )
+            done += len(examples)
+        about = {"kind": "codec", "k": options.k, "codebook": options.codebook, "codec": inputs["codec"]}
+        write_tokens(SpeechTokenizer(1, {}, about, codes=options.k), folder / "tokenizer.safetensors")
+        described, rate = {}, codec_rate(codec.config)
+        for group in ("train", "heldout"):
+            read = CodecTokens(folder / f"{group}.jsonl")
+            spoken = (read[it.id] for it in ws.groups[group] if it.fault is None)
+            described[group] = describe_tokens(Codes(options.k), spoken, rate)
+        write_json(folder / "tokens.json", {**about, "speech": described})
 
     def write(folder: Path, advance: Advance) -> None:
         from safetensors.torch import save_file
@@ -225,7 +263,7 @@ def tokens(ws: Workspace) -> None:
             save_file({"rows": rows, "counts": counts}, folder / "rows.safetensors")
             advance(3, steps)
 
-    ws.step(TOKENS, tokens, inputs, write)
+    ws.step(TOKENS, tokens, inputs, write if options.codec is None else write_codes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

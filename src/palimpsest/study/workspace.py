@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from palimpsest.config import StudyConfig
+from palimpsest.data.codec_tokens import CodecTokens
 from palimpsest.data.collate import Collator
 from palimpsest.data.examples import Example, read_manifest
 from palimpsest.data.features import Features
@@ -230,10 +231,13 @@ class Workspace:
         return ["text", "speech"] if self.config.takes_speech(model) else ["text"]
 
     def collator(self, modality: AskedAs, group: str, run: str = BASE) -> Collator:
-        return Collator(self.processor_of(run), modality, self.speech(group) if modality == "speech" else None)
+        return Collator(self.processor_of(run), modality, self.speech(group, run) if modality == "speech" else None)
 
-    def speech(self, group: str) -> Features | Recordings:
+    def speech(self, group: str, run: str = BASE) -> Features | Recordings | CodecTokens:
         """Only training may encode in its loop: held-out and task questions are few and asked of every model."""
+        tokens = self.config.speech.tokens
+        if tokens is not None and tokens.kind == "codec" and self.config.speech_of(run) == "tokens":
+            return CodecTokens(self.path / TOKENS / f"{group}.jsonl")
         if group == "train" and self.frames.path == "loop":
             return Recordings(self.processor, self.groups[group])
         return Features(self.path / "features" / group)
