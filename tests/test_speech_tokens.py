@@ -54,16 +54,18 @@ K, POOL, D_ENC = 6, 2, 16
 
 
 def on_a_line(pool: int = 2) -> Quantiser:
-    """Two dimensions, of which the first counts ten times as much; centroids at 0, 1 and 2 of it."""
+    """Two dimensions, of which the first counts eight times as much; centroids at 0, 1 and 2 of it."""
     made = Quantiser(3, 2, pool)
     made.mean.copy_(torch.tensor([4.0, 0.0]))
     made.scale.copy_(torch.tensor([1.0, 0.125]))
-    made.centroids.copy_(torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 0.0]]))
+    made.centroids.copy_(torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 1.0]]))
     return made
 
 
 def tokenizer(seed: int = 0) -> SpeechTokenizer:
-    drawn = torch.randn(K, D_ENC, generator=torch.Generator().manual_seed(seed)).bfloat16().float()
+    drawn = torch.randn(K, D_ENC, generator=torch.Generator().manual_seed(seed))
+    drawn[0, 0] = 3e-6  # which float16 has but roughly
+    drawn = drawn.bfloat16().float()
     return SpeechTokenizer(POOL, {"mean": torch.zeros(D_ENC), "scale": torch.ones(D_ENC), "centroids": drawn})
 
 
@@ -87,11 +89,11 @@ def spoken(ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
 # ---------------------------------------------------------------------------------------------------------------------
 def test_an_id_is_the_nearest_centroid_of_the_mean_of_some_frames() -> None:
     first = [4.0, 4.5, 4.8, 5.4, 6.5, 6.7, 9.0]  # means less 4: 0.25, 1.1, 2.6; one frame is left over
-    second = [0.0, 0.0, 8.0, 0.0, -8.0, 0.0, 0.0]  # 0.5 at most in units of its spread
+    second = [0.0, 0.0, 8.0, 0.0, 8.0, 0.0, 0.0]  # 0, 0.5, 0.5 in units of its spread, 0, 4, 4 without
     frames = torch.tensor([list(zip(first, second, strict=True))])
     assert on_a_line().ids(frames).tolist() == [[0, 1, 2]]
     replaced = on_a_line().replaced(frames)[0]
-    assert replaced.tolist() == [[4, 0], [4, 0], [5, 0], [5, 0], [6, 0], [6, 0], [9, 0]]
+    assert replaced.tolist() == [[4, 0], [4, 0], [5, 0], [5, 0], [6, 8], [6, 8], [9, 0]]
 
 
 def test_collapse_and_lengths() -> None:
@@ -182,7 +184,7 @@ def test_first_rows_have_the_mean_and_spread_of_the_embedding() -> None:
 def test_rows_of_an_adaptor_are_its_mean_output_over_the_frames_of_each_token() -> None:
     """Tokens of 2 frames, positions of 3: of 6 frames the tokens are a a, b b, a a and the outputs x x x, y y y."""
     adaptor = SpeechAdaptor(2, 8, 4, stack_factor=3)
-    frames = torch.tensor([[4.0, 0], [4, 0], [6, 0], [6, 0], [4, 0], [4, 0]])
+    frames = torch.tensor([[4.0, 0], [4, 0], [6, 8], [6, 8], [4, 0], [4, 0]])
     x, y = adaptor(frames[None])[0]
     rows, counts = rows_heard(adaptor, on_a_line(2), [frames])
     assert counts.tolist() == [4, 0, 2]
