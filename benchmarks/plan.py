@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def make_data(config: StudyConfig, folder: Path) -> None:
-    """data/ and features/ of the study, and what the base writes to be replayed; resumed if they are there."""
+    """data/, features/ and tokens/ of the study, and what the base writes to be replayed; resumed if they are there."""
     from palimpsest.study import steps
     from palimpsest.study.run import Study
 
@@ -91,6 +91,8 @@ def make_data(config: StudyConfig, folder: Path) -> None:
     steps.features(study.ws)
     if any(replay.text == OWN for replay in study.ws.replays):
         steps.replay_text(study.ws)
+    if config.speech.tokens is not None:
+        steps.tokens(study.ws)
 
 
 def in_a_process(options: argparse.Namespace, method: str, environment: dict[str, str]) -> dict[str, int]:
@@ -118,7 +120,7 @@ def measure(config: StudyConfig, folder: Path, name: str, batches: int) -> dict[
 
     workspace = Workspace(config, folder, Reporter(1))
     method = config.methods[name]
-    collator = workspace.collator(method.modality, "train")
+    collator = workspace.collator(method.modality, "train", name)
     training = config.training
     examples = sorted(workspace.groups["train"], key=collator.length)
     chosen = [examples.pop(), *random.Random(0).sample(examples, batches * training.batch_size - 1)]

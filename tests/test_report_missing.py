@@ -71,8 +71,9 @@ def test_every_table_taken_away_is_named(run: Path, table: str) -> None:
     if table in MAY_BE_EMPTY:
         write_text(run / "study.yaml", "seeds: 3\ndrift: {general_text: {text: a.txt}}\n")
     said = f"results.json has no records in “{table}”." in page_of(run)
-    # There where a task is spoken in several voices, where a model is given, where speech or curves were asked for.
-    assert said == (table not in ("voices", "embeddings", *OF_FRONTIER))
+    # There where a task is spoken in several voices, where a model is given, where speech, curves or tokens were asked
+    # for.
+    assert said == (table not in ("voices", "embeddings", "speech_inputs", *OF_FRONTIER))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from palimpsest.models.compute import DEVICE, Compute, WeightDtype
 from palimpsest.models.given import is_audio_llm, takes_speech
 from palimpsest.models.light import is_gated
 from palimpsest.models.prompts import PromptStyle, written_out
+from palimpsest.models.token_settings import SpeechInput, Tokens
 from palimpsest.options import checked, nearest
 from palimpsest.records import BASE, SCOPES, Modality, Scope, method_of, run_name
 from palimpsest.rundir import RECIPES
@@ -67,6 +68,7 @@ class Speech:
     augmentation: Augmentation | None = None  # of the training utterances
     features: FramesWanted = "cache"  # of training recordings: kept, made in the loop, or what the disk allows
     feature_cache: str | None = None  # folder of encoder frames that several studies share; none: in the run directory
+    tokens: Tokens | None = None  # for methods with speech: tokens, or centroids
 
 
 @dataclass(frozen=True)
@@ -287,6 +289,7 @@ class StudyConfig(BaseModel):
         if self.models.encoder is None and (trained is not None or self.models.adaptor is not None):
             needs = "models.adaptor" if trained is None else f"methods.{trained} ({self.methods[trained].kind})"
             raise ValueError(f"{needs} needs models.encoder; only a study of given models can do without")
+        self._require_tokens()
         given = next((name for name, method in self.methods.items() if method.kind == "given"), None)
         if given is not None and self.seeds > 1:
             raise ValueError(
@@ -303,6 +306,28 @@ class StudyConfig(BaseModel):
         if len(set(tasks)) < len(tasks):
             raise ValueError(f"evaluation.tasks names a task twice: {tasks}")
         return self
+
+    def _require_tokens(self) -> None:
+        reader = next((name for name, method in self.methods.items() if method.speech != "frames"), None)
+        tokens = self.speech.tokens
+        if reader is not None and tokens is None:
+            raise ValueError(f"methods.{reader}.speech needs speech.tokens, which says how tokens are made; add it")
+        if reader is None and tokens is not None:
+            raise ValueError("speech.tokens is used by methods with speech: tokens (or centroids), and there is none")
+        quantised = next((name for name, method in self.methods.items() if method.speech == "centroids"), None)
+        if quantised is not None and tokens is not None and tokens.kind != "kmeans":
+            raise ValueError(f"methods.{quantised}.speech: centroids needs speech.tokens of kind kmeans")
+        if tokens is not None and tokens.start == "adaptor" and self.models.adaptor is None:
+            raise ValueError("speech.tokens.start: adaptor needs models.adaptor; name a speech LLM, or use embedding")
+
+    def speech_of(self, run: str) -> SpeechInput:
+        """What stands for speech in the prompts of a run."""
+        return "frames" if run == BASE else self.runs[self.origin_of(run)].speech
+
+    def stack_factor(self, run: str) -> int:
+        """Encoder frames of a position of speech."""
+        tokens = self.speech.tokens
+        return tokens.frames if tokens is not None and self.speech_of(run) == "tokens" else self.speech.stack_factor
 
     @property
     def speech_reads(self) -> float:

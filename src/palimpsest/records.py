@@ -89,6 +89,24 @@ class ComparisonRecord(TypedDict):
     left_out: NotRequired[str | None]  # why this row is none of them; its p_holm is then uncorrected, or another row's
 
 
+class SpeechInputRecord(TypedDict):
+    """A method that reads speech tokens beside its like that reads encoder frames (comparison/speech_inputs.py)."""
+
+    method: str
+    speech: str  # tokens | centroids
+    reference: str  # the method that reads frames
+    measure: str  # t2t | s2t | drift | shift
+    of: str  # the task, the kind of text, or the distance
+    n: int  # questions, texts or batches, the same for both; 0: the reduction does not keep batches
+    value_reference: float
+    value: float
+    difference: float  # value − value_reference
+    ci_low: float | None
+    ci_high: float | None
+    p_value: float | None  # t2t, s2t: as in comparisons
+    p_holm: float | None
+
+
 class LayerRecord(TypedDict):
     model: str
     modality: str
@@ -624,6 +642,7 @@ class Results(TypedDict):
     voices: list[VoiceRecord]
     perplexity: list[PerplexityRecord]
     comparisons: list[ComparisonRecord]
+    speech_inputs: list[SpeechInputRecord]  # of studies with speech tokens
     probe: list[ProbeRecord]
     probe_comparisons: list[ProbeComparisonRecord]
     drift: list[DriftRecord]

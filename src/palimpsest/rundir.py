@@ -40,6 +40,7 @@ ROOT = Path(__file__).parent  # of this package
 RECIPES = ROOT / "recipes"  # those that ship
 STUDY, RESULTS, PROVENANCE = "study.yaml", "results.json", "provenance.json"
 FRAMES = "frames.json"  # what speech.features: auto came to
+TOKENS = "tokens"  # folder of the speech tokens
 STEP_FILE = "step.json"  # inside every step's directory: fingerprint, inputs, seconds
 FILES_FILE = "files.json"  # beside it: every file of the step: bytes, sha256, time of change
 SET_ASIDE = ".set-aside"  # steps of an earlier recipe

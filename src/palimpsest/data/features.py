@@ -258,7 +258,7 @@ def describe_encoding(
         "dtype": DTYPE.name,
     }
     if processor.speech_length == "trim":
-        described["stack_factor"] = processor.stack_factor  # the length is rounded up to whole positions
+        described["stack_factor"] = processor.rounded_to  # the length is rounded up to it
     if compute != "float32":  # so that what was made before there was a choice keeps its address
         described["compute"] = compute
     return described

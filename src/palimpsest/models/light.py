@@ -61,6 +61,7 @@ class Light:
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
     gate: Literal["none", "speech"] = "none"  # speech: the updates are for speech alone
     new_layers: int = 0  # inserted into the language model
+    tokens: Mapping[str, Any] | None = None  # as in SpeechLMConfig; the quantiser is in adaptor.safetensors
 
 
 def is_light(folder: Path) -> bool:
@@ -118,6 +119,7 @@ def compose(
 
     from palimpsest.models.processor import SpeechLMProcessor
     from palimpsest.models.speech_lm import SpeechLM
+    from palimpsest.models.tokens import stored_tokenizer
 
     light = read_light(folder)
     for what, part, here in (
@@ -131,19 +133,27 @@ def compose(
     if light.new_layers:
         grow(language_model, light.new_layers, load_file(folder / INSERTED))
     adaptor = load_file(folder / ADAPTOR)
+    tokens = light.tokens or {
+        "reads": "frames", "pool": 1, "collapse": False, "rounded_to": light.stack_factor,
+    }  # fmt: skip
     model = SpeechLM.from_parts(
         encoder,
         language_model,
-        stack_factor=light.stack_factor,
-        adaptor_hidden_size=len(adaptor["linear1.bias"]),
+        stack_factor=tokens["rounded_to"],
+        adaptor_hidden_size=len(adaptor.get("linear1.bias", ())) or 2048,  # of tokens there is no such layer
         speech_length=light.speech_length,
+        reads=tokens["reads"],
+        tokenizer=stored_tokenizer(adaptor, tokens["pool"]),
+        collapse=tokens["collapse"],
     )
     model.adaptor.load_state_dict(adaptor)
     if light.gate != "none":  # not before: making a SpeechLM draws anew what transformers did not load
         model.language_model = PeftModel.from_pretrained(language_model, str(folder / ADAPTER.parent))
         close_gate(model)
     style = PromptStyle(light.system, light.speech_instruction, light.date, light.template_arguments)
-    return model, SpeechLMProcessor(tokenizer, feature_extractor, light.stack_factor, light.speech_length, style)
+    return model, SpeechLMProcessor(
+        tokenizer, feature_extractor, light.stack_factor, light.speech_length, style, tokens["rounded_to"]
+    )
 
 
 def merged(language_model: Any, adapter: Path) -> Any:
@@ -246,7 +256,12 @@ def write_light(
     _require_made_of(model.language_model, under, name, adapter)
 
     stored = _as_it_is if exact else _stored
-    save_file({key: stored(tensor) for key, tensor in model.adaptor.state_dict().items()}, folder / ADAPTOR)
+    tensors = model.adaptor.state_dict()
+    fixed = {name for name, _ in model.adaptor.named_buffers()}  # calibration and centroids stay as they are
+    save_file(
+        {key: (_as_it_is if key in fixed else stored)(tensor).contiguous() for key, tensor in tensors.items()},
+        folder / ADAPTOR,
+    )
     files = [ADAPTOR]
     if inserted:
         save_file({key: stored(tensor) for key, tensor in inserted.items()}, folder / INSERTED)
@@ -270,6 +285,7 @@ def write_light(
         template_arguments=dict(processor.style.template_arguments),
         gate="speech" if model.gated else "none",
         new_layers=max(n_new, 0),
+        tokens=model.config.tokens,
         files={file: hash_file(folder / file) for file in files},
         trained=trained,
     )

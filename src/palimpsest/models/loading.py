@@ -694,6 +694,14 @@ def load_asr(name: str, *, device: str = "cpu") -> tuple[WhisperForConditionalGe
     return model, _from_pretrained(WhisperProcessor, where)
 
 
+def load_any(name: str, device: str = "cpu") -> tuple[PreTrainedModel, Any]:
+    """(what AutoModel makes of a checkpoint, in eval mode and float32, its feature extractor)."""
+    from transformers import AutoFeatureExtractor, AutoModel
+
+    where = resolve(name)
+    return _load(AutoModel, where, device, dtype="float32"), _from_pretrained(AutoFeatureExtractor, where)
+
+
 def load_encoder(name: str, *, dtype: torch.dtype | str = "float32", device: str = "cpu") -> tuple[WhisperEncoder, Any]:
     """(Whisper encoder in eval mode without gradients, its feature extractor); `name` may be a SpeechLM with one."""
     from transformers import WhisperModel

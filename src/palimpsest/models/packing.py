@@ -161,6 +161,8 @@ def _may_pack(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     """What can be said without running it: full attention under a mask and positions that are given."""
     inner: Any = unwrap(model)
     if hasattr(inner, "encoder") and hasattr(inner, "embed"):  # a SpeechLM, in speech or not
+        if "frame_counts" in batch and inner.adaptor.collapse:
+            return False  # which positions are left out is known only when the speech is read
         inner = inner.language_model
         allowed = PACKABLE | SPEECH
     else:

@@ -33,6 +33,7 @@ class SpeechLMProcessor:
         feature_extractor: Whisper's.
         stack_factor, speech_length: as in the model's config.
         style: system turn and the instruction that goes with speech.
+        rounded_to: encoder frames of which trimmed speech is a multiple; None: of a position.
     """
 
     def __init__(
@@ -42,12 +43,14 @@ class SpeechLMProcessor:
         stack_factor: int = 5,
         speech_length: SpeechLength = "trim",
         style: PromptStyle | None = None,
+        rounded_to: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.feature_extractor = feature_extractor
         self.stack_factor = stack_factor
         self.speech_length = speech_length
         self.style = style or PromptStyle()
+        self.rounded_to = rounded_to or stack_factor
 
     def __call__(
         self,
@@ -126,11 +129,11 @@ class SpeechLMProcessor:
 
     # -- speech -------------------------------------------------------------------------------------------------------
     def n_frames(self, n_samples: int) -> int:
-        """Encoder frames of `n_samples` at 16 kHz: the real length rounded up to whole positions, or 1500."""
+        """Encoder frames of `n_samples` at 16 kHz: the real length rounded up to `rounded_to`, or 1500."""
         if self.speech_length == "pad_to_30s":
             return MAX_FRAMES
-        step = SAMPLES_PER_FRAME * self.stack_factor
-        return min(MAX_FRAMES, -(-n_samples // step) * self.stack_factor)
+        step = SAMPLES_PER_FRAME * self.rounded_to
+        return min(MAX_FRAMES, -(-n_samples // step) * self.rounded_to)
 
     def features(self, waves: Sequence[npt.NDArray[np.float32]]) -> tuple[Tensor, Tensor]:
         """Log-mel features (speech, mels, mel_time) and frame counts (speech,) of 16 kHz mono recordings up to 30 s."""
@@ -161,6 +164,7 @@ class SpeechLMProcessor:
             folder / FILE,
             {
                 "stack_factor": self.stack_factor,
+                **({} if self.rounded_to == self.stack_factor else {"rounded_to": self.rounded_to}),
                 "speech_length": self.speech_length,
                 "system": self.style.system,
                 "speech_instruction": self.style.speech_instruction,

@@ -28,6 +28,8 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from palimpsest.files import UserError
 from palimpsest.models.gate import adapters_switched, require_one_kind
+from palimpsest.models.token_settings import SpeechInput
+from palimpsest.models.tokens import Codes, Quantiser, SpeechTokenizer, TokenAdaptor, repeats, rows_like
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
@@ -50,6 +52,8 @@ class SpeechLMConfig(PreTrainedConfig):  # type: ignore[misc]
         adaptor_hidden_size: width between the adaptor's two linear layers (2048).
         speech_length: "trim" encodes the real length of the speech under a mask; "pad_to_30s" is LLaMA-Omni's layout:
             every utterance takes 1500 encoder frames, 300 positions.
+        tokens: None where the adaptor reads encoder frames; else {reads, kind, k, pool, collapse, rounded_to} of speech
+            tokens (tokens.py), reads being "tokens" or "centroids", rounded_to as in the processor.
     """
 
     model_type = "palimpsest_speech_lm"
@@ -62,8 +66,10 @@ class SpeechLMConfig(PreTrainedConfig):  # type: ignore[misc]
         stack_factor: int = 5,
         adaptor_hidden_size: int = 2048,
         speech_length: SpeechLength = "trim",
+        tokens: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        self.tokens = tokens
         self.text_config = _sub_config(text_config, "llama")
         self.encoder_config = _sub_config(encoder_config, "whisper")
         self.stack_factor = stack_factor
@@ -90,13 +96,17 @@ class SpeechAdaptor(nn.Module):
     spread of the language model's embedding: from random weights, training then starts in the range the model knows.
     """
 
+    collapse = False  # of tokens.TokenAdaptor: repetitions are left out
     input_mean: Tensor
     input_scale: Tensor
     output_scale: Tensor
 
-    def __init__(self, encoder_dim: int, hidden: int, output_dim: int, stack_factor: int) -> None:
+    def __init__(
+        self, encoder_dim: int, hidden: int, output_dim: int, stack_factor: int, quantiser: Quantiser | None = None
+    ) -> None:
         super().__init__()
         self.stack_factor = stack_factor
+        self.quantiser = quantiser  # replaces frames by their centroids first, to see what that costs
         stacked = encoder_dim * stack_factor
         self.linear1 = nn.Linear(stacked, hidden)
         self.linear2 = nn.Linear(hidden, output_dim)
@@ -104,8 +114,15 @@ class SpeechAdaptor(nn.Module):
         self.register_buffer("input_scale", torch.ones(stacked))
         self.register_buffer("output_scale", torch.ones(()))
 
+    @property
+    def frames_dtype(self) -> torch.dtype:
+        """In which it takes frames."""
+        return self.linear1.weight.dtype if self.quantiser is None else torch.float32
+
     def stack(self, frames: Float[Tensor, "speech time d_enc"]) -> Float[Tensor, "speech position stacked"]:
         """The last `time mod stack_factor` frames are dropped."""
+        if self.quantiser is not None:
+            frames = self.quantiser.replaced(frames).to(self.linear1.weight.dtype)
         speech, time, dim = frames.shape
         positions = time // self.stack_factor
         return frames[:, : positions * self.stack_factor].reshape(speech, positions, dim * self.stack_factor)
@@ -152,12 +169,7 @@ class SpeechLM(PreTrainedModel):  # type: ignore[misc]
         self.language_model = (
             AutoModelForCausalLM.from_config(config.text_config) if language_model is None else language_model
         )
-        self.adaptor = SpeechAdaptor(
-            encoder_dim=config.encoder_config.d_model,
-            hidden=config.adaptor_hidden_size,
-            output_dim=self.language_model.get_input_embeddings().weight.shape[1],
-            stack_factor=config.stack_factor,
-        )
+        self.adaptor = _blank_adaptor(config, self.language_model.get_input_embeddings().weight.shape[1])
         self.adaptor.to(self.language_model.dtype)
         self.gated = False
         self.encoder.requires_grad_(False)
@@ -174,20 +186,40 @@ class SpeechLM(PreTrainedModel):  # type: ignore[misc]
         adaptor_hidden_size: int = 2048,
         speech_length: SpeechLength = "trim",
         seed: int = 0,
+        reads: SpeechInput = "frames",
+        tokenizer: SpeechTokenizer | None = None,
+        collapse: bool = True,
     ) -> SpeechLM:
-        """Compose pre-trained parts; only the adaptor is new, drawn from `seed` (not the global generator)."""
+        """Compose pre-trained parts; only the adaptor is new, drawn from `seed` (not the global generator).
+
+        reads: what it is given; anything but "frames" needs the `tokenizer`. Of "tokens" a position is a token, and
+        stack_factor says what trimmed speech is rounded to; `collapse`: of equal ones in a row the language model sees
+        one.
+        """
+        tokens: dict[str, Any] | None = None
+        if reads != "frames":
+            assert tokenizer is not None
+            tokens = {"reads": reads, "k": tokenizer.k, "pool": tokenizer.pool, "collapse": collapse}
+            tokens |= {"kind": "codec" if tokenizer.codes else "kmeans", "rounded_to": stack_factor}
         config = SpeechLMConfig(
             text_config=language_model.config,
             encoder_config=encoder.config,
-            stack_factor=stack_factor,
+            stack_factor=tokenizer.pool if tokenizer is not None and reads == "tokens" else stack_factor,
             adaptor_hidden_size=adaptor_hidden_size,
             speech_length=speech_length,
+            tokens=tokens,
         )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = cls(config, encoder=encoder, language_model=language_model)
-            model.adaptor.linear1.reset_parameters()
-            model.adaptor.linear2.reset_parameters()
+            if isinstance(model.adaptor, SpeechAdaptor):
+                model.adaptor.linear1.reset_parameters()
+                model.adaptor.linear2.reset_parameters()
+        if isinstance(model.adaptor, TokenAdaptor):
+            rows = rows_like(model.get_input_embeddings().get_parameter("weight"), len(model.adaptor.rows.weight), seed)
+            model.adaptor.rows.weight.data.copy_(rows)
+        if tokenizer is not None and tokenizer.tensors and model.adaptor.quantiser is not None:
+            model.adaptor.quantiser.load_state_dict(dict(tokenizer.tensors))
         return model
 
     # The language model's generation settings (end-of-turn ids above all) travel with the checkpoint.
@@ -240,13 +272,14 @@ class SpeechLM(PreTrainedModel):  # type: ignore[misc]
         `input_features` (log-mel) or as `encoder_frames` computed before, with `frame_counts`, the number of valid
         encoder frames of each utterance. `labels` are −100 wherever nothing is supervised.
         """
-        inputs = self.embed(input_ids, input_features, encoder_frames, frame_counts)
+        inputs: dict[str, Any] = {"attention_mask": attention_mask}
+        inputs |= self.embed(input_ids, input_features, encoder_frames, frame_counts, attention_mask)
         if (
             isinstance(logits_to_keep, torch.Tensor) or logits_to_keep
         ):  # language models without it get no such argument
             kwargs["logits_to_keep"] = logits_to_keep
         with self._gate(input_ids):
-            return self.language_model(**inputs, attention_mask=attention_mask, labels=labels, **kwargs)
+            return self.language_model(**{**kwargs, **inputs}, labels=labels)
 
     @torch.no_grad()
     def generate(
@@ -259,9 +292,11 @@ class SpeechLM(PreTrainedModel):  # type: ignore[misc]
         **kwargs: Any,
     ) -> Int[Tensor, "batch new"]:
         """The language model's own `generate` on left-padded prompts; returns only the new tokens, always."""
-        inputs = self.embed(input_ids, input_features, encoder_frames, frame_counts)
+        inputs: dict[str, Any] = {"attention_mask": attention_mask}
+        inputs |= self.embed(input_ids, input_features, encoder_frames, frame_counts, attention_mask)
+        inputs.pop("position_ids", None)  # generate counts them from the mask
         with self._gate(input_ids):
-            new = self.language_model.generate(**inputs, attention_mask=attention_mask, **kwargs)
+            new = self.language_model.generate(**inputs, **kwargs)
         return new if "inputs_embeds" in inputs else new[:, input_ids.shape[1] :]  # type: ignore[no-any-return]
 
     def _gate(self, input_ids: Int[Tensor, "batch seq"]) -> AbstractContextManager[None]:
@@ -275,8 +310,13 @@ class SpeechLM(PreTrainedModel):  # type: ignore[misc]
         input_features: Float[Tensor, "speech mels mel_time"] | None = None,
         encoder_frames: Float[Tensor, "speech time d_enc"] | None = None,
         frame_counts: Int[Tensor, " speech"] | None = None,
+        attention_mask: Int[Tensor, "batch seq"] | None = None,
     ) -> dict[str, Tensor]:
-        """`input_ids` untouched without speech, else `inputs_embeds` with the adaptor's output spliced in."""
+        """`input_ids` untouched without speech, else `inputs_embeds` with the adaptor's output spliced in.
+
+        Where repeated tokens collapse, also an `attention_mask` that leaves out all but the first of equal ones, and
+        `position_ids` that count what is left: to the language model they are not there.
+        """
         is_speech: Bool[Tensor, "batch seq"] = input_ids == SPEECH_POSITION
         if input_features is None and encoder_frames is None:
             if bool(is_speech.any()):
@@ -289,14 +329,33 @@ class SpeechLM(PreTrainedModel):  # type: ignore[misc]
         if encoder_frames is None:
             assert input_features is not None
             encoder_frames = encode_speech(self.encoder, input_features, frame_counts, self.config.speech_length)
-        projected = self.adaptor(encoder_frames.to(self.adaptor.linear1.weight.dtype))
+        encoder_frames = encoder_frames.to(self.adaptor.frames_dtype)
+        projected = self.adaptor(encoder_frames)
         counts = frame_counts.to(projected.device) // self.config.stack_factor
         valid = torch.arange(projected.shape[1], device=projected.device) < counts[:, None]
         speech = projected[valid]  # (all positions, d_lm), utterances in order
         if int(is_speech.sum()) != len(speech):
             raise ValueError(f"input_ids has {int(is_speech.sum())} speech positions, the speech gives {len(speech)}")
         embeds = self.get_input_embeddings()(input_ids.masked_fill(is_speech, 0))
-        return {"inputs_embeds": embeds.masked_scatter(is_speech.unsqueeze(-1), speech.to(embeds.dtype))}
+        inputs = {"inputs_embeds": embeds.masked_scatter(is_speech.unsqueeze(-1), speech.to(embeds.dtype))}
+        if isinstance(self.adaptor, TokenAdaptor) and self.adaptor.collapse:
+            again = repeats(self.adaptor.quantiser.ids(encoder_frames))[valid]
+            left_out = torch.zeros_like(is_speech).masked_scatter(is_speech, again)
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            mask = mask.masked_fill(left_out, 0)
+            inputs |= {"attention_mask": mask, "position_ids": (mask.long().cumsum(1) - 1).clamp_min(0)}
+        return inputs
+
+
+def _blank_adaptor(config: SpeechLMConfig, output_dim: int) -> SpeechAdaptor | TokenAdaptor:
+    dim, tokens, quantiser = config.encoder_config.d_model, config.tokens, None
+    if tokens is not None and tokens["kind"] == "codec":
+        return TokenAdaptor(Codes(tokens["k"]), output_dim, collapse=tokens["collapse"])
+    if tokens is not None:
+        quantiser = Quantiser(tokens["k"], dim, tokens["pool"])
+        if tokens["reads"] == "tokens":
+            return TokenAdaptor(quantiser, output_dim, collapse=tokens["collapse"])
+    return SpeechAdaptor(dim, config.adaptor_hidden_size, output_dim, config.stack_factor, quantiser)
 
 
 def encode_speech(

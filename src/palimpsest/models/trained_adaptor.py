@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -63,9 +64,11 @@ def read_adaptor(source: str) -> TrainedAdaptor:
         return read_adaptor(source_of)
     if light.is_light(folder):
         settings = light.read_light(folder)
+        require_frames(source, settings.tokens)
         tensors = {name: tensor.float() for name, tensor in load_file(folder / light.ADAPTOR).items()}
         require_finite(tensors.items(), source)
         return TrainedAdaptor(source, tensors, settings.stack_factor, settings.speech_length, settings.encoder.content)
+    require_frames(source, read_json(folder / "config.json").get("tokens"))
     stored: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         file: Any
@@ -84,6 +87,15 @@ def read_adaptor(source: str) -> TrainedAdaptor:
         config["speech_length"],
         light.content_hash(behind.items()),
     )
+
+
+def require_frames(source: str, tokens: Mapping[str, Any] | None) -> None:
+    """Raise UserError for a speech LLM of speech tokens."""
+    if tokens is not None:
+        raise UserError(
+            f"models.adaptor: {source} reads speech tokens (or frames made of them), so it has no adaptor of frames to "
+            "start from; give a speech LLM that reads frames."
+        )
 
 
 def require_fit(

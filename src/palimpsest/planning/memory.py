@@ -82,6 +82,7 @@ class Setup:
     modality: Literal["speech", "text"] = "speech"
     stack_factor: int = 5
     adaptor_hidden: int = 2048
+    speech_tokens: int = 0  # rows in the place of the adaptor
     weight_bytes: int = 4  # 4: float32, 2: bfloat16
     autocast: bool = False  # bf16 arithmetic on float32 weights
     checkpointing: bool = False
@@ -99,6 +100,8 @@ class Setup:
         stacked = self.encoder.dim * self.stack_factor
         if not stacked:  # no encoder
             return 0
+        if self.speech_tokens:
+            return self.speech_tokens * self.decoder.hidden
         return (stacked + 1) * self.adaptor_hidden + (self.adaptor_hidden + 1) * self.decoder.hidden
 
     @property

@@ -101,9 +101,12 @@ class Lengths:
     origin: str
     written: float  # seconds of speech of an example that the study writes, on average: what is no file of its own yet
 
-    def sequences(self, config: StudyConfig, modality: str) -> list[tuple[int, int, int]]:
-        """(sequence, speech positions, answer) of each row, in tokens."""
-        stack = config.speech.stack_factor
+    def sequences(self, config: StudyConfig, modality: str, stack: int | None = None) -> list[tuple[int, int, int]]:
+        """(sequence, speech positions, answer) of each row, in tokens; stack: frames of a position, if not the study's.
+
+        Of speech tokens those that collapse are among them: they are left out by the mask, and take their room.
+        """
+        stack = stack or config.speech.stack_factor
         whole = math.floor if config.speech.length == "pad_to_30s" else math.ceil
         found = []
         for frame, question, seconds, answer in self.rows:
@@ -269,8 +272,9 @@ def setups_of(
             method=method.kind,
             rank=method.rank,
             modality=method.modality,
-            stack_factor=config.speech.stack_factor,
+            stack_factor=config.stack_factor(name),
             adaptor_hidden=config.speech.adaptor_hidden_size,
+            speech_tokens=config.speech.tokens.k if config.speech.tokens and method.speech == "tokens" else 0,
             weight_bytes=4 if config.models.dtype == "float32" else 2,
             checkpointing=training.gradient_checkpointing,
             accumulation=training.accumulation,
@@ -312,8 +316,9 @@ def _memory_of_steps(
         found.append(step)
 
     asked_as = "text" if config.models.encoder is None else "speech"
-    longest, most = (max(row[k] for row in lengths.sequences(config, asked_as)) for k in (0, 2))
-    questions = [row[0] - row[2] for part in (lengths, *others) for row in part.sequences(config, asked_as)]
+    stack = min(map(config.stack_factor, config.methods))
+    longest, most = (max(row[k] for row in lengths.sequences(config, asked_as, stack)) for k in (0, 2))
+    questions = [row[0] - row[2] for part in (lengths, *others) for row in part.sequences(config, asked_as, stack)]
     limit = config.evaluation.max_new_tokens
     recogniser = 0 if config.models.asr is None else recogniser_bytes(setup.encoder)
     size, asked = config.deactivation.batch_size, config.evaluation.batch_size
@@ -431,7 +436,7 @@ def _computes_bfloat16(config: StudyConfig, kind: str, *, here: bool, exact: boo
 
 def _plan_method(config: StudyConfig, lengths: Lengths, name: str, setup: Setup) -> MethodPlan:
     training = config.training
-    rows = lengths.sequences(config, setup.modality)
+    rows = lengths.sequences(config, setup.modality, setup.stack_factor)
     batch = _largest_batch(training, rows, setup.n_gpus)
     length = _padded_length(training, rows)
     tokens = length * lengths.n

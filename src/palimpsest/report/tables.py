@@ -70,6 +70,7 @@ DIGEST_NOTE = "* from a secondary digest of the paper, not checked against it."
 CONDITIONS = ("base", "top", "bottom", "random")
 VERDICTS = {"holds": "✓ holds", "fails": "✗ fails", "undecided": "? undecided"}
 ANSWERS = {"Empty": "empty", "Refused": "refusal", "Looping": "loop", "Failed": "failed", "Cut": "cut"}
+OF_INPUTS = {"t2t": "T2T %", "s2t": "S2T %"}
 FLOORS = {
     "unrelated": "Answers to other questions %",
     "echo": "Question repeated %",
@@ -117,6 +118,7 @@ def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Tabl
         voices(results["voices"]),
         lora_rank(results["qa"], metric, _ranks(inputs), model, of_each),
         comparisons(runs["comparisons"] if of_each == 1 else []),  # else of first runs alone
+        speech_inputs(results["speech_inputs"]),
         seeds(results["seeds"]),
         seed_comparisons(results["seed_comparisons"]),
         pooled_comparisons(results["pooled_comparisons"]),
@@ -442,6 +444,34 @@ def comparisons(records: Rows) -> Table:
         (TASK, INPUT, words("Scoring rule", "metric"), A, B, N, *only, DIFFERENCE, P, P_HOLM, OVER),
         records,
         f"p: exact McNemar test. {HOLM} Brackets: 95 % interval.",
+    )
+
+
+def speech_inputs(records: Rows) -> Table:
+    """Speech tokens against encoder frames, method by method."""
+
+    def written(row: Row) -> Callable[[float], str]:
+        return percent if row["measure"] in OF_INPUTS else significant
+
+    def difference(row: Row) -> Cell:
+        share = row["measure"] in OF_INPUTS
+        return _between("", "difference", "", points if share else "{:+.3g}".format)[1](row)
+
+    return table(
+        "speech_inputs",
+        "Speech as tokens against speech as encoder frames",
+        (
+            *(METHOD, words("Reads", "speech"), words("Against", "reference", method_name)),
+            cells("Measure", lambda row: text(OF_INPUTS.get(str(row["measure"]), str(row["measure"])))),
+            *(words("Of", "of", task_name), counts("n", "n")),
+            cells("From frames", lambda row: numbers("", "value_reference", written(row))[1](row)),
+            cells("From tokens", lambda row: numbers("", "value", written(row))[1](row)),
+            *(cells("Difference", difference), P, P_HOLM),
+        ),
+        in_order(records, "method"),
+        "Each method beside the one that differs from it in what stands for speech alone. drift: KL to the base, nats "
+        "per token; shift: distance of the layers' importance from the base's. p: exact McNemar test, Holm as in the "
+        "paired comparisons. Brackets: 95 % interval of the paired difference.",
     )
 
 

@@ -15,6 +15,7 @@ from palimpsest.comparison.frontier import frontier_tables, hearing_measures, pl
 from palimpsest.comparison.general_text_pairs import general_text_comparisons
 from palimpsest.comparison.pairs import compare
 from palimpsest.comparison.probe_pairs import probe_comparisons
+from palimpsest.comparison.speech_inputs import speech_input_records
 from palimpsest.comparison.training_runs import (
     Verdicts,
     pooled_comparisons,
@@ -117,6 +118,16 @@ def collect(run: RunDir, config: StudyConfig, steps: Collection[str], seed: int)
             task.name, examples, list(config.methods), config.seeds, by_modality, trained_on
         )
     tables["comparisons"] = corrected(comparisons, same)
+    tables["speech_inputs"] = speech_input_records(
+        run.path,
+        config.methods,
+        qa=tables["qa"],
+        comparisons=tables["comparisons"],
+        drifted=[name for name in config.methods if "drift" in config.drift_measures(name)],
+        scored=[name for name in config.methods if config.measures(name, "importance")],
+        reduction=config.importance.reduction,
+        seed=seed,
+    )
     tables["speech_tests"] = speech_tests(list(config.methods), config.seeds, right, by_chance, seed, points)
     tables["correlations"] = correlation_records(tables["shift"], tables["qa"], metric=PRIMARY)
     if config.seeds > 1:

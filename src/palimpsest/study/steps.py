@@ -32,6 +32,7 @@ from palimpsest.rundir import (
     RESULTS,
     SET_ASIDE,
     STUDY,
+    TOKENS,
     checkpoint_of,
     folder_of,
     samples_of,
@@ -64,7 +65,14 @@ def check(ws: Workspace) -> None:
             if (name := getattr(models, role)) is not None:
                 require_loadable(role, name)  # converts an embedded model on its first use
             advance(i + 1, len(ROLES))
-    require_language_model(models.language_model, [it for it in ws.config.methods.values() if it.trains])
+    read = ws.config.speech.tokens
+    collapse = read is not None and read.collapse
+    trained = [it for it in ws.config.methods.values() if it.trains]
+    require_language_model(models.language_model, trained, collapse=collapse)
+    if read is not None and read.codec is not None:
+        from palimpsest.models.codecs import load_codec
+
+        load_codec(read.codec, read, "meta")
     ws.require_given()
     ws.require_blends()
     ws.require_gated()
@@ -174,6 +182,91 @@ def features(ws: Workspace) -> None:
         ws.require_budget(ws.groups["train"])  # an example above it is an error now, not after hours of other steps
 
 
+def tokens(ws: Workspace) -> None:
+    """tokens/: centroids fitted on the frames of the training speech, and what tokens they make of it.
+
+    tokenizer.safetensors; tokens.json, of training and held-out speech; with start: adaptor rows.safetensors, the mean
+    of the adaptor's outputs over the frames of each token, and the number of these. Of a codec GROUP.jsonl instead, the
+    tokens of every recording.
+    """
+    options, seed = ws.config.speech.tokens, ws.seed("tokens")
+    assert options is not None
+    inputs: dict[str, Any] = {
+        "features": ws.fingerprint("features"),
+        # Frames that training makes in its loop are not among those of features/.
+        "frames": [ws.frames.path, ws.compute.dtype],
+        # Collapsing is the language model's business.
+        "options": {key: value for key, value in asdict(options).items() if key != "collapse"},
+        "seed": seed,
+    }
+    if options.start == "adaptor":
+        inputs |= ws.adaptor_inputs
+    if options.codec is not None:
+        inputs = {
+            "data": ws.fingerprint("data"),
+            "codec": ws.model_hash(options.codec),
+            "options": [options.k, options.codebook],
+        }
+
+    def write_codes(folder: Path, advance: Advance) -> None:
+        from palimpsest.data.codec_tokens import CodecTokens, write_codec_tokens
+        from palimpsest.models.codecs import codec_rate, load_codec
+        from palimpsest.models.tokens import Codes, SpeechTokenizer, describe_tokens, write_tokens
+
+        codec, extractor = load_codec(str(options.codec), options, ws.device)
+        total, done = sum(map(len, ws.groups.values())), 0
+        for group, examples in ws.groups.items():
+            if not (folder / f"{group}.jsonl").exists():  # of a start that was killed
+                write_codec_tokens(
+                    folder / f"{group}.jsonl",
+                    examples,
+                    codec,
+                    extractor,
+                    options.codebook,
+                    lambda n, done=done: advance(done + n, total),  # type: ignore[misc]
+                )
+            done += len(examples)
+        about = {"kind": "codec", "k": options.k, "codebook": options.codebook, "codec": inputs["codec"]}
+        write_tokens(SpeechTokenizer(1, {}, about, codes=options.k), folder / "tokenizer.safetensors")
+        described, rate = {}, codec_rate(codec.config)
+        for group in ("train", "heldout"):
+            read = CodecTokens(folder / f"{group}.jsonl")
+            spoken = (read[it.id] for it in ws.groups[group] if it.fault is None)
+            described[group] = describe_tokens(Codes(options.k), spoken, rate)
+        write_json(folder / "tokens.json", {**about, "speech": described})
+
+    def write(folder: Path, advance: Advance) -> None:
+        from safetensors.torch import save_file
+
+        from palimpsest.models.loading import load_encoder
+        from palimpsest.models.tokens import describe_tokens, fit_tokens, rows_heard, write_tokens
+
+        encoder = load_encoder(ws.encoder, device=ws.device)[0]
+        ids = [example.id for example in ws.groups["train"] if example.fault is None]
+        frames = ws.frames_to_read("train", encoder)
+        steps = 3 if options.start == "adaptor" else 2
+        about = {"encoder": ws.encoder_hash, "features": ws.fingerprint("features")}
+        fitted = fit_tokens(ids, frames, options, seed, about)
+        write_tokens(fitted, folder / "tokenizer.safetensors")
+        advance(1, steps)
+        quantiser = fitted.quantiser().to(ws.device)
+        described = {}
+        for group in ("train", "heldout"):
+            read = ws.frames_to_read(group, encoder)
+            described[group] = describe_tokens(
+                quantiser, (read[it.id].to(ws.device) for it in ws.groups[group] if it.fault is None)
+            )
+        write_json(folder / "tokens.json", {**fitted.about, "speech": described})
+        advance(2, steps)
+        if options.start == "adaptor":
+            adaptor = ws.adaptor_alone(encoder.config.d_model).to(ws.device)
+            rows, counts = rows_heard(adaptor, quantiser, (frames[key].to(ws.device) for key in ids))
+            save_file({"rows": rows, "counts": counts}, folder / "rows.safetensors")
+            advance(3, steps)
+
+    ws.step(TOKENS, tokens, inputs, write if options.codec is None else write_codes)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,6 +290,8 @@ def train(ws: Workspace, model: str) -> None:
         inputs |= {"scores": ws.fingerprint(f"{BASE}/importance"), "reduction": reduction}
     if method.weighs_by("fisher"):
         inputs["fisher"] = ws.fingerprint(f"{BASE}/fisher")
+    if method.speech != "frames":
+        inputs["tokens"] = ws.fingerprint(TOKENS)
     if ws.config.kept_light(model):
         inputs["checkpoint"] = "light"
     if method.importance == "shuffled":
@@ -225,7 +320,7 @@ def train(ws: Workspace, model: str) -> None:
         records = train_model(
             speech_lm,
             ws.training_examples(model),
-            ws.collator(method.modality, "train"),
+            ws.collator(method.modality, "train", model),
             method,
             settings,
             folder,
@@ -501,7 +596,9 @@ def deactivation(ws: Workspace, model: str) -> None:
             ws.whole(model),
             ws.scores(model).tensors(reduction),
             {
-                modality: partial(batches, ws.collator(modality, "heldout"), held_out, options.batch_size, ws.device)
+                modality: partial(
+                    batches, ws.collator(modality, "heldout", model), held_out, options.batch_size, ws.device
+                )
                 for modality in ws.modalities(model)
             },
             ratios=(options.ratio,),
@@ -537,7 +634,7 @@ def perplexity(ws: Workspace, model: str) -> None:
             asked = ws.language_model(model) if modality == "text" else ws.speech_lm(model)
             about: dict[str, Any] = {"method": model, "task": "heldout", "progress": advance}
             about |= {"compute": ws.compute.dtype, "distributed": True}
-            collator = ws.collator(modality, "heldout")
+            collator = ws.collator(modality, "heldout", model)
             records.append(measure_losses(asked, collator, ws.groups["heldout"], size, folder, **about))
         if is_main():
             write_json(folder / "records.json", records)
@@ -718,7 +815,7 @@ def _answerer(ws: Workspace, model: str, task: str, modality: Modality) -> Any:
         asked_with = (limit, prompt.system, prompt.speech_instruction, compute)
         return audio_llm_answerer(ws.language_model(model), ws.audio_processor(model), *asked_with)
     if modality == "speech":
-        return speech_answerer(ws.speech_lm(model), ws.collator("speech", f"task-{task}"), limit, compute)
+        return speech_answerer(ws.speech_lm(model), ws.collator("speech", f"task-{task}", model), limit, compute)
     by_text = text_answerer(ws.language_model(model), ws.processor.tokenizer, limit, ws.config.prompt, compute=compute)
     if modality == "cascade":
         recogniser = load_asr(str(ws.config.models.asr), device=ws.device)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from palimpsest.config import StudyConfig
+from palimpsest.data.codec_tokens import CodecTokens
 from palimpsest.data.collate import Collator
 from palimpsest.data.examples import Example, read_manifest
 from palimpsest.data.features import Features
@@ -42,6 +43,7 @@ from palimpsest.rundir import (
     MASKS,
     RECORDINGS,
     STEP_FILE,
+    TOKENS,
     RunDir,
     Step,
     checkpoint_of,
@@ -54,6 +56,7 @@ from palimpsest.training.remedies import OWN, Replay
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
     from palimpsest.evaluation.own_text import OwnText
     from palimpsest.importance.mask import Mask
@@ -62,7 +65,9 @@ if TYPE_CHECKING:
     from palimpsest.models.compute import Choice
     from palimpsest.models.paired_weights import PairedWeights
     from palimpsest.models.processor import SpeechLMProcessor
-    from palimpsest.models.speech_lm import SpeechLM
+    from palimpsest.models.speech_lm import SpeechAdaptor, SpeechLM
+    from palimpsest.models.tokens import Frames as TokenFrames
+    from palimpsest.models.tokens import SpeechTokenizer
     from palimpsest.models.trained_adaptor import TrainedAdaptor
     from palimpsest.planning.memory import Decoder
     from palimpsest.training.held_out import HeldOut
@@ -225,11 +230,14 @@ class Workspace:
         """How a model's losses are measured."""
         return ["text", "speech"] if self.config.takes_speech(model) else ["text"]
 
-    def collator(self, modality: AskedAs, group: str) -> Collator:
-        return Collator(self.processor, modality, self.speech(group) if modality == "speech" else None)
+    def collator(self, modality: AskedAs, group: str, run: str = BASE) -> Collator:
+        return Collator(self.processor_of(run), modality, self.speech(group, run) if modality == "speech" else None)
 
-    def speech(self, group: str) -> Features | Recordings:
+    def speech(self, group: str, run: str = BASE) -> Features | Recordings | CodecTokens:
         """Only training may encode in its loop: held-out and task questions are few and asked of every model."""
+        tokens = self.config.speech.tokens
+        if tokens is not None and tokens.kind == "codec" and self.config.speech_of(run) == "tokens":
+            return CodecTokens(self.path / TOKENS / f"{group}.jsonl")
         if group == "train" and self.frames.path == "loop":
             return Recordings(self.processor, self.groups[group])
         return Features(self.path / "features" / group)
@@ -257,6 +265,21 @@ class Workspace:
         write_json(file, {"asked": asked, "free": free, "choice": asdict(choice)})
         return choice
 
+    def frames_to_read(self, group: str, encoder: WhisperEncoder) -> TokenFrames:
+        """Encoder frames of a group by example id, from the cache or, of training that encodes in its loop, anew."""
+        speech = self.speech(group)
+        return Encoded(speech, encoder, self.compute.dtype) if isinstance(speech, Recordings) else speech
+
+    def adaptor_alone(self, d_model: int) -> SpeechAdaptor:
+        """That of models.adaptor, behind no language model."""
+        from palimpsest.models.speech_lm import SpeechAdaptor
+
+        assert self.adaptor is not None
+        trained = self.adaptor
+        adaptor = SpeechAdaptor(d_model, trained.hidden, trained.output, trained.stack_factor)
+        adaptor.load_state_dict(trained.tensors)
+        return adaptor.eval()
+
     def frame_bytes(self, examples: Sequence[Example]) -> int:
         from palimpsest.models.loading import encoder_width
 
@@ -267,7 +290,10 @@ class Workspace:
         if self.config.training.eval_every is None:
             return None
         groups = self.groups
-        return {modality: (self.collator(modality, "heldout"), groups["heldout"]) for modality in self.modalities(name)}
+        return {
+            modality: (self.collator(modality, "heldout", name), groups["heldout"])
+            for modality in self.modalities(name)
+        }
 
     @property
     def drift(self) -> Drift:
@@ -394,8 +420,9 @@ class Workspace:
         if self.settings.max_tokens is not None:
             from palimpsest.training.batching import require_budget, sequence_lengths
 
-            lengths = sequence_lengths(self.collator("speech", "train"), examples)
-            require_budget(examples, lengths, self.settings.max_tokens)
+            for run in {self.config.stack_factor(run): run for run in self.config.methods}.values():
+                lengths = sequence_lengths(self.collator("speech", "train", run), examples)
+                require_budget(examples, lengths, self.settings.max_tokens)
 
     def require_disk(self, frames: int = 0) -> None:
         """Raise UserError that names the first step yet to come whose files would not fit beside those before it.
@@ -477,6 +504,22 @@ class Workspace:
             stack_factor=speech.stack_factor,
             speech_length=speech.length,
             style=prompt,
+        )
+
+    def processor_of(self, run: str) -> SpeechLMProcessor:
+        """That of the study, with as many frames a position as the run's tokens have."""
+        from palimpsest.models.processor import SpeechLMProcessor
+
+        whole, factor = self.processor, self.config.stack_factor(run)
+        if factor == whole.stack_factor:
+            return whole
+        return SpeechLMProcessor(
+            whole.tokenizer,
+            whole.feature_extractor,
+            factor,
+            whole.speech_length,
+            whole.style,
+            rounded_to=whole.stack_factor,  # the frames of features/ are
         )
 
     @cached_property
@@ -637,7 +680,7 @@ class Workspace:
         from palimpsest.models.loading import load_encoder
         from palimpsest.models.speech_lm import SpeechLM
 
-        models, speech = self.config.models, self.config.speech
+        models, speech, reads = self.config.models, self.config.speech, self.config.speech_of(run)
         encoder, _ = load_encoder(self.encoder, dtype=models.dtype)
         model = SpeechLM.from_parts(
             encoder,
@@ -646,20 +689,43 @@ class Workspace:
             adaptor_hidden_size=speech.adaptor_hidden_size,
             speech_length=speech.length,
             seed=self.seed("adaptor", run),
+            reads=reads,
+            tokenizer=None if reads == "frames" else self.speech_tokens,
+            collapse=speech.tokens is not None and speech.tokens.collapse,
         )
-        if self.adaptor is not None:
-            model.adaptor.load_state_dict(self.adaptor.tensors)
+        if reads == "tokens":
+            assert speech.tokens is not None
+            if speech.tokens.start == "adaptor":
+                self._start_rows(model)
+        elif self.adaptor is not None:
+            quantiser = model.adaptor.quantiser
+            centroids = {} if quantiser is None else quantiser.state_dict(prefix="quantiser.")
+            model.adaptor.load_state_dict({**self.adaptor.tensors, **centroids})
         elif speech.calibrate_adaptor:
             import torch
 
-            frames: Any = self.speech("train")
-            if isinstance(frames, Recordings):
-                frames = Encoded(frames, encoder.to(self.device), self.compute.dtype)
+            frames = self.frames_to_read("train", encoder.to(self.device))
             sample = torch.cat([frames[example.id].cpu() for example in self.groups["train"][:64]])
             spread = language_model.get_input_embeddings().weight.detach().float().std()
             model.adaptor.calibrate(sample[None], float(spread))
         model.to(self.device)
         return model
+
+    @cached_property
+    def speech_tokens(self) -> SpeechTokenizer:
+        """What tokens/ has."""
+        from palimpsest.models.tokens import read_tokens
+
+        return read_tokens(self.path / TOKENS / "tokenizer.safetensors")
+
+    def _start_rows(self, model: SpeechLM) -> None:
+        """The rows that tokens/ made of the adaptor's outputs; of a token that it never met, those that were drawn."""
+        from safetensors.torch import load_file
+
+        stored = load_file(self.path / TOKENS / "rows.safetensors")
+        heard = stored["counts"] > 0
+        rows = model.adaptor.get_parameter("rows.weight").data
+        rows[heard] = stored["rows"][heard].to(rows.dtype)
 
     def save(self, run: str, model: SpeechLM, folder: Path) -> None:
         """Write the checkpoint of a run that was just trained; a light one leaves `model` on the CPU."""
@@ -668,13 +734,13 @@ class Workspace:
 
         if not self.config.kept_light(run):
             model.save_pretrained(folder)
-            self.processor.save_pretrained(folder)
+            self.processor_of(run).save_pretrained(folder)
             return
         models, adapter = self.config.models, folder / ADAPTER.parent
         write_light(
             folder,
             model.to("cpu"),
-            self.processor,
+            self.processor_of(run),
             language_model=(models.language_model, load_language_model(models.language_model, dtype=models.dtype)[0]),
             encoder=(self.encoder, load_encoder(self.encoder, dtype=models.dtype)[0]),
             adapter=adapter if adapter.exists() else None,
@@ -880,6 +946,7 @@ class Workspace:
                     "name": models.adaptor and without_folders(models.adaptor),
                     "hash": self.adaptor and self.adaptor.fingerprint,
                 },
+                "tokens": None if self.config.speech.tokens is None else self.speech_tokens.about,
                 "given": {name: {**it, "notes": self.given_notes[name]} for name, it in self.given_models.items()},
             },
             "compute": {

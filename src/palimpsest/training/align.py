@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from palimpsest.data.collate import Collator, Speech
     from palimpsest.data.examples import Example
-    from palimpsest.models.speech_lm import SpeechAdaptor, SpeechLM
+    from palimpsest.models.speech_lm import SpeechLM
     from palimpsest.records import TrainingRecord
     from palimpsest.training.settings import Align, Settings
 
@@ -56,6 +56,26 @@ class Frames(Counts, Protocol):
     """Encoder frames by example id, as data.features.Features and data.in_loop.Encoded have them."""
 
     def __getitem__(self, example_id: str, /) -> Float[Tensor, "time d_enc"]: ...
+
+
+class Adaptor(Protocol):
+    """What is aligned: models.speech_lm.SpeechAdaptor, or models.tokens.TokenAdaptor with a row for each token."""
+
+    @property
+    def stack_factor(self) -> int: ...
+
+    @property
+    def frames_dtype(self) -> torch.dtype: ...
+
+    def __call__(self, frames: Float[Tensor, "batch time d_enc"], /) -> Float[Tensor, "batch position d_lm"]: ...
+
+    def calibrate(self, frames: Float[Tensor, "batch time d_enc"], target_std: float, /) -> None: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def train(self, mode: bool = True) -> Any: ...
+
+    def eval(self) -> Any: ...
 
 
 class TokenReader(nn.Module):
@@ -104,7 +124,7 @@ class Alignment:
 
 
 def align_adaptor(
-    adaptor: SpeechAdaptor,
+    adaptor: Adaptor,
     embedding: Float[Tensor, "vocabulary d_lm"],
     examples: Sequence[Example],
     frames: Frames,
@@ -132,9 +152,9 @@ def align_adaptor(
     word_of = {token: i + 1 for i, token in enumerate(known)}
     reader = TokenReader(embedding[torch.tensor(known, device=device)], settings.sharpness).to(device)
     sample = random.Random(seed).sample(usable, min(CALIBRATION, len(usable)))
-    factor, weight = adaptor.stack_factor, adaptor.linear1.weight
+    factor = adaptor.stack_factor
     whole = [frames[e.id][: frames.count(e.id) // factor * factor] for e in sample]  # no position spans two utterances
-    adaptor.calibrate(torch.cat(whole)[None].to(weight.device, weight.dtype), float(embedding.float().std()))
+    adaptor.calibrate(torch.cat(whole)[None].to(device, adaptor.frames_dtype), float(embedding.float().std()))
 
     total = settings.epochs * len(plan)
     trained = [*adaptor.parameters(), *reader.parameters()]
@@ -250,13 +270,13 @@ def _spoken(examples: Sequence[Example], collator: Collator) -> dict[str, list[i
 
 # ---------------------------------------------------------------------------------------------------------------------
 def ctc_loss(
-    adaptor: SpeechAdaptor,
+    adaptor: Adaptor,
     reader: TokenReader,
     frames: Sequence[Float[Tensor, "time d_enc"]],
     words: Sequence[Sequence[int]],
 ) -> Float[Tensor, ""]:
     """Negative log-probability of each utterance's words per word, averaged over utterances."""
-    padded = nn.utils.rnn.pad_sequence(list(frames), batch_first=True).to(adaptor.linear1.weight.dtype)
+    padded = nn.utils.rnn.pad_sequence(list(frames), batch_first=True).to(adaptor.frames_dtype)
     log_probs = reader(adaptor(padded).float())
     n_positions = torch.tensor([len(item) // adaptor.stack_factor for item in frames])
     targets: Int[Tensor, " all_words"] = torch.tensor([word for row in words for word in row], device=padded.device)

@@ -29,6 +29,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from palimpsest.files import UserError
 from palimpsest.models.anatomy import layer_index, scored_parameters
 from palimpsest.models.inserted import insert_layers
+from palimpsest.models.token_settings import SpeechInput
 from palimpsest.training.remedies import Distill, Pull, Replay, Slow
 from palimpsest.training.rules import Rule, layer_rules
 from palimpsest.training.tuners import require_merging, tuner_config
@@ -67,6 +68,9 @@ class Method:
     # layer_lr: which layers Eq. 3 slows down; "shuffled", "inverted" and "mean" are controls, see `method_scales`.
     importance: Literal["measured", "shuffled", "inverted", "mean"] = "measured"
     modality: Literal["speech", "text"] = "speech"  # how the training questions are put
+    # What stands for speech: the adaptor's outputs; rows of speech.tokens, which take its place in all the keys above;
+    # or the outputs of an adaptor on frames that were replaced by the centroids of these tokens.
+    speech: SpeechInput = "frames"
     targets: tuple[str, ...] | None = None  # lora, peft: names of linear layers, such as q_proj; None: all of a layer
     gate: Literal["none", "speech"] = "none"  # lora; speech: only where there is speech, so that text is the base's
     peft: dict[str, Any] | None = None  # peft: a config of peft's, with peft_type
@@ -99,6 +103,8 @@ class Method:
             for name, default in (("scale", 1.0), ("layers", None)):
                 if getattr(self, name) != default:
                     raise ValueError(f"norm_of finds the scale of the whole update; remove {name}")
+        if self.modality == "text" and self.speech != "frames":
+            raise ValueError(f"speech {self.speech} with modality text would not be heard; use speech, or remove it")
         if self.modality == "text" and self.kind == "adaptor":
             raise ValueError("kind adaptor with modality text would train nothing; use speech, or another kind")
         self._require_sense()
@@ -262,17 +268,25 @@ def add_layers(model: SpeechLM, n_new: int) -> None:
     model.config.text_config = model.language_model.config
 
 
-def require_language_model(name: str, methods: Iterable[Method]) -> None:
+def require_language_model(name: str, methods: Iterable[Method], *, collapse: bool = False) -> None:
     """Raise UserError for a language model that the methods could not train, or that could not answer speech then.
 
+    collapse: whether repeated speech tokens are left out.
     Nothing is read but its config: the adapters are put on a model without weights.
     """
+    from palimpsest.models.cache import attends_to_everything
     from palimpsest.models.loading import blank_language_model
+    from palimpsest.models.packing import takes_places
 
     methods = list(methods)
     blank = blank_language_model(name)
     prepare = getattr(blank, "prepare_inputs_for_generation", None)
     embeds = prepare is not None and "inputs_embeds" in inspect.signature(prepare).parameters
+    if collapse and not (takes_places(blank) and attends_to_everything(blank)):
+        raise UserError(
+            f"{name} has windows, recurrence or no positions that can be given, so repeated speech tokens cannot be "
+            "left out in front of it; set speech.tokens.collapse to false."
+        )
     if not embeds and any(method.modality == "speech" for method in methods):
         raise UserError(
             f"{name} is a {type(blank).__name__}, which cannot generate from embeddings as a speech prompt needs; "

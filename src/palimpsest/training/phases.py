@@ -100,6 +100,8 @@ def repeating(examples: Sequence[Example], collator: Collator, instruction: str)
 
     old = collator.processor
     style = dataclasses.replace(old.style, speech_instruction=instruction)
-    processor = SpeechLMProcessor(old.tokenizer, old.feature_extractor, old.stack_factor, old.speech_length, style)
+    processor = SpeechLMProcessor(
+        old.tokenizer, old.feature_extractor, old.stack_factor, old.speech_length, style, old.rounded_to
+    )
     said = [dataclasses.replace(example, answer=example.question) for example in examples]
     return said, dataclasses.replace(collator, processor=processor)

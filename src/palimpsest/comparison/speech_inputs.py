@@ -1,0 +1,165 @@
+"""Methods that read speech tokens beside their likes that read encoder frames: text kept and hearing, in pairs.
+
+A method and its like differ in `speech` and in the rate of what stands for speech, and in nothing else.
+
+    t2t, s2t   the comparisons of the two on the same questions (pairs.py), with their tests
+    drift      KL to the base on the base's own text; bootstrap over texts, the same texts for both
+    shift      distance of the layers' importance to the base's; bootstrap over batches, the same for both
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from palimpsest.analysis.analyse import model_layers
+from palimpsest.analysis.shift import CONTRASTED, MEASURES, contrast_records
+from palimpsest.evaluation.drift import read_drift
+from palimpsest.importance.scores import Scores
+from palimpsest.intervals import bootstrap_ratio
+from palimpsest.records import BASE, ComparisonRecord, QARecord, SpeechInputRecord
+from palimpsest.rundir import folder_of
+
+if TYPE_CHECKING:
+    from palimpsest.training.methods import Method
+
+ACCURACIES = {"text": "t2t", "speech": "s2t"}
+
+
+def likes(methods: Mapping[str, Method]) -> list[tuple[str, str]]:
+    """(method that reads tokens or centroids, the first that reads frames and is like it), of those that have one."""
+    alike = {name: _but_for_speech(method) for name, method in methods.items()}
+    found = []
+    for name, method in methods.items():
+        like = next((o for o, it in methods.items() if it.speech == "frames" and alike[o] == alike[name]), None)
+        if method.speech != "frames" and like is not None:
+            found.append((name, like))
+    return found
+
+
+def _but_for_speech(method: Method) -> Method:
+    rate = 1.0 if method.kind == "adaptor" else method.learning_rate  # of kind adaptor it is the adaptor's
+    return replace(method, speech="frames", learning_rate=rate, adaptor_learning_rate=None)
+
+
+def speech_input_records(
+    run: Path,
+    methods: Mapping[str, Method],
+    *,
+    qa: Sequence[QARecord],
+    comparisons: Sequence[ComparisonRecord],
+    drifted: Sequence[str],
+    scored: Sequence[str],
+    reduction: str,
+    seed: int,
+) -> list[SpeechInputRecord]:
+    """A record of each pair and measure, of the methods' first training runs.
+
+    drifted, scored: the models whose drift, and whose importance, was measured.
+    """
+    records: list[SpeechInputRecord] = []
+    for name, like in likes(methods):
+        pair = (name, methods[name].speech, like)
+        records += _accuracies(*pair, qa, comparisons)
+        if not methods[name].tunes:
+            continue  # to a text both answer as the base does
+        if {name, like} <= {*drifted}:
+            records += _drifts(*pair, run, seed)
+        if {name, like} <= {*scored}:
+            records += _shifts(*pair, run, reduction, seed)
+    return records
+
+
+def _accuracies(
+    name: str, speech: str, like: str, qa: Sequence[QARecord], comparisons: Sequence[ComparisonRecord]
+) -> list[SpeechInputRecord]:
+    found: list[SpeechInputRecord] = []
+    for row in comparisons:
+        if {row["method_a"], row["method_b"]} != {name, like} or row["modality"] not in ACCURACIES:
+            continue
+        value = {
+            it["method"]: it["accuracy"]
+            for it in qa
+            if all(it[key] == row[key] for key in ("task", "modality", "metric"))
+        }
+        turned = row["method_a"] == name
+        low, high = (-row["ci_high"], -row["ci_low"]) if turned else (row["ci_low"], row["ci_high"])
+        found.append(
+            {
+                **_record(name, speech, like, ACCURACIES[row["modality"]], row["task"], row["n"]),
+                "value_reference": value[like],
+                "value": value[name],
+                "difference": -row["difference"] if turned else row["difference"],
+                "ci_low": low,
+                "ci_high": high,
+                "p_value": row["p_value"],
+                "p_holm": row["p_holm"],
+            }
+        )
+    return found
+
+
+def _drifts(name: str, speech: str, like: str, run: Path, seed: int) -> list[SpeechInputRecord]:
+    ours, theirs = (read_drift(run / folder_of(it) / "drift" / "tokens.jsonl") for it in (name, like))
+    kinds = [text.id.partition("-")[0] for text in ours]
+    found: list[SpeechInputRecord] = []
+    for kind in dict.fromkeys(kinds):
+        pairs = [(a, b) for a, b, it in zip(ours, theirs, kinds, strict=True) if it == kind]
+        sums = np.array([[sum(b.kl), sum(a.kl), sum(a.kl) - sum(b.kl)] for a, b in pairs])
+        counts = [len(a.kl) for a, _ in pairs]
+        before, value, difference = sums.sum(0) / sum(counts)
+        low, high = bootstrap_ratio(sums, counts, seed)
+        found.append(
+            {
+                **_record(name, speech, like, "drift", kind, len(pairs)),
+                "value_reference": float(before),
+                "value": float(value),
+                "difference": float(difference),
+                "ci_low": float(low[2]),
+                "ci_high": float(high[2]),
+            }
+        )
+    return found
+
+
+def _shifts(name: str, speech: str, like: str, run: Path, reduction: str, seed: int) -> list[SpeechInputRecord]:
+    layers = {
+        it: model_layers(it, Scores.open(run / folder_of(it) / "importance"), reduction) for it in (BASE, name, like)
+    }
+    totals = {it: of.distribution.layer_totals for it, of in layers.items()}
+    contrasts = contrast_records(
+        layers[BASE], layers[name], layers[like], modality="text", reduction=reduction, seed=seed
+    )
+    return [
+        {
+            **_record(name, speech, like, "shift", measure, row.get("n_batches") or 0),
+            "value_reference": float(MEASURES[measure](totals[BASE], totals[like])),
+            "value": float(MEASURES[measure](totals[BASE], totals[name])),
+            "difference": float(row["value"] or 0.0),
+            "ci_low": row["ci_low"],
+            "ci_high": row["ci_high"],
+        }
+        for measure, row in zip(CONTRASTED, contrasts, strict=True)
+    ]
+
+
+def _record(name: str, speech: str, like: str, measure: str, of: str, n: int) -> SpeechInputRecord:
+    return {
+        "method": name,
+        "speech": speech,
+        "reference": like,
+        "measure": measure,
+        "of": of,
+        "n": n,
+        "value_reference": 0.0,
+        "value": 0.0,
+        "difference": 0.0,
+        "ci_low": None,
+        "ci_high": None,
+        "p_value": None,
+        "p_holm": None,
+    }
