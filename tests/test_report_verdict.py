@@ -90,9 +90,7 @@ def test_a_loss_is_said_with_its_interval(tmp_path: Path) -> None:
 
 def test_what_is_not_shown_is_not_denied(tmp_path: Path) -> None:
     said = headline(_run(tmp_path, **_answered(-0.02, 0.3)))
-    assert said.startswith(
-        "No loss of text is shown for Full-FT: −2 points (−7 to +3) in facts; 300 questions of facts"
-    )
+    assert said.startswith("Full-FT: no loss of text is shown, −2 points (−7 to +3) in facts; 300 questions of facts")
     assert "cannot tell a loss of less than 7 points from none" in said
 
 
@@ -119,8 +117,8 @@ def test_where_the_base_knows_nothing_other_measures_are_named(tmp_path: Path) -
     row = {**comparison_row("facts", "base", "full", 0.0, 1.0), "only_a": 0, "only_b": 0, "ci_low": 0.0, "ci_high": 0.0}
     said = of_model(_run(tmp_path, qa=qa, comparisons=[row]), "full")
     assert said == (
-        "Whether Full-FT lost text is not known; the base answers 0 of 300 questions of facts, where nothing can be "
-        "lost; a section drift in the recipe measures what changed."
+        "Full-FT: whether text was lost is not known; the base answers 0 of 300 questions of facts, where nothing can "
+        "be lost; a section drift in the recipe measures what changed."
     )
     drifted = of_model(_run(tmp_path, qa=qa, comparisons=[row], drift=[drift_row("full", "plain", 0.5)]), "full")
     assert drifted.endswith("; drift from the base: 0.50 (0.45 to 0.55) nats a token on text of the base.")

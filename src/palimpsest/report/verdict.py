@@ -197,16 +197,16 @@ def of_model(inputs: Inputs, model: str) -> str:
     name = method_name(model)
     lost, gained, level = (_of(found, sign) for sign in (-1, 1, 0))
     if not found:
-        parts = [f"Of {name} no text was compared with the base's"]
+        parts = [f"{name}: no text was compared with the base's"]
     elif lost and gained:
         parts = [f"{name} lost text by one measure and gained by another: {_joined([*lost, *gained])}"]
     elif lost or gained:
         parts = [f"{name} {'lost' if lost else 'gained'} text: {_joined(lost or gained)}"]
     elif all(it.nothing for it in level):
-        parts = [f"Whether {name} lost text is not known"]
+        parts = [f"{name}: whether text was lost is not known"]
     else:
         seen = _joined([it for it in level if it.said and not it.nothing])
-        parts = [f"No loss of text is shown for {name}" + f": {seen}" * bool(seen)]
+        parts = [f"{name}: no loss of text is shown" + f", {seen}" * bool(seen)]
     parts += [it.left_open for it in level]
     if drift:
         parts.append(f"drift from the base: {_drifted(drift)}")
