@@ -186,7 +186,8 @@ def test_the_installed_program(installed: Path, tmp_path: Path) -> None:
     assert run([program, "--version"], tmp_path).stdout == f"palimpsest {palimpsest.__version__}\n"
     completing = {"_PALIMPSEST_COMPLETE": "complete_bash", "COMP_CWORD": "1"}
     assert run([program], tmp_path, COMP_WORDS="palimpsest de", **completing).stdout.split() == ["demo", "deactivate"]
-    shown = run([program, "--show-completion", "bash"], tmp_path).stdout
+    named = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # else it is the shell that all this runs under
+    shown = run([program, "--show-completion", "bash"], tmp_path, **named).stdout
     assert "_PALIMPSEST_COMPLETE=complete_bash" in shown
 
 
