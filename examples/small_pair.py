@@ -2,7 +2,7 @@
 
     python examples/small_pair.py runs/tuned
 
-About a minute on two cores, 280 MB. The rate is high on purpose: something is to be lost.
+About two minutes on two cores; 540 MB of disk. The rate is high on purpose: something is to be lost.
 """
 
 from __future__ import annotations

@@ -130,6 +130,8 @@ def test_lora_is_not_merged_into_bfloat16_weights() -> None:
 def test_no_method_is_called_base_and_no_task_comes_twice() -> None:
     with pytest.raises(UserError, match="not 'base'"):
         parse_config(changed("methods.base", {"kind": "full"}), "r")
+    with pytest.raises(UserError, match="'full-seed1' is that of a training run of 'full'"):  # of one run each too
+        parse_config(changed("methods.full-seed1", {"kind": "full"}), "r")
     task = MINIMAL["evaluation"]["tasks"][0]
     with pytest.raises(UserError, match="twice"):
         parse_config(changed("evaluation.tasks", [task, task]), "r")

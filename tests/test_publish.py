@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import json
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -29,7 +30,9 @@ def test_the_folder_of_one_run(tmp_path: Path) -> None:
     out = publish([source], tmp_path / "out", pair_runs)
     assert {path.name for path in out.iterdir()} == {"README.md", "index.html", "my_run"}
     whole = read_json(source / "results.json")
-    assert read_json(out / "my_run" / "results.json") == whole
+    written = read_json(out / "my_run" / "results.json")
+    assert {table: rows for table, rows in written.items() if table in whole} == whole
+    assert not any(rows for table, rows in written.items() if table not in whole)
     for table, rows in whole.items():
         file = out / "my_run" / "tables" / f"{table}.parquet"
         assert file.exists() == bool(isinstance(rows, list) and rows)
@@ -175,3 +178,62 @@ def test_what_the_hub_refuses_is_one_sentence(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "out").mkdir()
     with pytest.raises(UserError, match=r"The hub did not take .* as me/x .*403 Forbidden"):
         push(tmp_path / "out", "me/x", "dataset", private=False)
+
+
+def test_relative_paths_of_local_models_and_texts_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the recipe, in records and in the pages; a hub's name stays."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "acme" / "llm").mkdir(parents=True)
+    for name in ("a", "b"):
+        source = make_run(tmp_path / name, without={"maps", "samples", "clustering", "delta", "mask_overlap"})
+        study = {"name": name, "models": {"language_model": "acme/llm", "encoder": "openai/whisper-tiny.en"}}
+        study["drift"] = {"general_text": {"text": "../acme/memo.txt"}}
+        write_text(source / "study.yaml", yaml.safe_dump(study))
+        results = read_json(source / "results.json")
+        results["claims"][0]["note"] = "see /gpfs/acme/q.json"
+        write_text(source / "results.json", json.dumps(results))
+    out = publish([Path("a"), Path("b")], tmp_path / "out", pair_runs)
+    for file in out.rglob("*"):
+        assert not file.is_file() or b"acme/" not in file.read_bytes(), file
+    written = (out / "a" / "study.yaml").read_text(encoding="utf-8")
+    assert "…/memo.txt" in written
+    assert "…/llm" in written
+    assert "openai/whisper-tiny.en" in written
+
+
+def test_the_name_of_the_user_inside_another_and_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(getpass, "getuser", lambda: "alice")
+    write_text(tmp_path / "log.Alice.1.json", "{}")
+    write_text(tmp_path / "a.json", '{"method": "full_alice", "other": "malice", "at": "/nfs/team/x and S2T/T2T"}')
+    assert sorted((str(it.file), it.what) for it in leaks(tmp_path)) == [
+        ("a.json", "/nfs/team/x"),
+        ("a.json", "alice"),
+        ("log.Alice.1.json", "Alice"),
+    ]
+
+
+def test_runs_get_a_folder_each(tmp_path: Path) -> None:
+    assert published._folder_names(["a b", "a_b", "+++", "index.html"]) == ["a_b", "a_b-2", "run", "index.html-run"]
+
+
+def test_of_a_model_folder_only_what_export_writes_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(Hub, "sent", [])
+    write_text(tmp_path / "model" / "config.json", "{}")
+    write_text(tmp_path / "model" / ".env", "TOKEN=1")
+    with pytest.raises(UserError, match=r"\.env is nothing that palimpsest export writes"):
+        push(tmp_path / "model", "me/x", "model", private=False)
+    (tmp_path / "model" / ".env").unlink()
+    (tmp_path / "model" / "more.txt").symlink_to("/etc/hostname")
+    with pytest.raises(UserError, match=r"more\.txt is nothing that"):
+        push(tmp_path / "model", "me/x", "model", private=False)
+    assert Hub.sent == []
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"[]", b'{"schema": 1, "qa": "x", "claims": ["y"]}'])
+def test_damaged_results_are_no_traceback(tmp_path: Path, content: bytes) -> None:
+    source = make_run(tmp_path / "run", without={"maps", "samples"})
+    (source / "results.json").write_bytes(content)
+    out = publish([source], tmp_path / "out", pair_runs)
+    assert "results.json" in (out / "index.html").read_text(encoding="utf-8")

@@ -94,9 +94,9 @@ def test_before_a_tuned_model_the_base_speaks(tmp_path: Path) -> None:
     ("tables", "title", "marks"),
     [
         (("frontier", "drift"), "Text kept against hearing gained", 3),
-        (("drift",), "Text kept", 2),
+        (("drift",), "Distance from the base", 2),
         (("spoken",), "Text kept against hearing gained", 3),  # two models and the line of the base
-        (("typed",), "Text kept", 3),
+        (("typed",), "Typed questions", 3),
         ((), None, 0),
     ],
 )

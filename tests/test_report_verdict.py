@@ -154,3 +154,40 @@ def test_twenty_models_are_counted(tmp_path: Path) -> None:
 
 def test_without_models_there_is_no_verdict(tmp_path: Path) -> None:
     assert headline(_run(tmp_path)) == "No model has been compared with the base yet."
+
+
+def test_a_model_far_from_its_base_is_not_opened_with_no_loss(tmp_path: Path) -> None:
+    """Above 0.1 nats, lower end too; on the kind of text on which it is farthest. Below it the answers speak."""
+    drifts = [drift_row("full", "plain", 0.02), drift_row("full", "chat", 1.9), drift_row("lora", "plain", 0.02)]
+    inputs = _run(tmp_path, drift=drifts, **_answered(-0.02, 0.5))
+    said = of_model(inputs, "full")
+    assert said.startswith("Full-FT writes otherwise than its base, though no loss of answers is shown, −2 points")
+    assert "drift from the base: 1.9" in said
+    assert "on chats of the base" in said
+    both = _answered(-0.02, 0.5)
+    both["qa"].append(accuracy_row("lora", "facts", "text", 120))
+    both["comparisons"].append(comparison_row("facts", "base", "lora", -0.02, 0.5))
+    several = headline(_run(tmp_path, drift=drifts, **both))
+    assert several.startswith("Full-FT writes otherwise than the base, though no loss of answers is shown: ")
+    assert "no loss of text is shown for LoRA, but" in several
+    assert "on chats of the base: largest in Full-FT" in several
+    assert "smallest in LoRA on text of the base, 0.02" in several
+
+
+def test_what_is_no_number_or_no_difference_is_no_loss(tmp_path: Path) -> None:
+    for difference, p in ((-0.1, math.nan), (math.nan, 0.001), (0.0, 0.001)):
+        tables = _answered(difference, p)
+        inputs = _run(tmp_path)
+        inputs.results["qa"], inputs.results["comparisons"] = tables["qa"], tables["comparisons"]
+        assert " lost text" not in of_model(inputs, "full")
+
+
+def test_rounding_is_not_ranked(tmp_path: Path) -> None:
+    drifts = [drift_row("full", "plain", -3e-8), drift_row("lora", "plain", 2e-8)]
+    assert "largest in LoRA, 0." in headline(_run(tmp_path, drift=drifts))
+
+
+def test_very_small_rooms_and_one_question_are_written_right() -> None:
+    row = {**comparison_row("facts", "base", "full", 0.0, 1.0), "only_a": 0, "only_b": 0}
+    assert "up to 0.015 points" in unseen({**row, "n": 20_000})[0]
+    assert unseen({**row, "n": 1})[0].startswith("1 question cannot tell")

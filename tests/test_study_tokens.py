@@ -21,6 +21,7 @@ from palimpsest.models.tokens import read_tokens, rows_heard
 from palimpsest.models.trained_adaptor import read_adaptor
 from palimpsest.report import figures, page
 from palimpsest.study import steps
+from palimpsest.study.live import name_of
 from palimpsest.study.run import Study, run_study
 from test_speech_tokens import save_tiny_codec
 from test_study_adaptor import N_HELDOUT, N_TRAIN, inputs, recipe
@@ -135,11 +136,18 @@ def test_a_checkpoint_answers_recordings_by_itself(finished: Path) -> None:
     assert [answer.response for answer in recording_answerer(model, processor, 4)(asked, "speech")] == expected
 
 
+def test_the_report_on_the_way_knows_every_step(inputs: Path, finished: Path) -> None:
+    study = Study(parse_config(both(inputs), "test"), finished)
+    assert {name_of(step) for step in study.steps} == fingerprints(finished).keys()
+
+
 def test_another_tokenizer_would_touch_what_reads_tokens_alone(finished: Path) -> None:
     fingerprint = fingerprints(finished)["tokens"]
     reading = {name: fingerprint in (finished / name / "step.json").read_text() for name in fingerprints(finished)}
     trained = {name for name in reading if name.endswith("/checkpoint")}
     assert {name for name, reads in reading.items() if reads} == (trained - {"methods/full/checkpoint"}) | {"tokens"}
+    given = {name: json.loads((finished / name / "step.json").read_text())["inputs"]["speech"] for name in trained}
+    assert {name for name, of in given.items() if of["tokens"] is None} == {"methods/full/checkpoint"}
 
 
 def test_a_codec_takes_the_place_of_the_frames(inputs: Path, tmp_path: Path) -> None:

@@ -272,8 +272,10 @@ class StudyConfig(BaseModel):
             if name == BASE:
                 raise ValueError(f"the method name {name!r} must be letters, digits, - and _, and not {BASE!r}")
             _require_name("method", name)
-            if self.seeds > 1 and method_of(name) != (name, 0):
-                raise ValueError(f"the method name {name!r} is that of a run of {method_of(name)[0]!r}; choose another")
+            if method_of(name) != (name, 0):  # tables would take it for one
+                raise ValueError(
+                    f"the method name {name!r} is that of a training run of {method_of(name)[0]!r}; choose another"
+                )
         if "importance" not in self.seeds_measure and {"clustering", "deactivation"} & set(self.seeds_measure):
             raise ValueError("seeds_measure names clustering or deactivation, which need importance; add importance")
         adapters = {name: method for name, method in self.methods.items() if method.kind in ("lora", "peft")}

@@ -137,6 +137,8 @@ def names_of(tuned: Sequence[str]) -> list[str]:
     ['full', 'Llama-3_2-1B-speech', 'out-500', 'full-2']
     >>> names_of(["m/adapter", "m/merged"])
     ['m-adapter', 'm-merged']
+    >>> names_of(["runs/a/methods/full-seed1/checkpoint"])  # in a study the second training run of its `full`
+    ['full-run1']
     """
     found = [_told_by(path) for path in tuned]
     folders = Counter((folder, name) for folder, name, _ in found)
@@ -144,7 +146,7 @@ def names_of(tuned: Sequence[str]) -> list[str]:
     for folder, name, after in found:
         if after and folders[folder, name] > 1:
             name = f"{_in_letters(folder[-1:])}-{_in_letters(after)}"
-        name = f"{name}-tuned" if name == BASE else name
+        name = f"{name}-tuned" if name == BASE else re.sub(r"-seed(\d+)$", r"-run\1", name)
         same = sum(known == name or re.fullmatch(rf"{re.escape(name)}-\d+", known) is not None for known in names)
         names.append(f"{name}-{same + 1}" if name in names else name)
     return names

@@ -60,6 +60,8 @@ def run(options: Options) -> Iterator[str]:
     found = list(publish.leaks(folder))
     for leak in found:
         yield f"  look at {leak.file}: it says {leak.what!r}"
+    if not found:
+        yield "  No path of this machine, and not its name or yours, in their names and in those that are text."
     if options.to is None:
         return
     if options.push:

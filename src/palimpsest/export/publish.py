@@ -14,25 +14,25 @@ answers too, unless they are asked for. A folder that `palimpsest export` wrote 
 from __future__ import annotations
 
 import getpass
-import json
+import html
 import platform
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 
-from palimpsest.files import UserError, rename_folder, working_folder, write_json, write_tables, write_text
-from palimpsest.records import RESULT_TABLES, Paired
+from palimpsest.files import UserError, is_file, rename_folder, working_folder, write_json, write_tables, write_text
+from palimpsest.records import RESULT_TABLES, SCHEMA, Paired, Results
 from palimpsest.report import summary
 from palimpsest.report.across_runs import by_method
 from palimpsest.report.figures import FIGURES, draw
 from palimpsest.report.inputs import Inputs, read_inputs
 from palimpsest.report.page import write_report
-from palimpsest.report.public import public
+from palimpsest.report.public import JOIN, public
 from palimpsest.report.side_by_side import write_comparison
 from palimpsest.report.style import to_svg
 from palimpsest.rundir import run_labels
@@ -41,10 +41,11 @@ Kind = Literal["dataset", "space", "model"]
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 TEXT = {".json", ".jsonl", ".md", ".yaml", ".html", ".svg", ".txt", ".jinja"}
 COMMON = 4  # letters: a shorter name of a user or a machine stands in ordinary words
-# Below the root or a home folder, of two parts or more; what a URL or a closing tag of HTML has in front is none.
-PATH = re.compile(
-    r"(?<![\w/<.~:)…])(?:~|/(?:home|root|Users|mnt|srv|tmp|opt|data|scratch|var|work)\b)/[\w.@+-][^\s\"'<>]*"
-)
+MAX_PATH = 4096  # characters
+# Two parts below the root or a home folder; in a URL, a closing tag or “T2T/S2T” something else stands in front.
+EMBEDDED = re.compile(r"base64,[^\"']*")  # recordings and pictures in a page
+PATH = re.compile(r"(?<![\w/<.~:)…])(?<!\w['\"])(?:~|/[A-Za-z_][\w.+-]*)/[\w.@+-][^\s\"'<>]*")
+OF_A_MODEL = {".json", ".safetensors", ".md", ".jinja", ".txt", ".model"}  # suffixes of what `palimpsest export` writes
 
 
 @dataclass(frozen=True)
@@ -82,17 +83,17 @@ def publish(
     for run in runs:
         if not (run / "results.json").is_file():
             raise UserError(f"{run} is no run directory with results (results.json); give the --out of a study.")
-    names = dict(zip(map(_folder_name, run_labels(runs)), runs, strict=True))
+    names = dict(zip(_folder_names(run_labels(runs)), runs, strict=True))
     working = working_folder(out.absolute())
     try:
-        read = {name: read_inputs(run) for name, run in names.items()}
+        read = {name: _impersonal(read_inputs(run)) for name, run in names.items()}
         for name, inputs in read.items():
             _write_run(inputs, working / name)
             page = working / name / "report.html" if len(runs) > 1 else working / "index.html"
             write_report(names[name], page, samples=samples, audio=samples, inputs=inputs)
         if len(runs) > 1:
             pages = [f"{name}/report.html" for name in names]
-            write_comparison(runs, paired(list(runs)), working / "index.html", pages=pages)
+            write_comparison(runs, paired(list(runs)), working / "index.html", pages=pages, read=list(read.values()))
         write_text(working / "README.md", _card(read, kind, samples))
         rename_folder(working, out.absolute())
     finally:
@@ -100,19 +101,62 @@ def publish(
     return out
 
 
-def _folder_name(label: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", label).strip("_")
+def _folder_names(labels: Sequence[str]) -> list[str]:
+    """Of letters, digits, _, - and ., each once, and none that a file of the folder has.
+
+    >>> _folder_names(["a b", "a_b", "+++", "README.md"])
+    ['a_b', 'a_b-2', 'run', 'README.md-run']
+    """
+    names: list[str] = []
+    for label in labels:
+        name = re.sub(r"[^\w.-]+", "_", label).strip("_.") or "run"
+        name = f"{name}-run" if name in ("README.md", "index.html") else name
+        others = [f"{name}-{i}" for i in range(2, len(labels) + 1)]
+        names.append(next(it for it in (name, *others) if it not in names))
+    return names
+
+
+def _impersonal(inputs: Inputs) -> Inputs:
+    """Without paths of local models and data that are written as relative ones, in the recipe and in records."""
+    config = _last_parts(inputs.config)
+    return replace(
+        inputs,
+        config=config,
+        config_text=yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
+        provenance=_last_parts(inputs.provenance),
+        results=cast(Results, {table: _last_parts(public(rows)) for table, rows in inputs.results.items()}),
+    )
+
+
+def _last_parts(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _last_parts(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_last_parts(item) for item in value]
+    if not isinstance(value, str) or "/" not in value or len(value) > MAX_PATH:
+        return value
+    return JOIN.join(map(_last_part, value.split(JOIN)))
+
+
+def _last_part(name: str) -> str:
+    """…/NAME of a path out of the folder here, or of a file or folder that is there; a hub's name stays.
+
+    >>> _last_part("../acme/memo.txt"), _last_part("alpaca:../acme/a.json"), _last_part("me/model"), _last_part("…/x")
+    ('…/memo.txt', 'alpaca:…/a.json', 'me/model', '…/x')
+    """
+    kind, _, path = name.rpartition(":")
+    if "/" in path and (path.startswith(("./", "../")) or is_file(Path(path)) or Path(path).is_dir()):
+        return f"{kind}{':' * bool(kind)}…/{Path(path).name}"
+    return name
 
 
 def _write_run(inputs: Inputs, folder: Path) -> None:
     """The records of a run, without the folders of the machine."""
     (folder / "tables").mkdir(parents=True)
     (folder / "figures").mkdir()
-    raw = json.loads((inputs.path / "results.json").read_text(encoding="utf-8"))
-    results = {table: public(rows) for table, rows in raw.items()}
-    write_tables(folder / "results.json", results)
+    write_tables(folder / "results.json", {"schema": SCHEMA, **inputs.results})
     for table in RESULT_TABLES:
-        if rows := results.get(table):
+        if rows := inputs.results[table]:  # type: ignore[literal-required]
             write_parquet(folder / "tables" / f"{table}.parquet", rows)
     write_json(folder / "provenance.json", inputs.provenance)  # public already, as the configuration is
     write_text(folder / "study.yaml", inputs.config_text)
@@ -131,7 +175,7 @@ def write_parquet(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         values = [row.get(name) for row in rows]
         try:
             columns[name] = pa.array(values)
-        except (pa.ArrowInvalid, pa.ArrowTypeError):
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
             columns[name] = pa.array([None if it is None else str(it) for it in values])
     pq.write_table(pa.table(columns), file)
 
@@ -168,10 +212,14 @@ def leaks(folder: Path) -> Iterator[Leak]:
     """Absolute paths, and the names of the user, the home folder and the machine, in the files that are text."""
     names = {getpass.getuser(), Path.home().name, platform.node()}
     known = [name for name in names if len(name) >= COMMON and name not in ("root", "localhost")]
-    words = re.compile("|".join(rf"(?<!\w){re.escape(name)}(?!\w)" for name in known) or r"(?!)")
+    letters = "A-Za-z0-9"  # ada in full_ada, not in canada
+    words = re.compile("|".join(rf"(?<![{letters}]){re.escape(it)}(?![{letters}])" for it in known) or r"(?!)", re.I)
     for file in files_in(folder):
+        if match := words.search(str(file.relative_to(folder))):
+            yield Leak(file.relative_to(folder), match[0])
         if file.suffix in TEXT:
-            text = file.read_text(encoding="utf-8", errors="replace")
+            text = EMBEDDED.sub("", file.read_text(encoding="utf-8", errors="replace"))
+            text = html.unescape(text) if file.suffix in (".html", ".svg") else text
             found = [*PATH.finditer(text), *words.finditer(text)]
             for what in dict.fromkeys(match[0] for match in found):
                 yield Leak(file.relative_to(folder), what)
@@ -212,6 +260,9 @@ def push(folder: Path, place: str, kind: Kind, *, private: bool) -> str:
     require_place(place)
     if found := next(leaks(folder), None):
         raise UserError(f"{found.file} in {folder} says {found.what!r}, which is of this machine; nothing was sent.")
+    foreign = [file for file in files_in(folder) if file.is_symlink() or file.suffix not in OF_A_MODEL]
+    if kind == "model" and foreign:
+        raise UserError(f"{foreign[0]} is nothing that palimpsest export writes; remove it. Nothing was sent.")
     if get_token() is None:
         raise UserError("There is no token of the hub here; run `hf auth login`, or set HF_TOKEN. Nothing was sent.")
     options: dict[str, Any] = {"space_sdk": "static"} if kind == "space" else {}

@@ -220,7 +220,8 @@ def kept(inputs: Inputs) -> Drawing | None:
             "Left of the dashed line: fewer typed answers right than the base. Hollow: after a recogniser."
         )
     elif dots := [*_dots(inputs)]:
-        drawing.title, every = "Text kept", list(dict.fromkeys([*methods, *(model for model, *_ in dots)]))
+        drawing.title = "Distance from the base" if inputs.results["drift"] else "Typed questions"
+        every = list(dict.fromkeys([*methods, *(model for model, *_ in dots)]))
         shown = []
         for y, (model, value, low, high, written) in enumerate(dots):
             mark = look(model, every)

@@ -64,10 +64,13 @@ class Run:
     inputs: Inputs
 
 
-def write_comparison(runs: Sequence[Path], paired: Paired, out: Path, pages: Sequence[str] = ()) -> Path:
+def write_comparison(
+    runs: Sequence[Path], paired: Paired, out: Path, *, pages: Sequence[str] = (), read: Sequence[Inputs] = ()
+) -> Path:
     """Write the page that shows `runs` side by side to `out` and return its path.
 
     paired: what `palimpsest.comparison.pairs.pair_runs` returns. pages: of each run the address of its own report.
+    read: what `read_inputs` gave for each, where that was read already.
 
     Raises:
         UserError: a run is not a folder, or is given twice; `out` is a folder.
@@ -76,8 +79,9 @@ def write_comparison(runs: Sequence[Path], paired: Paired, out: Path, pages: Seq
         raise UserError("The same run is given twice; give each run once.")
     if out.is_dir():
         raise UserError(f"{out} is a folder; give a file for the page with --out.")
-    read = [Run(label, read_inputs(run)) for label, run in zip(run_labels(runs), runs, strict=True)]
-    write_page(out, render(read, paired, out, pages))
+    inputs = read or [read_inputs(run) for run in runs]
+    named = [Run(label, of) for label, of in zip(run_labels(runs), inputs, strict=True)]
+    write_page(out, render(named, paired, out, pages))
     return out
 
 

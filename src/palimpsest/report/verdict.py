@@ -18,6 +18,9 @@ from palimpsest.report.table import fitting, points_fitting, significant
 LEVEL = 0.05
 POWER = 0.8
 ALL = "all"  # kinds of pairs of the probe, classes of tokens
+FAR = 0.1  # nats a token: from here on answers that stayed right are no verdict by themselves
+ROUNDING = 1e-6  # nats a token: of float32 logits
+KINDS = ("lost", "both", "gained", "level", "far", "nothing", "unasked")  # what is said of a model among several
 MOST_NAMES = 4  # of models in a sentence
 
 
@@ -92,6 +95,7 @@ def unseen(row: Mapping[str, Any], questions: str = "questions") -> tuple[str, f
         # The rule of three: of a share above 3/n, n questions show none with a probability below 5 %.
         return f"no answer to {n} {questions} changed, which leaves room for a loss of up to {_points(3 / n)}", 3 / n
     seen = smallest_seen(row)
+    questions = questions.replace("questions", "question", n == 1)
     if seen is None:
         return f"{n} {questions} cannot tell any loss from none", math.inf
     return f"{n} {questions} cannot tell a loss of less than {_points(seen)} from none", seen
@@ -104,7 +108,7 @@ def nothing_changed(row: Mapping[str, Any]) -> bool:
 
 def _points(share: float) -> str:
     value = 100 * share
-    written = f"{value:.0f}" if value >= 1.95 else f"{value:.1f}"
+    written = f"{value:.0f}" if value >= 1.95 else f"{value:.1f}" if value >= 0.095 else significant(value, 2)
     return f"{written} point{'s' * (written != '1')}"
 
 
@@ -134,6 +138,13 @@ class Drift:
     text: str  # on what
 
 
+def _sign(row: Mapping[str, Any]) -> int:
+    """1: the difference is above 0, −1: below; 0 where that is not shown, or no number says it."""
+    if not row["p_holm"] < LEVEL:
+        return 0
+    return int(row["difference"] > 0) - int(row["difference"] < 0)
+
+
 def models_of(inputs: Inputs) -> list[str]:
     """Every model but the base of which text was measured, in the report's order."""
     results = inputs.results
@@ -154,7 +165,7 @@ def _of_answers(inputs: Inputs, model: str) -> Iterator[Sign]:
         row, base = paired(inputs, task, "base", model), of_base(rows, task)
         if row is None:
             continue
-        sign = 0 if row["p_holm"] >= LEVEL else 1 if row["difference"] > 0 else -1
+        sign = _sign(row)
         said = "" if nothing_changed(row) else f"{_between(row, points_fitting, ' points')} in {task_name(task)}"
         if sign == 0 and base is not None and base["accuracy"] == 0:
             why = f"the base answers 0 of {base['n']} questions of {task_name(task)}, where nothing can be lost"
@@ -165,30 +176,43 @@ def _of_answers(inputs: Inputs, model: str) -> Iterator[Sign]:
 
 def _of_general_text(inputs: Inputs, model: str) -> Iterator[Sign]:
     for row in having(inputs.results["general_text_comparisons"], method=model):
-        sign = 0 if row["p_holm"] >= LEVEL else -1 if row["difference"] > 0 else 1
+        sign = -_sign(row)
         said = f"{_between(row, fitting, ' nats a byte')} on general text"
         room = max(0.0, row["ci_high"])
         left_open = f"general text leaves room for a loss of {significant(room, 2)} nats a byte"
+        if not room:
+            left_open = "general text has no room for a loss"
         yield Sign("general text", sign, said, -row["difference"], left_open, room)
 
 
 def _of_probe(inputs: Inputs, model: str) -> Iterator[Sign]:
     for row in having(inputs.results["probe_comparisons"], method=model, kind=ALL):
-        sign = 0 if row["p_holm"] >= LEVEL else 1 if row["difference"] > 0 else -1
+        sign = _sign(row)
         said = f"{_between(row, points_fitting, ' points')} in the probe"
         room = max(0.0, -row["ci_low"])
-        left_open = f"the probe leaves room for a loss of {_points(room)}" if room else "the probe shows no difference"
+        left_open = f"the probe leaves room for a loss of {_points(room)}"
+        if row["only_base"] == 0 == row["only_method"]:
+            said, room = "", 3 / max(3, row["n"])
+            left_open = f"none of the probe's {row['n']} pairs changed, which leaves room for {_points(room)}"
+        elif not room:
+            left_open = "the probe has no room for a loss"
         yield Sign("probe", sign, said, row["difference"], left_open, room)
 
 
 def drift_of(inputs: Inputs, model: str) -> Drift | None:
-    """On all of the base's own text where the frontier has it, else on the first kind that the run has."""
+    """On all of the base's own text where the frontier has it, else on the kind on which it is largest."""
     for row in having(inputs.results["frontier"], model=model, text_measure="drift"):
         return Drift(row["text"], row["text_ci_low"], row["text_ci_high"], "the base's own text")
-    for of in having(inputs.results["drift"], model=model, tokens=ALL):
+    rows = having(inputs.results["drift"], model=model, tokens=ALL)
+    for of in sorted(rows, key=lambda row: -row["kl"])[:1]:
         kind = "chats of the base" if of["text"] == "chat" else "text of the base"
         return Drift(of["kl"], of["kl_ci_low"], of["kl_ci_high"], kind)
     return None
+
+
+def goes_on_otherwise(drift: Drift | None) -> bool:
+    """Whether a model is so far from its base that few answers that stayed right cannot be called kept text."""
+    return drift is not None and drift.low > FAR
 
 
 def of_model(inputs: Inputs, model: str) -> str:
@@ -206,7 +230,10 @@ def of_model(inputs: Inputs, model: str) -> str:
         parts = [f"{name}: whether text was lost is not known"]
     else:
         seen = _joined([it for it in level if it.said and not it.nothing])
-        parts = [f"{name}: no loss of text is shown" + f", {seen}" * bool(seen)]
+        lead = f"{name}: no loss of text is shown"
+        if goes_on_otherwise(drift):
+            lead = f"{name} writes otherwise than its base, though no loss of answers is shown"
+        parts = [lead + f", {seen}" * bool(seen)]
     parts += [it.left_open for it in level]
     if drift:
         parts.append(f"drift from the base: {_drifted(drift)}")
@@ -228,8 +255,10 @@ def _drifted(drift: Drift) -> str:
 
 
 def _nats(drift: Drift) -> str:
+    if abs(drift.value) < ROUNDING:
+        return "0"
     value, low, high = fitting(drift.value, drift.low, drift.high)
-    return f"{value} ({low} to {high})" if drift.high > 0 else value
+    return f"{value} ({low} to {high})"
 
 
 def _between(row: Mapping[str, Any], write: Callable[..., tuple[str, str, str]], unit: str) -> str:
@@ -249,9 +278,10 @@ def headline(inputs: Inputs) -> str:
     if len(models) == 1:
         return of_model(inputs, models[0])
     found = {model: signs(inputs, model) for model in models}
-    kinds: dict[str, list[str]] = {"lost": [], "both": [], "gained": [], "level": [], "nothing": [], "unasked": []}
+    kinds: dict[str, list[str]] = {kind: [] for kind in KINDS}
     for model, of in found.items():
-        kinds[_kind(of)].append(model)
+        kind = _kind(of)
+        kinds["far" if kind == "level" and goes_on_otherwise(drift_of(inputs, model)) else kind].append(model)
     parts = []
     if kinds["lost"]:
         most = min(kinds["lost"], key=lambda model: min(it.size for it in _of(found[model], -1)))
@@ -268,6 +298,12 @@ def headline(inputs: Inputs) -> str:
         best = max(_of(found[most], 1), key=lambda it: it.size)
         lead = "" if len(kinds["gained"]) == 1 else f"most {method_name(most)}, "
         parts.append(f"{_names(kinds['gained'], models)} gained text: {lead}{best.said}")
+    if kinds["far"]:
+        opened = _left_open([it for model in kinds["far"] for it in _of(found[model], 0)])
+        who = (
+            f"{_names(kinds['far'], models)} {'writes' if len(kinds['far']) == 1 else 'write'} otherwise than the base"
+        )
+        parts.append(f"{who}, though no loss of answers is shown: {'; '.join(opened)}")
     if kinds["level"]:
         opened = _left_open([it for model in kinds["level"] for it in _of(found[model], 0)])
         parts.append(f"no loss of text is shown for {_names(kinds['level'], models)}, but {'; '.join(opened)}")
@@ -306,7 +342,9 @@ def _drifts(inputs: Inputs, models: Sequence[str]) -> Iterator[str]:
     most, least = max(known, key=lambda it: known[it].value), min(known, key=lambda it: known[it].value)
     said = f"drift from the base, nats a token on {known[most].text}: largest in {method_name(most)}, "
     said += _nats(known[most])
-    yield said + (f", smallest in {method_name(least)}, {_nats(known[least])}" if most != least else "")
+    differ = known[most].value - known[least].value > ROUNDING
+    on = "" if known[least].text == known[most].text else f" on {known[least].text}"
+    yield said + (f", smallest in {method_name(least)}{on}, {_nats(known[least])}" if differ else "")
 
 
 def _names(models: Sequence[str], of: Sequence[str]) -> str:

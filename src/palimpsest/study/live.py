@@ -31,7 +31,7 @@ EVERY = 30.0  # s between two pages, and at most a share of the time goes into t
 SHARE = 1 / 30
 Step = Callable[..., None]  # of run.steps_of
 TO_CHECKPOINT = ("train", "given", "blend")
-TOP_LEVEL = ("data", "features", "analysis", "maps")
+TOP_LEVEL = ("data", "features", "tokens", "analysis", "maps")
 
 
 def name_of(step: Step) -> str:

@@ -273,12 +273,13 @@ def tokens(ws: Workspace) -> None:
 def train(ws: Workspace, model: str) -> None:
     """methods/NAME/checkpoint/: the SpeechLM after training, its processor and its loss curve."""
     method, reduction = ws.config.runs[model], ws.config.importance.reduction
+    unread = {"tokens": None} if method.speech == "frames" else {}
     inputs: dict[str, Any] = {
         "base": ws.base_hash,
         "encoder": ws.encoder_hash,
         "dtype": ws.config.models.dtype,
         "data": ws.fingerprint("features" if ws.config.takes_speech(model) else "data"),
-        "speech": {**asdict(ws.config.speech), "feature_cache": None, "features": ws.frames.path},
+        "speech": {**asdict(ws.config.speech), "feature_cache": None, "features": ws.frames.path, **unread},
         "prompt": ws.prompt_inputs,
         # Which answers it learns stands below: data.answers has a say in it.
         "method": {key: value for key, value in asdict(method).items() if key not in ("curve", "answers")},
