@@ -142,7 +142,7 @@ def test_the_summary_says_first_what_is_different(inputs: Path, trained: Path, t
         *("Full-FT", "Drift,", "Probe", "From", "Weights", "Importance", "Report")
     ]
     several = list(diagnose.run(diagnose.Options(str(inputs / "llm"), names, tmp_path / "two", **about)))
-    assert [line.split(" ")[0] for line in several] == ["Full-FT:", "LoRA:", "Report:"]
+    assert [line.split(" ")[0].rstrip(":") for line in several] == ["Full-FT", "LoRA", "Report"]
     assert list(diagnose.run(diagnose.Options(str(inputs / "llm"), names, tmp_path / "two", **about))) == several
     report = (tmp_path / "two/report.html").read_text()
     assert report.index("What is different?") < report.index("What was lost?")
