@@ -21,7 +21,7 @@ from palimpsest.models.compute import computing
 from palimpsest.models.fused_loss import Kernel, choose_kernel
 from palimpsest.models.gate import close_gate
 from palimpsest.models.loading import require_finite
-from palimpsest.parallel import is_main
+from palimpsest.parallel import is_main, wait_for_all
 from palimpsest.progress import Advance
 from palimpsest.records import TrainingRecord
 from palimpsest.training import distributed
@@ -144,6 +144,7 @@ def train(
     model.eval()
     if not sharded:  # the loss of the last step was before its update
         require_finite(model.state_dict().items(), f"{name} after its last training step (lower its learning rate)")
+    wait_for_all()  # the Trainer of another process may still list the folder that goes now
     if is_main():
         keep_logs(state, folder / "logs")
         shutil.rmtree(state, ignore_errors=True)
