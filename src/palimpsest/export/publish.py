@@ -25,14 +25,14 @@ from typing import Any, Literal, cast
 
 import yaml
 
-from palimpsest.files import UserError, is_file, rename_folder, working_folder, write_json, write_tables, write_text
+from palimpsest.files import UserError, rename_folder, working_folder, write_json, write_tables, write_text
 from palimpsest.records import RESULT_TABLES, SCHEMA, Paired, Results
 from palimpsest.report import summary
 from palimpsest.report.across_runs import by_method
 from palimpsest.report.figures import FIGURES, draw
 from palimpsest.report.inputs import Inputs, read_inputs
 from palimpsest.report.page import write_report
-from palimpsest.report.public import JOIN, public
+from palimpsest.report.public import last_parts, public
 from palimpsest.report.side_by_side import write_comparison
 from palimpsest.report.style import to_svg
 from palimpsest.rundir import run_labels
@@ -41,9 +41,8 @@ Kind = Literal["dataset", "space", "model"]
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 TEXT = {".json", ".jsonl", ".md", ".yaml", ".html", ".svg", ".txt", ".jinja"}
 COMMON = 4  # letters: a shorter name of a user or a machine stands in ordinary words
-MAX_PATH = 4096  # characters
-# Two parts below the root or a home folder; in a URL, a closing tag or “T2T/S2T” something else stands in front.
 EMBEDDED = re.compile(r"base64,[^\"']*")  # recordings and pictures in a page
+# Two parts below the root or a home folder; in a URL, a closing tag or “T2T/S2T” something else stands in front.
 PATH = re.compile(r"(?<![\w/<.~:)…])(?<!\w['\"])(?:~|/[A-Za-z_][\w.+-]*)/[\w.@+-][^\s\"'<>]*")
 OF_A_MODEL = {".json", ".safetensors", ".md", ".jinja", ".txt", ".model"}  # suffixes of what `palimpsest export` writes
 
@@ -118,36 +117,14 @@ def _folder_names(labels: Sequence[str]) -> list[str]:
 
 def _impersonal(inputs: Inputs) -> Inputs:
     """Without paths of local models and data that are written as relative ones, in the recipe and in records."""
-    config = _last_parts(inputs.config)
+    config = last_parts(inputs.config)
     return replace(
         inputs,
         config=config,
         config_text=yaml.safe_dump(config, sort_keys=False, allow_unicode=True) if config else "",
-        provenance=_last_parts(inputs.provenance),
-        results=cast(Results, {table: _last_parts(public(rows)) for table, rows in inputs.results.items()}),
+        provenance=last_parts(inputs.provenance),
+        results=cast(Results, {table: last_parts(public(rows)) for table, rows in inputs.results.items()}),
     )
-
-
-def _last_parts(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _last_parts(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_last_parts(item) for item in value]
-    if not isinstance(value, str) or "/" not in value or len(value) > MAX_PATH:
-        return value
-    return JOIN.join(map(_last_part, value.split(JOIN)))
-
-
-def _last_part(name: str) -> str:
-    """…/NAME of a path out of the folder here, or of a file or folder that is there; a hub's name stays.
-
-    >>> _last_part("../acme/memo.txt"), _last_part("alpaca:../acme/a.json"), _last_part("me/model"), _last_part("…/x")
-    ('…/memo.txt', 'alpaca:…/a.json', 'me/model', '…/x')
-    """
-    kind, _, path = name.rpartition(":")
-    if "/" in path and (path.startswith(("./", "../")) or is_file(Path(path)) or Path(path).is_dir()):
-        return f"{kind}{':' * bool(kind)}…/{Path(path).name}"
-    return name
 
 
 def _write_run(inputs: Inputs, folder: Path) -> None:

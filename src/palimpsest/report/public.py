@@ -6,9 +6,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from palimpsest.files import without_folders
+from palimpsest.files import is_file, without_folders
 
 JOIN = " + "  # parts the sources of a split
+MAX_PATH = 4096  # characters
 _QUOTED = re.compile(r"""(['"])(?:~|/)[^'"\n]*/([^'"/\n]+)/*\1""")
 _BARE = re.compile(r"(?<![\w…/.~])(?:~(?=/)|(?=/(?!/)))[^\s'\"`<>|;,()]*/([^\s'\"`<>|;,()/]+)/*")
 
@@ -36,3 +37,26 @@ def public(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     return without_paths(JOIN.join(map(without_folders, value.split(JOIN))))
+
+
+def last_parts(value: Any) -> Any:
+    """The strings in it with …/NAME for a path that is written as a relative one, as seen from the folder here."""
+    if isinstance(value, dict):
+        return {key: last_parts(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [last_parts(item) for item in value]
+    if not isinstance(value, str) or "/" not in value or len(value) > MAX_PATH:
+        return value
+    return JOIN.join(map(_last_part, value.split(JOIN)))
+
+
+def _last_part(name: str) -> str:
+    """…/NAME of a path out of the folder here, or of a file or folder that is there; a hub's name stays.
+
+    >>> _last_part("../acme/memo.txt"), _last_part("alpaca:../acme/a.json"), _last_part("me/model"), _last_part("…/x")
+    ('…/memo.txt', 'alpaca:…/a.json', 'me/model', '…/x')
+    """
+    kind, _, path = name.rpartition(":")
+    if "/" in path and (path.startswith(("./", "../")) or is_file(Path(path)) or Path(path).is_dir()):
+        return f"{kind}{':' * bool(kind)}…/{Path(path).name}"
+    return name

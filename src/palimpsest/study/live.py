@@ -8,6 +8,7 @@ fingerprints know nothing of it, and the study's end writes the page that stays.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -158,16 +159,9 @@ def _layers(folder: Path, model: str) -> list[Any]:
 
     scores = Scores.open(folder)
     sums = scores.batch_totals.sum(axis=0) / scores.batch_tokens.sum()
-    sizes = {item["name"]: _size(item["shape"]) for item in scores.metadata["parameters"]}
+    sizes = {item["name"]: math.prod(item["shape"]) for item in scores.metadata["parameters"]}
     distribution = distribution_of_sums(dict(zip(scores.names, map(float, sums), strict=True)), sizes)
     return [*layer_records(ModelLayers(model, distribution), modality="text", reduction="per_batch_abs")]
-
-
-def _size(shape: Sequence[int]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size
 
 
 # ---------------------------------------------------------------------------------------------------------------------
