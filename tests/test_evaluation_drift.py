@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from palimpsest.evaluation.drift import (
     MEASURES,
+    BasePasses,
     TextDrift,
     VocabularyError,
     measure_drift,
@@ -152,6 +154,57 @@ def test_what_is_not_finite_is_an_error() -> None:
         broken.model.norm.weight[0] = float("nan")
     with pytest.raises(UserError, match=r"weight model\.norm\.weight of the model"):
         measure_drift(tiny_llama(), broken, TEXTS)
+
+
+def soft_capped() -> Any:
+    """Its head scales and caps the logits, so that hidden states alone are not enough."""
+    config = Gemma2Config(
+        vocab_size=300,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        final_logit_softcapping=2.0,
+    )
+    torch.manual_seed(0)
+    return Gemma2ForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+@pytest.mark.parametrize("make", [tiny_llama, soft_capped])
+def test_the_base_is_run_once_for_all_tuned_models(make: Any, compute: Any) -> None:
+    base, runs = make(), 0
+
+    def count(*_: Any) -> None:
+        nonlocal runs
+        runs += 1
+
+    base.model.layers[0].register_forward_hook(count)
+    passes, asked = BasePasses(), {"batch_size": 2, "compute": compute}
+    for seed in (1, 2):
+        alone = measure_drift(make(), tiny_llama(seed), TEXTS, **asked)
+        assert measure_drift(base, tiny_llama(seed), TEXTS, passes=passes, **asked) == alone
+        assert min(alone[0].kl) > 0
+    assert runs == 2  # two batches
+    assert set(measure_drift(base, make(), TEXTS, passes=passes, **asked)[1].kl) == {0.0}
+    assert runs == 2
+    measure_drift(base, tiny_llama(1), TEXTS, passes=passes, batch_size=3, compute=compute)  # other rows
+    assert runs == 3
+    inputs = torch.tensor([[5, 6]])
+    assert torch.equal(base(inputs).logits, make()(inputs).logits)  # as it was
+
+
+def test_a_base_that_gives_more_than_hidden_states_is_run_every_time() -> None:
+    passes = BasePasses()
+    table = [measure_drift(BASE.eval(), TUNED.eval(), [text(0, 1)], passes=passes) for _ in range(2)]
+    assert table[0] == table[1]
+    base = tiny_llama()
+    base.config.output_hidden_states = True
+    measured = [measure_drift(base, tiny_llama(1), TEXTS, passes=passes) for _ in range(2)]
+    assert measured[0] == measured[1] == measure_drift(tiny_llama(), tiny_llama(1), TEXTS)
+    assert not passes._hidden
 
 
 # -- tokens ------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from palimpsest.progress import Reporter
 
 if TYPE_CHECKING:
     from palimpsest.data.texts import Text
+    from palimpsest.evaluation.drift import BasePasses
     from palimpsest.evaluation.general_text import TextLoss
     from palimpsest.evaluation.own_text import OwnText
     from palimpsest.records import DriftRecord
@@ -161,6 +162,7 @@ class Work:
         self.options, self.prints, self.device = options, prints, device
         self.compute, self.reporter = compute, reporter
         self.files: dict[str, Any] = {}
+        self.passes: BasePasses | None = None
         self._loaded: dict[str, Any] = {}
 
     def own_text(self) -> list[OwnText]:
@@ -191,6 +193,7 @@ class Work:
     def drift(self, name: str, texts: list[OwnText]) -> tuple[list[DriftRecord], str | None]:
         """The records, or why there are none."""
         from palimpsest.evaluation.drift import (
+            BasePasses,
             VocabularyError,
             measure_drift,
             read_drift,
@@ -212,6 +215,7 @@ class Work:
                 self.reporter.skipped(f"drift of {name}")
                 drifts = read_drift(file)
             else:
+                self.passes = self.passes or BasePasses()
                 with self.reporter.step(f"drift of {name}") as advance:
                     drifts = measure_drift(
                         self.model(base)[0],
@@ -220,6 +224,7 @@ class Work:
                         batch_size=options.batch_size,
                         compute=self.compute.dtype,
                         progress=advance,
+                        passes=self.passes,
                     )
                     write_drift(file, drifts)
         except VocabularyError as error:

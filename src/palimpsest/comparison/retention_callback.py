@@ -30,7 +30,7 @@ from transformers import TrainerCallback
 from palimpsest.analysis.analyse import model_layers
 from palimpsest.analysis.layers import ModelLayers
 from palimpsest.analysis.shift import shift_records
-from palimpsest.evaluation.drift import ALL, batch_of, measure_drift, summarise_drift, token_classes
+from palimpsest.evaluation.drift import ALL, BasePasses, batch_of, measure_drift, summarise_drift, token_classes
 from palimpsest.evaluation.drift_settings import Sampling
 from palimpsest.evaluation.own_text import OwnText, sample_own_text
 from palimpsest.evaluation.probe import probe
@@ -104,6 +104,7 @@ class RetentionCallback(TrainerCallback):  # type: ignore[misc]
         self.tokenizer = tokenizer if tokenizer is not None else getattr(trainer, "processing_class", None)
         self.history: list[Retention] = []
         self._texts: list[OwnText] = []
+        self._passes = BasePasses()
         self._reference: ModelLayers | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
@@ -158,7 +159,7 @@ class RetentionCallback(TrainerCallback):  # type: ignore[misc]
         control.should_log = due
 
     def _drift(self, model: Any) -> list[DriftRecord]:
-        drifts = measure_drift(self.base, model, self._texts, batch_size=self.batch_size)
+        drifts = measure_drift(self.base, model, self._texts, batch_size=self.batch_size, passes=self._passes)
         classes = [token_classes(self.tokenizer, text) for text in self._texts]
         return summarise_drift(drifts, self._texts, classes, model="model", base=BASE, seed=self.seed)
 

@@ -716,6 +716,7 @@ def drift(ws: Workspace, model: str) -> None:
             compute=ws.exact_compute.dtype,
             progress=advance,
             distributed=True,
+            passes=ws.base_passes,
         )
         if is_main():
             write_drift(folder / "tokens.jsonl", drifts)

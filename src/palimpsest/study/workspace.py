@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+    from palimpsest.evaluation.drift import BasePasses
     from palimpsest.evaluation.own_text import OwnText
     from palimpsest.importance.mask import Mask
     from palimpsest.importance.scores import Scores
@@ -309,6 +310,13 @@ class Workspace:
         texts = read_own_text(self.path / BASE / "own_text" / "own_text.jsonl")
         assert texts is not None
         return texts
+
+    @cached_property
+    def base_passes(self) -> BasePasses:
+        """Of the base over its own text, once for the drift of all methods."""
+        from palimpsest.evaluation.drift import BasePasses
+
+        return BasePasses()
 
     def watches_drift(self, name: str) -> bool:
         """Whether a training estimates the drift between its steps: one that leaves the language model has none."""
