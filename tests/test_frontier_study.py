@@ -153,7 +153,7 @@ def test_the_recipe_of_the_remedies_makes_curves_and_points() -> None:
     config = load_config(RECIPES / "keep.yaml")
     assert all(method.curve is not None for method in config.methods.values())
     assert [name for name in config.methods if name.startswith("full-")] == [
-        "full-2.5e-5", "full-5e-5", "full-1e-4",
+        "full-2_5e-5", "full-5e-5", "full-1e-4",
     ]  # fmt: skip
     assert not any(config.measures(run, "importance") for run in config.runs)
     assert all(config.drift_measures(run) == ["drift"] for run in config.runs)
