@@ -16,6 +16,7 @@ from palimpsest.report.charts import _paper_like
 from palimpsest.report.figures import FIGURES, draw, may_lack, why_not, write_figure, write_figures
 from palimpsest.report.heatmaps import _representative, short_name
 from palimpsest.report.inputs import Inputs, read_inputs
+from palimpsest.report.page import write_report
 from palimpsest.report.style import _LOOKS, _OTHERS, WIDTH, look, model_legend, style, to_inline_svg, to_svg
 from report_fixture import accuracy_row, invented_results, make_run
 
@@ -45,6 +46,24 @@ def test_the_same_run_gives_the_same_bytes(run: Path) -> None:
     second = [path.read_bytes() for path in write_figure(run, "figure2")]
     assert first == second
     assert b"<dc:date>" not in first[0]
+
+
+def test_files_and_page_share_a_drawing_and_other_results_have_their_own(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Inputs] = []
+    made = FIGURES["figure2"]
+    monkeypatch.setitem(FIGURES, "figure2", lambda inputs: (seen.append(inputs), made(inputs))[1])
+    given = read_inputs(run)
+    write_figures(run, given)
+    write_report(run, inputs=given)
+    assert len(seen) == 1
+    drawing = draw("figure2", given)
+    assert drawing is not None
+    assert drawing.svg == (run / "figures" / "figure2.svg").read_text()
+    without = replace(given, results={**given.results, "layers": []})
+    assert draw("figure2", without) is None
+    assert len(seen) == 2
 
 
 def test_without_data_there_is_no_figure_and_an_old_one_goes(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from palimpsest.models import auto
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _PUBLIC = {
     "SpeechLM": "palimpsest.models.speech_lm",

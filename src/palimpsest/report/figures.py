@@ -36,13 +36,18 @@ OF_TUNED_SCORES = ("figure2", "figure3", "figure4")
 def draw(name: str, inputs: Inputs) -> Drawing | None:
     """The figure called `name`, of methods rather than their runs; None where the run has no data for it.
 
+    Drawn once for the same `inputs`.
+
     Raises:
         UserError: there is no such figure.
     """
     if name not in FIGURES:
         raise UserError(f"There is no figure {name!r}; choose one of {', '.join(FIGURES)}.")
-    with style():
-        return FIGURES[name](by_method(inputs))
+    if name not in inputs.drawings:
+        with style():
+            inputs.drawings[name] = FIGURES[name](by_method(inputs))
+    drawing: Drawing | None = inputs.drawings[name]
+    return drawing
 
 
 def first_pictures(inputs: Inputs) -> list[Drawing]:

@@ -12,7 +12,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_type_hints
 
@@ -76,6 +76,7 @@ class Inputs:
     delta_maps: Mapping[tuple[str, str], npt.NDArray[np.float32]]
     samples: dict[tuple[str, str, str], list[Sample]]
     missing: tuple[str, ...]
+    drawings: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)  # figures.draw's
 
 
 def read_inputs(run: Path, so_far: tuple[dict[str, Any], dict[str, Any]] | None = None) -> Inputs:

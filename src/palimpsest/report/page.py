@@ -109,7 +109,7 @@ def write_report(
 def render(inputs: Inputs, *, audio: bool = True, samples: bool = True, progress: Progress | None = None) -> str:
     """The page as text."""
     every_run, inputs = inputs, by_method(inputs)
-    drawings = {name: drawing for name in FIGURES if (drawing := draw(name, inputs)) is not None}
+    drawings = {name: drawing for name in FIGURES if (drawing := draw(name, every_run)) is not None}
     questions = samples_of(inputs) if samples else {}
     recordings = read_recordings(inputs, questions, audio)
     not_drawn = {name: why_not(name, inputs) for name in FIGURES if name not in drawings}

@@ -112,6 +112,7 @@ class Drawing:
     caption: str = ""
     alt: str = ""
     tips: dict[str, str] = field(default_factory=dict)  # SVG id -> text
+    svg: str | None = field(default=None, repr=False)  # once it was written, see `to_svg`
 
     def tip(self, artist: Artist, text: str) -> None:
         gid = f"tip{len(self.tips)}"
@@ -156,16 +157,21 @@ def _saved(drawing: Drawing, kind: str, without: Sequence[str]) -> bytes:
     buffer = io.BytesIO()
     with style():
         drawing.figure.savefig(buffer, format=kind, dpi=200, facecolor="white", metadata=dict.fromkeys(without))
+        # Its parts have their places now. Finding them takes as long as drawing, so another format takes them over.
+        drawing.figure.set_layout_engine(None)
     return buffer.getvalue()
 
 
 def to_svg(drawing: Drawing) -> str:
-    """A standalone SVG on white with a title, a description and the tips; the same bytes every time."""
+    """A standalone SVG on white with a title, a description and the tips; the same bytes every time, written once."""
+    if drawing.svg is not None:
+        return drawing.svg
     svg = _saved(drawing, "svg", ("Date", "Creator", "Format", "Type")).decode()
     about = f"<title>{escape(drawing.title)}</title><desc>{escape(drawing.alt)}</desc>"
     svg = re.sub(r"(<svg [^>]*>)", lambda match: match[1] + about, svg, count=1)
     for gid, tip in drawing.tips.items():
         svg = svg.replace(f'<g id="{gid}">', f'<g id="{gid}"><title>{escape(tip)}</title>', 1)
+    drawing.svg = svg
     return svg
 
 

@@ -71,8 +71,8 @@ class LivePage:
         self.failed = False
 
     def after(self, n_done: int) -> None:
-        """`n_done` steps are done. Does nothing where a page was written a short time ago."""
-        if not is_main() or self.failed or n_done == len(self.steps) or not self._due():
+        """`n_done` steps are done. Does nothing where a page was written a short time ago, or the last one is near."""
+        if not is_main() or self.failed or n_done >= len(self.steps) - 1 or not self._due():
             return
         if f"{BASE}/importance" not in self.names[:n_done]:
             return
