@@ -162,7 +162,7 @@ def test_the_page_on_the_way_says_what_is_to_come_and_changes_no_result(
     assert "Missing from this run" not in page
     assert 'http-equiv="refresh"' not in page
     assert "In the base, layer" in capsys.readouterr().err
-    live.after(len(names) - 1)
+    live.after(len(names) - 2)
     assert (study.ws.path / "report.html").read_text(encoding="utf-8") == page  # a short time ago
     assert {file: file.read_bytes() for file in study.ws.path.rglob("*.json")} == before
 
