@@ -666,6 +666,13 @@ def test_bad_input_is_told_before_the_work_starts(inputs: Path, tmp_path: Path, 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_file_called_figures_is_named_before_the_work_starts(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "figures").write_text("somebody's notes")
+    with pytest.raises(UserError, match=r"figures is a file, .*; move the file away"):
+        run_study(parse_config(recipe(inputs), "test"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["figures"]
+
+
 def _rename_weights(folder: Path) -> None:
     file = folder / "model.safetensors"
     save_file({f"module.{key}": t for key, t in load_file(file).items()}, file, metadata={"format": "pt"})
