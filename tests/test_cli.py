@@ -134,7 +134,7 @@ def test_bad_models_and_recipes(tmp_path: Path) -> None:
     refused(run("importance", "--model", str(tmp_path / "model"), "--data", "facts", "--out", out), "no weights")
     recipe = tmp_path / "r.yaml"
     recipe.write_text("nam: x\n")
-    refused(run("study", str(recipe), "--out", out), "nam", "name")
+    refused(run("study", str(recipe), "--out", out), "no key 'nam'; the nearest known key is 'name'")
     refused(run("report", str(tmp_path / "none")), "not a run directory")
     assert not (tmp_path / "out").exists()
 
