@@ -58,6 +58,19 @@ def test_every_command_has_help_with_an_example(command: str) -> None:
     assert f"Example: palimpsest {command} " in re.sub(r"\s+", " ", result.output)
 
 
+@pytest.mark.parametrize("group", ["", "data"])
+def test_beside_each_command_stands_its_whole_first_sentence(group: str) -> None:
+    result = CliRunner().invoke(app, [*group.split(), "--help"])
+    listed = re.split(r"\n  (?=\S)", result.output.split("Commands:")[1].rstrip())[1:]
+    said = {name: " ".join(about.split()) for name, _, about in (entry.partition(" ") for entry in listed)}
+    assert {name.removeprefix(f"{group} ") for name in COMMANDS if (" " in name) == bool(group)} <= set(said)
+    assert [about for about in said.values() if about[-1] not in ".?" or about.count("(") != about.count(")")] == []
+    if not group:
+        ranks = "Ablate a stratified sample of weights exactly (Eq. 1) and say how well each reduction ranks them."
+        assert said["validate-importance"] == ranks
+        assert said["probe"] == "Does a model find right continuations more likely than wrong ones?"
+
+
 @pytest.fixture(scope="module")
 def speech_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("speech_lm")
@@ -121,7 +134,7 @@ def test_bad_models_and_recipes(tmp_path: Path) -> None:
     refused(run("importance", "--model", str(tmp_path / "model"), "--data", "facts", "--out", out), "no weights")
     recipe = tmp_path / "r.yaml"
     recipe.write_text("nam: x\n")
-    refused(run("study", str(recipe), "--out", out), "nam", "name")
+    refused(run("study", str(recipe), "--out", out), "no key 'nam'; the nearest known key is 'name'")
     refused(run("report", str(tmp_path / "none")), "not a run directory")
     assert not (tmp_path / "out").exists()
 

@@ -85,6 +85,28 @@ def test_an_unknown_key_names_the_nearest_one(path: str, near: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("path", "section", "slip", "near"),
+    [
+        ("methods.full.pull", {"strenght": 100}, "strenght", "strength"),
+        ("methods.full.pull", {"by_": "plain", "strenght": 100}, "strenght", "strength"),
+        ("methods.full.slow", {"tpo": 0.03, "scale": 0.5}, "tpo", "top"),
+        ("methods.full", {"kin": "full"}, "kin", "kind"),
+        ("data.train", {"sorce": "facts"}, "sorce", "source"),
+    ],
+)
+def test_a_slip_in_a_key_that_must_be_given_is_named_and_not_only_missed(
+    path: str, section: dict[str, Any], slip: str, near: str
+) -> None:
+    with pytest.raises(UserError, match=f"there is no key '{path}.{slip}'; the nearest known key is '{near}'"):
+        parse_config(changed(path, section), "r")
+
+
+def test_a_key_that_must_be_given_and_is_not_there_is_missed() -> None:
+    with pytest.raises(UserError, match=r"^r: methods\.full\.pull\.strength: Field required"):
+        parse_config(changed("methods.full.pull", {"by": "plain"}), "r")
+
+
+@pytest.mark.parametrize(
     ("path", "value"),
     [
         ("deactivation.ratio", 1.5),

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "palimpsest"
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SEARCHED = ("src", "docs", "tests", "scripts", "benchmarks", "recipes", "configs", "examples", "requirements")
-WRITTEN = {".py", ".md", ".yaml", ".yml", ".toml", ".txt", ".html", ".js", ".css", ""}
+WRITTEN = {".py", ".ipynb", ".md", ".yaml", ".yml", ".toml", ".txt", ".html", ".js", ".css", ""}
 CODE = re.compile(r"^```.*?^```|`[^`\n]*`|<!--.*?-->", re.DOTALL | re.MULTILINE)
 
 

@@ -98,6 +98,21 @@ def test_a_folder_s_bytes_by_hand(tmp_path: Path) -> None:
     assert folder_bytes(tmp_path, patience=-1) == (24, False)  # the time is over after the first folder
 
 
+@pytest.mark.parametrize("inside", ["", "palimpsest"])
+def test_a_cache_that_is_a_file_is_one_line_and_stops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    file = tmp_path / "cache"
+    file.write_text("somebody's notes")
+    monkeypatch.setenv("PALIMPSEST_CACHE", str(file / inside))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(file / inside))
+    lines = {line.split()[0]: line for line in CliRunner().invoke(app, ["doctor"]).output.splitlines()}
+    for name, variable in (("cache", "PALIMPSEST_CACHE"), ("hub", "HF_HOME")):
+        said = f"{file} is a file, and a folder belongs there; move it away, or set {variable} to a folder"
+        assert lines[name].split(maxsplit=1)[1] == said
+    assert "recipes" in lines
+
+
 def test_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = tmp_path / "memory.max"
     monkeypatch.setattr(machine, "CGROUP_LIMIT", limit)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from palimpsest.cli import app
+from palimpsest.commands import probe as command
 from palimpsest.evaluation.probe import PAIRS, Pair, PairLoss, load_pairs, pair_losses, probe, summarise_probe
 from palimpsest.files import UserError, read_json, read_jsonl
 from tiny import tiny_llama, tiny_speech_lm, tiny_tokenizer
@@ -208,6 +209,16 @@ def test_the_command(tmp_path: Path) -> None:
     assert sum(row["correct"] for row in rows) == records[0]["correct"]
     assert math.isclose(records[0]["margin"], sum(row["wrong"] - row["right"] for row in rows) / len(rows))
     assert 0.35 < records[0]["accuracy"] < 0.65  # an untrained model knows nothing
+
+    def refused(out: Path) -> str:
+        with pytest.raises(UserError) as error:
+            list(command.run(command.Options("no such model", out)))  # what is there is said before the model is read
+        return str(error.value)
+
+    written = (tmp_path / "out" / "records.json").read_bytes()
+    assert refused(tmp_path / "out").endswith("out holds a probe already; delete the folder or write elsewhere.")
+    assert (tmp_path / "out" / "records.json").read_bytes() == written
+    assert "records.json is a file, and a folder belongs there" in refused(tmp_path / "out" / "records.json" / "new")
 
 
 @pytest.mark.slow

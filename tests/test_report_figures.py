@@ -73,6 +73,14 @@ def test_without_data_there_is_no_figure_and_an_old_one_goes(tmp_path: Path) -> 
     assert not (tmp_path / "figures" / "training.svg").exists()
 
 
+def test_a_file_in_the_place_of_their_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "figures").write_text("somebody's notes")
+    for write in (write_figures, lambda run: write_figure(run, "training")):
+        with pytest.raises(UserError, match=r"figures is a file, .*; move the file away"):
+            write(tmp_path)
+    assert (tmp_path / "figures").read_text() == "somebody's notes"
+
+
 def test_where_nothing_was_asked_in_speech_the_plane_is_not_missing(inputs: Inputs) -> None:
     typed = [row for row in inputs.results["qa"] if row["modality"] == "text"]
     for qa, lacking in ((typed, True), ([], False), (inputs.results["qa"], False)):

@@ -15,11 +15,13 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallba
 from palimpsest import RetentionCallback, estimate_importance
 from palimpsest.analysis.analyse import model_layers
 from palimpsest.analysis.shift import shift_records
+from palimpsest.comparison import retention_callback
 from palimpsest.evaluation.drift import batch_of, measure_drift, summarise_drift, token_classes
 from palimpsest.evaluation.drift_settings import Sampling
 from palimpsest.evaluation.own_text import sample_own_text
 from palimpsest.evaluation.probe import probe
 from palimpsest.files import UserError
+from palimpsest.importance.scores import Scores
 from palimpsest.models.loading import load_language_model
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -64,6 +66,29 @@ def trained(model: Any, folder: Path, callback: dict[str, Any] | None = None, **
 
 def dropping(seed: int = 0) -> Any:
     return tiny_llama(seed, attention_dropout=0.2)
+
+
+class OnGpu:
+    """A tensor that has to be brought to the CPU before it is an array."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def cpu(self) -> torch.Tensor:
+        return self.tensor
+
+
+def test_the_shift_is_the_same_where_scores_lie_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_gpu(*args: Any) -> Scores:
+        scores = estimate_importance(*args)
+        there = {kind: {name: OnGpu(it) for name, it in scores.tensors(kind).items()} for kind in scores.reductions}
+        return Scores(scores.metadata, there, scores.batch_totals, scores.batch_tokens)  # type: ignore[arg-type]
+
+    shift_alone = {"every": 4, "probe": False, "drift": False}
+    _, _, here = trained(tiny_llama(), tmp_path / "here", shift_alone)
+    monkeypatch.setattr(retention_callback, "estimate_importance", on_gpu)
+    _, _, there = trained(tiny_llama(), tmp_path / "there", shift_alone)
+    assert there.history[-1].shift == here.history[-1].shift != []
 
 
 def test_its_curves_are_those_of_the_checkpoints(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from audio_files import BROKEN, voice_assistant, wav
+from forked import forked
 from palimpsest.commands import compare
 from palimpsest.commands import report as report_command
 from palimpsest.config import parse_config
@@ -36,7 +38,7 @@ from palimpsest.records import RESULT_TABLES
 from palimpsest.report import figures, page
 from palimpsest.study import steps, workspace
 from palimpsest.study.live import LivePage, kind_of, name_of, progress_of, tables_so_far
-from palimpsest.study.run import Study, run_study, unfinished
+from palimpsest.study.run import Study, run_study, sigterm_raised, unfinished
 from palimpsest.ui.asking import open_panel
 from tiny_study import numbered, write_inputs
 
@@ -520,6 +522,39 @@ def test_killed_in_different_steps_it_continues_and_ends_the_same(finished: Path
     assert results(tmp_path / "run") == results(finished)
 
 
+def test_a_study_that_is_terminated_says_that_it_continues(inputs: Path, tmp_path: Path) -> None:
+    path, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    path.write_text(yaml.safe_dump(recipe(inputs)))
+    code = f"""
+import os, runpy, signal, sys
+from palimpsest.study.run import Study
+Study.run = lambda study: os.kill(os.getpid(), signal.SIGTERM)
+sys.argv = ["palimpsest", "study", {str(path)!r}, "--out", {str(run)!r}]
+runpy.run_module("palimpsest.cli", run_name="__main__", alter_sys=True)
+"""
+    done = forked("import torch, transformers.trainer", code)
+    assert done.returncode == 128 + signal.SIGTERM == 143
+    assert done.stderr == f"note: stopped; the same command continues in {run}.\n"
+    assert done.stdout == ""
+
+
+def test_sigterm_is_left_alone_outside_a_study_in_a_thread_and_where_it_is_handled() -> None:
+    def handler() -> Any:
+        with sigterm_raised():
+            return signal.getsignal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with ThreadPoolExecutor(1) as threads:
+            assert threads.submit(handler).result() is signal.SIG_DFL
+        assert handler() is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert handler() is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_data_from_a_table_held_out_by_hash_and_what_was_dropped(inputs: Path, tmp_path: Path) -> None:
     """The data step alone: recordings written out of the table, faulty rows listed and counted, done only once."""
     turns = [("1", f"Is it {i}?", f"It is {i}.", wav(pitch=200 + i)) for i in range(12)]
@@ -664,6 +699,13 @@ def test_bad_input_is_told_before_the_work_starts(inputs: Path, tmp_path: Path, 
     with pytest.raises(UserError, match=message):
         run_study(parse_config(recipe(inputs, **change), "test"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_file_called_figures_is_named_before_the_work_starts(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "figures").write_text("somebody's notes")
+    with pytest.raises(UserError, match=r"figures is a file, .*; move the file away"):
+        run_study(parse_config(recipe(inputs), "test"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["figures"]
 
 
 def _rename_weights(folder: Path) -> None:

@@ -10,6 +10,7 @@ import inspect as introspection
 import io
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -101,8 +102,17 @@ def main() -> None:
 def _application(help: str, commands: dict[str, ModuleType], **options: Any) -> typer.Typer:
     made = typer.Typer(help=help, no_args_is_help=True, rich_markup_mode=None, **options)
     for name, module in commands.items():
-        made.command(name)(_function(module.Options, module.run))
+        made.command(name, short_help=first_sentence(module.Options.__doc__))(_function(module.Options, module.run))
     return made
+
+
+def first_sentence(text: str) -> str:
+    """What stands beside a command's name: up to a full stop or question mark that is not of an "Eq. 3".
+
+    typer's own would end there, and cuts a sentence where the line does.
+    """
+    found = re.match(r".+?(?<!\bEq)[.?](?=\s|$)", text, re.DOTALL)
+    return " ".join((found[0] if found else text).split())
 
 
 def _function(options: Any, run: Callable[[Any], Iterator[str]]) -> Callable[..., None]:

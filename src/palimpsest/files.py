@@ -106,7 +106,12 @@ _held: set[Path] = set()  # a process's own locks, which the system does not hol
 
 
 def require_unwritten(file: Path, what: str) -> None:
-    """Raise UserError if `file`, the last that a command writes, is there: it may have taken long to make."""
+    """Raise UserError if `file`, the last that a command writes, is there: it may have taken long to make.
+
+    And if it could not be written, because something that is no folder has the name of its folder.
+    """
+    if not (folder := existing(file.parent)).is_dir():
+        raise UserError(f"{folder} is a file, and a folder belongs there; write elsewhere.")
     if file.exists():
         raise UserError(f"{file.parent} holds {what} already; delete the folder or write elsewhere.")
 

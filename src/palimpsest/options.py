@@ -37,7 +37,7 @@ def checked(kind: type[T], values: Mapping[str, Any], origin: str) -> T:
         made: dict[str, T] = _checker(cast(Any, kind)).validate_python({"made": values})
         return made["made"]
     except ValidationError as error:
-        first = error.errors()[0]
+        first = _first(error.errors())
         location = first["loc"][1:]
         where = ".".join(part for part in map(str, location) if not TRIED.fullmatch(part))
         if first["type"] in UNKNOWN:
@@ -48,6 +48,17 @@ def checked(kind: type[T], values: Mapping[str, Any], origin: str) -> T:
             keys = _keys_at(kind, location)
             said = f"a mapping of keys belongs there ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
         raise UserError(f"{origin}: {f'{where}: ' if where else ''}{said}.") from error
+
+
+def _first(errors: Sequence[Any]) -> Any:
+    """The first error; where that is a key that must be given, the nearest of the unknown keys beside it: a slip."""
+    first = errors[0]
+    if first["type"] == "missing":
+        place, name = first["loc"][:-1], str(first["loc"][-1])
+        slips = {str(it["loc"][-1]): it for it in errors if it["type"] in UNKNOWN and it["loc"][:-1] == place}
+        if slips:
+            return slips[nearest(name, [*slips])]
+    return first
 
 
 def require_shape(value: Any, kind: Any, where: str, remedy: str) -> None:

@@ -87,6 +87,14 @@ def samples_of(run: Path, model: str, task: str, modality: str) -> Path:
     return run / folder_of(model) / "samples" / f"{task}-{modality}" / "samples.jsonl"
 
 
+def figures_in(run: Path) -> Path:
+    """The folder of a run's figures. Raises UserError where a file has its name."""
+    folder = run / "figures"
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise UserError(f"{folder} is a file, and the folder of the run's figures has that name; move the file away.")
+    return folder
+
+
 def losses_of(run: Path, model: str, modality: str) -> Path:
     return run / folder_of(model) / "perplexity" / f"losses-{modality}.jsonl"
 

@@ -10,10 +10,12 @@ from typing import Annotated
 from annotated_types import Ge
 from typing_extensions import Doc
 
-from palimpsest.files import write_json, write_jsonl
+from palimpsest.files import require_unwritten, write_json, write_jsonl
 from palimpsest.models import MODEL
 from palimpsest.models.compute import DeviceOption, DtypeOption
 from palimpsest.progress import Reporter
+
+RECORDS = "records.json"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ def run(options: Options) -> Iterator[str]:
     from palimpsest.models.loading import choose_device, fingerprint, load_language_model, reading_notes, resolve
 
     model, out = options.model, options.out
+    require_unwritten(out / RECORDS, "a probe")
     resolve(model)
     device = choose_device(options.device)
     with Reporter(1).step("probe") as advance:
@@ -43,7 +46,7 @@ def run(options: Options) -> Iterator[str]:
     records = summarise_probe(losses, model)
     about = {"schema": 1, "pairs": pairs_version(), "model": fingerprint(model)}
     write_jsonl(out / "pairs.jsonl", (loss.to_row() for loss in losses))
-    write_json(out / "records.json", {**about, "probe": records})
+    write_json(out / RECORDS, {**about, "probe": records})
     yield from reading_notes(model)
     for record in records:
         yield (

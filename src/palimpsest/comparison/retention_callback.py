@@ -173,7 +173,8 @@ class RetentionCallback(TrainerCallback):  # type: ignore[misc]
         starts = range(0, len(self._texts), size)
         batches = self.batches or [batch_of(self._texts[start : start + size], device) for start in starts]
         with torch.enable_grad():
-            return model_layers(name, estimate_importance(model, batches, (REDUCTION,)), REDUCTION)
+            scores = estimate_importance(model, batches, (REDUCTION,)).keeping(())  # sums, off the model's device
+        return model_layers(name, scores, REDUCTION)
 
 
 class _WithoutAdapter(nn.Module):

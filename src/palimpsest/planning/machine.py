@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palimpsest.files import UserError, free_bytes
+from palimpsest.files import UserError, existing, free_bytes
 from palimpsest.models import embedded
 from palimpsest.rundir import RECIPES, ROOT, cpu_name
 
@@ -154,6 +154,8 @@ def _disk() -> Answer:
 
 
 def _cache(folder: Path, variable: str) -> Answer:
+    if not (there := existing(folder)).is_dir():
+        raise UserError(f"{there} is a file, and a folder belongs there; move it away, or set {variable} to a folder")
     size, whole = folder_bytes(folder)
     free = free_bytes(folder)
     text = (

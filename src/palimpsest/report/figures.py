@@ -10,6 +10,7 @@ from palimpsest.report import charts, curves, glance, heatmaps, trade_off
 from palimpsest.report.across_runs import by_method
 from palimpsest.report.inputs import Inputs, at, read_inputs, trains, tuned_are_scored
 from palimpsest.report.style import Drawing, style, to_png, to_svg
+from palimpsest.rundir import figures_in
 
 FIGURES: dict[str, Callable[[Inputs], Drawing | None]] = {
     "figure1": heatmaps.importance,
@@ -94,7 +95,7 @@ def write_figure(run: Path, name: str) -> list[Path]:
     """Write `run`/figures/`name`.svg and .png and return their paths.
 
     Raises:
-        UserError: there is no such figure, the run has no data for it, or `run` is not a folder.
+        UserError: there is no such figure, the run has no data for it, or `run` or its figures are not a folder.
     """
     inputs = read_inputs(run)
     paths = _write(run, name, inputs)
@@ -109,15 +110,16 @@ def write_figures(run: Path, inputs: Inputs | None = None) -> list[Path]:
     inputs: what `read_inputs` gave for `run`, where that was read already.
 
     Raises:
-        UserError: `run` is not a folder.
+        UserError: `run` or its figures are not a folder.
     """
     inputs = read_inputs(run) if inputs is None else inputs
     return [path for name in FIGURES for path in _write(run, name, inputs)]
 
 
 def _write(run: Path, name: str, inputs: Inputs) -> list[Path]:
+    folder = figures_in(run)
     drawing = draw(name, inputs)
-    svg, png = (run / "figures" / f"{name}.{kind}" for kind in ("svg", "png"))
+    svg, png = (folder / f"{name}.{kind}" for kind in ("svg", "png"))
     if drawing is None:
         svg.unlink(missing_ok=True)  # of an earlier state of the run
         png.unlink(missing_ok=True)

@@ -6,16 +6,18 @@ data → features → base (importance, own text, deactivation, probe, answers) 
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import TYPE_CHECKING
 
 from palimpsest.config import StudyConfig, load_config, require_same_recipe
 from palimpsest.files import locked
-from palimpsest.parallel import is_main, joined, share, wait_for_all
+from palimpsest.parallel import is_main, joined, share, wait_for_all, world_size
 from palimpsest.progress import Reporter
 from palimpsest.records import BASE
 from palimpsest.rundir import STEP_FILE, STUDY
@@ -37,16 +39,41 @@ def run_study(config: StudyConfig, folder: Path, reporter: Reporter | None = Non
     configuration is refused, unless `changed`: then the steps that the change touches run again. Raises UserError for
     bad input, before the long work where it can be known. Several processes (torchrun, accelerate launch) speak,
     encode, train, score and evaluate together; reading the data, the analysis and the report are done by rank 0.
+
+    Stopped by Ctrl-C or SIGTERM it says that it continues, and ends with KeyboardInterrupt or SystemExit(143).
     """
-    with joined(), locked(folder) if is_main() else nullcontext():
+    with joined(), locked(folder) if is_main() else nullcontext(), sigterm_raised():
         if is_main() and not changed:
             require_same_recipe(config, folder / STUDY)
         study = Study(config, folder, reporter)
         try:
             return study.run()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, SystemExit):
             study.ws.reporter.note(f"stopped; the same command continues in {folder}.")
             raise
+
+
+@contextmanager
+def sigterm_raised() -> Iterator[None]:
+    """Within the block SIGTERM raises SystemExit(143), as Ctrl-C raises KeyboardInterrupt; a second one kills.
+
+    Does nothing in a thread, where the program handles SIGTERM itself, and beside other processes: one that waits for
+    another in a collective would not end.
+    """
+    alone = world_size() == 1 and current_thread() is main_thread()
+    if not alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Study:

@@ -34,6 +34,7 @@ from palimpsest.rundir import (
     STUDY,
     TOKENS,
     checkpoint_of,
+    figures_in,
     folder_of,
     samples_of,
 )
@@ -49,6 +50,7 @@ def check(ws: Workspace) -> None:
     from palimpsest.training.methods import require_language_model
     from palimpsest.training.train import require_options
 
+    figures_in(ws.path)
     gated = any(method.gate != "none" for method in ws.config.methods.values())
     require_options(ws.settings, ws.device, sharded=sharded(), gated=gated)
     if ws.config.models.compute == "auto":
