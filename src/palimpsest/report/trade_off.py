@@ -267,6 +267,9 @@ def equal_hearing_table(records: Rows) -> Table:
         value = row["hearing"]
         return EMPTY if value is None else number(value, _writer(row["hearing_measure"])(value))
 
+    def in_common(row: Row) -> Cell:
+        return EMPTY if row["difference"] is None else number(row["overlap"], f"{100 * row['overlap']:.0f} %")
+
     return table(
         "equal_hearing",
         "Text kept at equal hearing",
@@ -276,7 +279,7 @@ def equal_hearing_table(records: Rows) -> Table:
             words("At", "position", lambda name: POSITIONS.get(name, name)),
             cells("Hearing", level),
             *(words("A", "method_a", method_name), words("B", "method_b", method_name)),
-            *(side("a"), side("b"), cells("B − A", difference)),
+            *(side("a"), side("b"), cells("B − A", difference), cells("In common", in_common)),
             *(numbers("p", "p_value", p_value), numbers("p, Holm", "p_holm", p_value)),
             cells("Holm over", lambda row: Cell(holm_over(row), sort=row["n_family"])),
             words("B is", "verdict"),
@@ -285,10 +288,11 @@ def equal_hearing_table(records: Rows) -> Table:
         "The points of a method, joined by straight lines in the order of the value that is varied; its best text "
         "where the line passes the hearing. best both reach: the best hearing that both lines reach; middle of both: "
         "of what both reach. A single method is compared where a line passes its hearing. Paired: the same texts, "
-        "questions and answers drawn for all, 10 000 times; p: twice the share of draws on the rarer side of 0, with "
-        "several training runs a t test with the jackknife over runs. Holm over: the pairs of one text and hearing "
-        "measure at one place. Drift and general text: nats per token, lower is better; T2T: points. Brackets: 95 % "
-        "interval.",
+        "questions and answers drawn for all, 10 000 times. In common: the share of draws in which the two hear the "
+        "same somewhere, of which the interval is. p: twice the share of draws on the rarer side of 0, those without a "
+        "hearing in common on both sides; with several training runs a t test with the jackknife over runs. Holm over: "
+        "the pairs of one text and hearing measure at one place. Drift and general text: nats per token, lower is "
+        "better; T2T: points. Brackets: 95 % interval.",
     )
 
 
