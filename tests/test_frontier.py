@@ -72,6 +72,18 @@ def test_the_hearing_that_two_curves_share() -> None:
     assert all(math.isnan(x[0]) for x in at_equal_hearing(a, apart, 1.0))
 
 
+def test_two_curves_that_end_in_one_model_have_its_text_there_to_the_bit() -> None:
+    """The line is exact at its ends, so that what is the same model does not differ by rounding."""
+    rng = np.random.default_rng(0)
+    a, b, end = np.exp(rng.normal(size=(3, 1000)))
+    for ends in ([a, end], [end, a]):
+        heard = np.tile([1.0, 3.0] if ends[1] is end else [3.0, 1.0], (1000, 1))
+        assert np.array_equal(text_at(heard, np.stack(ends, axis=1), np.full(1000, 3.0)), end)
+    one_end = [(np.tile([0.0, 3.0], (1000, 1)), np.stack([of, end], axis=1)) for of in (a, b)]
+    _, first, second = at_equal_hearing(*one_end, 1.0)
+    assert np.array_equal(first, second)
+
+
 def test_the_frontier_is_what_nothing_dominates() -> None:
     points = [(1.0, 5.0), (2.0, 4.0), (2.0, 3.0), (0.5, 5.0), (2.0, 4.0)]
     assert [dominated(point, points) for point in points] == [False, False, True, True, False]  # ties stay

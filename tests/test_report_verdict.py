@@ -10,6 +10,7 @@ import pytest
 
 from palimpsest.files import write_json
 from palimpsest.intervals import mcnemar_power
+from palimpsest.report.glance import numbers_of
 from palimpsest.report.inputs import read_inputs
 from palimpsest.report.table import fitting, points_fitting
 from palimpsest.report.verdict import headline, of_model, smallest_seen, unseen
@@ -137,6 +138,22 @@ def test_several_models_are_one_sentence_with_the_losses_first(tmp_path: Path) -
         "nats a token on text of the base: largest in Full-FT, 0.50 (0.45 to 0.55), smallest in LoRA, 0.100 (0.090 to "
         "0.110)."
     )
+
+
+def test_what_is_the_base_by_construction_leaves_nothing_open(tmp_path: Path) -> None:
+    """A gated LoRA answers typed questions with the base itself: no room for a loss of some points."""
+    same = {"only_a": 0, "only_b": 0, "ci_low": 0.0, "ci_high": 0.0, "left_out": "equal by construction"}
+    tables = _answered(0.0, 1.0, "gated", **same)
+    assert of_model(_run(tmp_path, **tables), "gated") == (
+        "gated lost no text, by construction; facts is answered by the base itself."
+    )
+    tables["qa"].append(accuracy_row("full", "facts", "text", 120))
+    tables["comparisons"].append(comparison_row("facts", "base", "full", -0.2, 0.001))
+    said = headline(_run(tmp_path, **tables))
+    assert said == "Full-FT lost text: −20 points (−25 to −15) in facts; gated lost no text, by construction."
+    assert unseen(tables["comparisons"][0]) == ("by construction both answer questions as one model", 0.0)
+    (number, *_) = numbers_of(_run(tmp_path, **_answered(0.0, 1.0, "gated", **same)))
+    assert (number.value, number.spread) == ("0", "the base itself answers them")
 
 
 def test_twenty_models_are_counted(tmp_path: Path) -> None:

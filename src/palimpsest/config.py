@@ -33,7 +33,7 @@ from palimpsest.models.token_settings import SpeechInput, Tokens
 from palimpsest.options import checked, nearest
 from palimpsest.records import BASE, SCOPES, Modality, Scope, method_of, run_name
 from palimpsest.rundir import RECIPES
-from palimpsest.training.methods import WIDE, Method
+from palimpsest.training.methods import WIDE, WITHOUT_RANK, Method
 from palimpsest.training.settings import Settings
 
 
@@ -224,7 +224,7 @@ class StudyConfig(BaseModel):
                 {name: method} if not isinstance(method, Mapping) or "over" not in method else _points(name, method)
             )
             if again := next((point for point in points if point in methods), None):
-                raise ValueError(f"{name}.over makes a method {again!r}, and there is one of that name; rename one")
+                raise ValueError(f"over makes a method {again!r}, and there is another of that name; rename one")
             methods |= points
         return methods
 
@@ -276,8 +276,19 @@ class StudyConfig(BaseModel):
                 raise ValueError(
                     f"the method name {name!r} is that of a training run of {method_of(name)[0]!r}; choose another"
                 )
-        if "importance" not in self.seeds_measure and {"clustering", "deactivation"} & set(self.seeds_measure):
-            raise ValueError("seeds_measure names clustering or deactivation, which need importance; add importance")
+            if method.curve == BASE:
+                raise ValueError(f"methods.{name}.curve is {BASE!r}, which is the base's own place; choose another")
+            if method.curve is not None:
+                _require_name("curve", method.curve)
+                alone = self.methods.get(method.curve)
+                if alone is not None and alone.curve is None:
+                    raise ValueError(
+                        f"methods.{name}.curve is {method.curve!r}, the name of a method that is on no curve; give it "
+                        f"curve: {method.curve} too, or choose another name"
+                    )
+        for key, measured in (("seeds_measure", self.seeds_measure), ("frontier.measure", self.frontier.measure)):
+            if "importance" not in measured and {"clustering", "deactivation"} & set(measured):
+                raise ValueError(f"{key} names clustering or deactivation, which need importance; add importance")
         adapters = {name: method for name, method in self.methods.items() if method.kind in ("lora", "peft")}
         merged = (name for name, method in adapters.items() if method.gate == "none")
         lora = next(merged, None)
@@ -444,8 +455,10 @@ def _points(name: str, method: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     key, values = next(iter(over.items()))
     if not isinstance(values, list) or len(values) < 2:
         raise ValueError(f"{name}.over.{key} must be a list of two or more values")
-    if "curve" in rest:
+    if "curve" in rest or key == "curve":
         raise ValueError(f"{name} has both over and curve; over names the curve after the method, so remove curve")
+    if key == "rank" and rest.get("kind") in WITHOUT_RANK:  # else the same training several times
+        raise ValueError(f"{name}.over.rank: kind {rest['kind']} does not use it")
     outer, _, inner = str(key).partition(".")
     if outer in rest and not (inner and isinstance(rest[outer], Mapping) and inner not in rest[outer]):
         raise ValueError(f"{name}.{key} stands both in over and beside it; remove one")
@@ -454,7 +467,7 @@ def _points(name: str, method: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         part = {inner: value, **rest.get(outer, {})} if inner else value
         points[f"{name}-{_in_a_name(value)}"] = {**rest, outer: part, "curve": name}
     if len(points) < len(values):
-        raise ValueError(f"{name}.over.{key} names a value twice: {values}")
+        raise ValueError(f"{name}.over.{key} names a value twice, or two that are the same in a name: {values}")
     return points
 
 

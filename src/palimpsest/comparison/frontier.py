@@ -308,7 +308,7 @@ def text_at(hearing: Array, text: Array, level: Array) -> Array:
         start, end = hearing[:, i], hearing[:, i + 1]
         flat = start == end
         share = (level - start) / np.where(flat, 1.0, end - start)
-        on_line = text[:, i] + share * (text[:, i + 1] - text[:, i])
+        on_line = (1 - share) * text[:, i] + share * text[:, i + 1]  # exact at both ends
         value = np.where(flat, np.maximum(text[:, i], text[:, i + 1]), on_line)
         passed = (np.minimum(start, end) <= level) & (level <= np.maximum(start, end))
         best = np.fmax(best, np.where(passed, value, np.nan))
@@ -356,7 +356,7 @@ def _pair(
 
     def difference(without_a: int | None = None, without_b: int | None = None) -> float:
         _, first, second = at_equal_hearing(plane.points(of_a, without_a), plane.points(of_b, without_b), share)
-        return float(text.sign * (second - first)[0])
+        return float(text.sign * (second - first)[0]) + 0.0  # no −0
 
     (level,), (text_a,), (text_b,) = at_equal_hearing(plane.points(of_a), plane.points(of_b), share)
     _, drawn_a, drawn_b = at_equal_hearing(plane.draws(of_a), plane.draws(of_b), share)

@@ -36,6 +36,7 @@ from palimpsest.report.verdict import (
     accuracies,
     drift_of,
     headline,
+    is_same,
     models_of,
     nothing_changed,
     of_base,
@@ -136,7 +137,9 @@ def _typed(inputs: Inputs, model: str) -> Iterator[Number]:
     for row in sorted(pairs, key=lambda row: row["difference"]):
         title = f"{method_name(model)} − base, typed questions ({task_name(row['task'])})"
         base = of_base(rows, row["task"])
-        if base is not None and base["accuracy"] == 0 and row["difference"] == 0:
+        if is_same(row):
+            yield Number(title, "0", "points", "the base itself answers them")
+        elif base is not None and base["accuracy"] == 0 and row["difference"] == 0:
             yield Number(title, "0", "points", f"the base answers 0 of {row['n']}: nothing to lose")
         elif nothing_changed(row):
             room = f"up to {significant(300 / row['n'], 2)} points may be lost" if row["n"] > 3 else "too few to tell"

@@ -20,7 +20,17 @@ POWER = 0.8
 ALL = "all"  # kinds of pairs of the probe, classes of tokens
 FAR = 0.1  # nats a token: from here on answers that stayed right are no verdict by themselves
 ROUNDING = 1e-6  # nats a token: of float32 logits
-KINDS = ("lost", "both", "gained", "level", "far", "nothing", "unasked")  # what is said of a model among several
+KINDS = (
+    "lost",
+    "both",
+    "gained",
+    "level",
+    "far",
+    "nothing",
+    "same",
+    "unasked",
+)  # what is said of a model among several
+EQUAL = "equal by construction"  # left_out of a comparison: a gate, or a scale of 0, leaves typed questions to the base
 MOST_NAMES = 4  # of models in a sentence
 
 
@@ -91,6 +101,8 @@ def smallest_seen(row: Mapping[str, Any]) -> float | None:
 def unseen(row: Mapping[str, Any], questions: str = "questions") -> tuple[str, float]:
     """(what a comparison that shows no difference leaves open, the loss that it has room for; infinite: any)."""
     n = row["n"]
+    if is_same(row):
+        return f"by construction both answer {questions} as one model", 0.0
     if nothing_changed(row) and n > 3:
         # The rule of three: of a share above 3/n, n questions show none with a probability below 5 %.
         return f"no answer to {n} {questions} changed, which leaves room for a loss of up to {_points(3 / n)}", 3 / n
@@ -99,6 +111,11 @@ def unseen(row: Mapping[str, Any], questions: str = "questions") -> tuple[str, f
     if seen is None:
         return f"{n} {questions} cannot tell any loss from none", math.inf
     return f"{n} {questions} cannot tell a loss of less than {_points(seen)} from none", seen
+
+
+def is_same(row: Mapping[str, Any]) -> bool:
+    """Whether both sides are the same model on this text, by construction: then it is known that nothing was lost."""
+    return row.get("left_out") == EQUAL
 
 
 def nothing_changed(row: Mapping[str, Any]) -> bool:
@@ -126,6 +143,7 @@ class Sign:
     left_open: str  # of 0: what could not have been seen,
     room: float = 0.0  # and the loss that there is room for
     nothing: bool = False  # nothing could be lost: the base has no right answer
+    same: bool = False  # nothing was lost: the model is the base on this text, by construction
 
 
 @dataclass(frozen=True)
@@ -165,6 +183,9 @@ def _of_answers(inputs: Inputs, model: str) -> Iterator[Sign]:
         row, base = paired(inputs, task, "base", model), of_base(rows, task)
         if row is None:
             continue
+        if is_same(row):
+            yield Sign(task, 0, "", 0.0, f"{task_name(task)} is answered by the base itself", same=True)
+            continue
         sign = _sign(row)
         said = "" if nothing_changed(row) else f"{_between(row, points_fitting, ' points')} in {task_name(task)}"
         if sign == 0 and base is not None and base["accuracy"] == 0:
@@ -176,6 +197,9 @@ def _of_answers(inputs: Inputs, model: str) -> Iterator[Sign]:
 
 def _of_general_text(inputs: Inputs, model: str) -> Iterator[Sign]:
     for row in having(inputs.results["general_text_comparisons"], method=model):
+        if is_same(row):
+            yield Sign("general text", 0, "", 0.0, "general text is read by the base itself", same=True)
+            continue
         sign = -_sign(row)
         said = f"{_between(row, fitting, ' nats a byte')} on general text"
         room = max(0.0, row["ci_high"])
@@ -187,6 +211,9 @@ def _of_general_text(inputs: Inputs, model: str) -> Iterator[Sign]:
 
 def _of_probe(inputs: Inputs, model: str) -> Iterator[Sign]:
     for row in having(inputs.results["probe_comparisons"], method=model, kind=ALL):
+        if is_same(row):
+            yield Sign("probe", 0, "", 0.0, "the probe is of the base itself", same=True)
+            continue
         sign = _sign(row)
         said = f"{_between(row, points_fitting, ' points')} in the probe"
         room = max(0.0, -row["ci_low"])
@@ -226,6 +253,8 @@ def of_model(inputs: Inputs, model: str) -> str:
         parts = [f"{name} lost text by one measure and gained by another: {_joined([*lost, *gained])}"]
     elif lost or gained:
         parts = [f"{name} {'lost' if lost else 'gained'} text: {_joined(lost or gained)}"]
+    elif all(it.same for it in level):
+        parts = [f"{name} lost no text, by construction"]
     elif all(it.nothing for it in level):
         parts = [f"{name}: whether text was lost is not known"]
     else:
@@ -307,6 +336,8 @@ def headline(inputs: Inputs) -> str:
     if kinds["level"]:
         opened = _left_open([it for model in kinds["level"] for it in _of(found[model], 0)])
         parts.append(f"no loss of text is shown for {_names(kinds['level'], models)}, but {'; '.join(opened)}")
+    if kinds["same"]:
+        parts.append(f"{_names(kinds['same'], models)} lost no text, by construction")
     if kinds["nothing"]:
         why = found[kinds["nothing"][0]][0].left_open
         parts.append(f"whether {_names(kinds['nothing'], models)} lost text is not known: {why}")
@@ -323,6 +354,8 @@ def _kind(found: Sequence[Sign]) -> str:
         return "both" if lost and gained else "lost" if lost else "gained"
     if not found:
         return "unasked"
+    if all(it.same for it in found):
+        return "same"
     return "nothing" if all(it.nothing for it in found) else "level"
 
 

@@ -150,7 +150,9 @@ class Method:
         if self.distill is not None and self.distill.text and self.replay is None:
             raise ValueError("distill.text is the weight on replayed text; add replay, or remove it")
         if self.distill is not None and self.distill.speech and self.modality == "text":
-            raise ValueError("distill.speech needs spoken questions; with modality text use distill.text with replay")
+            raise ValueError(
+                "distill.speech needs spoken questions; with modality text set it to 0 and use distill.text with replay"
+            )
         if self.distill is not None and (self.peft or {}).get("bias", "none") != "none":
             raise ValueError("peft.bias trains biases of the base, which is then not there to distil from; remove one")
         if self.gate == "speech":

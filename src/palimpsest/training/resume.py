@@ -50,7 +50,8 @@ def describe_run(
 ) -> dict[str, Any]:
     """Everything the weights depend on besides the model they start from, as JSON."""
     described = {
-        "method": asdict(method),
+        # Which curve it is a point of changes no weight, and what it learns to say stands in the examples.
+        "method": {**asdict(method), "curve": None, "answers": None},
         "settings": asdict(settings),
         "scales": None if scales is None else {str(layer): scale for layer, scale in scales.items()},
         "n_examples": len(examples),

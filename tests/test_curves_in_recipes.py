@@ -1,0 +1,60 @@
+"""Curves in a recipe: what `over` and `curve` make, and what is refused because it would do nothing or mislead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from palimpsest.config import parse_config
+from palimpsest.files import UserError
+
+FULL = {"kind": "full", "learning_rate": 1e-3}
+OVER = {"kind": "full", "over": {"learning_rate": [1e-2, 1e-3]}}
+
+
+def curves(methods: dict[str, Any], **changes: Any) -> dict[str, str | None]:
+    split = {"source": "facts", "split": "train"}
+    recipe = {
+        "name": "curves",
+        "models": {"language_model": "llm", "encoder": "whisper"},
+        "data": {"train": split, "heldout_examples": 2},
+        "methods": methods,
+        "evaluation": {"tasks": [{"name": "facts", **split}]},
+        **changes,
+    }
+    return {name: method.curve for name, method in parse_config(recipe, "R").methods.items()}
+
+
+def test_a_single_method_may_stand_on_a_curve_of_its_own_or_of_others() -> None:
+    points = {"full-0_01": "full", "full-1e-3": "full"}
+    assert curves({"full": OVER, "full-2": {**FULL, "curve": "full"}}) == {**points, "full-2": "full"}
+    assert curves({"full": OVER, "pull": {**FULL, "curve": "pull"}}) == {**points, "pull": "pull"}
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        ({"full": OVER, "full-0_01": FULL}, "over makes a method 'full-0_01', and there is another of that name"),
+        ({"full-0_01": FULL, "full": OVER}, "over makes a method 'full-0_01', and there is another of that name"),
+        ({"full": {"kind": "full", "over": {"curve": ["a", "b"]}}}, "full has both over and curve"),
+        ({"full": {"kind": "full", "over": {"rank": [4, 8]}}}, "full.over.rank.*kind full does not use it"),
+        ({"full": {**FULL, "curve": "base"}}, "methods.full.curve is 'base', which is the base's own place"),
+        ({"full": {**FULL, "curve": "a b"}}, "the curve name 'a b' must be letters"),
+        ({"full": FULL, "slow": {**FULL, "curve": "full"}}, "'full', the name of a method that is on no curve"),
+        (
+            {"full": {"kind": "full", "over": {"learning_rate": [1.00000001e-4, 1.00000002e-4]}}},
+            "two that are the same in a name",
+        ),
+    ],
+)
+def test_what_would_join_or_repeat_models_is_refused(methods: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        curves(methods)
+
+
+@pytest.mark.parametrize("what", ["deactivation", "clustering"])
+def test_points_are_not_measured_by_what_needs_their_importance_without_it(what: str) -> None:
+    with pytest.raises(UserError, match=r"frontier\.measure .* need importance"):
+        curves({"full": OVER}, frontier={"measure": ["drift", what]})
+    curves({"full": OVER}, frontier={"measure": ["importance", what]})
