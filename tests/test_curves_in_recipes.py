@@ -39,6 +39,10 @@ def test_a_single_method_may_stand_on_a_curve_of_its_own_or_of_others() -> None:
         ({"full-0_01": FULL, "full": OVER}, "over makes a method 'full-0_01', and there is another of that name"),
         ({"full": {"kind": "full", "over": {"curve": ["a", "b"]}}}, "full has both over and curve"),
         ({"full": {"kind": "full", "over": {"rank": [4, 8]}}}, "full.over.rank.*kind full does not use it"),
+        (
+            {"full": OVER, "half": {"kind": "blend", "of": "full", "scale": 0.5}},
+            r"point of it \(full-0_01, full",
+        ),
         ({"full": {**FULL, "curve": "base"}}, "methods.full.curve is 'base', which is the base's own place"),
         ({"full": {**FULL, "curve": "a b"}}, "the curve name 'a b' must be letters"),
         ({"full": FULL, "slow": {**FULL, "curve": "full"}}, "'full', the name of a method that is on no curve"),

@@ -72,6 +72,16 @@ def test_the_hearing_that_two_curves_share() -> None:
     assert all(math.isnan(x[0]) for x in at_equal_hearing(a, apart, 1.0))
 
 
+@pytest.mark.parametrize("end", [1.0, 2.0])
+@pytest.mark.parametrize("off", [-5e-7, 0.0, 5e-7])
+def test_rounding_does_not_make_two_of_one_training_incomparable(end: float, off: float) -> None:
+    """A gated LoRA hears as the merged one at the end of a curve does, up to rounding: on either side of it."""
+    curve, gated = (one(1, 2), one(-1, -3)), (one(end + off), one(0))
+    level, kept, own = (float(x[0]) for x in at_equal_hearing(curve, gated, 1.0))
+    assert (level, kept, own) == (pytest.approx(end), pytest.approx(-1 if end == 1 else -3, abs=1e-5), 0)
+    assert math.isnan(at_equal_hearing(curve, (one(2.001), one(0)), 1.0)[0][0])
+
+
 def test_two_curves_that_end_in_one_model_have_its_text_there_to_the_bit() -> None:
     """The line is exact at its ends, so that what is the same model does not differ by rounding."""
     rng = np.random.default_rng(0)

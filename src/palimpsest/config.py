@@ -263,6 +263,11 @@ class StudyConfig(BaseModel):
         for position, (name, method) in enumerate(self.methods.items()):
             for other in (method.of, method.norm_of):
                 if other is not None and other not in [*self.methods][:position]:
+                    points = [point for point, of in self.methods.items() if of.curve == other]
+                    if points and other not in self.methods:
+                        raise ValueError(
+                            f"methods.{name} is of {other}, which is a curve; name a point of it ({', '.join(points)})"
+                        )
                     raise ValueError(f"methods.{name} needs the method {other!r} in front of it; add it, or move it")
                 kinds = ("blend", "adaptor")
                 if other is not None and (self.methods[other].kind in kinds or self.gated(other)):

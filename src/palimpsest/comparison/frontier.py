@@ -60,6 +60,7 @@ Array = NDArray[np.float64]
 DRAWS = 10_000  # of the bootstrap: the smallest p is 2 / DRAWS, so that Holm over 200 pairs can still be below 0.05
 NO_COMMON, NOT_COMPARABLE = "no hearing in common", "not comparable"
 HIGHER, LOWER = "higher", "lower"
+ROUNDING = 1e-5  # nats per token: a LoRA behind a gate and the same one merged hear alike, but for float32
 POSITIONS = {"best": 1.0, "middle": 0.5}  # of what both curves reach, from its worst (0) to its best hearing (1)
 DRIFT, GENERAL_TEXT, T2T, SPEECH_LOSS, S2T = "drift", "general_text", "t2t", "speech_loss", "s2t"
 
@@ -297,10 +298,12 @@ def _value(
 # Text at equal hearing
 # ---------------------------------------------------------------------------------------------------------------------
 def text_at(hearing: Array, text: Array, level: Array) -> Array:
-    """The best text of each curve at its level; NaN where it does not pass it.
+    """The best text of each curve at its level; NaN where it does not pass it, by more than rounding.
 
     hearing, text: (curves, points), points in the curve's order, more of either being better; level: (curves,).
     """
+    inside = np.clip(level, hearing.min(axis=1), hearing.max(axis=1))
+    level = np.where(np.abs(level - inside) <= ROUNDING, inside, level)
     if hearing.shape[1] == 1:
         return np.where(hearing[:, 0] == level, text[:, 0], np.nan)
     best = np.full(len(level), np.nan)
@@ -323,7 +326,7 @@ def at_equal_hearing(a: tuple[Array, Array], b: tuple[Array, Array], position: f
     worst = np.maximum(a[0].min(axis=1), b[0].min(axis=1))
     best = np.minimum(a[0].max(axis=1), b[0].max(axis=1))
     level = best if position == 1 else worst + position * (best - worst)
-    level = np.where(worst <= best, level, np.nan)
+    level = np.where(worst <= best + ROUNDING, level, np.nan)
     return level, text_at(*a, level), text_at(*b, level)
 
 
