@@ -212,6 +212,26 @@ def test_the_name_of_the_user_inside_another_and_of_files(tmp_path: Path, monkey
     ]
 
 
+def test_names_that_are_not_looked_for_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(getpass, "getuser", lambda: "alice")
+    monkeypatch.setattr("platform.node", lambda: "vm")
+    monkeypatch.setattr(Path, "home", lambda: Path("/root"))
+    source = make_run(tmp_path / "run", without={"maps", "samples", "clustering", "delta"})
+    said = list(run(Options([source], out=tmp_path / "out")))[-2:]
+    assert said == [
+        "  No path of this machine, and not alice, in the files' names, and in those of them that are text.",
+        "  Not looked for, being too short or too common: root, vm.",
+    ]
+
+
+def test_a_user_without_a_name_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that runs under a number."""
+    monkeypatch.setattr(getpass, "getuser", Mock(side_effect=KeyError("getpwuid(): uid not found: 1234")))
+    monkeypatch.setattr("platform.node", lambda: "tower")
+    monkeypatch.setattr(Path, "home", lambda: Path("/"))
+    assert published.names_here() == (["tower"], [])
+
+
 def test_runs_get_a_folder_each(tmp_path: Path) -> None:
     assert published._folder_names(["a b", "a_b", "+++", "index.html"]) == ["a_b", "a_b-2", "run", "index.html-run"]
 

@@ -132,7 +132,7 @@ def test_keeps_tells_better_from_alike(tmp_path: Path) -> None:
 
 def test_the_noise_floor_is_said_to_be_of_other_questions(tmp_path: Path) -> None:
     point = points_of(read_inputs(make_run(tmp_path)))[WHERE]
-    said = "between these questions and others (13 batches of them, 20 of these)."
+    said = "between these questions and others (20 batches of these, 13 of the others)."
     assert [said in detail for detail in point.findings[0].details] == [True] * 3
 
 

@@ -275,7 +275,10 @@ def test_claims_that_do_not_apply_stand_apart_and_say_why() -> None:
     decided, left = tables.claims(rows, ["base", "full", "mine"])
     assert [row[0].text for row in decided.rows] == ["1", "5"]
     assert [row[0].text for row in left.rows] == ["4"]
-    assert left.title == "1 of 3 claims does not apply to this run: it has no Layer-LR and no LoRA"
+    assert (
+        left.title
+        == "1 of 3 claims does not apply to this run: it has no Layer-LR and no LoRA; the notes say what each needs"
+    )
 
 
 def test_timings_add_up() -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Pages and records of runs as a folder without weights or anything of the machine; sends nothing by itself.
+    """Pages and records of runs as a folder without weights or paths of the machine; sends nothing by itself.
 
     Example: palimpsest publish runs/demo --out runs/demo-public --to me/palimpsest-demo --push
     """
@@ -61,7 +61,11 @@ def run(options: Options) -> Iterator[str]:
     for leak in found:
         yield f"  look at {leak.file}: it says {leak.what!r}"
     if not found:
-        yield "  No path of this machine, and not its name or yours, in their names and in those that are text."
+        known, common = publish.names_here()
+        names = f", and not {' or '.join(known)}," if known else ""
+        yield f"  No path of this machine{names} in the files' names, and in those of them that are text."
+        if common:
+            yield f"  Not looked for, being too short or too common: {', '.join(common)}."
     if options.to is None:
         return
     if options.push:

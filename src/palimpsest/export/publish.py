@@ -1,4 +1,4 @@
-"""A run, or several, as a folder that can be passed on: pages, records, figures, and nothing of the machine.
+"""A run, or several, as a folder that can be passed on: pages, records, figures, and no path or name of the machine.
 
     README.md                    what it is; front matter of a dataset card, or of a static Space
     index.html                   the report; of several runs the page that sets them side by side
@@ -19,6 +19,7 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -187,8 +188,7 @@ def _card(runs: Mapping[str, Inputs], kind: Kind, samples: bool) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 def leaks(folder: Path) -> Iterator[Leak]:
     """Absolute paths, and the names of the user, the home folder and the machine, in the files that are text."""
-    names = {getpass.getuser(), Path.home().name, platform.node()}
-    known = [name for name in names if len(name) >= COMMON and name not in ("root", "localhost")]
+    known, _ = names_here()
     letters = "A-Za-z0-9"  # ada in full_ada, not in canada
     words = re.compile("|".join(rf"(?<![{letters}]){re.escape(it)}(?![{letters}])" for it in known) or r"(?!)", re.I)
     for file in files_in(folder):
@@ -200,6 +200,15 @@ def leaks(folder: Path) -> Iterator[Leak]:
             found = [*PATH.finditer(text), *words.finditer(text)]
             for what in dict.fromkeys(match[0] for match in found):
                 yield Leak(file.relative_to(folder), what)
+
+
+def names_here() -> tuple[list[str], list[str]]:
+    """The names of the user, the home folder and the machine: those that are looked for, and those too common."""
+    names = {Path.home().name, platform.node()} - {""}
+    with suppress(KeyError, OSError):  # a container may run as a user without a name
+        names.add(getpass.getuser())
+    known = [name for name in sorted(names) if len(name) >= COMMON and name not in ("root", "localhost")]
+    return known, [name for name in sorted(names) if name not in known]
 
 
 def files_in(folder: Path) -> list[Path]:

@@ -355,7 +355,7 @@ def _floor(row: ShiftRecord) -> str:
     here, there = row.get("n_batches"), row.get("n_batches_other")
     if here is not None and there is None:
         return "the even and the odd half of these questions"
-    unlike = f" ({there} batches of them, {here} of these)" if here != there else ""
+    unlike = f" ({here} batches of these, {there} of the others)" if here != there else ""
     return f"these questions and others{unlike}"
 
 

@@ -574,7 +574,7 @@ def claims(records: Rows, models: Sequence[str] = ()) -> tuple[Table, Table]:
     left = [row for row in rows if row["verdict"] == "undecided" and row["value"] is None]
     does = "does" if len(left) == 1 else "do"
     lacking = [method_name(method) for method in METHOD_ORDER if method not in models]
-    why = f"it has no {' and no '.join(lacking)}" if lacking else "their notes say what they need"
+    why = f"it has no {' and no '.join(lacking)}; " * bool(lacking) + "the notes say what each needs"
     return (
         table(
             "claims",
