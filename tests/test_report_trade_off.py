@@ -77,6 +77,19 @@ def test_the_figure_draws_better_up_and_right_and_rings_the_frontier(tmp_path: P
     assert not any("Base" in tip for tip in drawing.tips.values())  # it was not asked in speech: its line alone
 
 
+def test_lines_are_straight_in_nats_where_the_scale_is_logarithmic(tmp_path: Path) -> None:
+    """As curves are compared: a method that the table calls better must not lie below the drawn line."""
+    rows = [frontier_row("a-1", "a", 1.0, 0.01, 3.0, True), frontier_row("a-2", "a", 2.0, 1.01, 1.0, True)]
+    drawing = draw("frontier", inputs_of(tmp_path, frontier=rows))
+    assert drawing is not None
+    (axis,) = drawing.figure.axes
+    assert axis.get_yscale() == "symlog"
+    (line,) = (line for line in axis.lines if len(line.get_xdata()) > 2)
+    drawn = dict(zip(map(float, line.get_xdata()), map(float, line.get_ydata()), strict=True))
+    assert (drawn[3.0], drawn[1.0]) == (0.01, 1.01)
+    assert drawn[2.0] == pytest.approx(0.51)
+
+
 def test_twenty_curves_have_twenty_looks_and_a_wide_range_has_room(tmp_path: Path) -> None:
     rows = [
         frontier_row(f"m{i:02}-{j}", f"m{i:02}", float(j), 0.001 * 3**j * (1 + i / 20), 2 - 0.1 * j - i / 50, i == 3)

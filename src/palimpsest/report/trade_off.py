@@ -44,6 +44,7 @@ from palimpsest.report.table import (
 LEVEL = 0.05
 PANEL_HEIGHT = 2.2  # inches
 MOST_COLUMNS = 3  # panels beside each other
+STEPS = 24  # of the line between two points
 WIDE_RANGE = 20  # drifts that differ by more are shown on a scale that is logarithmic above the smallest
 TEXT = {"drift": "Drift", "general_text": "General text", "t2t": "T2T"}
 HEARING = {"speech_loss": "Speech loss", "s2t": "S2T"}
@@ -141,7 +142,7 @@ def panel(drawing: Drawing, axis: Axes, of: dict[str, Any], curves: Sequence[str
         mark = look(curve, methods)
         xs = [scale_x * (row["hearing"] or 0.0) for row in on]
         ys = [scale_y * row["text"] for row in on]
-        axis.plot(xs, ys, color=mark.color, linestyle=mark.line, linewidth=1.1)
+        axis.plot(*_line(xs, ys), color=mark.color, linestyle=mark.line, linewidth=1.1)
         for row, x, y in zip(on, xs, ys, strict=True):
             across = [scale_x * (row["hearing_ci_low"] or 0.0), scale_x * (row["hearing_ci_high"] or 0.0)]
             upright = [scale_y * row["text_ci_low"], scale_y * row["text_ci_high"]]
@@ -163,6 +164,17 @@ def panel(drawing: Drawing, axis: Axes, of: dict[str, Any], curves: Sequence[str
         axis.invert_xaxis()
     if rows[0]["text_better"] == "lower":
         axis.invert_yaxis()
+
+
+def _line(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
+    """What joins the points, in small steps: straight in the values, as curves are compared, on any scale."""
+    shares = [0.0] if len(xs) == 1 else [i / STEPS for i in range(STEPS * (len(xs) - 1) + 1)]
+    line: tuple[list[float], list[float]] = [], []
+    for share in shares:
+        i = min(int(share), max(0, len(xs) - 2))
+        for on, of in zip(line, (xs, ys), strict=True):
+            on.append(of[0] if len(of) == 1 else (1 - (share - i)) * of[i] + (share - i) * of[i + 1])
+    return line
 
 
 def _wide_range(axis: Axes, values: Sequence[float], top: float) -> None:
