@@ -170,13 +170,13 @@ def _gives(
     full = torch.zeros(*places.shape, hidden.shape[1], dtype=hidden.dtype, device=places.device)
     full[places] = hidden.to(places.device)
     own = layers.__dict__.get("forward")  # accelerate may have set one
-    layers.forward = lambda *_args, **_inputs: output(last_hidden_state=full)  # type: ignore[method-assign]
+    layers.forward = lambda *_args, **_inputs: output(last_hidden_state=full)
     try:
         yield
     finally:
         layers.__dict__.pop("forward")
         if own is not None:
-            layers.forward = own  # type: ignore[method-assign]
+            layers.forward = own
 
 
 def batch_of(texts: Sequence[OwnText], device: torch.device | str) -> dict[str, Any]:
