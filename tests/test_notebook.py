@@ -120,7 +120,12 @@ def test_run_on_a_pair_of_which_one_layer_was_multiplied(
     assert shift["jensen_shannon"]["noise_floor"] > 0
     assert shift["jensen_shannon"]["ci_low"] is not None  # enough batches for an interval
     assert {row["text"] for row in names["drift"]} == {"plain", "chat"}
-    assert all(row["kl"] > 0 for row in names["drift"] if row["tokens"] == "all")
+    # KL from the base to the tuned model at every token of the first text, by hand.
+    text, drift = names["texts"][0], names["drifts"][0]
+    ids, at = torch.tensor([[*text.prompt_ids, *text.ids]]), slice(len(text.prompt_ids) - 1, -1)
+    with torch.no_grad():
+        log_p, log_q = (names[it](ids).logits[0, at].double().log_softmax(-1) for it in ("base", "tuned"))
+    assert drift.kl == pytest.approx((log_p.exp() * (log_p - log_q)).sum(-1).tolist(), rel=1e-4)
     left, middle_axes, right = names["figure"].axes
     assert [list(line.get_ydata()) for line in left.lines] == [list(100 * share) for share in shares.values()]
     assert [bar.get_height() for bar in middle_axes.patches] == names["change"]
