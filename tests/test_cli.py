@@ -64,7 +64,9 @@ def test_beside_each_command_stands_its_whole_first_sentence(group: str) -> None
     listed = re.split(r"\n  (?=\S)", result.output.split("Commands:")[1].rstrip())[1:]
     said = {name: " ".join(about.split()) for name, _, about in (entry.partition(" ") for entry in listed)}
     assert {name.removeprefix(f"{group} ") for name in COMMANDS if (" " in name) == bool(group)} <= set(said)
-    assert [about for about in said.values() if about[-1] not in ".?" or about.count("(") != about.count(")")] == []
+    assert [
+        it for it in said.values() if it.endswith("...") or it[-1] not in ".?" or it.count("(") != it.count(")")
+    ] == []
     if not group:
         ranks = "Ablate a stratified sample of weights exactly (Eq. 1) and say how well each reduction ranks them."
         assert said["validate-importance"] == ranks
