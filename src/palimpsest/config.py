@@ -332,6 +332,12 @@ class StudyConfig(BaseModel):
         return tokens.frames if tokens is not None and self.speech_of(run) == "tokens" else self.speech.stack_factor
 
     @property
+    def collapses(self) -> bool:
+        """Whether a method leaves out repeated speech tokens."""
+        tokens = self.speech.tokens
+        return tokens is not None and tokens.collapse and any(it.speech == "tokens" for it in self.methods.values())
+
+    @property
     def speech_reads(self) -> float:
         """How often training reads each of its recordings: all epochs and phases of every run that takes speech."""
         training = self.training

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from palimpsest.files import UserError, replacing
-from palimpsest.models.token_settings import Tokens
+from palimpsest.models.token_settings import WITHOUT_CODEC, Tokens
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,10 +88,7 @@ class Codes(nn.Module):
 
     def ids(self, frames: Float[Tensor, "speech time 2"]) -> Int[Tensor, "speech time"]:
         if frames.shape[-1] != 2:
-            raise UserError(
-                "This model reads the tokens of a codec, which is no part of it, so it cannot be given recordings; ask "
-                "it in a study, which has their tokens."
-            )
+            raise UserError(f"This model {WITHOUT_CODEC}; ask it in the study that trained it, which has their tokens.")
         return (frames[..., 0].long() * 256 + frames[..., 1].long()).clamp_max(self.k - 1)
 
 
@@ -176,6 +173,14 @@ class SpeechTokenizer:
         made = Quantiser(self.k, self.tensors["centroids"].shape[1], self.pool)
         made.load_state_dict(dict(self.tensors))
         return made
+
+
+def as_value(quantiser: Quantiser | Codes) -> SpeechTokenizer:
+    """The tokenizer that a quantiser was made of."""
+    if isinstance(quantiser, Codes):
+        return SpeechTokenizer(quantiser.pool, {}, codes=quantiser.k)
+    tensors = {name: quantiser.get_buffer(name).detach().float().cpu() for name in TENSORS}
+    return SpeechTokenizer(quantiser.pool, tensors, {"kind": "kmeans", "k": quantiser.k})
 
 
 def stored_tokenizer(adaptor: Mapping[str, Tensor], pool: int) -> SpeechTokenizer | None:

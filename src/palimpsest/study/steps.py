@@ -65,10 +65,9 @@ def check(ws: Workspace) -> None:
             if (name := getattr(models, role)) is not None:
                 require_loadable(role, name)  # converts an embedded model on its first use
             advance(i + 1, len(ROLES))
-    read = ws.config.speech.tokens
-    collapse = read is not None and read.collapse
     trained = [it for it in ws.config.methods.values() if it.trains]
-    require_language_model(models.language_model, trained, collapse=collapse)
+    require_language_model(models.language_model, trained, collapse=ws.config.collapses)
+    read = ws.config.speech.tokens
     if read is not None and read.codec is not None:
         from palimpsest.models.codecs import load_codec
 
@@ -177,9 +176,15 @@ def features(ws: Workspace) -> None:
             before += len(group)
 
     ws.step("features", features, inputs, write, together=True)
+    if not ws.reads_codec:
+        _require_budget(ws)
+
+
+def _require_budget(ws: Workspace) -> None:
+    """Of the data's own answers: an example above it is an error now, not after hours of other steps."""
     taught = [ws.config.answers_of(method) for method in ws.config.methods.values() if method.trains]
     if ws.settings.max_tokens is not None and "gold" in taught:
-        ws.require_budget(ws.groups["train"])  # an example above it is an error now, not after hours of other steps
+        ws.require_budget(ws.groups["train"])
 
 
 def tokens(ws: Workspace) -> None:
@@ -265,6 +270,8 @@ def tokens(ws: Workspace) -> None:
             advance(3, steps)
 
     ws.step(TOKENS, tokens, inputs, write if options.codec is None else write_codes)
+    if ws.reads_codec:  # how long prompts are is known only now
+        _require_budget(ws)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -236,12 +236,17 @@ class Workspace:
 
     def speech(self, group: str, run: str = BASE) -> Features | Recordings | CodecTokens:
         """Only training may encode in its loop: held-out and task questions are few and asked of every model."""
-        tokens = self.config.speech.tokens
-        if tokens is not None and tokens.kind == "codec" and self.config.speech_of(run) == "tokens":
+        if self.reads_codec and self.config.speech_of(run) == "tokens":
             return CodecTokens(self.path / TOKENS / f"{group}.jsonl")
         if group == "train" and self.frames.path == "loop":
             return Recordings(self.processor, self.groups[group])
         return Features(self.path / "features" / group)
+
+    @property
+    def reads_codec(self) -> bool:
+        """Whether speech tokens are those of a codec."""
+        tokens = self.config.speech.tokens
+        return tokens is not None and tokens.kind == "codec"
 
     @cached_property
     def frames(self) -> FramesChoice:
@@ -428,7 +433,8 @@ class Workspace:
         if self.settings.max_tokens is not None:
             from palimpsest.training.batching import require_budget, sequence_lengths
 
-            for run in {self.config.stack_factor(run): run for run in self.config.methods}.values():
+            read = {(self.config.stack_factor(run), self.config.speech_of(run)): run for run in self.config.methods}
+            for run in read.values():
                 lengths = sequence_lengths(self.collator("speech", "train", run), examples)
                 require_budget(examples, lengths, self.settings.max_tokens)
 
