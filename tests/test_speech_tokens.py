@@ -529,6 +529,12 @@ def test_what_a_recipe_may_not_say() -> None:
             "methods": {"a": method},
             "speech": {"tokens": {"kind": "codec", "codec": "x", "start": "adaptor"}},
         },
+        "reads none; remove one": {"methods": {"a": {"kind": "full", "k": 8}}},
+        "kind blend trains nothing and does not use k": {"methods": {"a": {"kind": "blend", "of": "b", "k": 8}}},
+        r"methods\.a\.k: a codec has the tokens": {
+            "methods": {"a": {**method, "k": 8}},
+            "speech": {"tokens": {"kind": "codec", "codec": "x"}},
+        },
         "centroids needs": {
             "methods": {"a": {**method, "speech": "centroids"}},
             "speech": {"tokens": {"kind": "codec", "codec": "x"}},
@@ -540,6 +546,14 @@ def test_what_a_recipe_may_not_say() -> None:
     config = parse_config({**base, "methods": methods, "speech": {"tokens": {**tokens, "pool": 3}}}, "test")
     assert [config.stack_factor(run) for run in ("base", "a", "b", "c")] == [5, 5, 3, 5]
     assert config.collapses
+    sized = {**methods, "d": {**method, "k": 9}, "e": {**method, "k": 4}, "f": {**method, "k": 9, "kind": "adaptor"}}
+    config = parse_config({**base, "methods": sized, "speech": {"tokens": tokens}}, "test")
+    assert [config.own_k(run) for run in ("base", *sized)] == [None, None, None, None, 9, None, 9]
+    assert config.token_sizes == [None, 9]  # 4 is that of all
+    assert [config.n_rows(it) for it in config.methods.values()] == [0, 4, 0, 9, 4, 9]
+    over = {"a": {"kind": "full", "speech": "tokens", "over": {"k": [2, 4]}}}
+    config = parse_config({**base, "methods": over, "speech": {"tokens": tokens}}, "test")
+    assert ([*config.methods], config.token_sizes) == (["a-2", "a-4"], [2, None])
     for changes in ({"speech": {"tokens": {**tokens, "collapse": False}}}, {"methods": {"c": methods["c"]}}):
         given = {**base, "methods": methods, "speech": {"tokens": tokens}, **changes}
         assert not parse_config(given, "test").collapses  # centroids have no repetitions that go

@@ -42,7 +42,7 @@ from tiny import tiny_llama
 
 __all__ = ["inputs"]  # a fixture
 
-K = 8
+K, FEWER = 8, 4
 IDLE = 1e-30  # a step of it changes no float32
 
 
@@ -59,6 +59,10 @@ def both(folder: Path) -> dict[str, Any]:
             "kind": "lora", "learning_rate": 1e-2, "adaptor_learning_rate": IDLE, "speech": "tokens", "curve": "lora",
         },
         "quantised": {"kind": "adaptor", "learning_rate": IDLE, "speech": "centroids", "curve": "quantised"},
+        "fewer": {
+            "kind": "lora", "learning_rate": 1e-2, "adaptor_learning_rate": IDLE, "speech": "tokens", "k": FEWER,
+            "curve": "fewer",
+        },
     }  # fmt: skip
     return written
 
@@ -115,9 +119,25 @@ def test_the_tokens_are_a_step_with_its_provenance(finished: Path) -> None:
     for group in ("train", "heldout"):
         assert described["speech"][group]["per_second"] == pytest.approx(25, rel=0.05)
         assert described["speech"][group]["collapsed_per_second"] < 25
-    about = json.loads((finished / "provenance.json").read_text())["models"]["tokens"]
+    models = json.loads((finished / "provenance.json").read_text())["models"]
+    about = models["tokens"]
     assert about == read_tokens(finished / "tokens/tokenizer.safetensors").about
     assert about["features"] == fingerprints(finished)["features"]
+    assert models["tokens_by_k"] == {
+        str(k): read_tokens(finished / folder / "tokenizer.safetensors").about
+        for k, folder in ((K, "tokens"), (FEWER, f"tokens-{FEWER}"))
+    }
+
+
+def test_a_method_may_have_a_k_of_its_own(finished: Path) -> None:
+    fitted = read_tokens(finished / f"tokens-{FEWER}/tokenizer.safetensors")
+    assert fitted.k == FEWER
+    stored = load_file(finished / "methods/fewer/checkpoint/adaptor.safetensors")
+    assert torch.equal(stored["quantiser.centroids"], fitted.tensors["centroids"])
+    assert torch.equal(stored["rows.weight"], load_file(finished / f"tokens-{FEWER}/rows.safetensors")["rows"])
+    reads = {name for name in fingerprints(finished) if fingerprints(finished)[f"tokens-{FEWER}"] in
+             (finished / name / "step.json").read_text()}  # fmt: skip
+    assert reads == {f"tokens-{FEWER}", "methods/fewer/checkpoint"}
 
 
 def test_rows_start_from_what_the_adaptor_makes_of_their_frames(finished: Path, inputs: Path) -> None:
@@ -156,7 +176,8 @@ def test_another_tokenizer_would_touch_what_reads_tokens_alone(finished: Path) -
     fingerprint = fingerprints(finished)["tokens"]
     reading = {name: fingerprint in (finished / name / "step.json").read_text() for name in fingerprints(finished)}
     trained = {name for name in reading if name.endswith("/checkpoint")}
-    assert {name for name, reads in reading.items() if reads} == (trained - {"methods/full/checkpoint"}) | {"tokens"}
+    without = {"methods/full/checkpoint", "methods/fewer/checkpoint"}
+    assert {name for name, reads in reading.items() if reads} == (trained - without) | {"tokens"}
     given = {name: json.loads((finished / name / "step.json").read_text())["inputs"]["speech"] for name in trained}
     assert {name for name, of in given.items() if of["tokens"] is None} == {"methods/full/checkpoint"}
 
@@ -334,8 +355,8 @@ def test_runs_of_several_k_stand_side_by_side(finished: Path, tmp_path: Path) ->
     """Three sizes are three runs: which is which, the page says."""
     shutil.copytree(finished, tmp_path / "other", ignore=shutil.ignore_patterns("checkpoint", "importance"))
     study = (tmp_path / "other/study.yaml").read_text()
-    assert f"k: {K}\n" in study
-    (tmp_path / "other/study.yaml").write_text(study.replace(f"k: {K}\n", "k: 16\n"))
+    assert study.count(f" k: {K}\n") == 1
+    (tmp_path / "other/study.yaml").write_text(study.replace(f" k: {K}\n", " k: 16\n"))
     runs = [Run(name, read_inputs(folder)) for name, folder in (("a", finished), ("b", tmp_path / "other"))]
     paired: Any = {"metric": "token_sequence_numbers", "accuracy": [], "perplexity": [], "not_compared": []}
     differences = next(it for it in tables_of(runs, paired) if it.name == "differences")

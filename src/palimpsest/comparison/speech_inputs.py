@@ -43,7 +43,7 @@ def likes(methods: Mapping[str, Method]) -> list[tuple[str, str]]:
 
 def _but_for_speech(method: Method) -> Method:
     rate = 1.0 if method.kind == "adaptor" else method.learning_rate  # of kind adaptor it is the adaptor's
-    return replace(method, speech="frames", learning_rate=rate, adaptor_learning_rate=None)
+    return replace(method, speech="frames", k=None, learning_rate=rate, adaptor_learning_rate=None)
 
 
 def speech_input_records(

@@ -115,9 +115,8 @@ def _what(plan: Plan) -> Iterator[str]:
         of_frames = replace(setup, speech_tokens=0, stack_factor=config.speech.stack_factor).adaptor_parameters
         if any(method.speech != "tokens" for method in config.methods.values()):
             yield f"  adaptor         {of_frames:,} parameters"
-        if (tokens := config.speech.tokens) is not None:
-            rows = f"{tokens.k:,} rows, {tokens.k * decoder.hidden:,} parameters, in the adaptor's place"
-            yield f"  speech tokens   {rows}"
+        for k in dict.fromkeys(filter(None, map(config.n_rows, config.methods.values()))):
+            yield f"  speech tokens   {k:,} rows, {k * decoder.hidden:,} parameters, in the adaptor's place"
     yield f"  data            {plan.lengths.origin}"
     if not plan.methods:
         return

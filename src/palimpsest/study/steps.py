@@ -32,10 +32,10 @@ from palimpsest.rundir import (
     RESULTS,
     SET_ASIDE,
     STUDY,
-    TOKENS,
     checkpoint_of,
     folder_of,
     samples_of,
+    tokens_folder,
 )
 from palimpsest.study.workspace import Workspace
 
@@ -187,8 +187,9 @@ def _require_budget(ws: Workspace) -> None:
         ws.require_budget(ws.groups["train"])
 
 
-def tokens(ws: Workspace) -> None:
-    """tokens/: centroids fitted on the frames of the training speech, and what tokens they make of it.
+def tokens(ws: Workspace, k: int | None = None) -> None:
+    """tokens/: centroids fitted on the frames of the training speech, and what tokens they make of it; tokens-K/: of a
+    k that a method names.
 
     tokenizer.safetensors; tokens.json, of training and held-out speech; with start: adaptor rows.safetensors, the mean
     of the adaptor's outputs over the frames of each token, and the number of these. Of a codec GROUP.jsonl instead, the
@@ -196,6 +197,7 @@ def tokens(ws: Workspace) -> None:
     """
     options, seed = ws.config.speech.tokens, ws.seed("tokens")
     assert options is not None
+    options = replace(options, k=k or options.k)
     inputs: dict[str, Any] = {
         "features": ws.fingerprint("features"),
         # Frames that training makes in its loop are not among those of features/.
@@ -269,7 +271,7 @@ def tokens(ws: Workspace) -> None:
             save_file({"rows": rows, "counts": counts}, folder / "rows.safetensors")
             advance(3, steps)
 
-    ws.step(TOKENS, tokens, inputs, write if options.codec is None else write_codes)
+    ws.step(tokens_folder(k), tokens, inputs, write if options.codec is None else write_codes)
     if ws.reads_codec:  # how long prompts are is known only now
         _require_budget(ws)
 
@@ -299,7 +301,7 @@ def train(ws: Workspace, model: str) -> None:
     if method.weighs_by("fisher"):
         inputs["fisher"] = ws.fingerprint(f"{BASE}/fisher")
     if method.speech != "frames":
-        inputs["tokens"] = ws.fingerprint(TOKENS)
+        inputs["tokens"] = ws.fingerprint(tokens_folder(ws.config.own_k(model)))
     if ws.config.kept_light(model):
         inputs["checkpoint"] = "light"
     if method.importance == "shuffled":

@@ -49,6 +49,7 @@ from palimpsest.rundir import (
     checkpoint_of,
     folder_of,
     provenance,
+    tokens_folder,
 )
 from palimpsest.study.code import step_code
 from palimpsest.training.remedies import OWN, Replay
@@ -704,13 +705,13 @@ class Workspace:
             speech_length=speech.length,
             seed=self.seed("adaptor", run),
             reads=reads,
-            tokenizer=None if reads == "frames" else self.speech_tokens,
+            tokenizer=None if reads == "frames" else self.speech_tokens(self.config.own_k(run)),
             collapse=speech.tokens is not None and speech.tokens.collapse,
         )
         if reads == "tokens":
             assert speech.tokens is not None
             if speech.tokens.start == "adaptor":
-                self._start_rows(model)
+                self._start_rows(model, self.config.own_k(run))
         elif self.adaptor is not None:
             quantiser = model.adaptor.quantiser
             centroids = {} if quantiser is None else quantiser.state_dict(prefix="quantiser.")
@@ -725,18 +726,17 @@ class Workspace:
         model.to(self.device)
         return model
 
-    @cached_property
-    def speech_tokens(self) -> SpeechTokenizer:
-        """What tokens/ has."""
+    def speech_tokens(self, k: int | None) -> SpeechTokenizer:
+        """What tokens/ has, or tokens-K/ of another k than the recipe's."""
         from palimpsest.models.tokens import read_tokens
 
-        return read_tokens(self.path / TOKENS / "tokenizer.safetensors")
+        return read_tokens(self.path / tokens_folder(k) / "tokenizer.safetensors")
 
-    def _start_rows(self, model: SpeechLM) -> None:
+    def _start_rows(self, model: SpeechLM, k: int | None) -> None:
         """The rows that tokens/ made of the adaptor's outputs; of a token that it never met, those that were drawn."""
         from safetensors.torch import load_file
 
-        stored = load_file(self.path / TOKENS / "rows.safetensors")
+        stored = load_file(self.path / tokens_folder(k) / "rows.safetensors")
         heard = stored["counts"] > 0
         rows = model.adaptor.get_parameter("rows.weight").data
         rows[heard] = stored["rows"][heard].to(rows.dtype)
@@ -944,6 +944,7 @@ class Workspace:
 
     def provenance(self, started: float) -> dict[str, Any]:
         models = self.config.models
+        abouts = [self.speech_tokens(k).about for k in self.config.token_sizes]
         return {
             **provenance(),
             "study": self.config.name,
@@ -960,7 +961,8 @@ class Workspace:
                     "name": models.adaptor and without_folders(models.adaptor),
                     "hash": self.adaptor and self.adaptor.fingerprint,
                 },
-                "tokens": None if self.config.speech.tokens is None else self.speech_tokens.about,
+                "tokens": abouts[0] if abouts else None,
+                **({"tokens_by_k": {str(it["k"]): it for it in abouts}} if len(abouts) > 1 else {}),
                 "given": {name: {**it, "notes": self.given_notes[name]} for name, it in self.given_models.items()},
             },
             "compute": {
