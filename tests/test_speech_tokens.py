@@ -99,6 +99,16 @@ def test_an_id_is_the_nearest_centroid_of_the_mean_of_some_frames() -> None:
     assert replaced.tolist() == [[4, 0], [4, 0], [5, 0], [5, 0], [6, 8], [6, 8], [9, 0]]
 
 
+def test_an_utterance_is_replaced_as_if_it_were_alone() -> None:
+    """Of three frames the last is left over, however much padding a longer one in its batch puts behind it."""
+    short = torch.tensor([[4.0, 1.0], [4.5, 0.0], [5.5, 2.0]])
+    long = torch.tensor([[6.5, 8.0], [6.7, 0.0], [5.1, 0.5], [5.3, 0.5], [4.2, 0.0]])
+    together = on_a_line().replaced(torch.nn.utils.rnn.pad_sequence([short, long], batch_first=True))
+    assert together[0].tolist() == [[4, 0], [4, 0], [5.5, 2], [0, 0], [0, 0]]
+    assert torch.equal(together[0, :3], on_a_line().replaced(short[None])[0])
+    assert torch.equal(together[1], on_a_line().replaced(long[None])[0])
+
+
 def test_collapse_and_lengths() -> None:
     ids = torch.tensor([[3, 3, 3, 1, 1, 3], [2, 5, 2, 2, 5, 5]])
     assert repeats(ids).int().tolist() == [[0, 1, 1, 0, 1, 0], [0, 0, 0, 1, 0, 1]]
@@ -229,22 +239,22 @@ def test_rows_of_an_adaptor_are_its_mean_output_over_the_frames_of_each_token() 
 
 def test_rows_of_an_aligned_adaptor_read_what_is_said_before_they_have_learned() -> None:
     """Each word sounds as a pattern of its own: what the adaptor of frames was taught, its mean outputs know."""
-    embedding, examples, frames, tokens = planted(200)
+    embedding, examples, frames, tokens = planted(140)
     torch.manual_seed(0)
-    adaptor = SpeechAdaptor(frames["0"].shape[1], 32, embedding.shape[1], FACTOR)
-    settings = Align(epochs=40, learning_rate=1e-2, warmup_steps=5, batch_size=8)
-    alignment = align_adaptor(adaptor, embedding, examples[:160], frames, tokens, settings, seed=3)
+    adaptor = SpeechAdaptor(frames["0"].shape[1], 64, embedding.shape[1], FACTOR)
+    settings = Align(epochs=30, learning_rate=1e-2, warmup_steps=5, batch_size=8)
+    alignment = align_adaptor(adaptor, embedding, examples[:100], frames, tokens, settings, seed=3)
     quantiser = fit_tokens([e.id for e in examples], frames, Tokens(k=20, pool=FACTOR), 0).quantiser()
 
     def n_read(rows: torch.Tensor) -> int:
         of_tokens = TokenAdaptor(quantiser, embedding.shape[1], collapse=True)
         of_tokens.rows.weight.data.copy_(rows)
-        read = [alignment.read(of_tokens(frames[e.id][None])[0].detach()) for e in examples[160:]]
-        return sum(found == tokens[e.id] for found, e in zip(read, examples[160:], strict=True))
+        read = [alignment.read(of_tokens(frames[e.id][None])[0].detach()) for e in examples[100:]]
+        return sum(found == tokens[e.id] for found, e in zip(read, examples[100:], strict=True))
 
-    rows, counts = rows_heard(adaptor, quantiser, (frames[e.id] for e in examples[:160]))
+    rows, counts = rows_heard(adaptor, quantiser, (frames[e.id] for e in examples[:100]))
     assert (counts > 0).all()
-    assert n_read(rows) >= 36  # of 40
+    assert n_read(rows) >= 38  # of 40
     assert n_read(rows_like(embedding, 20, 0)) <= 4
 
 

@@ -71,10 +71,16 @@ class Quantiser(nn.Module):
         return distances.argmin(-1)
 
     def replaced(self, frames: Float[Tensor, "speech time d_enc"]) -> Float[Tensor, "speech time d_enc"]:
-        """Each `pool` frames as so many copies of their centroid, as a frame; what is left over stays as it is."""
-        nearest = self.centroids.float()[self.ids(frames)] / self.scale.float() + self.mean.float()
-        copies = nearest.repeat_interleave(self.pool, dim=1)
-        return torch.cat([copies.to(frames.dtype), frames[:, copies.shape[1] :]], dim=1)
+        """Each `pool` frames as so many copies of their centroid, as a frame; what is left over stays as it is.
+
+        Zeros are padding: an utterance with some behind it is replaced as it would be alone.
+        """
+        ids = self.ids(frames)
+        nearest = self.centroids.float()[ids] / self.scale.float() + self.mean.float()
+        copies = nearest.repeat_interleave(self.pool, dim=1).to(frames.dtype)
+        whole, rest = frames[:, : copies.shape[1]], frames[:, copies.shape[1] :]
+        left_over = (whole == 0).all(-1).reshape(*ids.shape, self.pool).any(-1).repeat_interleave(self.pool, dim=1)
+        return torch.cat([torch.where(left_over[..., None], whole, copies), rest], dim=1)
 
 
 class Codes(nn.Module):
