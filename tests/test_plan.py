@@ -93,6 +93,33 @@ def test_every_recipe_can_be_planned_and_every_method_covers_a_model(path: Path)
         assert all(source == "facts" or is_hub_name(source) for source in split.source.split(" + "))
 
 
+def test_rows_of_speech_tokens_by_hand(tmp_path: Path) -> None:
+    """1,000 rows as wide as SmolLM2-135M's embedding, 576, in the adaptor's place; 25 tokens a second against 10."""
+    path = ROOT / "recipes" / "tokens-cpu.yaml"
+    plan = make_plan(load_config(path), Assumptions(gpu="H200"))
+    by_name = {method.name: method for method in plan.methods}
+    adaptor = (384 * 5 + 1) * 2048 + (2048 + 1) * 576
+    assert by_name["rows"].setup.trainable == 576_000
+    assert by_name["adaptor"].setup.trainable == by_name["quantised"].setup.trainable == adaptor
+    for name in ("full", "layer_lr", "lora"):
+        of_frames, of_tokens = by_name[name].setup, by_name[f"{name}_tokens"].setup
+        assert of_frames.trainable - of_tokens.trainable == adaptor - 576_000
+        longer = by_name[f"{name}_tokens"].batch.positions / by_name[name].batch.positions
+        assert longer == pytest.approx(2.5, rel=0.05)
+        assert by_name[f"{name}_tokens"].flops > by_name[name].flops  # the prompts are longer
+    assert by_name["rows"].checkpoint == 4 * 576_000  # light: nothing else
+    lines = list(plan_recipe(path, Assumptions(gpu="H200")))
+    assert f"  adaptor         {adaptor:,} parameters" in lines
+    assert "  speech tokens   1,000 rows, 576,000 parameters, in the adaptor's place" in lines
+    # A study whose methods all read tokens has no adaptor.
+    values = yaml.safe_load(path.read_text())
+    values["methods"] = {"rows": values["methods"]["rows"]}
+    values["speech"]["tokens"]["start"] = "embedding"
+    (tmp_path / "rows.yaml").write_text(yaml.safe_dump(values))
+    lines = list(plan_recipe(tmp_path / "rows.yaml", Assumptions(gpu="H200")))
+    assert not any(line.startswith("  adaptor ") for line in lines)
+
+
 def test_the_papers_recipes_keep_its_settings() -> None:
     for name, rank in (("paper-1b", 8), ("paper-8b", 16)):
         config = load_config(ROOT / "recipes" / f"{name}.yaml")

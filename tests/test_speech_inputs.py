@@ -18,12 +18,18 @@ def test_a_like_differs_in_what_stands_for_speech_and_its_rate_alone() -> None:
         "full": Method("full", 5e-5, adaptor_learning_rate=1e-4),
         "full_tokens": Method("full", 5e-5, adaptor_learning_rate=1e-3, speech="tokens"),
         "full_centroids": Method("full", 5e-5, speech="centroids"),
+        "full_250": Method("full", 5e-5, adaptor_learning_rate=1e-3, speech="tokens", k=250),
         "faster": Method("full", 1e-4, speech="tokens"),
         "lora": Method("lora", 5e-4, rank=8),
         "lora_tokens": Method("lora", 5e-4, rank=16, speech="tokens"),
         "as_text": Method("full", 5e-5, modality="text"),
     }
-    assert likes(methods) == [("rows", "adaptor"), ("full_tokens", "full"), ("full_centroids", "full")]
+    assert likes(methods) == [
+        ("rows", "adaptor"),
+        ("full_tokens", "full"),
+        ("full_centroids", "full"),
+        ("full_250", "full"),
+    ]
 
 
 def test_a_comparison_is_turned_to_tokens_minus_frames() -> None:

@@ -19,6 +19,8 @@ from transformers import (
     EncodecModel,
     MimiConfig,
     MimiModel,
+    MistralConfig,
+    MistralForCausalLM,
 )
 
 from palimpsest.config import parse_config
@@ -46,6 +48,7 @@ from palimpsest.models.tokens import (
 )
 from palimpsest.models.trained_adaptor import read_adaptor
 from palimpsest.training.align import align_adaptor
+from palimpsest.training.methods import Method, require_language_model
 from palimpsest.training.settings import Align
 from test_training_align import FACTOR, planted
 from tiny import VOCAB, save_tiny_models, tiny_encoder, tiny_llama, tiny_speech_lm
@@ -94,6 +97,16 @@ def test_an_id_is_the_nearest_centroid_of_the_mean_of_some_frames() -> None:
     assert on_a_line().ids(frames).tolist() == [[0, 1, 2]]
     replaced = on_a_line().replaced(frames)[0]
     assert replaced.tolist() == [[4, 0], [4, 0], [5, 0], [5, 0], [6, 8], [6, 8], [9, 0]]
+
+
+def test_an_utterance_is_replaced_as_if_it_were_alone() -> None:
+    """Of three frames the last is left over, however much padding a longer one in its batch puts behind it."""
+    short = torch.tensor([[4.0, 1.0], [4.5, 0.0], [5.5, 2.0]])
+    long = torch.tensor([[6.5, 8.0], [6.7, 0.0], [5.1, 0.5], [5.3, 0.5], [4.2, 0.0]])
+    together = on_a_line().replaced(torch.nn.utils.rnn.pad_sequence([short, long], batch_first=True))
+    assert together[0].tolist() == [[4, 0], [4, 0], [5.5, 2], [0, 0], [0, 0]]
+    assert torch.equal(together[0, :3], on_a_line().replaced(short[None])[0])
+    assert torch.equal(together[1], on_a_line().replaced(long[None])[0])
 
 
 def test_collapse_and_lengths() -> None:
@@ -181,6 +194,28 @@ def test_first_rows_have_the_mean_and_spread_of_the_embedding() -> None:
     assert not torch.equal(rows, rows_like(embedding, 4000, seed=2))
 
 
+def test_first_rows_by_hand() -> None:
+    """Two tokens of text at (0, 10, −1) and (2, 10, 3): mean (1, 10, 1), standard deviation √2, 0 and √8."""
+    embedding = torch.tensor([[0.0, 10, -1], [2, 10, 3]])
+    rows = rows_like(embedding, 20_000, seed=3)
+    assert (rows[:, 1] == 10).all()
+    drawn = (rows[:, [0, 2]] - 1) / torch.tensor([2**0.5, 8**0.5])
+    assert torch.allclose(drawn.mean(0), torch.zeros(2), atol=4 / 20_000**0.5)
+    assert torch.allclose(drawn.std(0), torch.ones(2), atol=0.03)
+    inside = (drawn.abs() < 1).float().mean(0)  # of a normal distribution 68.3 % are within one deviation
+    assert torch.allclose(inside, torch.full((2,), 0.6827), atol=0.02)
+    assert abs(float((drawn[:, 0] * drawn[:, 1]).mean())) < 0.03  # each dimension by itself
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_new_model_has_these_rows_and_its_own_embedding(tied: bool) -> None:
+    model, base = token_lm(tied=tied, seed=4), tiny_llama(4, tied=tied, eos_token_id=3)
+    embedding = base.get_input_embeddings().weight  # the input's, not the head's
+    assert torch.equal(model.adaptor.get_parameter("rows.weight"), rows_like(embedding, K, 4))
+    for name, value in base.state_dict().items():
+        assert torch.equal(model.language_model.state_dict()[name], value), name
+
+
 def test_rows_of_an_adaptor_are_its_mean_output_over_the_frames_of_each_token() -> None:
     """Tokens of 2 frames, positions of 3: of 6 frames the tokens are a a, b b, a a and the outputs x x x, y y y."""
     adaptor = SpeechAdaptor(2, 8, 4, stack_factor=3)
@@ -191,6 +226,46 @@ def test_rows_of_an_adaptor_are_its_mean_output_over_the_frames_of_each_token() 
     assert torch.allclose(rows[0], (2 * x + 2 * y) / 4)
     assert torch.allclose(rows[2], (x + y) / 2)
     assert not rows[1].any()
+    # Frames beyond the last whole position have no output: of five, a a and the first b have x.
+    rows, counts = rows_heard(adaptor, on_a_line(2), [frames[:5]])
+    assert counts.tolist() == [2, 0, 1]
+    assert torch.allclose(rows[0], x)
+    assert torch.allclose(rows[2], x)
+    # Over utterances: of x x x y y y and x x x, a has 4 and 2 frames.
+    rows, counts = rows_heard(adaptor, on_a_line(2), [frames, frames[:4]])
+    assert counts.tolist() == [6, 0, 3]
+    assert torch.allclose(rows[0], (4 * x + 2 * y) / 6)
+
+
+def test_rows_of_an_aligned_adaptor_read_what_is_said_before_they_have_learned() -> None:
+    """Each word sounds as a pattern of its own: what the adaptor of frames was taught, its mean outputs know."""
+    embedding, examples, frames, tokens = planted(140)
+    torch.manual_seed(0)
+    adaptor = SpeechAdaptor(frames["0"].shape[1], 64, embedding.shape[1], FACTOR)
+    settings = Align(epochs=30, learning_rate=1e-2, warmup_steps=5, batch_size=8)
+    alignment = align_adaptor(adaptor, embedding, examples[:100], frames, tokens, settings, seed=3)
+    quantiser = fit_tokens([e.id for e in examples], frames, Tokens(k=20, pool=FACTOR), 0).quantiser()
+
+    def n_read(rows: torch.Tensor) -> int:
+        of_tokens = TokenAdaptor(quantiser, embedding.shape[1], collapse=True)
+        of_tokens.rows.weight.data.copy_(rows)
+        read = [alignment.read(of_tokens(frames[e.id][None])[0].detach()) for e in examples[100:]]
+        return sum(found == tokens[e.id] for found, e in zip(read, examples[100:], strict=True))
+
+    rows, counts = rows_heard(adaptor, quantiser, (frames[e.id] for e in examples[:100]))
+    assert (counts > 0).all()
+    assert n_read(rows) >= 38  # of 40
+    assert n_read(rows_like(embedding, 20, 0)) <= 4
+
+
+def test_rows_of_a_16_bit_model_are_rounded_once() -> None:
+    model = SpeechLM.from_parts(
+        tiny_encoder().bfloat16(), tiny_llama(eos_token_id=3).bfloat16(), reads="tokens", tokenizer=tokenizer()
+    )
+    rows = rows_like(tiny_llama(eos_token_id=3).bfloat16().get_input_embeddings().weight, K, 0)
+    assert torch.equal(model.adaptor.get_parameter("rows.weight"), rows.bfloat16())
+    for name, tensor in tokenizer().tensors.items():
+        assert torch.equal(model.adaptor.get_buffer(f"quantiser.{name}").float(), tensor), name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -412,6 +487,34 @@ def test_codes_pass_as_frames_and_nothing_else_does() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints from before there were speech tokens
+# ---------------------------------------------------------------------------------------------------------------------
+def test_old_checkpoints_are_what_they_were(models: Path, tmp_path: Path) -> None:
+    """Whole ones whose config, and light ones whose light.json, do not know the key."""
+    model, processor = tiny_speech_lm()
+    model.save_pretrained(tmp_path / "whole")
+    processor.save_pretrained(tmp_path / "whole")
+    names = {"language_model": str(models / "llm"), "encoder": str(models / "whisper")}
+    export.export(tmp_path / "whole", light=tmp_path / "light", **names)
+    for file in (tmp_path / "whole/config.json", tmp_path / "light/light.json"):
+        values = json.loads(file.read_text())
+        assert values.pop("tokens", None) is None
+        file.write_text(json.dumps(values))
+    assert "rounded_to" not in json.loads((tmp_path / "whole/speech_processor.json").read_text())
+    batch = processor(audio=np.random.default_rng(0).normal(0, 0.1, 9_600).astype(np.float32))
+    with torch.no_grad():
+        expected = model(**batch).logits
+        for folder, tolerance in (("whole", 0.0), ("light", 2e-2)):  # matrices in float16
+            found, its = load_speech_lm(tmp_path / folder)
+            assert isinstance(found.adaptor, SpeechAdaptor)
+            assert (found.adaptor.quantiser, found.config.tokens) == (None, None)
+            assert (its.stack_factor, its.rounded_to) == (5, 5)
+            assert found.state_dict().keys() == model.state_dict().keys()
+            torch.testing.assert_close(found(**batch).logits, expected, rtol=0, atol=tolerance)
+    assert read_adaptor(str(tmp_path / "whole")).stack_factor == 5
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Recipes
 # ---------------------------------------------------------------------------------------------------------------------
 def test_what_a_recipe_may_not_say() -> None:
@@ -436,6 +539,12 @@ def test_what_a_recipe_may_not_say() -> None:
             "methods": {"a": method},
             "speech": {"tokens": {"kind": "codec", "codec": "x", "start": "adaptor"}},
         },
+        "reads none; remove one": {"methods": {"a": {"kind": "full", "k": 8}}},
+        "kind blend trains nothing and does not use k": {"methods": {"a": {"kind": "blend", "of": "b", "k": 8}}},
+        r"methods\.a\.k: a codec has the tokens": {
+            "methods": {"a": {**method, "k": 8}},
+            "speech": {"tokens": {"kind": "codec", "codec": "x"}},
+        },
         "centroids needs": {
             "methods": {"a": {**method, "speech": "centroids"}},
             "speech": {"tokens": {"kind": "codec", "codec": "x"}},
@@ -446,3 +555,24 @@ def test_what_a_recipe_may_not_say() -> None:
     methods = {"a": {"kind": "full"}, "b": method, "c": {"kind": "lora", "speech": "centroids"}}
     config = parse_config({**base, "methods": methods, "speech": {"tokens": {**tokens, "pool": 3}}}, "test")
     assert [config.stack_factor(run) for run in ("base", "a", "b", "c")] == [5, 5, 3, 5]
+    assert config.collapses
+    sized = {**methods, "d": {**method, "k": 9}, "e": {**method, "k": 4}, "f": {**method, "k": 9, "kind": "adaptor"}}
+    config = parse_config({**base, "methods": sized, "speech": {"tokens": tokens}}, "test")
+    assert [config.own_k(run) for run in ("base", *sized)] == [None, None, None, None, 9, None, 9]
+    assert config.token_sizes == [None, 9]  # 4 is that of all
+    assert [config.n_rows(it) for it in config.methods.values()] == [0, 4, 0, 9, 4, 9]
+    over = {"a": {"kind": "full", "speech": "tokens", "over": {"k": [2, 4]}}}
+    config = parse_config({**base, "methods": over, "speech": {"tokens": tokens}}, "test")
+    assert ([*config.methods], config.token_sizes) == (["a-2", "a-4"], [2, None])
+    for changes in ({"speech": {"tokens": {**tokens, "collapse": False}}}, {"methods": {"c": methods["c"]}}):
+        given = {**base, "methods": methods, "speech": {"tokens": tokens}, **changes}
+        assert not parse_config(given, "test").collapses  # centroids have no repetitions that go
+
+
+def test_repetitions_stay_in_front_of_a_model_with_windows(tmp_path: Path) -> None:
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    MistralForCausalLM(MistralConfig(**small, vocab_size=VOCAB, sliding_window=4)).save_pretrained(tmp_path)
+    methods = [Method("full", speech="tokens")]
+    with pytest.raises(UserError, match=r"has windows, recurrence .*set speech\.tokens\.collapse to false"):
+        require_language_model(str(tmp_path), methods, collapse=True)
+    require_language_model(str(tmp_path), methods, collapse=False)

@@ -17,6 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from palimpsest.files import UserError
 from palimpsest.models.anatomy import scored_parameters
 from palimpsest.models.loss import supervised_losses
+from palimpsest.models.speech_lm import SpeechLM
+from palimpsest.models.tokens import SpeechTokenizer
 from palimpsest.planning.memory import (
     Batch,
     Decoder,
@@ -32,7 +34,7 @@ from palimpsest.planning.memory import (
 from palimpsest.planning.sizes import GPUS, decoder_sizes, encoder_sizes, find_gpu
 from palimpsest.training.methods import Method, add_lora, rules_for
 from palimpsest.training.rules import parameter_groups
-from tiny import VOCAB, tiny_llama, tiny_speech_lm
+from tiny import VOCAB, tiny_encoder, tiny_llama, tiny_speech_lm
 
 ROWS, LENGTH, ANSWER, RANK = 4, 40, 6, 4
 SIZES = {"hidden_size": 64, "intermediate_size": 160}  # 4 heads of 16 on 2 key-value heads, from tiny_llama
@@ -150,6 +152,39 @@ def test_flops_are_those_the_counter_counts(kind: str) -> None:
     planned = step_flops(setup(kind), tokens, LENGTH, 0, supervised)
     planned += 6 * 2 * 64 * LENGTH * tokens  # the eager kernel does not leave out what the causal mask hides
     assert counter.get_total_flops() == pytest.approx(planned, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["full", "adaptor"])
+def test_flops_and_parameters_of_speech_tokens(kind: str) -> None:
+    """A row is looked up; what is multiplied is each position with every centroid, forward."""
+    k, positions, n = 12, 6, 3
+    drawn = torch.randn(k, 16, generator=torch.Generator().manual_seed(0))
+    tensors = {"mean": torch.zeros(16), "scale": torch.ones(16), "centroids": drawn}
+    language_model = tiny_llama(eos_token_id=3)
+    model = SpeechLM.from_parts(
+        tiny_encoder(), language_model, reads="tokens", tokenizer=SpeechTokenizer(2, tensors), collapse=False
+    )
+    language_model.config._attn_implementation = "eager"
+    groups = parameter_groups(model, rules_for(Method(kind)), lr=1.0)  # type: ignore[arg-type]
+    matrices = sum(m.numel() for m in scored_parameters(model).values())
+    sizes = replace(
+        decoder(2), hidden=32, head_dim=8, matrices=matrices, parameters=sum(p.numel() for p in
+        language_model.parameters()),
+    )  # fmt: skip
+    planned = Setup(sizes, ENCODER, kind, stack_factor=2, speech_tokens=k)  # type: ignore[arg-type]
+    assert planned.adaptor_parameters == k * 32
+    assert planned.trainable == sum(p.numel() for group in groups for p in group["params"])
+    length = 1 + positions + 3
+    ids = torch.tensor([[1, *[-200] * positions, 5, 6, 7]] * n)
+    batch = {
+        "input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.where(ids == 7, -100),
+        "encoder_frames": torch.randn(n, 2 * positions, 16), "frame_counts": torch.full((n,), 2 * positions),
+    }  # fmt: skip
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.backward(supervised_losses(model, batch)[0].sum())
+    expected = step_flops(planned, n * length, length, n * positions, n) + 6 * 2 * 32 * length * n * length
+    assert counter.get_total_flops() == pytest.approx(expected, rel=1e-3)
+    assert step_flops(planned, 1, 1, 1, 0) - step_flops(planned, 1, 1, 0, 0) == 2 * k * 16
 
 
 def test_published_sizes() -> None:

@@ -335,6 +335,9 @@ class StudyConfig(BaseModel):
         quantised = next((name for name, method in self.methods.items() if method.speech == "centroids"), None)
         if quantised is not None and tokens is not None and tokens.kind != "kmeans":
             raise ValueError(f"methods.{quantised}.speech: centroids needs speech.tokens of kind kmeans")
+        sized = next((name for name, method in self.methods.items() if method.k is not None), None)
+        if sized is not None and tokens is not None and tokens.kind != "kmeans":
+            raise ValueError(f"methods.{sized}.k: a codec has the tokens that it has (speech.tokens.k); remove it")
         if tokens is not None and tokens.start == "adaptor" and self.models.adaptor is None:
             raise ValueError("speech.tokens.start: adaptor needs models.adaptor; name a speech LLM, or use embedding")
 
@@ -346,6 +349,27 @@ class StudyConfig(BaseModel):
         """Encoder frames of a position of speech."""
         tokens = self.speech.tokens
         return tokens.frames if tokens is not None and self.speech_of(run) == "tokens" else self.speech.stack_factor
+
+    def own_k(self, run: str) -> int | None:
+        """How many speech tokens there are for a run, where that is not speech.tokens.k."""
+        tokens, k = self.speech.tokens, None if run == BASE else self.runs[self.origin_of(run)].k
+        return None if tokens is None or k == tokens.k else k
+
+    @property
+    def token_sizes(self) -> list[int | None]:
+        """How many speech tokens there are for some method, each number once; None: speech.tokens.k."""
+        return [*dict.fromkeys(self.own_k(name) for name, it in self.methods.items() if it.speech != "frames")]
+
+    def n_rows(self, method: Method) -> int:
+        """Rows of speech tokens that a method has in the adaptor's place."""
+        tokens = self.speech.tokens
+        return (method.k or tokens.k) if tokens is not None and method.speech == "tokens" else 0
+
+    @property
+    def collapses(self) -> bool:
+        """Whether a method leaves out repeated speech tokens."""
+        tokens = self.speech.tokens
+        return tokens is not None and tokens.collapse and any(it.speech == "tokens" for it in self.methods.values())
 
     @property
     def speech_reads(self) -> float:

@@ -61,6 +61,11 @@ def run_labels(runs: Sequence[Path]) -> list[str]:
     return [name if names.count(name) == 1 else f"{name} ({1 + names[:i].count(name)})" for i, name in enumerate(names)]
 
 
+def tokens_folder(k: int | None) -> str:
+    """Of k speech tokens; None: of as many as the recipe says for all."""
+    return TOKENS if k is None else f"{TOKENS}-{k}"
+
+
 def models_in(run: Path) -> dict[str, Path]:
     """The folders of all models that a run directory has, the base first, the others by name."""
     methods = run / "methods"

@@ -62,6 +62,7 @@ def ask(options: Options) -> Answer:
     from palimpsest.evaluation.answers import text_answerer
     from palimpsest.evaluation.spoken import recording_answerer
     from palimpsest.models.compute import choose_compute
+    from palimpsest.models.given import require_recordings
     from palimpsest.models.loading import choose_device, is_speech_lm, load_speech_lm, load_text_model, resolve
 
     model, limit = options.model, options.max_new_tokens
@@ -82,5 +83,6 @@ def ask(options: Options) -> Answer:
         raise UserError(
             f"{model} is no speech LLM, so it takes no speech; give a methods/NAME/checkpoint folder of a run."
         )
+    require_recordings(model)
     asked = recording_answerer(*load_speech_lm(model, dtype=dtype, device=device), limit, compute)
     return asked([Example("question", "", ("",), "", audio=options.audio)], "speech")[0]

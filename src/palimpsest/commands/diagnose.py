@@ -213,9 +213,24 @@ def _ask_recordings(recipe: dict[str, Any], wanted: bool, note: Callable[[str], 
 
 def _add_speech(recipe: dict[str, Any], note: Callable[[str], None]) -> None:
     """The encoder and prompts of the first model that takes speech; one that takes it otherwise is asked in text."""
-    from palimpsest.models.given import encoder_of, require_same_speech, speech_settings, takes_speech
+    from palimpsest.models.given import (
+        encoder_of,
+        require_recordings,
+        require_same_speech,
+        speech_settings,
+        takes_speech,
+    )
 
-    listening = [method for method in recipe["methods"].values() if takes_speech(method["checkpoint"])]
+    listening = []
+    for method in recipe["methods"].values():
+        if not takes_speech(method["checkpoint"]):
+            continue
+        try:
+            require_recordings(method["checkpoint"])
+            listening.append(method)
+        except UserError as error:
+            method["modality"] = "text"
+            note(f"{method['checkpoint']} is not asked in speech: {error}")
     if not listening:
         return
     first = listening[0]["checkpoint"]

@@ -158,6 +158,7 @@ def _identity(options: Options, asked: str | Endpoint, transcribed: bool) -> str
 def _check(options: Options) -> tuple[Judge | None, Task, str | Endpoint]:
     """What is known to be wrong before a model is loaded; (the judge, the task, where the model is)."""
     from palimpsest.evaluation.judge import Judge
+    from palimpsest.models.given import require_recordings
     from palimpsest.models.loading import model_kind, resolve
 
     modality, url, name = options.modality, options.judge_url, options.judge_model
@@ -180,6 +181,8 @@ def _check(options: Options) -> tuple[Judge | None, Task, str | Endpoint]:
     where = resolve(str(options.model))
     if modality == "speech" and model_kind(where) == "language_model":
         raise UserError(f"{options.model} takes no audio; evaluate it with --modality text or cascade.")
+    if modality == "speech" and model_kind(where) == "speech_lm":
+        require_recordings(str(options.model))
     if options.perplexity and model_kind(where) == "audio_llm":
         raise UserError(f"Perplexity of the audio LLM {options.model} cannot be measured yet; leave out --perplexity.")
     return judge, task, where

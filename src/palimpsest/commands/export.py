@@ -27,6 +27,10 @@ class Options:
     text_llm: Annotated[Path | None, Doc("New folder for the language model alone.")] = None
     speech_lm: Annotated[Path | None, Doc("New folder for the whole speech LLM.")] = None
     adapter: Annotated[Path | None, Doc("New folder for the LoRA adapter alone.")] = None
+    grown_llm: Annotated[
+        Path | None,
+        Doc("New folder for the language model with its speech tokens in the vocabulary."),
+    ] = None
     light: Annotated[
         Path | None, Doc("New folder for adaptor and LoRA, beside the names of what they were trained on.")
     ] = None

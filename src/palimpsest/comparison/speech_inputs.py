@@ -1,6 +1,6 @@
 """Methods that read speech tokens beside their likes that read encoder frames: text kept and hearing, in pairs.
 
-A method and its like differ in `speech` and in the rate of what stands for speech, and in nothing else.
+A method and its like differ in `speech`, its `k` and the rate of what stands for speech, and in nothing else.
 
     t2t, s2t   the comparisons of the two on the same questions (pairs.py), with their tests
     drift      KL to the base on the base's own text; bootstrap over texts, the same texts for both
@@ -43,7 +43,7 @@ def likes(methods: Mapping[str, Method]) -> list[tuple[str, str]]:
 
 def _but_for_speech(method: Method) -> Method:
     rate = 1.0 if method.kind == "adaptor" else method.learning_rate  # of kind adaptor it is the adaptor's
-    return replace(method, speech="frames", learning_rate=rate, adaptor_learning_rate=None)
+    return replace(method, speech="frames", k=None, learning_rate=rate, adaptor_learning_rate=None)
 
 
 def speech_input_records(

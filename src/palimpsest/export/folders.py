@@ -6,14 +6,15 @@ Every folder is written under a temporary name beside its place, then renamed, a
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from palimpsest.export.model_card import THIS, Additions, Facts, Kind, model_card, study_of
+from palimpsest.export.model_card import THIS, Additions, Facts, Kind, model_card, speech_token, study_of
 from palimpsest.files import (
     UserError,
     hash_value,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from palimpsest.models.speech_lm import SpeechLM
 
 ADAPTER = Path("adapter", "adapter_config.json")  # inside the checkpoint of a LoRA method
+SPEECH_TOKENIZER = "speech_tokenizer.safetensors"  # beside a language model whose vocabulary has speech tokens
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ def export(
     text_llm: Path | None = None,
     speech_lm: Path | None = None,
     adapter: Path | None = None,
+    grown_llm: Path | None = None,
     light: Path | None = None,
     language_model: str | None = None,
     encoder: str | None = None,
@@ -80,6 +83,8 @@ def export(
         text_llm: the language model alone, with its tokenizer, for AutoModelForCausalLM and AutoTokenizer.
         speech_lm: the whole SpeechLM with its processor, for AutoModel(ForCausalLM) and AutoProcessor.
         adapter: the low-rank updates alone, for peft; methods of kind lora and peft only.
+        grown_llm: the language model with a token for each centroid or code in its vocabulary, for programs that take
+            token ids and nothing else; methods with speech: tokens only.
         light: what was trained alone beside the names of language model and encoder, for palimpsest; methods of
             kind adaptor, lora and inserted only.
         language_model, encoder: those names, for `light` from a checkpoint outside a run.
@@ -98,6 +103,7 @@ def export(
     checkpoint = find_checkpoint(source, method)
     asked: dict[Kind, Path | None] = {
         "text_llm": text_llm, "speech_lm": speech_lm, "adapter": adapter, "light": light,
+        "grown_llm": grown_llm,  # last: it changes the model that was loaded
     }  # fmt: skip
     wanted = {kind: folder.absolute() for kind, folder in asked.items() if folder is not None}
     _check(checkpoint, wanted)
@@ -115,6 +121,8 @@ def export(
         )
     if set(wanted) != {"adapter"}:
         model, processor = load_speech_lm(checkpoint.path, dtype="auto")
+        if grown_llm is not None:
+            require_grown(model, processor, str(checkpoint.path))
         _set_end_ids(model.language_model, processor.tokenizer)
 
     lines = []
@@ -127,6 +135,8 @@ def export(
                 facts = _write_light(checkpoint, model, processor, trained_on, working)
             elif kind == "text_llm":
                 facts = _write_text_llm(model.language_model, processor, working)
+            elif kind == "grown_llm":
+                facts = _write_grown_llm(model, processor, working)
             else:
                 facts = _write_speech_lm(model, processor, working)
             write_text(working / "README.md", model_card(kind, facts, study, more))
@@ -184,13 +194,13 @@ def _check(checkpoint: Checkpoint, wanted: dict[Kind, Path]) -> None:
         and read_json(adapter)["peft_type"] != "LORA"
     ):
         raise UserError(f"{checkpoint.path} has an adapter that is no LoRA, and a light folder holds LoRA alone.")
-    if light_folder.is_gated(checkpoint.path) and ({"text_llm", "speech_lm"} & set(wanted)):
+    if light_folder.is_gated(checkpoint.path) and ({"text_llm", "speech_lm", "grown_llm"} & set(wanted)):
         raise UserError(
             f"{checkpoint.path} has LoRA for speech alone, which is in no weights: text is answered by the base as it "
             "is, and speech with --light, which keeps the gate."
         )
     for kind, folder in wanted.items():
-        if kind in ("text_llm", "speech_lm"):
+        if kind in ("text_llm", "speech_lm", "grown_llm"):
             require_disk(folder.parent, weight_bytes(str(checkpoint.path)), f"The export to {folder}")
 
 
@@ -256,6 +266,72 @@ def _write_text_llm(language_model: PreTrainedModel, processor: SpeechLMProcesso
     return _facts(language_model, processor)
 
 
+def _write_grown_llm(model: SpeechLM, processor: SpeechLMProcessor, folder: Path) -> Facts:
+    """The language model with the rows in its embedding; changes model and tokenizer.
+
+    Its head has a place for each new token too, which is what this form of a vocabulary cannot do without; the
+    generation settings keep them from being written.
+    """
+    import torch
+
+    from palimpsest.models.tokens import TokenAdaptor, as_value, write_tokens
+
+    language_model, tokenizer, adaptor = model.language_model, processor.tokenizer, model.adaptor
+    assert isinstance(adaptor, TokenAdaptor)  # require_grown has seen it
+    rows = adaptor.rows.weight.detach()
+    new_ids = add_speech_tokens(tokenizer, len(rows))
+    embedding = language_model.get_input_embeddings()
+    n_rows = max(len(embedding.weight), new_ids[-1] + 1)  # some embeddings have more rows than there are tokens
+    language_model.resize_token_embeddings(n_rows, mean_resizing=False)
+    with torch.no_grad():
+        head = language_model.get_output_embeddings()
+        if head.weight is not language_model.get_input_embeddings().weight:
+            for parameter in head.parameters():  # a bias too
+                parameter[new_ids] = 0
+        language_model.get_input_embeddings().weight[new_ids] = rows
+    settings = language_model.generation_config
+    settings.suppress_tokens = [*(settings.suppress_tokens or ()), *new_ids]
+    write_tokens(as_value(adaptor.quantiser), folder / SPEECH_TOKENIZER)
+    facts = _write_text_llm(language_model, processor, folder)
+    return replace(facts, tokens=model.config.tokens, instruction=processor.style.speech_instruction)
+
+
+def add_speech_tokens(tokenizer: Any, k: int) -> list[int]:
+    """The ids of `k` tokens that a tokenizer now has."""
+    names = [speech_token(number) for number in range(k)]
+    tokenizer.add_tokens(names, special_tokens=True)
+    found: list[int] = tokenizer.convert_tokens_to_ids(names)
+    return found
+
+
+def require_grown(model: SpeechLM, processor: SpeechLMProcessor, name: str) -> None:
+    """Raise UserError for a SpeechLM without speech tokens, and for a tokenizer that would write its prompts otherwise.
+
+    Tried on a copy of the tokenizer, with two tokens.
+    """
+    from palimpsest.models.prompts import render
+    from palimpsest.models.speech_lm import SPEECH_POSITION
+    from palimpsest.models.tokens import TokenAdaptor
+
+    if not isinstance(model.adaptor, TokenAdaptor):
+        raise UserError(f"{name} reads no speech tokens, so its vocabulary would not grow; give --text-llm.")
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    names = map(speech_token, range(len(model.adaptor.rows.weight)))
+    known = next((token for token in names if token in tokenizer.get_vocab()), None)
+    new_ids = add_speech_tokens(tokenizer, 2)
+    said = f"{speech_token(0)}{speech_token(1)}\n{processor.style.speech_instruction}"
+    text, templated = render(tokenizer, said, processor.style)
+    found = tokenizer(text, add_special_tokens=not templated)["input_ids"]
+    spoken = iter(new_ids)
+    wanted = [next(spoken) if it == SPEECH_POSITION else it for it in processor.speech_prompt(2)]
+    if known is not None or found != wanted:
+        why = f"has a token {known} already" if known else "writes other tokens around tokens that are added to it"
+        raise UserError(
+            f"The tokenizer of {name} {why}, so the prompts of its training could not be written with it; use the "
+            "speech LLM itself (--speech-lm)."
+        )
+
+
 def _write_speech_lm(model: SpeechLM, processor: SpeechLMProcessor, folder: Path) -> Facts:
     for part in (model.config.text_config, model.config.encoder_config):
         part._name_or_path = ""  # where the part once lay on this machine
@@ -298,19 +374,22 @@ def _write_light(
         adapter=adapter.parent if adapter.exists() else None,
         trained=trained,
     )
+    written = light_folder.read_light(folder)
+    rows = written.tokens is not None and written.tokens["reads"] == "tokens"
     updates = f" and LoRA of rank {read_json(adapter)['r']}" if adapter.exists() else ""
     updates += ", on where there is speech," if model.gated else ""
-    if n_new := light_folder.read_light(folder).new_layers:
+    if n_new := written.new_layers:
         updates += f" and {n_new} inserted layers"
     tensors = [tensor for file in folder.rglob("*.safetensors") for tensor in load_file(file).values()]
     return Facts(
         sum(tensor.numel() for tensor in tensors),
         "float16",
-        f"adaptor{updates} of a SpeechLM",
+        f"{'rows of speech tokens' if rows else 'adaptor'}{updates} of a SpeechLM",
         chat=True,
         system=processor.style.system,
         language_model=names["language_model"],
         encoder=names["encoder"],
+        tokens=written.tokens,
     )
 
 
@@ -322,4 +401,5 @@ def _facts(model: PreTrainedModel, processor: SpeechLMProcessor) -> Facts:
         chat=processor.tokenizer.chat_template is not None,
         system=processor.style.system,
         arguments=used_arguments(processor.tokenizer, processor.style),
+        tokens=getattr(model.config, "tokens", None),
     )

@@ -22,7 +22,7 @@ from palimpsest.records import method_of
 from palimpsest.report.public import JOIN, public
 from palimpsest.report.table import inline_markdown
 
-Kind = Literal["text_llm", "speech_lm", "adapter", "light"]
+Kind = Literal["text_llm", "speech_lm", "adapter", "light", "grown_llm"]
 Study = dict[str, Any]
 WITH_SPEECH = ("speech_lm", "light")
 
@@ -35,6 +35,10 @@ WHAT = {
     "light": "What speech training added to a language model, without the model itself: the adaptor and, if the model "
     "was tuned, low-rank updates (LoRA) or inserted layers. palimpsest makes the speech LLM of these, the language "
     "model and the encoder.",
+    "grown_llm": "The language model inside a speech LLM of speech tokens, with a token for each of them at the end of "
+    "its vocabulary: a plain Hugging Face causal LM for programs that take token ids and nothing else. It writes text "
+    "alone: its generation settings (`suppress_tokens`) keep it from writing speech tokens, and who samples from its "
+    "logits without them must do so too.",
 }
 METHODS = {
     "full": "all weights of the language model and the adaptor trained (Full-FT)",
@@ -46,7 +50,10 @@ METHODS = {
     "blend": "no training: a part of what the method `of` changed (base + scale · change), its adaptor whole",
     "adaptor": "the adaptor trained, the language model frozen",
 }
-LIBRARY = {"text_llm": "transformers", "speech_lm": "palimpsest", "adapter": "peft", "light": "palimpsest"}
+LIBRARY = {
+    "text_llm": "transformers", "speech_lm": "palimpsest", "adapter": "peft", "light": "palimpsest",
+    "grown_llm": "transformers",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,12 @@ class Facts:
     # What it was trained on, of a checkpoint outside a run.
     language_model: str | None = None
     encoder: str | None = None
+    tokens: Mapping[str, Any] | None = None  # as in SpeechLMConfig, of a speech LLM that does not read frames alone
+    instruction: str = ""  # that stands beside the speech
+
+    @property
+    def reads_codec(self) -> bool:
+        return self.tokens is not None and self.tokens["kind"] == "codec"
 
 
 @dataclass(frozen=True)
@@ -118,7 +131,7 @@ def model_card(kind: Kind, facts: Facts, study: Study, more: Additions = NOTHING
     sections = [
         _front_matter(kind, facts),
         f"# {title}",
-        f"{WHAT[kind]} Written by palimpsest {palimpsest.__version__}.",
+        f"{WHAT[kind]}{_reads(kind, facts)} Written by palimpsest {palimpsest.__version__}.",
         _made_of(facts, study),
         _training(study, more.notes),
         _sources(more.sources),
@@ -183,6 +196,37 @@ def _front_matter(kind: Kind, facts: Facts) -> str:
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
 
 
+def speech_token(number: int) -> str:
+    """What the token of a centroid or code is called in a vocabulary that has it."""
+    return f"<|speech_{number}|>"
+
+
+def _reads(kind: Kind, facts: Facts) -> str:
+    """What stands for speech in the prompts, where that is not the adaptor's outputs on encoder frames."""
+    if facts.tokens is None:
+        return ""
+    if kind == "grown_llm":
+        first, last = speech_token(0), speech_token(facts.tokens["k"] - 1)
+        once = ", of equal ones in a row one" if facts.tokens["collapse"] else ""
+        return (
+            f" The tokens of an utterance, `{first}` to `{last}`{once}, stand in front of the instruction in the user's"
+            " turn. `speech_tokenizer.safetensors` has what makes them of encoder frames."
+        )
+    k, pool = facts.tokens["k"], facts.tokens["pool"]
+    if facts.reads_codec:
+        return (
+            f" Speech is given to it as the tokens of one codebook of a codec, each of the {k:,} with a row of its own "
+            "in the adaptor's place. The codec is not part of it, so it cannot be given recordings."
+        )
+    frames = f"every {pool} encoder frames" if pool > 1 else "every encoder frame"
+    if facts.tokens["reads"] == "centroids":
+        return f" Its adaptor reads frames that are first replaced: {frames} by the nearest of {k:,} centroids."
+    return (
+        f" Speech is given to it as tokens: {frames} are the nearest of {k:,} centroids, each with a row of its own in "
+        "the adaptor's place. The vocabulary has not changed, and it writes text alone."
+    )
+
+
 def _made_of(facts: Facts, study: Study) -> str:
     rows = [("Architecture", f"{facts.architecture}, {facts.n_parameters / 1e6:.1f} M parameters, {facts.dtype}")]
     if facts.language_model is not None:
@@ -193,12 +237,19 @@ def _made_of(facts: Facts, study: Study) -> str:
         name, number = _method_of(study["methods"], study["method"])
         method, n_runs = study["methods"][name], study.get("seeds") or 1
         which = "" if n_runs == 1 else f"; training run {number + 1} of {n_runs}"
-        start = study["models"].get("adaptor")
+        start, done = study["models"].get("adaptor"), METHODS.get(method["kind"], method["kind"])
+        started = "Adaptor started from", "" if start is None else part(start).label
+        if method.get("speech") == "tokens":
+            done = done.replace("the adaptor", "the rows of the speech tokens")
+            of_adaptor = study["speech"]["tokens"]["start"] == "adaptor"
+            like = "numbers with the mean and spread of each dimension of the embedding"
+            of_frames = f"the mean output, over the frames of each token, of the adaptor of {started[1]}"
+            started = "Rows started from", of_frames if of_adaptor else like
         train = study["data"]["train"]
         count = f"{study['n_train']} questions of " if study["n_train"] else ""
         rows += [
-            ("Adaptor started from", "" if start is None else part(start).label),
-            ("Method", f"`{name}`: {METHODS.get(method['kind'], method['kind'])}{which}"),
+            started,
+            ("Method", f"`{name}`: {done}{which}"),
             ("Training data", f"{count}{_without_path(train['source'])}, split {train['split']}"),
             ("Voice of the questions", inline_markdown(", ".join(map(without_folders, study["voices"])))),
         ]
@@ -264,14 +315,21 @@ def _loading(kind: Kind, facts: Facts) -> str:
     if kind == "adapter":
         name = facts.language_model or "BASE MODEL"
         code = ADAPTER_CODE.replace("BASE", Path(name).name if _is_path(name) else name)
-    elif kind == "text_llm":
+    elif kind in ("text_llm", "grown_llm"):
         system = {"role": "system", "content": facts.system}
         turn = "" if facts.system is None else f"{json.dumps(system, ensure_ascii=False)}, "
         given = "".join(f"{name}={value!r}, " for name, value in facts.arguments.items())
         chat = CHAT.replace("[", f"[{turn}", 1).replace("return_tensors", f"{given}return_tensors", 1)
-        code = LOAD_TEXT + (chat if facts.chat else PLAIN) + ANSWER_TEXT
+        asked = chat if facts.chat else PLAIN
+        if kind == "grown_llm":
+            spoken = SPEECH_TOKENS.replace("INSTRUCTION", json.dumps(facts.instruction, ensure_ascii=False))
+            asked = asked.replace('"What is the capital of France?"', "question")
+            asked = asked.replace('"Question: What is the capital of France?', 'f"Question: {question}')
+            asked = spoken + asked
+        code = LOAD_TEXT + asked + ANSWER_TEXT
     else:
-        code = (LOAD_SPEECH if kind == "speech_lm" else LOAD_LIGHT) + ANSWER_SPEECH
+        code = LOAD_SPEECH if kind == "speech_lm" else LOAD_LIGHT
+        code = code.replace("import soundfile\n", "") + ASK_TEXT if facts.reads_codec else code + ANSWER_SPEECH
     return f"## How to load it\n\n```python\n{code}```"
 
 
@@ -312,6 +370,9 @@ prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
 """
 PLAIN = """prompt = tokenizer("Question: What is the capital of France?\\nAnswer:", return_tensors="pt")
 """
+SPEECH_TOKENS = """ids = [1, 0, 1]  # the numbers of an utterance's tokens
+question = "".join(f"<|speech_{i}|>" for i in ids) + "\\n" + INSTRUCTION
+"""
 ANSWER_TEXT = """output = model.generate(**prompt, max_new_tokens=64, do_sample=False)
 print(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))
 """
@@ -331,6 +392,10 @@ model, processor = load_speech_lm(".")  # this folder
 """
 ANSWER_SPEECH = """wave, rate = soundfile.read("question.wav", dtype="float32")  # mono, 16 kHz, up to 30 s
 output = model.generate(**processor(audio=wave), max_new_tokens=64, do_sample=False)
+print(processor.tokenizer.decode(output[0], skip_special_tokens=True))
+"""
+ASK_TEXT = """inputs = processor(text="What is the capital of France?")
+output = model.generate(**inputs, max_new_tokens=64, do_sample=False)
 print(processor.tokenizer.decode(output[0], skip_special_tokens=True))
 """
 

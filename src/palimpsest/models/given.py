@@ -27,6 +27,7 @@ from palimpsest.models.loading import (
 )
 from palimpsest.models.paired_weights import first_difference, kind_of, pair_weights
 from palimpsest.models.prompts import writes_tokens
+from palimpsest.models.token_settings import WITHOUT_CODEC
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -186,6 +187,16 @@ def speech_settings(name: str) -> tuple[int, str, PromptStyle]:
     return processor.stack_factor, processor.speech_length, processor.style
 
 
+def require_recordings(name: str) -> None:
+    """Raise UserError for a SpeechLM that cannot be given recordings: the codec whose tokens it reads is not in it."""
+    from palimpsest.models.speech_lm import SpeechLMConfig
+
+    where = _inside(name)
+    stored = light.read_light(where) if light.is_light(where) else SpeechLMConfig.from_pretrained(where)
+    if stored.tokens is not None and stored.tokens["kind"] == "codec":
+        raise UserError(f"{name} {WITHOUT_CODEC}; ask it in text, or in the study that trained it.")
+
+
 def encoder_of(name: str) -> str:
     """The encoder of a SpeechLM, as for `load_encoder`."""
     where = _inside(name)
@@ -194,6 +205,7 @@ def encoder_of(name: str) -> str:
 
 def require_same_speech(encoder: str, stack_factor: int, length: str, tuned: str) -> None:
     """Raise UserError unless a SpeechLM hears through this encoder in this way: frames are computed once for all."""
+    require_recordings(tuned)
     theirs, theirs_length, _ = speech_settings(tuned)
     if (theirs, theirs_length) != (stack_factor, length):
         raise UserError(

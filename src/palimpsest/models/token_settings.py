@@ -10,6 +10,7 @@ from annotated_types import Ge
 # What a model is given of its speech: the encoder's frames; ids; or frames that were replaced by their centroids, which
 # an adaptor of the usual kind reads: what is lost by that is lost by quantising alone.
 SpeechInput = Literal["frames", "tokens", "centroids"]
+WITHOUT_CODEC = "reads the tokens of a codec, which is no part of it, so it cannot be given recordings"
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 from palimpsest.files import UserError, replacing
-from palimpsest.models.token_settings import Tokens
+from palimpsest.models.token_settings import WITHOUT_CODEC, Tokens
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,10 +71,16 @@ class Quantiser(nn.Module):
         return distances.argmin(-1)
 
     def replaced(self, frames: Float[Tensor, "speech time d_enc"]) -> Float[Tensor, "speech time d_enc"]:
-        """Each `pool` frames as so many copies of their centroid, as a frame; what is left over stays as it is."""
-        nearest = self.centroids.float()[self.ids(frames)] / self.scale.float() + self.mean.float()
-        copies = nearest.repeat_interleave(self.pool, dim=1)
-        return torch.cat([copies.to(frames.dtype), frames[:, copies.shape[1] :]], dim=1)
+        """Each `pool` frames as so many copies of their centroid, as a frame; what is left over stays as it is.
+
+        Zeros are padding: an utterance with some behind it is replaced as it would be alone.
+        """
+        ids = self.ids(frames)
+        nearest = self.centroids.float()[ids] / self.scale.float() + self.mean.float()
+        copies = nearest.repeat_interleave(self.pool, dim=1).to(frames.dtype)
+        whole, rest = frames[:, : copies.shape[1]], frames[:, copies.shape[1] :]
+        left_over = (whole == 0).all(-1).reshape(*ids.shape, self.pool).any(-1).repeat_interleave(self.pool, dim=1)
+        return torch.cat([torch.where(left_over[..., None], whole, copies), rest], dim=1)
 
 
 class Codes(nn.Module):
@@ -88,10 +94,7 @@ class Codes(nn.Module):
 
     def ids(self, frames: Float[Tensor, "speech time 2"]) -> Int[Tensor, "speech time"]:
         if frames.shape[-1] != 2:
-            raise UserError(
-                "This model reads the tokens of a codec, which is no part of it, so it cannot be given recordings; ask "
-                "it in a study, which has their tokens."
-            )
+            raise UserError(f"This model {WITHOUT_CODEC}; ask it in the study that trained it, which has their tokens.")
         return (frames[..., 0].long() * 256 + frames[..., 1].long()).clamp_max(self.k - 1)
 
 
@@ -176,6 +179,14 @@ class SpeechTokenizer:
         made = Quantiser(self.k, self.tensors["centroids"].shape[1], self.pool)
         made.load_state_dict(dict(self.tensors))
         return made
+
+
+def as_value(quantiser: Quantiser | Codes) -> SpeechTokenizer:
+    """The tokenizer that a quantiser was made of."""
+    if isinstance(quantiser, Codes):
+        return SpeechTokenizer(quantiser.pool, {}, codes=quantiser.k)
+    tensors = {name: quantiser.get_buffer(name).detach().float().cpu() for name in TENSORS}
+    return SpeechTokenizer(quantiser.pool, tensors, {"kind": "kmeans", "k": quantiser.k})
 
 
 def stored_tokenizer(adaptor: Mapping[str, Tensor], pool: int) -> SpeechTokenizer | None:

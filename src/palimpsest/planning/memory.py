@@ -291,9 +291,10 @@ def activation_bytes(setup: Setup, batch: Batch) -> int:
     adaptor = 0
     if setup.modality == "speech":
         stacked = setup.stack_factor * setup.encoder.dim
-        # Frames as they come (float32), stacked and standardised, between the two linear maps; what is spliced in.
-        width = stacked * (4 + c) + setup.adaptor_hidden * c + 2 * decoder.hidden * stream
-        adaptor = batch.rows * batch.positions * width
+        # Frames as they come (float32), stacked and standardised, between the two linear maps, or of tokens their ids;
+        # what is spliced in.
+        read = 8 if setup.speech_tokens else stacked * c + setup.adaptor_hidden * c
+        adaptor = batch.rows * batch.positions * (stacked * 4 + read + 2 * decoder.hidden * stream)
     return layers + final_norm + head + adaptor
 
 
@@ -342,7 +343,10 @@ def step_flops(setup: Setup, tokens: float, length: float, positions: float, sup
     layers = (per_weight * decoder.matrices + 6 * setup.lora_parameters + 2 * setup.new_parameters) * tokens
     attention = 6 * decoder.layers * decoder.attention * length * tokens
     head = per_weight * decoder.vocabulary * decoder.hidden * supervised
-    adaptor = 6 * setup.adaptor_parameters * positions if setup.modality == "speech" else 0
+    # A row is looked up, after its centroid was found: a product with all of them, forward alone. Of a codec there is
+    # none, and this is a little too much.
+    of_position = 2 * setup.speech_tokens * setup.encoder.dim if setup.speech_tokens else 6 * setup.adaptor_parameters
+    adaptor = of_position * positions if setup.modality == "speech" else 0
     if setup.distill:
         attention += 2 * decoder.layers * decoder.attention * length * tokens
         layers += 2 * decoder.matrices * tokens + 2 * decoder.vocabulary * decoder.hidden * supervised

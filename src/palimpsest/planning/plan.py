@@ -274,7 +274,7 @@ def setups_of(
             modality=method.modality,
             stack_factor=config.stack_factor(name),
             adaptor_hidden=config.speech.adaptor_hidden_size,
-            speech_tokens=config.speech.tokens.k if config.speech.tokens and method.speech == "tokens" else 0,
+            speech_tokens=config.n_rows(method),
             weight_bytes=4 if config.models.dtype == "float32" else 2,
             checkpointing=training.gradient_checkpointing,
             accumulation=training.accumulation,

@@ -112,7 +112,11 @@ def _what(plan: Plan) -> Iterator[str]:
     if config.models.encoder is not None:
         origin = plan.origins["encoder"]
         yield f"  encoder         {config.models.encoder} ({origin}): {encoder.parameters:,} parameters, frozen"
-        yield f"  adaptor         {setup.adaptor_parameters:,} parameters"
+        of_frames = replace(setup, speech_tokens=0, stack_factor=config.speech.stack_factor).adaptor_parameters
+        if any(method.speech != "tokens" for method in config.methods.values()):
+            yield f"  adaptor         {of_frames:,} parameters"
+        for k in dict.fromkeys(filter(None, map(config.n_rows, config.methods.values()))):
+            yield f"  speech tokens   {k:,} rows, {k * decoder.hidden:,} parameters, in the adaptor's place"
     yield f"  data            {plan.lengths.origin}"
     if not plan.methods:
         return

@@ -22,7 +22,7 @@ from palimpsest.files import read_json, to_line
 from palimpsest.parallel import is_main
 from palimpsest.progress import Reporter
 from palimpsest.records import BASE, RESULT_TABLES, SCHEMA, method_of
-from palimpsest.rundir import STEP_FILE, RunDir, folder_of
+from palimpsest.rundir import STEP_FILE, RunDir, folder_of, tokens_folder
 
 if TYPE_CHECKING:
     from palimpsest.report.inputs import Inputs
@@ -32,13 +32,15 @@ EVERY = 30.0  # s between two pages, and at most a share of the time goes into t
 SHARE = 1 / 30
 Step = Callable[..., None]  # of run.steps_of
 TO_CHECKPOINT = ("train", "given", "blend")
-TOP_LEVEL = ("data", "features", "tokens", "analysis", "maps")
+TOP_LEVEL = ("data", "features", "analysis", "maps")
 
 
 def name_of(step: Step) -> str:
     """The folder in the run directory of a step of `run.steps_of`."""
     function, asked = (step.func, step.keywords) if isinstance(step, partial) else (step, {})
     name = str(getattr(function, "__name__", ""))
+    if name == "tokens":
+        return tokens_folder(asked.get("k"))
     if name in TOP_LEVEL:
         return name
     if name in TO_CHECKPOINT:

@@ -117,8 +117,8 @@ def steps_of(config: StudyConfig) -> Iterator[Step]:
     yield steps.data
     if config.models.encoder is not None:
         yield steps.features
-    if config.speech.tokens is not None:
-        yield steps.tokens
+    for k in config.token_sizes:
+        yield steps.tokens if k is None else partial(steps.tokens, k=k)
     yield partial(steps.importance, model=BASE)
     yield partial(steps.importance, model=BASE, other=True)
     if any(method.weighs_by("fisher") for method in config.methods.values()):

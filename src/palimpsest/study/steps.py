@@ -32,11 +32,11 @@ from palimpsest.rundir import (
     RESULTS,
     SET_ASIDE,
     STUDY,
-    TOKENS,
     checkpoint_of,
     figures_in,
     folder_of,
     samples_of,
+    tokens_folder,
 )
 from palimpsest.study.workspace import Workspace
 
@@ -67,10 +67,9 @@ def check(ws: Workspace) -> None:
             if (name := getattr(models, role)) is not None:
                 require_loadable(role, name)  # converts an embedded model on its first use
             advance(i + 1, len(ROLES))
-    read = ws.config.speech.tokens
-    collapse = read is not None and read.collapse
     trained = [it for it in ws.config.methods.values() if it.trains]
-    require_language_model(models.language_model, trained, collapse=collapse)
+    require_language_model(models.language_model, trained, collapse=ws.config.collapses)
+    read = ws.config.speech.tokens
     if read is not None and read.codec is not None:
         from palimpsest.models.codecs import load_codec
 
@@ -179,13 +178,20 @@ def features(ws: Workspace) -> None:
             before += len(group)
 
     ws.step("features", features, inputs, write, together=True)
+    if not ws.reads_codec:
+        _require_budget(ws)
+
+
+def _require_budget(ws: Workspace) -> None:
+    """Of the data's own answers: an example above it is an error now, not after hours of other steps."""
     taught = [ws.config.answers_of(method) for method in ws.config.methods.values() if method.trains]
     if ws.settings.max_tokens is not None and "gold" in taught:
-        ws.require_budget(ws.groups["train"])  # an example above it is an error now, not after hours of other steps
+        ws.require_budget(ws.groups["train"])
 
 
-def tokens(ws: Workspace) -> None:
-    """tokens/: centroids fitted on the frames of the training speech, and what tokens they make of it.
+def tokens(ws: Workspace, k: int | None = None) -> None:
+    """tokens/: centroids fitted on the frames of the training speech, and what tokens they make of it; tokens-K/: of a
+    k that a method names.
 
     tokenizer.safetensors; tokens.json, of training and held-out speech; with start: adaptor rows.safetensors, the mean
     of the adaptor's outputs over the frames of each token, and the number of these. Of a codec GROUP.jsonl instead, the
@@ -193,6 +199,7 @@ def tokens(ws: Workspace) -> None:
     """
     options, seed = ws.config.speech.tokens, ws.seed("tokens")
     assert options is not None
+    options = replace(options, k=k or options.k)
     inputs: dict[str, Any] = {
         "features": ws.fingerprint("features"),
         # Frames that training makes in its loop are not among those of features/.
@@ -266,7 +273,9 @@ def tokens(ws: Workspace) -> None:
             save_file({"rows": rows, "counts": counts}, folder / "rows.safetensors")
             advance(3, steps)
 
-    ws.step(TOKENS, tokens, inputs, write if options.codec is None else write_codes)
+    ws.step(tokens_folder(k), tokens, inputs, write if options.codec is None else write_codes)
+    if ws.reads_codec:  # how long prompts are is known only now
+        _require_budget(ws)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,7 +303,7 @@ def train(ws: Workspace, model: str) -> None:
     if method.weighs_by("fisher"):
         inputs["fisher"] = ws.fingerprint(f"{BASE}/fisher")
     if method.speech != "frames":
-        inputs["tokens"] = ws.fingerprint(TOKENS)
+        inputs["tokens"] = ws.fingerprint(tokens_folder(ws.config.own_k(model)))
     if ws.config.kept_light(model):
         inputs["checkpoint"] = "light"
     if method.importance == "shuffled":

@@ -49,6 +49,7 @@ from palimpsest.rundir import (
     checkpoint_of,
     folder_of,
     provenance,
+    tokens_folder,
 )
 from palimpsest.study.code import step_code
 from palimpsest.training.remedies import OWN, Replay
@@ -236,12 +237,17 @@ class Workspace:
 
     def speech(self, group: str, run: str = BASE) -> Features | Recordings | CodecTokens:
         """Only training may encode in its loop: held-out and task questions are few and asked of every model."""
-        tokens = self.config.speech.tokens
-        if tokens is not None and tokens.kind == "codec" and self.config.speech_of(run) == "tokens":
+        if self.reads_codec and self.config.speech_of(run) == "tokens":
             return CodecTokens(self.path / TOKENS / f"{group}.jsonl")
         if group == "train" and self.frames.path == "loop":
             return Recordings(self.processor, self.groups[group])
         return Features(self.path / "features" / group)
+
+    @property
+    def reads_codec(self) -> bool:
+        """Whether speech tokens are those of a codec."""
+        tokens = self.config.speech.tokens
+        return tokens is not None and tokens.kind == "codec"
 
     @cached_property
     def frames(self) -> FramesChoice:
@@ -428,7 +434,8 @@ class Workspace:
         if self.settings.max_tokens is not None:
             from palimpsest.training.batching import require_budget, sequence_lengths
 
-            for run in {self.config.stack_factor(run): run for run in self.config.methods}.values():
+            read = {(self.config.stack_factor(run), self.config.speech_of(run)): run for run in self.config.methods}
+            for run in read.values():
                 lengths = sequence_lengths(self.collator("speech", "train", run), examples)
                 require_budget(examples, lengths, self.settings.max_tokens)
 
@@ -698,13 +705,13 @@ class Workspace:
             speech_length=speech.length,
             seed=self.seed("adaptor", run),
             reads=reads,
-            tokenizer=None if reads == "frames" else self.speech_tokens,
+            tokenizer=None if reads == "frames" else self.speech_tokens(self.config.own_k(run)),
             collapse=speech.tokens is not None and speech.tokens.collapse,
         )
         if reads == "tokens":
             assert speech.tokens is not None
             if speech.tokens.start == "adaptor":
-                self._start_rows(model)
+                self._start_rows(model, self.config.own_k(run))
         elif self.adaptor is not None:
             quantiser = model.adaptor.quantiser
             centroids = {} if quantiser is None else quantiser.state_dict(prefix="quantiser.")
@@ -719,18 +726,17 @@ class Workspace:
         model.to(self.device)
         return model
 
-    @cached_property
-    def speech_tokens(self) -> SpeechTokenizer:
-        """What tokens/ has."""
+    def speech_tokens(self, k: int | None) -> SpeechTokenizer:
+        """What tokens/ has, or tokens-K/ of another k than the recipe's."""
         from palimpsest.models.tokens import read_tokens
 
-        return read_tokens(self.path / TOKENS / "tokenizer.safetensors")
+        return read_tokens(self.path / tokens_folder(k) / "tokenizer.safetensors")
 
-    def _start_rows(self, model: SpeechLM) -> None:
+    def _start_rows(self, model: SpeechLM, k: int | None) -> None:
         """The rows that tokens/ made of the adaptor's outputs; of a token that it never met, those that were drawn."""
         from safetensors.torch import load_file
 
-        stored = load_file(self.path / TOKENS / "rows.safetensors")
+        stored = load_file(self.path / tokens_folder(k) / "rows.safetensors")
         heard = stored["counts"] > 0
         rows = model.adaptor.get_parameter("rows.weight").data
         rows[heard] = stored["rows"][heard].to(rows.dtype)
@@ -938,6 +944,7 @@ class Workspace:
 
     def provenance(self, started: float) -> dict[str, Any]:
         models = self.config.models
+        abouts = [self.speech_tokens(k).about for k in self.config.token_sizes]
         return {
             **provenance(),
             "study": self.config.name,
@@ -954,7 +961,8 @@ class Workspace:
                     "name": models.adaptor and without_folders(models.adaptor),
                     "hash": self.adaptor and self.adaptor.fingerprint,
                 },
-                "tokens": None if self.config.speech.tokens is None else self.speech_tokens.about,
+                "tokens": abouts[0] if abouts else None,
+                **({"tokens_by_k": {str(it["k"]): it for it in abouts}} if len(abouts) > 1 else {}),
                 "given": {name: {**it, "notes": self.given_notes[name]} for name, it in self.given_models.items()},
             },
             "compute": {

@@ -186,6 +186,8 @@ def shard(twin: nn.Module, *, bf16: bool = False, whole_encoder: bool = False, d
             options["ignored_params"] = kept
         else:
             fully_shard(encoder, **options)
+    if bf16:  # frames stay as they came: a speech token is found in float32; autocast rounds what is multiplied
+        options["mp_policy"] = dataclasses.replace(options["mp_policy"], cast_forward_inputs=False)
     fully_shard(twin, **options)
     for parameter in parameters:
         if parameter not in kept:

@@ -71,6 +71,7 @@ class Method:
     # What stands for speech: the adaptor's outputs; rows of speech.tokens, which take its place in all the keys above;
     # or the outputs of an adaptor on frames that were replaced by the centroids of these tokens.
     speech: SpeechInput = "frames"
+    k: Annotated[int, Ge(2)] | None = None  # speech tokens, centroids: how many; None: speech.tokens.k
     targets: tuple[str, ...] | None = None  # lora, peft: names of linear layers, such as q_proj; None: all of a layer
     gate: Literal["none", "speech"] = "none"  # lora; speech: only where there is speech, so that text is the base's
     peft: dict[str, Any] | None = None  # peft: a config of peft's, with peft_type
@@ -105,6 +106,8 @@ class Method:
                     raise ValueError(f"norm_of finds the scale of the whole update; remove {name}")
         if self.modality == "text" and self.speech != "frames":
             raise ValueError(f"speech {self.speech} with modality text would not be heard; use speech, or remove it")
+        if self.k is not None and self.speech == "frames":
+            raise ValueError("k is how many speech tokens there are, and speech frames reads none; remove one")
         if self.modality == "text" and self.kind == "adaptor":
             raise ValueError("kind adaptor with modality text would train nothing; use speech, or another kind")
         self._require_sense()

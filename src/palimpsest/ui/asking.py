@@ -16,6 +16,7 @@ from palimpsest.config import StudyConfig, load_config
 from palimpsest.data.examples import Example
 from palimpsest.data.speech import read_audio
 from palimpsest.files import UserError
+from palimpsest.models.token_settings import WITHOUT_CODEC
 from palimpsest.records import BASE
 from palimpsest.report.inputs import method_name
 from palimpsest.rundir import checkpoint_of, has_checkpoint
@@ -68,9 +69,12 @@ def open_panel(run: Path) -> Panel:
         refusals[BASE, "speech"] = "The base model takes no speech: ask it by text, or see the cascade."
     if config.models.asr is None:
         refusals[BASE, "cascade"] = "The study names no recogniser (models.asr), so there is no cascade."
+    tokens = config.speech.tokens
     for name, method in config.runs.items():
         if config.runs[config.origin_of(name)].modality == "text":
             refusals[name, "speech"] = f"{method_name(name)} was tuned on text alone and takes no speech."
+        if tokens is not None and tokens.kind == "codec" and config.speech_of(name) == "tokens":
+            refusals[name, "speech"] = f"{method_name(name)} {WITHOUT_CODEC}; ask it by text."
         if not has_checkpoint(run, name):
             absent = f"methods/{name}/checkpoint is not there: the study has not trained {method_name(name)} yet."
             if method.checkpoint is not None:
