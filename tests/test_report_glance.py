@@ -49,13 +49,26 @@ def test_the_numbers_are_of_text_by_two_measures_and_of_hearing(tmp_path: Path) 
     ]
 
 
+@pytest.mark.parametrize(("p", "unit"), [(0.001, "nats a byte"), (0.4, "nats a token")])
+def test_the_measure_by_which_text_was_lost_is_among_the_numbers(tmp_path: Path, p: float, unit: str) -> None:
+    """Before the drift, where the questions show no loss: the sentence above is about it."""
+    inputs = _run(
+        tmp_path,
+        qa=[accuracy_row(method, "facts", "text", 60) for method in ("base", "full")],
+        comparisons=[comparison_row("facts", "base", "full", -0.2, 0.2)],
+        drift=[drift_row("full", "plain", 0.5)],
+        general_text_comparisons=[{**general_text_comparison("full", 0.1), "p_holm": p}],
+    )
+    assert [it.unit for it in numbers_of(inputs)][:2] == ["points", unit]
+
+
 def test_what_was_not_measured_gives_its_place_to_the_next(tmp_path: Path) -> None:
     inputs = _run(
         tmp_path,
         drift=[drift_row("full", "plain", 0.5)],
         general_text_comparisons=[general_text_comparison("full", 0.1)],
     )
-    assert [it.unit for it in numbers_of(inputs)] == ["nats a token", "nats a byte"]
+    assert [it.unit for it in numbers_of(inputs)] == ["nats a byte", "nats a token"]  # the loss that is shown, first
 
 
 def test_an_answer_that_did_not_change_is_no_interval_of_nothing(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from palimpsest.files import write_json, write_text
 from palimpsest.report import summary
 from palimpsest.report.inputs import read_inputs
-from palimpsest.report.summary import points_of, scale
+from palimpsest.report.summary import is_known, points_of, scale
 from report_fixture import accuracy_row, comparison_row, drift_row, invented_provenance, make_run, speech_test
 
 LOST, WHERE, KEEPS, SPEECH = range(4)
@@ -128,6 +128,15 @@ def test_keeps_tells_better_from_alike(tmp_path: Path) -> None:
     assert "LoRA answers the most typed questions, 21.0\u00a0%." in answer
     assert "Better than Full-FT (10.0\u00a0%)." in answer
     assert "Not distinguishable from Layer-LR (20.0\u00a0%)." in answer
+
+
+def test_one_given_model_is_no_comparison_of_trainings(tmp_path: Path) -> None:
+    write_json(tmp_path / "provenance.json", {"models": {"given": {"tuned": {"name": "x"}}}})
+    write_json(tmp_path / "results.json", {"schema": 1})
+    point = points_of(read_inputs(tmp_path))[1 + KEEPS]  # behind "What is different?"
+    (finding,) = point.findings
+    assert "a study that trains in several ways (docs/remedies.md)." in finding.sentence
+    assert not is_known(point)
 
 
 def test_the_noise_floor_is_said_to_be_of_other_questions(tmp_path: Path) -> None:

@@ -119,9 +119,17 @@ def numbers_of(inputs: Inputs) -> list[Number]:
     model = in_focus(inputs)
     if model is None:
         return [*_of_the_base(inputs)][:N_NUMBERS]
+    drift, general, probe = [*_drifted(inputs, model)], [*_general_text(inputs, model)], [*_probed(inputs, model)]
+    # Where the questions show no loss and another measure does, the verdict is about that one.
+    lost = {it.measure for it in signs(inputs, model) if it.sign < 0}
+    beside = [*drift, *general, *probe]
+    if lost == {"probe"}:
+        beside = [*probe, *drift, *general]
+    elif lost and lost <= {"general text", "probe"}:
+        beside = [*general, *drift, *probe]
     kinds = [
         [*_typed(inputs, model)],
-        [*_drifted(inputs, model), *_general_text(inputs, model), *_probed(inputs, model)],
+        beside,
         [*_spoken(inputs), *_shifted(inputs, model)],
     ]
     first = [of[0] for of in kinds if of]

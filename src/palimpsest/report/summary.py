@@ -119,10 +119,15 @@ def _begun(inputs: Inputs) -> str:
 
 def points_of(inputs: Inputs) -> list[Point]:
     """The summary's questions with their answers, in reading order."""
+    several = "two trained models that answered the same typed questions"
+    if len(given_models(inputs)) == 1 and not inputs.results["training"]:
+        several = (
+            "second tuned model; what keeps text is compared by a study that trains in several ways (docs/remedies.md)"
+        )
     questions = (
         ("What was lost?", _lost, "accuracy of the base and a trained model on typed questions"),
         ("Where in the model?", _where, "layer-wise importance of a trained model"),
-        ("Which training keeps the text?", _keeps, "two trained models that answered the same typed questions"),
+        ("Which training keeps the text?", _keeps, several),
         ("Do the models understand speech?", _understand, "answers to spoken questions"),
     )
     found = [
