@@ -24,6 +24,7 @@ settings.load_profile("busy")
 LONG = (
     *("test_study", "test_readme", "test_training_distributed", "test_seeds", "test_training_train", "test_cli"),
     *("test_study_ranks", "test_study_given", "test_study_given_pairs", "test_frontier_study", "test_blend"),
+    *("test_study_tokens", "test_token_ranks", "test_token_methods"),
     *("test_keep_ranks", "test_study_drift", "test_retention_callback", "test_own_answers"),
     *("test_report_html", "test_training_options", "test_study_adaptor", "test_report_figures"),
     *("test_evaluation_generate", "test_export", "test_importance_distributed", "test_models_embedded", "test_plan"),
