@@ -35,14 +35,14 @@ class Log:
 
 
 @contextmanager
-def chromium() -> Iterator[Browser]:
-    """A running browser; the test is skipped where none is installed."""
+def chromium(*arguments: str) -> Iterator[Browser]:
+    """A running browser, given `arguments`; the test is skipped where none is installed."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (extra dev)")
     executable = next(filter(None, map(shutil.which, NAMES)), None)
     if executable is None:
         pytest.skip(f"there is no Chromium here: none of {', '.join(NAMES)}")
     with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=executable)
+        browser = driver.chromium.launch(executable_path=executable, args=arguments)
         try:
             yield browser
         finally:

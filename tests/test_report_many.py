@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.transforms import Bbox
 
 from palimpsest.commands import report as command
 from palimpsest.comparison.pairs import compare
 from palimpsest.files import write_json
 from palimpsest.intervals import mcnemar_exact
 from palimpsest.report import inputs as inputs_of
+from palimpsest.report import tables
 from palimpsest.report.figures import draw
 from palimpsest.report.inputs import Inputs, read_inputs
+from palimpsest.report.page import write_report
 from palimpsest.report.style import look, style
 from palimpsest.report.table import Cell, Column, Table, to_html
-from report_fixture import invented_results, make_run
+from report_fixture import invented_results, make_run, probe_row
+from report_of_many import make_large_run
 
 MANY = [f"method_number_{i:02d}" for i in range(20)]
 
@@ -49,14 +55,66 @@ def test_legends_stay_in_the_figure_and_beside_the_axes(inputs: Inputs, name: st
         canvas = FigureCanvasAgg(drawing.figure)
         canvas.draw()
         whole = drawing.figure.bbox
-        (legend,) = drawing.figure.legends
-        box = legend.get_window_extent()
-        assert box.x0 >= whole.x0
-        assert box.x1 <= whole.x1
-        assert box.y0 >= whole.y0
-        for axis in drawing.figure.axes:
-            assert axis.get_window_extent().y0 >= box.y1  # above it
-            assert axis.get_window_extent().height >= 0.9 * drawing.figure.dpi  # inches
+        below = whole.y0
+        for legend in drawing.figure.legends:
+            box = legend.get_window_extent()
+            assert box.x0 >= whole.x0
+            assert box.x1 <= whole.x1
+            assert box.y0 >= whole.y0
+            below = box.y1
+        panels = [axis.get_window_extent() for axis in drawing.figure.axes]
+        for panel in panels:
+            assert panel.y0 >= below
+            assert panel.height >= 0.7 * drawing.figure.dpi  # inches
+        assert not any(Bbox.intersection(a, b) for a, b in combinations(panels, 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("figure3", 1 + 1 + 16),  # the base, the method, a mark with a tip for each of 16 layers
+        ("training", 1),
+    ],
+)
+def test_each_of_many_methods_has_a_panel(inputs: Inputs, name: str, lines: int) -> None:
+    """Where a panel with all would be 20 lines on each other."""
+    drawing = draw(name, inputs)
+    assert drawing is not None
+    titles = [axis.get_title(loc="left") for axis in drawing.figure.axes]
+    shown = ["Layer-LR", "LoRA", *MANY]
+    assert titles == (shown if name == "figure3" else ["Full-FT", *shown])
+    assert {len(axis.lines) for axis in drawing.figure.axes} == {lines}
+    assert not drawing.figure.legends
+
+
+def test_a_description_lists_few_values_and_counts_many(inputs: Inputs) -> None:
+    """A screen reader reads it in one go."""
+    few, many = (draw("deactivation", of) for of in (dataclasses.replace(inputs, results=_few(inputs)), inputs))
+    assert few is not None
+    assert many is not None
+    assert all(tip in few.alt for tip in few.tips.values())
+    # base: text alone; three methods and 20 like one of them: text and speech; four bars each
+    assert many.alt == f"Bar chart of {4 * (1 + 2 * 23)} values, which stand in the tables of this part."
+
+
+def _few(inputs: Inputs) -> Any:
+    rows = [row for row in inputs.results["deactivation"] if row["model"] not in MANY]
+    return {**inputs.results, "deactivation": rows}
+
+
+def test_many_models_stand_below_each_other_in_the_table_of_the_probe() -> None:
+    rows: Any = [probe_row(model, kind, 30, 60, 1.0) for model in ("base", *MANY) for kind in ("all", "x")]
+    table = tables.probe(rows)
+    assert [column.title for column in table.columns] == ["Model", "Pairs", "n", "Right %", "Margin"]
+    assert len(table.rows) == 2 * 21
+
+
+@pytest.mark.slow
+def test_a_page_of_20_methods_and_3_runs_is_not_too_large_to_send(tmp_path: Path) -> None:
+    run = make_large_run(tmp_path / "run")
+    page = write_report(run)
+    assert page.stat().st_size < 15e6
+    assert "Missing from this run" not in page.read_text(encoding="utf-8")
 
 
 def test_a_large_table_is_made_in_seconds() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from palimpsest.files import write_text
 from palimpsest.report import structure_tables, tables
+from palimpsest.report.inputs import read_inputs
 from palimpsest.report.paper import SOURCE_LABEL
 from palimpsest.report.table import Table, to_csv, to_latex, to_markdown
-from report_fixture import accuracy_row, comparison_row, invented_results, probe_row
+from report_fixture import accuracy_row, comparison_row, invented_results, make_run, probe_row
 
 
 def _deactivation(condition: str, perplexity: float | None, seed: int | None = None) -> Any:
@@ -148,6 +151,20 @@ def test_every_accuracy_row_says_whether_it_was_published_or_measured_here() -> 
     assert _row(wider, 2)[-4:] == [*_row(table, 1)[-3:], "–"]
 
 
+def test_published_rows_stand_apart_where_nothing_was_trained(tmp_path: Path) -> None:
+    """Of a diagnosis: its own accuracies would be lost among 22 of other models."""
+    run = make_run(tmp_path, without={"maps", "samples", "data", "study.yaml"})
+    for kind, n_published in (("full", 22), ("given", 0)):
+        write_text(run / "study.yaml", f"methods: {{full: {{kind: {kind}}}}}\n")
+        found = tables.tables_of(read_inputs(run))
+        assert len(found["accuracy"].published) == n_published
+        assert ("accuracy_published" in found) == (n_published == 0)
+    theirs = found["accuracy_published"]
+    assert len(theirs.rows) == len(theirs.published) == 22
+    assert theirs.title.startswith("Published: Accuracy from typed")
+    assert len(found["deactivation_published"].rows) == 4
+
+
 def test_the_probe_has_a_row_per_kind_and_two_columns_per_model() -> None:
     records: Any = [probe_row("full", "all", 30, 60, -0.5), *(probe_row("base", k, 45, 60, 2.0) for k in ("all", "x"))]
     table = tables.probe(records)
@@ -242,10 +259,23 @@ def test_layers_show_one_reduction_of_whole_layers() -> None:
         record("base", 0, "q", "fisher", 0.1),
         record("base", 0, "all", "signed_sum", 0.5),
     ]
-    table = structure_tables.layers(records, "text", "fisher")
+    (table,) = structure_tables.layers(records, "text", "fisher")
     assert [column.title for column in table.columns] == ["Layer", "Base, %", "Base, sum", "Full-FT, %", "Full-FT, sum"]
     assert _row(table, 0) == ["0", "–", "–", "25.00", "2.50"]
     assert _row(table, 1) == ["1", "75.00", "7.50", "–", "–"]
+
+
+def test_importance_by_layer_of_many_models_is_two_tables() -> None:
+    """So that one fits on paper."""
+    record = {
+        "modality": "text", "reduction": "fisher", "layer": 0, "kind": "all", "total": 2.5, "mean": 1.0, "share": 0.25,
+        "n_parameters": 5,
+    }  # fmt: skip
+    records: Any = [{**record, "model": f"m{i}"} for i in range(9)]
+    shares, sums = structure_tables.layers(records, "text", "fisher")
+    assert (shares.name, sums.name) == ("layers_text", "layers_text_sum")
+    assert _row(shares, 0) == ["0", *["25.00"] * 9]
+    assert _row(sums, 0) == ["0", *["2.50"] * 9]
 
 
 def test_claims_stand_beside_the_papers_evidence_with_a_worded_verdict() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -36,9 +37,13 @@ def test_every_model_answers_text_and_speech_or_says_why_not(run: Path, folder: 
         asking.ask_everyone(asking.open_panel(run), text="What is it?", audio=folder / "question.wav", max_new_tokens=4)
     )
     last = states[-1]
-    assert [state.status for state in states if state.status.startswith("Loading")][::2] == [
-        "Loading Base …",
-        "Loading Full-FT …",
+    assert list(dict.fromkeys(state.status for state in states)) == [
+        "Loading Base (1 of 2) …",
+        "Base answers the typed question (1 of 2) …",
+        "Loading Full-FT (2 of 2) …",
+        "Full-FT answers the typed question (2 of 2) …",
+        "Full-FT answers the recording (2 of 2) …",
+        "Done.",
     ]
     assert last.status == "Done."
     checkpoint = str(run / "methods" / "full" / "checkpoint")
@@ -69,15 +74,47 @@ def test_the_cascade_answers_what_was_heard(run: Path, folder: Path, monkeypatch
 
 
 def test_one_models_trouble_does_not_stop_the_others(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(panel: asking.Panel, model: str, heard: str | None, limit: int) -> object:
+    def load(panel: asking.Panel, model: str) -> object:
         if model == "base":
             raise torch.OutOfMemoryError("no room")
-        return {"text": lambda examples, how: [Answer("fine", 1)]}
+        return lambda heard, limit: {"text": lambda examples, how: [Answer("fine", 1)]}
 
     monkeypatch.setattr(asking, "_load", load)
     last = list(asking.ask_everyone(asking.open_panel(run), text="Who?"))[-1]
     assert last.refusals["base", "text"] == "Could not answer: no room"
     assert last.answers == {("full", "text"): "fine"}
+
+
+class Loaded:
+    """In the place of a model, with the answers that it gives."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+
+    def __call__(self, heard: str | None, limit: int) -> object:
+        return {"text": lambda examples, how: [Answer(f"{self.model}, {limit} tokens", 1)]}
+
+
+def test_a_model_stays_until_another_is_asked_and_goes_before_that_is_loaded(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[str] = []
+    alive: list[weakref.ref[Loaded]] = []
+
+    def load(panel: asking.Panel, model: str) -> Loaded:
+        assert not any(one() for one in alive)  # room for this one
+        loaded.append(model)
+        found = Loaded(model)
+        alive.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(asking, "_load", load)
+    panel, kept = asking.open_panel(run), asking.Kept()
+    for models, limit in ((["full"], 3), (["full"], 5), (["base", "full"], 7)):
+        *states, last = asking.ask_everyone(panel, text="Who?", models=models, max_new_tokens=limit, kept=kept)
+        assert last.answers == {(model, "text"): f"{model}, {limit} tokens" for model in models}
+        assert any(state.status.startswith("Loading") for state in states) == (limit != 5)
+    assert loaded == ["full", "base", "full"]
 
 
 @pytest.mark.parametrize(
@@ -89,6 +126,18 @@ def test_bad_questions_are_told_before_a_model_is_loaded(
     monkeypatch.setattr(asking, "_load", lambda *_: pytest.fail("a model was loaded"))
     with pytest.raises(UserError, match=said):
         list(asking.ask_everyone(asking.open_panel(run), text=text, audio=Path(audio) if audio else None))
+    with pytest.raises(UserError, match="Choose a model"):
+        list(asking.ask_everyone(asking.open_panel(run), text="Who?", models=[]))
+
+
+def test_few_models_are_chosen_at_first(run: Path) -> None:
+    panel = asking.open_panel(run)
+    assert panel.first_choice == ("base", "full", "lora")
+    methods = {f"m{i}": panel.config.methods["full"] for i in range(20)}
+    config = panel.config.model_copy(update={"seeds": 3, "methods": methods})
+    many = asking.Panel(run, config, {})
+    assert len(many.models) == 61
+    assert many.first_choice == ("base", "m0", "m1", "m2", "m3", "m4")
 
 
 def test_no_study_and_no_gradio_are_the_users_mistakes(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import http.client
+import os
+import signal
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
 
 from browser import chromium, foreign, overflow, visit
-from palimpsest.evaluation.answers import Answer
 from palimpsest.ui import asking
 from ui_fixture import make_ui_run
 
@@ -52,7 +54,7 @@ def browser(address: str) -> Iterator[Browser]:
 def page(browser: Browser, address: str) -> Iterator[Page]:
     with visit(browser, address) as (page, log):
         page.set_default_timeout(LONG)
-        page.get_by_role("button", name="Ask every model").wait_for()
+        page.get_by_role("button", name="Ask", exact=True).wait_for()
         yield page
         assert set(log.problems) <= OF_GRADIO
         assert foreign(log, address) == []
@@ -67,7 +69,7 @@ def test_a_request_for_another_host_is_refused(address: str, host: str, status: 
 
 
 def ask(page: Page) -> None:
-    page.get_by_role("button", name="Ask every model").click()
+    page.get_by_role("button", name="Ask", exact=True).click()
     said = page.get_by_label("Status")
     page.wait_for_function("box => box.value === 'Done.'", arg=said.element_handle())
 
@@ -96,13 +98,72 @@ def test_a_recording_from_a_file_is_answered_by_who_can_hear(page: Page, folder:
     assert "takes no speech" in box(page, "speech-base")
 
 
-def test_a_hostile_answer_stays_text(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asking, "_load", lambda *_: {"text": lambda examples, how: [Answer(HOSTILE, 1)]})
-    page.get_by_label("Question as text").fill(HOSTILE)
+def test_a_hostile_answer_stays_text(browser: Browser, folder: Path, address: str) -> None:
+    from palimpsest.ui.server import served
+
+    def answers(**question: Any) -> Iterator[asking.State]:
+        yield asking.State("Done.", {("full", "text"): HOSTILE}, {("base", "text"): HOSTILE})
+
+    with served(folder / "run", ask=answers) as other, visit(browser, other.local_url) as (page, log):
+        page.set_default_timeout(LONG)
+        page.get_by_label("Question as text").fill(HOSTILE)
+        ask(page)
+        assert box(page, "text-full") == box(page, "text-base") == HOSTILE
+        assert page.evaluate("window.hacked") is None
+        assert page.locator("img[src=x]").count() == 0
+    assert set(log.problems) <= OF_GRADIO
+
+
+def test_only_the_chosen_models_are_shown_and_asked(page: Page) -> None:
+    page.get_by_label("Base", exact=True).uncheck()
+    page.locator("#text-base").wait_for(state="hidden")
+    page.get_by_label("Question as text").fill("What is it?")
     ask(page)
-    assert box(page, "text-full") == HOSTILE
-    assert page.evaluate("window.hacked") is None
-    assert page.locator("img[src=x]").count() == 0
+    assert box(page, "text-full")
+    page.get_by_label("Base", exact=True).check()
+    page.locator("#text-base textarea").wait_for()
+    assert box(page, "text-base") == ""  # it was not asked
+
+
+def test_after_a_kill_the_page_says_so_and_answers_the_next_question(browser: Browser, folder: Path) -> None:
+    from palimpsest.ui.server import served
+    from palimpsest.ui.worker import Worker
+
+    with closing(Worker(asking.open_panel(folder / "run"))) as worker:
+
+        def killed_at_first(**question: Any) -> Iterator[asking.State]:
+            for state in worker.ask(**question):
+                if not killed and state.status.startswith("Loading") and worker.pid is not None:
+                    killed.append(worker.pid)
+                    os.kill(worker.pid, signal.SIGKILL)
+                yield state
+
+        killed: list[int] = []
+        with served(folder / "run", ask=killed_at_first) as other, visit(browser, other.local_url) as (page, _):
+            page.set_default_timeout(LONG)
+            page.get_by_label("Question as text").fill("What is it?")
+            page.get_by_role("button", name="Ask", exact=True).click()
+            said = page.get_by_label("Status")
+            page.wait_for_function("box => box.value.includes('killed by signal 9')", arg=said.element_handle())
+            ask(page)
+            assert box(page, "text-full")
+
+
+def test_a_recording_of_the_microphone_is_answered(folder: Path, address: str) -> None:
+    """Through Chromium's device, which plays a file where a microphone would be."""
+    fake = ("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream")
+    played = f"--use-file-for-fake-audio-capture={folder / 'question.wav'}"
+    with chromium(*fake, played) as browser, visit(browser, address) as (page, log):
+        page.set_default_timeout(LONG)
+        page.get_by_role("button", name="Record", exact=True).click()
+        page.wait_for_timeout(2000)  # of sound
+        page.get_by_role("button", name="Stop", exact=True).click()
+        page.locator("audio, .waveform-container, #waveform").first.wait_for(state="attached")
+        page.wait_for_timeout(2000)  # the upload
+        ask(page)
+        assert box(page, "speech-full")
+        assert "Could not answer" not in box(page, "speech-full")
+        assert set(log.problems) <= OF_GRADIO
 
 
 def test_the_explorer_shows_its_figures(page: Page) -> None:
@@ -119,5 +180,5 @@ def test_the_explorer_shows_its_figures(page: Page) -> None:
 
 def test_a_narrow_window_needs_no_sideways_scrolling(browser: Browser, address: str) -> None:
     with visit(browser, address, viewport={"width": 400, "height": 800}) as (page, _):
-        page.get_by_role("button", name="Ask every model").wait_for(timeout=LONG)
+        page.get_by_role("button", name="Ask", exact=True).wait_for(timeout=LONG)
         assert overflow(page) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from palimpsest.records import DeactivationRecord, QARecord
+from palimpsest.records import DeactivationRecord, LayerRecord, QARecord
 from palimpsest.report.across_runs import n_runs
 from palimpsest.report.inputs import (
     MAIN_REDUCTION,
@@ -32,12 +33,14 @@ from palimpsest.report.style import (
     GREYS,
     INK,
     LINE_HEIGHT,
+    MANY_LINES,
     WIDTH,
     Drawing,
     legend_below,
     log_labels,
     look,
     model_legend,
+    small_panels,
 )
 from palimpsest.report.table import interval, middle, percent, significant
 
@@ -68,6 +71,8 @@ def _layers(inputs: Inputs, name: str, title: str, models: Sequence[str]) -> Dra
     shown = [model for model in models if having(rows, model=model)]
     if not shown or shown == ["base"]:
         return None
+    if len(shown) > MANY_LINES:
+        return _layers_each(rows, methods, Drawing(name, title, Figure()), shown)
     figure = Figure(figsize=(WIDTH, LINE_HEIGHT), layout="constrained")
     share, total = figure.subplots(1, 2)
     drawing = Drawing(name, title, figure)
@@ -102,6 +107,29 @@ def _layers(inputs: Inputs, name: str, title: str, models: Sequence[str]) -> Dra
     return drawing
 
 
+def _layers_each(rows: list[LayerRecord], methods: Sequence[str], drawing: Drawing, shown: Sequence[str]) -> Drawing:
+    """The shares of many models: a panel each, with the base's behind."""
+    tuned = [model for model in shown if model != "base"]
+    drawing.figure, (panels,) = small_panels([method_name(model) for model in tuned], "layer", "% of the model's total")
+    base = in_order(having(rows, model="base"), "layer")
+    for axis, model in zip(panels, tuned, strict=True):
+        axis.plot([row["layer"] for row in base], [100 * row["share"] for row in base], color=INK, linewidth=0.7)
+        of = in_order(having(rows, model=model), "layer")
+        texts = [f"{method_name(model)}, layer {row['layer']}: {significant(100 * row['share'])} %" for row in of]
+        mark = replace(look(model, methods), marker=".", line="solid")
+        drawing.line(axis, [row["layer"] for row in of], [100 * row["share"] for row in of], mark, texts)
+        axis.set_ylim(0, 105 * max(row["share"] for row in rows))
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    behind = " Thin dark line: the base." if base else ""
+    drawing.caption = (
+        f"Sum of the text importance ({rows[0]['reduction']}) of each layer's weights, as a share of the model's "
+        f"total; the sums themselves are in the table.{behind}"
+    )
+    peaks = [f"{method_name(model)} {peak_layer(rows, model)}" for model in shown]
+    drawing.alt = f"A line chart over the layers for each model. Largest share at layer: {', '.join(peaks)}."
+    return drawing
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Deactivation
 # ----------------------------------------------------------------------------------------------------------
@@ -116,10 +144,13 @@ def deactivation(inputs: Inputs) -> Drawing | None:
     shown = {modality: [model for model in models if model in found] for modality, found in measured.items() if found}
     widths = [len(names) for names in shown.values()]
     many = max(widths) > MANY_MODELS  # then a panel is as wide as the figure, and the values stand in the tips alone
+    if many:  # above each other, each name once
+        shown = dict.fromkeys(shown, models)
     lines = len(by_scope) * (len(shown) if many else 1)
-    figure = Figure(figsize=(WIDTH, LINE_HEIGHT * lines + 0.2), layout="constrained")
+    height = 1.9 * lines + 1.2 if many else LINE_HEIGHT * lines + 0.2
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     if many:
-        panels = figure.subplots(lines, 1, squeeze=False, sharey=True)
+        panels = figure.subplots(lines, 1, squeeze=False, sharex=True, sharey=True)
     else:
         panels = figure.subplots(lines, len(shown), squeeze=False, sharey=True, width_ratios=widths)
     drawing = Drawing("deactivation", "Perplexity with weights set to zero", figure)
@@ -276,9 +307,10 @@ def plane(inputs: Inputs) -> Drawing | None:
     tasks = [task for task in dict.fromkeys(row["task"] for row in records) if task in spoken]
     if not tasks:
         return None
-    figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
+    many = len({method for _, method, _ in rows}) > MANY_LINES  # then a panel is as wide as the figure
+    figure = Figure(figsize=(WIDTH, 3.3 * (len(tasks) if many else 1)), layout="constrained")
     drawing = Drawing("t2t_s2t", "Typed against spoken questions", figure)
-    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    panels = list(figure.subplots(*((len(tasks), 1) if many else (1, len(tasks))), squeeze=False).flat)
     for axis, task in zip(panels, tasks, strict=True):
         plane_panel(drawing, axis, task, rows, inputs)
     handles = {label: mark for axis in panels for mark, label in zip(*axis.get_legend_handles_labels(), strict=True)}
@@ -299,6 +331,8 @@ def plane_panel(
     drawing: Drawing, axis: Axes, task: str, rows: dict[tuple[str, str, str], QARecord], inputs: Inputs
 ) -> None:
     methods = methods_in(inputs.results)
+    many = len(methods) > MANY_LINES
+    bars: dict[str, Any] = {"linewidth": 0.6, "alpha": 0.6} if many else {"linewidth": 1.1, "capsize": 2.5}
     base = rows.get((task, "base", "text"))
     if base is not None:
         axis.axvspan(100 * base["ci_low"], 100 * base["ci_high"], color=GREYS[1], alpha=0.35, linewidth=0)
@@ -313,10 +347,10 @@ def plane_panel(
             name = method_name(method) + (" after a speech recogniser" if modality == "cascade" else "")
             mark = look(method, methods)
             x, y = 100 * text["accuracy"], 100 * spoken["accuracy"]
-            axis.errorbar([x], [y], xerr=_arms(text), yerr=_arms(spoken), color=mark.color, linewidth=1.1, capsize=2.5)
+            axis.errorbar([x], [y], xerr=_arms(text), yerr=_arms(spoken), color=mark.color, **bars)
             face = "none" if modality == "cascade" else mark.color
             (point,) = axis.plot([x], [y], mark.marker, color=mark.color, linestyle="none", label=name)
-            point.set(markersize=7, markerfacecolor=face)
+            point.set(markersize=5 if many else 7, markerfacecolor=face)
             drawing.tip(point, f"{task_name(task)}, {name}: T2T {_written(text)}, spoken {_written(spoken)}")
     axis.set(title=task_name(task), xlabel="T2T accuracy, %", ylabel="S2T accuracy, %")
     for low, high, limit in ((*axis.get_xlim(), axis.set_xlim), (*axis.get_ylim(), axis.set_ylim)):

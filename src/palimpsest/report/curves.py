@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from palimpsest.records import DeactivationRecord, TrainingRecord
@@ -23,11 +25,27 @@ from palimpsest.report.inputs import (
     methods_in,
     whole_models,
 )
-from palimpsest.report.style import INK, LINE_HEIGHT, WIDTH, Drawing, Look, log_labels, look, model_legend
+from palimpsest.report.style import (
+    GREYS,
+    INK,
+    LINE_HEIGHT,
+    MANY_LINES,
+    WIDTH,
+    Drawing,
+    Look,
+    legend_below,
+    log_labels,
+    look,
+    model_legend,
+    small_panels,
+)
 from palimpsest.report.table import grouped, middle, significant
 
 REMOVED = {"top": "Most important removed", "random": "Random removed", "bottom": "Least important removed"}
 INPUTS = {"text": "text input", "speech": "speech input"}
+SHARE_REMOVED = "weights set to zero, % (logarithmic)"
+COLORS = {"top": "#D55E00", "random": GREYS[2], "bottom": "#0072B2"}  # of many models, a panel each
+LINES: dict[str, str | tuple[int, tuple[int, ...]]] = {"text": "solid", "speech": (0, (3, 2))}
 MAX_CURVE_POINTS = 120
 MAX_TICKS = 5
 WIDE_RANGE = 30.0  # largest over smallest value from which an axis is logarithmic
@@ -47,11 +65,13 @@ def deletion(inputs: Inputs) -> Drawing | None:
     modalities = [name for name in INPUTS if having(rows, modality=name)]
     conditions = [name for name in REMOVED if having(rows, condition=name)]
     models = sorted({row["model"] for row in rows}, key=method_key)
+    nothing = ratios[0] / (ratios[1] / ratios[0] if len(ratios) > 1 else 3.0)  # where the axis shows 0
+    if len(models) > MANY_LINES:
+        return _deletion_each(by_scope, models, ratios, nothing)
     lines = [(scope, modality) for scope in by_scope for modality in modalities]
     figure = Figure(figsize=(WIDTH, 0.7 + 2.0 * len(lines)), layout="constrained")
     panels = figure.subplots(len(lines), len(conditions), squeeze=False, sharex=True, sharey=True)
     drawing = Drawing("deletion", "Deletion curves", figure)
-    nothing = ratios[0] / (ratios[1] / ratios[0] if len(ratios) > 1 else 3.0)  # where the axis shows 0
     for i, (scope, modality) in enumerate(lines):
         of_scope = f", {scope}" if len(by_scope) > 1 else ""
         for j, condition in enumerate(conditions):
@@ -63,12 +83,8 @@ def deletion(inputs: Inputs) -> Drawing | None:
             axis.set_title(REMOVED[condition] if i == 0 else "")
         panels[i, 0].set_ylabel(f"perplexity, {INPUTS[modality]}" + of_scope.replace(", ", ",\n"))
         log_labels(panels[i, 0])
-    step = -(-len(ratios) // MAX_TICKS)
-    shown = ratios[::-1][::step][::-1]
-    panels[0, 0].set_xticks([nothing, *shown], ["0", *(f"{100 * ratio:g}" for ratio in shown)])
-    panels[0, 0].set_xticks([], minor=True)
-    panels[0, 0].set_xlim(nothing / 1.4, ratios[-1] * 1.4)
-    panels[-1, len(conditions) // 2].set_xlabel("weights set to zero, % (logarithmic)")
+    _removed_shares(panels[0, 0], ratios, nothing, MAX_TICKS)
+    panels[-1, len(conditions) // 2].set_xlabel(SHARE_REMOVED)
     model_legend(figure, models, methods)
     example = next(row for row in rows if row["condition"] != "base")
     drawing.caption = (
@@ -77,6 +93,44 @@ def deletion(inputs: Inputs) -> Drawing | None:
         "all panels; at 0 nothing is removed. "
         "Random: median over the masks, the bars span the smallest and the largest."
         + (" This run has one ratio, so the lines have no points between." if len(ratios) == 1 else "")
+    )
+    drawing.describe("Line charts")
+    return drawing
+
+
+def _removed_shares(axis: Axes, ratios: Sequence[float], nothing: float, most: int) -> None:
+    """The shares of removed weights on the x axis, at most so many of them, and 0 where `nothing` is."""
+    shown = ratios[::-1][:: -(-len(ratios) // most)][::-1]
+    axis.set_xticks([nothing, *shown], ["0", *(f"{100 * ratio:g}" for ratio in shown)])
+    axis.set_xticks([], minor=True)
+    axis.set_xlim(nothing / 1.4, ratios[-1] * 1.4)
+
+
+def _deletion_each(
+    by_scope: dict[str, list[DeactivationRecord]], models: Sequence[str], ratios: Sequence[float], nothing: float
+) -> Drawing:
+    """The curves of many models: a panel each, in one scope, the ways of choosing weights by colour."""
+    scope, rows = next(iter(by_scope.items()))
+    names = [method_name(model) for model in models]
+    figure, (panels,) = small_panels(names, SHARE_REMOVED, "perplexity (logarithmic)")
+    drawing = Drawing("deletion", "Deletion curves", figure)
+    for axis, model in zip(panels, models, strict=True):
+        for modality, line in LINES.items():
+            curve = having(rows, model=model, modality=modality)
+            for condition, color in COLORS.items():
+                _deletion_line(drawing, axis, curve, condition, nothing, Look(color, ".", line), "")
+        axis.set(xscale="log", yscale="log")
+        log_labels(axis)
+    _removed_shares(panels[0], ratios, nothing, MAX_TICKS - 2)
+    handles = [Line2D([], [], color=color) for color in COLORS.values()]
+    handles += [Line2D([], [], color=INK, linestyle=line) for line in LINES.values()]
+    legend_below(figure, handles, [*REMOVED.values(), *INPUTS.values()], most=3)
+    example = next(row for row in rows if row["condition"] != "base")
+    others = f" The table has {' and '.join([*by_scope][1:])} too." if len(by_scope) > 1 else ""
+    drawing.caption = (
+        "Perplexity of the held-out answers against the share of the weights set to zero (scope "
+        f"{scope}, scores {example['reduction']}), both logarithmic, one scale for all panels; at 0 nothing is "
+        f"removed. Random: median over the masks, the bars span the smallest and the largest.{others}"
     )
     drawing.describe("Line charts")
     return drawing
@@ -150,27 +204,34 @@ def training(inputs: Inputs) -> Drawing | None:
     methods = sorted({row["method"] for row in records}, key=method_key)
     if not methods:
         return None
-    figure = Figure(figsize=(WIDTH, LINE_HEIGHT), layout="constrained")
-    axis = figure.subplots()
+    many, unit = len(methods) > MANY_LINES, "loss, nats per supervised token"
+    if many:
+        figure, (panels,) = small_panels([method_name(method) for method in methods], "step", unit)
+    else:
+        figure = Figure(figsize=(WIDTH, LINE_HEIGHT), layout="constrained")
+        panels = [figure.subplots()] * len(methods)
+        panels[0].set(xlabel="step", ylabel=unit)
     drawing = Drawing("training", "Training loss", figure)
     ends = []
-    for method in methods:
+    for axis, method in zip(panels, methods, strict=True):
         by_step = in_order(having(records, method=method), "step")
         curve = np.array([(row["step"], row["loss"]) for row in by_step])
         windows = np.array_split(curve, min(len(curve), MAX_CURVE_POINTS))
         steps, losses = np.array([window.mean(axis=0) for window in windows]).T
         mark = look(method, methods_in(inputs.results))
+        if many:
+            mark = replace(mark, marker="", line="solid")
         (line,) = axis.plot(steps, losses, color=mark.color, linestyle=mark.line, marker=mark.marker)
         line.set_markevery(max(1, len(steps) // 8))
+        axis.xaxis.set_major_locator(MaxNLocator(4 if many else 10, integer=True))
         ends.append(f"{method_name(method)} from {significant(losses[0])} to {significant(losses[-1])}")
         drawing.tip(line, ends[-1])
-    axis.set(xlabel="step", ylabel="loss, nats per supervised token")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    model_legend(figure, methods, methods_in(inputs.results))
+    if not many:
+        model_legend(figure, methods, methods_in(inputs.results))
     first = " First training run of each method." if n_runs(inputs.results) > 1 else ""
     replayed = " Replayed text is left out." if any(row.get("replayed") for row in every) else ""
-    said = f"Training loss, mean of each window of steps: {'; '.join(ends)}."
-    drawing.caption = f"{said}{first}{replayed}{_phases(axis, records)}"
+    said = "Training loss, mean of each window of steps" + ("." if many else f": {'; '.join(ends)}.")
+    drawing.caption = f"{said}{first}{replayed}{_phases([*dict.fromkeys(panels)], records)}"
     drawing.alt = f"Line chart of the training loss: {'; '.join(ends)}."
     return drawing
 
@@ -194,10 +255,12 @@ def retention(inputs: Inputs) -> Drawing | None:
         return None
     modalities = [name for name in INPUTS if any(of == name for of, _ in curves)]
     drifts = in_order(_of_kind(inputs, "drift"), "step")
+    methods = sorted({method for _, method in curves}, key=method_key)
+    if len(methods) > MANY_LINES:
+        return _retention_each(inputs, curves, drifts, methods)
     figure = Figure(figsize=(WIDTH, LINE_HEIGHT), layout="constrained")
     drawing = Drawing("retention", "Held-out perplexity during training", figure)
     panels = figure.subplots(1, len(modalities) + bool(drifts), squeeze=False)[0]
-    methods = sorted({method for _, method in curves}, key=method_key)
     ends, with_base = [], False
     for axis, modality in zip(panels, modalities, strict=False):
         for method in (name for name in methods if (modality, name) in curves):
@@ -221,9 +284,48 @@ def retention(inputs: Inputs) -> Drawing | None:
         + (" Level line: the base model, before training." if with_base else "")
         + (" Drift: the loss on text that the base wrote minus the base's, an estimate of the KL." if drifts else "")
         + (" First training run of each method." if n_runs(inputs.results) > 1 else "")
-        + _phases(panels[0], records)
+        + _phases(panels[:1], records)
     )
     drawing.alt = f"Line charts of the held-out perplexity: {'; '.join(ends)}."
+    return drawing
+
+
+def _retention_each(
+    inputs: Inputs,
+    curves: dict[tuple[str, str], list[TrainingRecord]],
+    drifts: Sequence[TrainingRecord],
+    methods: Sequence[str],
+) -> Drawing:
+    """The perplexities of many methods: a panel each, text and speech by their lines; below them likewise the drift."""
+    units = ("perplexity", *(("drift from the base, nats per token",) if drifts else ()))
+    figure, blocks = small_panels([method_name(method) for method in methods], "step", *units)
+    drawing = Drawing("retention", "Held-out perplexity during training", figure)
+    every = [row["perplexity"] for rows in curves.values() for row in rows]
+    for axis, method in zip(blocks[0], methods, strict=True):
+        mark = look(method, methods_in(inputs.results))
+        for modality, line in LINES.items():
+            of = curves.get((modality, method), [])
+            name = f"{method_name(method)}, {INPUTS[modality]}"
+            texts = [f"{name}, step {row['step']}: {significant(row['perplexity'])}" for row in of]
+            shown = replace(mark, marker=".", line=line)
+            drawing.line(axis, [row["step"] for row in of], [row["perplexity"] for row in of], shown, texts)
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        if max(every) > WIDE_RANGE * min(every):
+            axis.set_yscale("log")
+            log_labels(axis)
+    for axis, method in zip(blocks[-1] if drifts else (), methods, strict=bool(drifts)):
+        _drift_panel(drawing, axis, having(drifts, method=method), methods_in(inputs.results))
+        axis.set(title=method_name(method), xlabel="", ylabel="")
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    handles = [Line2D([], [], color=INK, linestyle=line) for line in LINES.values()]
+    legend_below(figure, handles, [*INPUTS.values()], most=2)
+    drawing.caption = (
+        "Perplexity of the held-out answers between the steps of training, a panel for each method."
+        + (" Drift: the loss on text that the base wrote minus the base's, an estimate of the KL." if drifts else "")
+        + (" First training run of each method." if n_runs(inputs.results) > 1 else "")
+        + _phases(blocks[0], _of_kind(inputs, "eval"))
+    )
+    drawing.describe("Line charts")
     return drawing
 
 
@@ -272,11 +374,12 @@ def _base_line(drawing: Drawing, axis: Axes, inputs: Inputs, modality: str, reco
     return False
 
 
-def _phases(axis: Axes, records: Sequence[TrainingRecord]) -> str:
+def _phases(axes: Sequence[Axes], records: Sequence[TrainingRecord]) -> str:
     """Mark where the adaptor's phase ends, where all methods agree on it; returns what the caption says of it."""
     last = {row["method"]: row["step"] for row in in_order(records, "step") if row.get("phase") == "adaptor"}
-    ends = set(last.values())
+    ends = {step + 0.5 for step in last.values()}
     if len(ends) != 1:
         return ""
-    axis.axvline(ends.pop() + 0.5, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
+    for axis in axes:
+        axis.axvline(*ends, color=INK, linewidth=0.8, linestyle=(0, (1, 2)))
     return " Dotted upright line: before it only the adaptor is trained."

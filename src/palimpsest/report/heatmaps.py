@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import chain
+from textwrap import fill
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from palimpsest.report.style import COLOR_MAP, WIDTH, Drawing, power_of_ten
 
 SHOWN_KINDS = ("q_proj", "o_proj", "up_proj", "down_proj")  # two of attention, two of the MLP
 N_DECADES = 5  # of the colour scale below the largest value
+MANY_METHODS = 6  # more stand two abreast
 
 
 def importance(inputs: Inputs) -> Drawing | None:
@@ -61,17 +63,27 @@ def changes(inputs: Inputs) -> Drawing | None:
     if not names:
         return None
     largest = max(float(np.abs(maps[method, name]).max()) for method in methods for name in names)
-    figure = Figure(figsize=(WIDTH, 0.5 + 1.9 * len(methods)), layout=ConstrainedLayoutEngine(w_pad=0.08))
-    axes = figure.subplots(len(methods), len(names), squeeze=False)
+    abreast = 1 if len(methods) <= MANY_METHODS else 2  # methods side by side
+    lines = -(-len(methods) // abreast)
+    height = 1.9 if abreast == 1 else 1.0
+    figure = Figure(figsize=(WIDTH, 0.5 + height * lines), layout=ConstrainedLayoutEngine(w_pad=0.08))
+    axes = figure.subplots(lines, abreast * len(names), squeeze=False)
     image = None
-    for row, method in enumerate(methods):
-        for column, name in enumerate(names):
+    for place, method in enumerate(methods):
+        row, left = place % lines, place // lines * len(names)
+        for column, name in enumerate(names, left):
             image = _show(axes[row, column], np.abs(maps[method, name]), largest)
             if row == 0:
-                axes[row, column].set_title(short_name(name), fontsize=8)
-        axes[row, 0].set_ylabel(method_name(method), fontweight="bold")
+                axes[row, column].set_title(short_name(name), fontsize=8 if abreast == 1 else 6.5)
+        if abreast == 1:
+            axes[row, 0].set_ylabel(method_name(method), fontweight="bold")
+        else:
+            axes[row, left].set_ylabel(fill(method_name(method), 20), fontweight="bold", fontsize=6.5)
+    for axis in list(axes.flat):
+        if not axis.images:
+            axis.remove()
     assert image is not None
-    _color_bar(figure, image, list(axes.flat), "absolute change of the weight")
+    _color_bar(figure, image, figure.axes[:], "absolute change of the weight")
     return Drawing(
         "figure4",
         "Figure 4. Parameter change by method",

@@ -30,6 +30,7 @@ from palimpsest.report.table import (
     words,
 )
 
+MANY_COLUMNS = 8  # models side by side in a table; more stand below each other, or in two tables
 OF = {"importance": "importance", "mask": "top mask", "delta": "change"}
 
 METHOD, MODEL, REFERENCE = (words(key.capitalize(), key, method_name) for key in ("method", "model", "reference"))
@@ -38,23 +39,31 @@ INPUT = words("Input", "modality")
 MATRICES = cells("Matrices", lambda group: count(len(group["rows"])))
 
 
-def layers(records: Rows, modality: str, reduction: str) -> Table:
-    """Importance by layer: share of the model's total, and the total."""
+def layers(records: Rows, modality: str, reduction: str) -> list[Table]:
+    """Importance by layer: share of the model's total, and the total; of many models each in a table of its own."""
     rows = having(records, modality=modality, reduction=reduction, kind="all")
-    return table(
-        f"layers_{modality}",
-        f"Importance by layer, {modality} input",
-        (
-            counts("Layer", "layer"),
-            *by_model(
-                rows,
-                lambda model: numbers(f"{model}, %", "share", lambda share: percent(share, 2)),
-                lambda model: numbers(f"{model}, sum", "total"),
-            ),
-        ),
-        in_order(grouped(rows, "layer"), "layer"),
-        f"Reduction {reduction}. %: share of the model's total. Sum: over the layer's scored weights.",
-    )
+
+    def share(model: str) -> Field:
+        return numbers(f"{model}, %", "share", lambda share: percent(share, 2))
+
+    def total(model: str) -> Field:
+        return numbers(f"{model}, sum", "total")
+
+    def of(name: str, title: str, *fields: Callable[[str], Field]) -> Table:
+        return table(
+            f"layers_{name}",
+            f"{title}, {modality} input",
+            (counts("Layer", "layer"), *by_model(rows, *fields)),
+            in_order(grouped(rows, "layer"), "layer"),
+            f"Reduction {reduction}. %: share of the model's total. Sum: over the layer's scored weights.",
+        )
+
+    if len({row["model"] for row in rows}) <= MANY_COLUMNS:
+        return [of(modality, "Importance by layer", share, total)]
+    return [
+        of(modality, "Importance by layer, as a share of the model's total", share),
+        of(f"{modality}_sum", "Importance by layer, as a sum", total),
+    ]
 
 
 def by_model(records: Rows, *fields: Callable[[str], Field]) -> list[Field]:

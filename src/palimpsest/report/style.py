@@ -6,6 +6,7 @@ own, so that the figures read in grey. Ink and rules are two fixed greys, which 
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 from collections.abc import Iterator, Sequence
@@ -14,11 +15,13 @@ from dataclasses import dataclass, field
 from html import escape
 
 import matplotlib
+import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
+from PIL import Image
 
 from palimpsest.report.inputs import METHOD_ORDER, method_name
 
@@ -29,6 +32,9 @@ COLOR_MAP = "cividis"  # even in lightness, hence readable in grey
 WIDTH = 7.2  # inches, a two-column page
 LEGEND_LINE = 0.18  # inches, of a line of a legend
 LINE_HEIGHT = 2.9  # inches, of a figure with one row of line charts
+MANY_LINES = 8  # models in one panel; more get a small one each,
+ACROSS, PANEL_HEIGHT = 4, 1.3  # so many side by side, of so many inches
+MOST_TOLD = 60  # marks that a description lists; it is read aloud in one go
 
 _LABELS = ("axes.labelcolor", "axes.titlecolor", "text.color", "xtick.color", "ytick.color")
 _RC = {
@@ -135,8 +141,11 @@ class Drawing:
         self.tips[f"none{len(self.tips)}"] = text
 
     def describe(self, kind: str) -> None:
-        """The text of every tip as the description of the figure."""
-        self.alt = f"{kind}: {'; '.join(self.tips.values())}."
+        """The text of every tip as the description of the figure; where they are many, how many."""
+        if len(self.tips) > MOST_TOLD:
+            self.alt = f"{kind} of {len(self.tips)} values, which stand in the tables of this part."
+        else:
+            self.alt = f"{kind}: {'; '.join(self.tips.values())}."
 
 
 @contextmanager
@@ -169,10 +178,24 @@ def to_svg(drawing: Drawing) -> str:
     svg = _saved(drawing, "svg", ("Date", "Creator", "Format", "Type")).decode()
     about = f"<title>{escape(drawing.title)}</title><desc>{escape(drawing.alt)}</desc>"
     svg = re.sub(r"(<svg [^>]*>)", lambda match: match[1] + about, svg, count=1)
-    for gid, tip in drawing.tips.items():
-        svg = svg.replace(f'<g id="{gid}">', f'<g id="{gid}"><title>{escape(tip)}</title>', 1)
+    tips = {gid: f"<title>{escape(tip)}</title>" for gid, tip in drawing.tips.items()}
+    svg = re.sub(r'<g id="(tip\d+)">', lambda match: match[0] + tips.pop(match[1], ""), svg)
+    svg = re.sub(r"(?<=data:image/png;base64,)[A-Za-z0-9+/=\s]+", _few_colors, svg)
     drawing.svg = svg
     return svg
+
+
+def _few_colors(match: re.Match[str]) -> str:
+    """A PNG in base64 as one with a palette, a third of its size: a heat map has no more than 256 colours."""
+    image = Image.open(io.BytesIO(base64.b64decode(match[0]))).convert("RGBA")
+    colors, places = np.unique(np.asarray(image).reshape(-1, 4), axis=0, return_inverse=True)
+    if len(colors) > 256 or (colors[:, 3] < 255).any():
+        return match[0]
+    small = Image.fromarray(places.reshape(image.height, image.width).astype(np.uint8), "P")
+    small.putpalette(colors[:, :3].tobytes())
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def to_inline_svg(drawing: Drawing) -> str:
@@ -186,6 +209,28 @@ def to_inline_svg(drawing: Drawing) -> str:
     svg = svg.replace(INK, "currentColor").replace(RULE, "var(--rule)")
     alt = escape(drawing.alt, quote=True)
     return svg.replace("<svg ", f'<svg class="drawing" role="img" aria-label="{alt}" ', 1)
+
+
+def small_panels(titles: Sequence[str], xlabel: str, *ylabels: str) -> tuple[Figure, list[list[Axes]]]:
+    """A figure with a small panel for each of `titles`, all on the same axes; for each of `ylabels` such a block."""
+    n = len(titles)
+    lines = -(-n // ACROSS)
+    size = (WIDTH, (0.4 + PANEL_HEIGHT * lines) * len(ylabels))
+    figure = Figure(figsize=size, layout="constrained")
+    blocks = []
+    for part, ylabel in zip(figure.subfigures(len(ylabels), 1, squeeze=False).flat, ylabels, strict=True):
+        every = list(part.subplots(lines, ACROSS, squeeze=False, sharex=True, sharey=True).flat)
+        for axis in every[n:]:
+            axis.remove()
+        for axis in every[max(0, n - ACROSS) : n]:  # the last of each column
+            axis.tick_params(labelbottom=True)
+        for axis, title in zip(every, titles, strict=False):
+            axis.set_title(title, fontsize=7.5)
+            axis.tick_params(labelsize=7)
+        part.supxlabel(xlabel, fontsize=8.5)
+        part.supylabel(ylabel, fontsize=8.5)
+        blocks.append(every[:n])
+    return figure, blocks
 
 
 def power_of_ten() -> FuncFormatter:

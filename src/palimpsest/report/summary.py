@@ -53,6 +53,7 @@ Pair = tuple[QARecord, ComparisonRecord]  # the accuracy of a model, and its com
 REFERENCES = {"unrelated": "against other questions", "text": "against typed", "cascade": "against the cascade"}
 NOT_KNOWN = "Not known"
 DIAGNOSIS = "diagnosis"  # name of the recipe that palimpsest diagnose writes
+MOST_PEAKS = 8  # models whose layers stand in one sentence
 LARGE_MODEL = 10**9  # parameters of the paper's smaller model
 LARGE_DATA = 10**5  # training examples; the paper's sets have several 10⁵
 
@@ -339,10 +340,14 @@ def _where(inputs: Inputs) -> Iterator[Finding]:
     models = {row["model"] for row in layers}
     if "base" in models and len(models) > 1:
         trained = sorted(models - {"base"}, key=method_key)
-        peaks = [f"{peak_layer(layers, model)} in {method_name(model)}" for model in trained]
+        peaks = {method_name(model): peak_layer(layers, model) for model in trained}
         depth = max(row["layer"] for row in layers)
         largest = f"The layer with the largest share is {peak_layer(layers, 'base')} in the base (layers 0 to {depth})"
-        yield Finding(f"{largest}, {', '.join(peaks)}.")
+        if len(peaks) <= MOST_PEAKS:
+            yield Finding(f"{largest}, {', '.join(f'{layer} in {name}' for name, layer in peaks.items())}.")
+        else:
+            spread = f"{largest}, {min(peaks.values())} to {max(peaks.values())} in the {len(peaks)} other models."
+            yield Finding(spread, tuple(f"{name}: {layer}." for name, layer in peaks.items()))
 
 
 def _shift(row: ShiftRecord) -> str:

@@ -252,12 +252,16 @@ def grouped(records: Iterable[Row], *keys: str) -> list[dict[str, Any]]:
 def to_html(table: Table) -> Markup:
     """A `<table>` with caption, header scopes and sort keys; every text escaped."""
     # Strings that are put together from escaped parts: Markup.format takes minutes for the tables of many methods.
-    lines = [f'<table id="table-{escape(table.name)}"><caption>{escape(table.title)}</caption>']
+    # Several columns of sentences: in a narrow window each row is a card, whose cells say their column.
+    is_cards = sum(column.prose for column in table.columns) > 1
+    labels = [f' data-label="{escape(column.title)}"' if is_cards else "" for column in table.columns]
+    kind = ' class="cards"' if is_cards else ""
+    lines = [f'<table id="table-{escape(table.name)}"{kind}><caption>{escape(table.title)}</caption>']
     heads = [f'<th scope="col"{_class(column)}>{escape(column.title)}</th>' for column in table.columns]
     lines.append(f"<thead><tr>{''.join(heads)}</tr></thead><tbody>")
     tags = ['th scope="row"', *["td"] * (len(table.columns) - 1)]
     for index, row in enumerate(table.rows):
-        cells = [_html_cell(*of) for of in zip(tags, row, table.columns, strict=True)]
+        cells = [_html_cell(*of) for of in zip(tags, row, table.columns, labels, strict=True)]
         kind = ' class="published"' if index in table.published else ""
         lines.append(f"<tr{kind}>{''.join(cells)}</tr>")
     lines.append("</tbody></table>")
@@ -268,10 +272,10 @@ def _class(column: Column) -> str:
     return ' class="number"' if column.numeric else ' class="prose"' if column.prose else ""
 
 
-def _html_cell(tag: str, cell: Cell, column: Column) -> str:
+def _html_cell(tag: str, cell: Cell, column: Column, label: str) -> str:
     order = "" if cell.sort is None else f' data-sort="{escape(cell.sort)}"'
     detail = f" <small>{escape(cell.detail)}</small>" if cell.detail else ""
-    return f"<{tag}{_class(column)}{order}>{escape(cell.text)}{detail}</{tag[:2]}>"
+    return f"<{tag}{_class(column)}{order}{label}>{escape(cell.text)}{detail}</{tag[:2]}>"
 
 
 def to_markdown(table: Table) -> str:

@@ -7,7 +7,7 @@ ours in rows of their own, labelled as published in their first cell, so that th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from palimpsest.report.inputs import (
     model_name,
     rank_in_name,
     task_name,
+    trains,
 )
 from palimpsest.report.table import (
     DASH,
@@ -131,7 +132,7 @@ def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Tabl
         general_text_comparisons(results["general_text_comparisons"]),
         trade_off.frontier_table(results["frontier"]),
         trade_off.equal_hearing_table(results["equal_hearing"]),
-        structure_tables.layers(results["layers"], "text", main_reduction(results)),
+        *structure_tables.layers(results["layers"], "text", main_reduction(results)),
         structure_tables.shift(results["shift"], of_each),
         structure_tables.clustering(results["clustering"]),
         structure_tables.clustering_summary(results["clustering_summary"]),
@@ -144,7 +145,19 @@ def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Tabl
     if of_each > 1:
         first = {"floors", *OF_FIRST_RUNS}
         every = [replace(t, note=f"{FIRST_RUNS} {t.note}") if t.name in first else t for t in every]
-    return {table.name: table for table in every if len(table.rows) > len(table.published)}
+    every = [table for table in every if len(table.rows) > len(table.published)]
+    if not trains(inputs.config):  # what the paper trained says little of the models that were given
+        every = [part for table in every for part in _apart(table)]
+    return {table.name: table for table in every}
+
+
+def _apart(whole: Table) -> Iterator[Table]:
+    """The table with our rows alone, and one of its published rows, if it has any."""
+    rows = {of: [r for i, r in enumerate(whole.rows) if (i in whole.published) == of] for of in (False, True)}
+    yield replace(whole, rows=tuple(rows[False]), published=frozenset())
+    if whole.published:
+        title, marked = f"Published: {whole.title}", frozenset(range(len(rows[True])))
+        yield Table(f"{whole.name}_published", title, whole.columns, tuple(rows[True]), whole.note, marked)
 
 
 def _tuned_on_text(inputs: Inputs) -> list[str]:
@@ -588,20 +601,25 @@ def claims(records: Rows, models: Sequence[str] = ()) -> tuple[Table, Table]:
 
 
 def probe(records: Rows) -> Table:
-    """The retention probe: one row per kind of pairs, two columns per model."""
+    """The retention probe: one row per kind of pairs, two columns per model; of many models a row each."""
+    share, margin = ranges("Right %", "accuracy", percent), numbers("Margin", "margin")
+    rows: Rows = grouped(records, "kind", "n")
+    fields: tuple[Field, ...] = (
+        words("Pairs", "kind"),
+        N,
+        *structure_tables.by_model(
+            records,
+            lambda model: ranges(f"{model} %", "accuracy", percent),
+            lambda model: numbers(f"{model}, margin", "margin"),
+        ),
+    )
+    if len({row["model"] for row in records}) > structure_tables.MANY_COLUMNS:
+        rows, fields = in_order(records, "model"), (SYSTEM_NAME, words("Pairs", "kind"), N, share, margin)
     return table(
         "probe",
         "Retention probe: right against wrong continuations, without generation",
-        (
-            words("Pairs", "kind"),
-            N,
-            *structure_tables.by_model(
-                records,
-                lambda model: ranges(f"{model} %", "accuracy", percent),
-                lambda model: numbers(f"{model}, margin", "margin"),
-            ),
-        ),
-        grouped(records, "kind", "n"),
+        fields,
+        rows,
         "Share of pairs whose right continuation has the lower loss, 95 % Wilson interval; chance is 50 %. Margin: "
         "mean of the wrong continuation's loss minus the right one's, nats per token.",
     )

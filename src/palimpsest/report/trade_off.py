@@ -45,6 +45,7 @@ LEVEL = 0.05
 PANEL_HEIGHT = 2.2  # inches
 MOST_COLUMNS = 3  # panels beside each other
 STEPS = 24  # of the line between two points
+LONGEST_TITLE = 30  # of a panel, on one line
 WIDE_RANGE = 20  # drifts that differ by more are shown on a scale that is logarithmic above the smallest
 TEXT = {"drift": "Drift", "general_text": "General text", "t2t": "T2T"}
 HEARING = {"speech_loss": "Speech loss", "s2t": "S2T"}
@@ -152,7 +153,7 @@ def panel(drawing: Drawing, axis: Axes, of: dict[str, Any], curves: Sequence[str
             if row["pareto"]:
                 axis.add_line(_ring([x], [y]))
     axis.axhline(0, color=INK, linewidth=0.8)
-    axis.set_title(title, fontsize=7.5)
+    axis.set_title(title if len(title) <= LONGEST_TITLE else title.replace(" and ", "\nand "), fontsize=7.5)
     axis.set_xlabel(UNITS[of["hearing_measure"]], fontsize=7.5)
     axis.set_ylabel(UNITS[of["text_measure"]], fontsize=7.5)
     axis.tick_params(labelsize=7)
@@ -338,10 +339,11 @@ def keeps_most(inputs: Inputs) -> Iterator[tuple[str, tuple[str, ...]]]:
         better = [_gain(row, best) > 0 for row in own]
         shown = [gain and (row["p_holm"] or 0.0) <= LEVEL for row, gain in zip(own, better, strict=True)]
         among = f"each of the {len(own)} that it" if all(better) else f"{sum(better)} of the {len(own)} that it"
+        of_them = f"for {sum(shown)} of them"
+        if len(own) == 1:
+            among, of_them = "the one that it", "with an interval"
         if any(shown):
-            who = (
-                f"{method_name(best)} keeps more text than {among} can be compared with, shown for {sum(shown)} of them"
-            )
+            who = f"{method_name(best)} keeps more text than {among} can be compared with, shown {of_them}"
         else:
             who = (
                 f"no method is shown to keep more than another; {method_name(best)} lies above {among} is compared with"

@@ -1,4 +1,4 @@
-"""The page of `palimpsest ui`: two tabs around asking.py and explorer.py. Gradio is imported here and nowhere else.
+"""The page of `palimpsest ui`: two tabs around worker.py and explorer.py. Gradio is imported here and nowhere else.
 
 What a model wrote goes into text boxes, never into HTML or Markdown: it stays text.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from palimpsest.records import BASE
 from palimpsest.report.heatmaps import short_name
 from palimpsest.report.inputs import Inputs, method_name, read_inputs
 from palimpsest.ui import asking, explorer
+from palimpsest.ui.worker import Worker
 
+Ask = Callable[..., Iterator[asking.State]]  # as Worker.ask
 HOST = "127.0.0.1"  # and nothing else: the page runs models and shows files of this machine
 STYLE = """
 footer { display: none !important; }
@@ -34,17 +36,20 @@ def serve(run: Path, port: int | None = None) -> Iterator[str]:
 
 
 @contextmanager
-def served(run: Path, port: int | None = None) -> Iterator[Any]:
+def served(run: Path, port: int | None = None, ask: Ask | None = None) -> Iterator[Any]:
     """The running page at http://127.0.0.1:PORT (`.local_url`), closed at the end.
+
+    ask: what answers; default: the models, in a process of their own.
 
     Raises:
         UserError: no Gradio, no study in `run`, or the port is taken.
     """
     panel, inputs = asking.open_panel(run), read_inputs(run)
     gradio = _gradio()
-    with tempfile.TemporaryDirectory(prefix="palimpsest-ui-") as scratch:  # for recordings: gone with the page
+    recordings = tempfile.TemporaryDirectory(prefix="palimpsest-ui-")  # gone with the page
+    with closing(Worker(panel)) as worker, recordings as scratch:
         os.environ["GRADIO_TEMP_DIR"] = scratch
-        page = build(gradio, panel, inputs)
+        page = build(gradio, panel, inputs, ask or worker.ask)
         # Fonts of the system: the themes' own are loaded from a font service.
         fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
         theme = gradio.themes.Base(**fonts, primary_hue="blue")
@@ -84,14 +89,14 @@ def _gradio() -> Any:
     return gradio
 
 
-def build(gradio: Any, panel: asking.Panel, inputs: Inputs) -> Any:
+def build(gradio: Any, panel: asking.Panel, inputs: Inputs, ask: Ask) -> Any:
     """The page, not yet served."""
     name = panel.run.resolve().name
     with gradio.Blocks(title=f"{name} · palimpsest", analytics_enabled=False) as page:
         gradio.Markdown("# palimpsest", elem_id="title")
         gradio.Textbox(value=f"{panel.config.name} in {panel.run}", label="Run", interactive=False, lines=1)
         with gradio.Tab("Ask"):
-            _ask_tab(gradio, panel)
+            _ask_tab(gradio, panel, ask)
         with gradio.Tab("Importance"):
             _importance_tab(gradio, inputs)
     page.queue(default_concurrency_limit=1)  # two models loading at once may not fit
@@ -101,19 +106,23 @@ def build(gradio: Any, panel: asking.Panel, inputs: Inputs) -> Any:
 # ----------------------------------------------------------------------------------------------------------
 # Ask
 # ----------------------------------------------------------------------------------------------------------
-def _ask_tab(gradio: Any, panel: asking.Panel) -> None:
+def _ask_tab(gradio: Any, panel: asking.Panel, answer: Ask) -> None:
+    chosen, most = panel.first_choice, panel.config.evaluation.max_new_tokens
     with gradio.Row(equal_height=True):
         text = gradio.Textbox(label="Question as text", lines=3, max_lines=6, scale=1)
-        audio = gradio.Audio(
-            label="Question as speech", sources=["microphone", "upload"], type="filepath", scale=1, format="wav"
-        )
+        # Files go on as they are: to convert them Gradio needs ffmpeg, and libsndfile reads them all.
+        audio = gradio.Audio(label="Question as speech", sources=["microphone", "upload"], type="filepath", scale=1)
+    asked = gradio.CheckboxGroup(
+        [(method_name(model), model) for model in panel.models], value=list(chosen), label="Models", elem_id="models"
+    )
     with gradio.Row():
-        limit = gradio.Slider(
-            1, 256, value=panel.config.evaluation.max_new_tokens, step=1, label="Most tokens of an answer", scale=3
-        )
-        button = gradio.Button("Ask every model", variant="primary", scale=1)
+        limit = gradio.Slider(1, max(256, most), value=most, step=1, label="Most tokens of an answer", scale=3)
+        button = gradio.Button("Ask", variant="primary", scale=1)
     status = gradio.Textbox(
-        label="Status", value="Models are loaded when you ask, one at a time.", interactive=False, elem_id="status"
+        label="Status",
+        value="A model is loaded when you ask; the one before goes first.",
+        interactive=False,
+        elem_id="status",
     )
     boxes: dict[asking.Key, Any] = {}
     for heading, how in (("From text", "text"), ("From speech", "speech")):
@@ -129,22 +138,30 @@ def _ask_tab(gradio: Any, panel: asking.Panel) -> None:
                     max_lines=12,
                     min_width=180,
                     elem_id=f"{key[1]}-{key[0]}",
+                    visible=key[0] in chosen,
                 )
 
-    def ask(question: str, recording: str | None, most: float) -> Iterator[dict[Any, str]]:
+    def ask(question: str, recording: str | None, models: list[str], most: float) -> Iterator[dict[Any, str]]:
+        spoken = Path(recording) if recording else None
+        before: Any = None
         try:
-            states = asking.ask_everyone(
-                panel, text=question, audio=Path(recording) if recording else None, max_new_tokens=int(most)
-            )
-            for state in states:
-                yield {status: state.status, **{box: shown(panel, state, key) for key, box in boxes.items()}}
+            for state in answer(text=question, audio=spoken, models=models, max_new_tokens=int(most)):
+                answers = {box: shown(panel, state, key) for key, box in boxes.items()}
+                yield {status: state.status, **(answers if answers != before else {})}
+                before = answers
         except UserError as error:
             yield {status: str(error), **{box: panel.refusals.get(key, "") for key, box in boxes.items()}}
 
     arguments = {
-        **{"fn": ask, "inputs": [text, audio, limit], "outputs": [status, *boxes.values()]},
+        **{"fn": ask, "inputs": [text, audio, asked, limit], "outputs": [status, *boxes.values()]},
         **{"show_progress": "hidden", "concurrency_limit": 1, "concurrency_id": "models"},
     }
+    asked.change(
+        lambda models: [gradio.update(visible=model in models) for model, _ in boxes],
+        inputs=asked,
+        outputs=[*boxes.values()],
+        show_progress="hidden",
+    )
     button.click(**arguments)
     text.submit(**arguments)
 
