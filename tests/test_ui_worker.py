@@ -25,7 +25,7 @@ def panel(tmp_path: Path) -> asking.Panel:
     source = {"source": "facts", "split": "heldout"}
     recipe: dict[str, Any] = {
         "name": "none",
-        "models": {"language_model": "none"},
+        "models": {"language_model": "none", "encoder": "none"},
         "data": {"train": {**source, "split": "train"}, "heldout": source},
         "methods": {"full": {"kind": "full", "learning_rate": 1e-3}},
         "evaluation": {"tasks": [{"name": "facts", **source}]},

@@ -51,13 +51,13 @@ def checked(kind: type[T], values: Mapping[str, Any], origin: str) -> T:
 
 
 def _first(errors: Sequence[Any]) -> Any:
-    """The first error; where that is a key that must be given, the nearest of the unknown keys beside it: a slip."""
+    """The first error; where that is a key that must be given, an unknown key beside it that is like it: a slip."""
     first = errors[0]
     if first["type"] == "missing":
         place, name = first["loc"][:-1], str(first["loc"][-1])
         slips = {str(it["loc"][-1]): it for it in errors if it["type"] in UNKNOWN and it["loc"][:-1] == place}
-        if slips:
-            return slips[nearest(name, [*slips])]
+        if like := difflib.get_close_matches(name, [*slips], n=1):
+            return slips[like[0]]
     return first
 
 

@@ -179,6 +179,7 @@ def ask_everyone(
                 continue
             heard = f"Heard: {answer.transcript or '(nothing)'}\n\n" if key[1] == "cascade" else ""
             state = replace(state, answers={**state.answers, key: heard + (answer.response or EMPTY)})
+        del answerers  # they hold the model, which `kept` lets go before the next is loaded
         yield state
     yield replace(state, status="Done.")
 
