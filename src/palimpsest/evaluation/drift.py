@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers.utils import ModelOutput
 
 from palimpsest.evaluation.finite import not_finite
 from palimpsest.evaluation.own_text import OwnText
@@ -94,13 +93,13 @@ def measure_drift(
         raise VocabularyError(f"a text has the token {highest}, and the tuned model has {n_ids}; it cannot read that.")
     order = sorted(range(len(texts)), key=lambda i: (-len(texts[i].prompt_ids) - len(texts[i].ids), i))
     done, ranks = 0, world_size() if distributed else 1
-    passes = BasePasses() if passes is None else passes
+    of_base = supervised_logits if passes is None else passes.logits
 
     def measured(start: int) -> list[tuple[int, TextDrift]]:
         nonlocal done
         chosen = order[start : start + batch_size]
         batch = batch_of([texts[i] for i in chosen], next(base.parameters()).device)
-        logits_base, targets, rows = passes.logits(base, batch)
+        logits_base, targets, rows = of_base(base, batch)
         logits, _, _ = supervised_logits(tuned, batch)
         columns = _compare(logits_base, logits, targets)
         for measure in ("loss_base", "loss"):
@@ -158,6 +157,8 @@ class BasePasses:
 
 def _hidden_alone(output: Any) -> Float[Tensor, "batch seq hidden"] | None:
     """The hidden states, if the layers gave nothing else: no losses of routers, no states of a recurrence."""
+    from transformers.utils import ModelOutput  # here: whoever only reads drifts need not wait for it
+
     there = [key for key, value in output.items() if value is not None] if isinstance(output, ModelOutput) else []
     return output["last_hidden_state"] if there == ["last_hidden_state"] else None
 

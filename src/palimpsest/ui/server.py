@@ -46,9 +46,7 @@ def served(run: Path, port: int | None = None, ask: Ask | None = None) -> Iterat
     """
     panel, inputs = asking.open_panel(run), read_inputs(run)
     gradio = _gradio()
-    recordings = tempfile.TemporaryDirectory(prefix="palimpsest-ui-")  # gone with the page
-    with closing(Worker(panel)) as worker, recordings as scratch:
-        os.environ["GRADIO_TEMP_DIR"] = scratch
+    with closing(Worker(panel)) as worker, _place_for_recordings():
         page = build(gradio, panel, inputs, ask or worker.ask)
         # Fonts of the system: the themes' own are loaded from a font service.
         fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
@@ -67,6 +65,20 @@ def served(run: Path, port: int | None = None, ask: Ask | None = None) -> Iterat
             yield page
         finally:
             page.close(verbose=False)
+
+
+@contextmanager
+def _place_for_recordings() -> Iterator[None]:
+    """A folder for what is recorded and uploaded, gone with the page; an earlier page gets its own back."""
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    with tempfile.TemporaryDirectory(prefix="palimpsest-ui-") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["GRADIO_TEMP_DIR"]
+            if before is not None:
+                os.environ["GRADIO_TEMP_DIR"] = before
 
 
 def _this_machine_only() -> Any:
