@@ -26,8 +26,9 @@ CURVES = {
     "fast": {"kind": "full", "over": {"learning_rate": [1e-2, 1e-4]}},
     "lora": {"kind": "lora", "over": {"learning_rate": [1e-3, 3e-2]}},
     "mean": {"kind": "layer_lr", "importance": "mean", "learning_rate": 1e-3, "curve": "mean"},
+    "back": {"kind": "blend", "of": "full", "scale": 0, "layers": [1], "curve": "back"},
 }
-POINTS = ["fast-0_01", "fast-1e-4", "lora-1e-3", "lora-0_03", "mean"]
+POINTS = ["fast-0_01", "fast-1e-4", "lora-1e-3", "lora-0_03", "mean", "back"]
 
 
 def with_curves(inputs: Path, methods: Any = None, **changes: Any) -> dict[str, Any]:
@@ -101,6 +102,7 @@ def test_curves_are_compared_with_each_other_and_with_single_methods(both: tuple
     pairs = {(row["method_a"], row["method_b"]) for row in best}
     assert pairs == {
         *((("full", curve)) for curve in ("fast", "lora")), ("fast", "lora"), ("fast", "mean"), ("lora", "mean"),
+        ("fast", "back"), ("lora", "back"),
     }  # fmt: skip
     assert {(row["points_a"], row["points_b"]) for row in best if row["method_a"] == "fast"} == {(2, 2), (2, 1)}
     for row in found:
@@ -115,7 +117,7 @@ def test_curves_are_compared_with_each_other_and_with_single_methods(both: tuple
 def test_curves_change_nothing_about_the_other_methods(both: tuple[Path, Path]) -> None:
     before, after = map(tables, both)
     for table, rows in before.items():
-        if table in ("schema", "timings", "frontier", "equal_hearing"):
+        if table in ("schema", "timings", "frontier", "equal_hearing", "restoration"):
             continue
         for row in rows:
             assert row in after[table], (table, row)
@@ -124,6 +126,22 @@ def test_curves_change_nothing_about_the_other_methods(both: tuple[Path, Path]) 
     more = [row for row in after["comparisons"] if row not in before["comparisons"]]
     assert {row["method_a"] for row in more} == {"base"}
     assert {row["family"] for row in more if row["modality"] == "text"} == {"text, against the base, points of curves"}
+
+
+def test_layers_put_back_are_compared_with_what_they_were_put_back_in(both: tuple[Path, Path]) -> None:
+    before, found = map(tables, both)
+    assert before["restoration"] == []
+    values = {
+        (row["model"], row[f"{side}_measure"]): row[side] for row in found["frontier"] for side in ("text", "hearing")
+    }
+    assert {row["measure"] for row in found["restoration"]} == {"drift", "t2t", "speech_loss", "s2t"}
+    for row in found["restoration"]:
+        assert (row["of"], row["method_a"], row["method_b"], row["layers_b"]) == ("full", "full", "back", [1])
+        assert row["value_a"] == pytest.approx(values["full", row["measure"]])
+        assert row["value_b"] == pytest.approx(values["back", row["measure"]])
+        assert (row["returned"] is not None) == (row["measure"] == "drift")
+    (drift,) = (row for row in found["restoration"] if row["measure"] == "drift")
+    assert drift["returned"] == pytest.approx(1 - values["back", "drift"] / values["full", "drift"])
 
 
 def test_a_study_of_curves_alone_lacks_nothing(both: tuple[Path, Path], inputs: Path, tmp_path: Path) -> None:

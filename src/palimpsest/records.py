@@ -499,6 +499,58 @@ class EqualHearingRecord(TypedDict):
     left_out: str | None  # why this row is none of its family's tests
 
 
+class PredictorRecord(TypedDict):
+    """Over tuned models: does a measure say how much text was lost, at equal hearing? comparison/predictors.py."""
+
+    text_measure: str  # drift | general_text | t2t: what was lost of it
+    text_task: str | None  # of t2t
+    predictor: str  # jensen_shannon | wasserstein_1 (shift of importance) | relative_change (of weights) | drift
+    reduction: str | None  # of the scores that a shift is taken of
+    at_equal: str  # speech_loss
+    n_models: int
+    models: list[str]
+    spearman: float | None  # whatever the hearing
+    partial: float | None  # at equal hearing, both by ranks; None: see note
+    ci_low: float | None  # 95 %, bootstrap over models
+    ci_high: float | None
+    p_value: float | None  # two-sided, by permutation
+    p_holm: float | None  # over the predictors of one kind of text
+    n_family: int
+    beyond_change: float | None  # |partial| − that of relative_change
+    beyond_change_ci_low: float | None
+    beyond_change_ci_high: float | None
+    note: str
+
+
+class RestorationRecord(TypedDict):
+    """Some layers have the base's weights again; `difference` = value_b − value_a. comparison/restoration.py."""
+
+    of: str  # the tuned model
+    method_a: str  # the tuned model, or another blend of it with as many layers
+    method_b: str
+    layers_a: list[int] | None  # that are the base's again; None: of the tuned model none
+    layers_b: list[int]
+    n_shared: int | None  # layers that are in both
+    measure: str  # drift | general_text | t2t | speech_loss | s2t
+    task: str | None
+    better: str  # higher | lower
+    n: int  # texts, documents, questions, answers
+    value_a: float  # as in FrontierRecord
+    value_b: float
+    difference: float
+    ci_low: float
+    ci_high: float
+    returned: float | None  # 1 − value_b / value_a, of drift and general text against the tuned model, if it lost any
+    returned_ci_low: float | None
+    returned_ci_high: float | None
+    p_value: float
+    p_holm: float
+    verdict: str  # better | worse | no difference shown, of b
+    family: str
+    n_family: int
+    left_out: str | None
+
+
 class PairRecord(TypedDict):
     """`palimpsest compare`: two systems on the same questions; `difference` = accuracy(b) − accuracy(a)."""
 
@@ -650,6 +702,8 @@ class Results(TypedDict):
     general_text_comparisons: list[GeneralTextComparisonRecord]
     frontier: list[FrontierRecord]  # of studies with curves or a section `drift`
     equal_hearing: list[EqualHearingRecord]  # of studies with curves
+    predictors: list[PredictorRecord]  # of studies with a section `drift` and enough tuned models with scores
+    restoration: list[RestorationRecord]  # of studies with blends that put layers back
     layers: list[LayerRecord]
     shift: list[ShiftRecord]
     clustering: list[ClusteringRecord]

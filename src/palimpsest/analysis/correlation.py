@@ -36,7 +36,7 @@ def correlation_records(
             by_run[row["measure"], row["reduction"]][row["model"]] = row["value"]
     records: list[CorrelationRecord] = []
     for (measure, reduction), of_run in by_run.items():
-        values, loss = _means(of_run), _means({run: loss_of_run[run] for run in of_run})
+        values, loss = means_of_methods(of_run), means_of_methods({run: loss_of_run[run] for run in of_run})
         models = sorted(values)
         enough = len(models) >= MIN_MODELS
         tau, p = _kendall([values[m] for m in models], [loss[m] for m in models]) if enough else (None, None)
@@ -58,7 +58,7 @@ def correlation_records(
     return records
 
 
-def _means(of_run: Mapping[str, float]) -> dict[str, float]:
+def means_of_methods(of_run: Mapping[str, float]) -> dict[str, float]:
     """Of each method, over its runs."""
     runs: dict[str, list[float]] = defaultdict(list)
     for run, value in of_run.items():

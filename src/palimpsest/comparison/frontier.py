@@ -144,7 +144,7 @@ def frontier_tables(
     n_draws: int = DRAWS,
 ) -> tuple[list[FrontierRecord], list[EqualHearingRecord]]:
     """`frontier` and `equal_hearing` of results.json. places: of the base and the methods, points in their order."""
-    drawn = _draws([*text, *hearing], seed, n_draws)
+    drawn = draws_of([*text, *hearing], seed, n_draws)
     table: list[FrontierRecord] = []
     compared: list[EqualHearingRecord] = []
     for kept in text:
@@ -155,7 +155,7 @@ def frontier_tables(
     return table, compared
 
 
-def _draws(measures: Sequence[Measure], seed: int, n_draws: int) -> dict[tuple[Any, ...], Array]:
+def draws_of(measures: Sequence[Measure], seed: int, n_draws: int) -> dict[tuple[Any, ...], Array]:
     """(measure's name, task, method, numbers of its runs) → (draws,), the mean over its runs in every draw.
 
     Of each method all runs together are drawn, and the first alone: what some measures have no further runs of is set
@@ -192,7 +192,7 @@ class _Plane:
         """The numbers of the training runs that have both measures."""
         heard = self.hearing.totals.get(method, {})
         numbers = tuple(sorted(it for it in self.text.totals.get(method, {}) if it in heard))
-        # Draws are made of all runs and of the first alone (_draws).
+        # Draws are made of all runs and of the first alone (draws_of).
         whole = [tuple(sorted(of.totals.get(method, {}))) for of in (self.text, self.hearing)]
         return numbers if all(numbers in (of, (0,)) for of in whole) else numbers[:1]
 

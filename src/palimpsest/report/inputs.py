@@ -37,7 +37,7 @@ OF_SEVERAL_RUNS = {"seeds", "seed_comparisons"}  # empty where every method was 
 NO_RECORDS = "results.json has no records in “{}”."
 POOLED = "pooled_comparisons"  # empty with one run of each method, or one task
 OF_DRIFT = {"drift", "general_text", "general_text_comparisons"}  # of recipes that measure it
-OF_FRONTIER = {"frontier", "equal_hearing"}  # of recipes with curves or a section drift
+OF_FRONTIER = {"frontier", "equal_hearing", "predictors", "restoration"}  # of recipes with curves or a section drift
 # Voices are there where a task is spoken in several, embeddings where a model is given, speech_inputs where a method
 # reads speech tokens.
 MAY_BE_EMPTY = OF_SEVERAL_RUNS | OF_DRIFT | OF_FRONTIER | {POOLED, "voices", "embeddings", "speech_inputs"}

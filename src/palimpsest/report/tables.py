@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from palimpsest.files import without_folders
-from palimpsest.report import paper, structure_tables, trade_off
+from palimpsest.report import mechanism, paper, structure_tables, trade_off
 from palimpsest.report.across_runs import OF_FIRST_RUNS, n_runs
 from palimpsest.report.inputs import (
     METHOD_ORDER,
@@ -132,6 +132,8 @@ def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Tabl
         general_text_comparisons(results["general_text_comparisons"]),
         trade_off.frontier_table(results["frontier"]),
         trade_off.equal_hearing_table(results["equal_hearing"]),
+        mechanism.predictors(results["predictors"]),
+        mechanism.restoration(results["restoration"]),
         *structure_tables.layers(results["layers"], "text", main_reduction(results)),
         structure_tables.shift(results["shift"], of_each),
         structure_tables.clustering(results["clustering"]),

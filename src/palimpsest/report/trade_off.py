@@ -65,7 +65,7 @@ def measure_name(row: Row, side: str) -> str:
     return str({**TEXT, **HEARING}.get(name, name)) + (f", {task_name(task)}" if task else "")
 
 
-def _writer(measure: str) -> Callable[[float], str]:
+def writer(measure: str) -> Callable[[float], str]:
     """Accuracies as percent, differences of accuracies as points, nats as they are."""
     if measure in ("t2t", "s2t"):
         return points if measure == "t2t" else percent
@@ -201,7 +201,7 @@ def _said(row: FrontierRecord) -> str:
         (row["text"], row["text_ci_low"], row["text_ci_high"], row["text_measure"]),
         (row["hearing"], row["hearing_ci_low"], row["hearing_ci_high"], row["hearing_measure"]),
     ):
-        write = _writer(measure)
+        write = writer(measure)
         parts.append(f"{write(value or 0.0)} ({interval(low, high, write)})")
     return f"{place(row)}: {' and '.join(parts)}{', Pareto' if row['pareto'] else ''}"
 
@@ -243,7 +243,7 @@ def _at(row: Row) -> Cell:
 def _of_measure(side: str, measure: str, task: str | None) -> Field:
     title = measure_name({f"{side}_measure": measure, f"{side}_task": task}, side)
     title += {"t2t": ", points", "s2t": " %"}.get(measure, "")
-    write = _writer(measure)
+    write = writer(measure)
 
     def cell(of: Row) -> Cell:
         rows = having(of["rows"], **{f"{side}_measure": measure, f"{side}_task": task})
@@ -266,19 +266,19 @@ def equal_hearing_table(records: Rows) -> Table:
     def side(name: str) -> Field:
         def cell(row: Row) -> Cell:
             value = row[f"text_{name}"]
-            return EMPTY if value is None else number(value, _writer(row["text_measure"])(value))
+            return EMPTY if value is None else number(value, writer(row["text_measure"])(value))
 
         return cells(f"Text of {name.upper()}", cell)
 
     def difference(row: Row) -> Cell:
         if row["difference"] is None:
             return EMPTY
-        write = _signed(row["text_measure"])
+        write = signed(row["text_measure"])
         return number(row["difference"], write(row["difference"]), interval(row["ci_low"], row["ci_high"], write))
 
     def level(row: Row) -> Cell:
         value = row["hearing"]
-        return EMPTY if value is None else number(value, _writer(row["hearing_measure"])(value))
+        return EMPTY if value is None else number(value, writer(row["hearing_measure"])(value))
 
     def in_common(row: Row) -> Cell:
         return EMPTY if row["difference"] is None else number(row["overlap"], f"{100 * row['overlap']:.0f} %")
@@ -309,7 +309,7 @@ def equal_hearing_table(records: Rows) -> Table:
     )
 
 
-def _signed(measure: str) -> Callable[[float], str]:
+def signed(measure: str) -> Callable[[float], str]:
     if measure == "t2t":
         return points
     return lambda value: ("+" if value > 0 else "") + significant(value).replace("-", "−")
@@ -369,7 +369,7 @@ def _against(row: EqualHearingRecord, name: str) -> str:
     turned = row["method_b"] == name
     sign = 1 if turned else -1
     value, ends = sign * (row["difference"] or 0.0), sorted(sign * (row[end] or 0.0) for end in ("ci_low", "ci_high"))
-    write = _signed(row["text_measure"])
+    write = signed(row["text_measure"])
     unit = "points" if row["text_measure"] == "t2t" else "nats a token"
     p = p_value(row["p_holm"])
     return (

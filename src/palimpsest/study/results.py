@@ -11,10 +11,12 @@ from palimpsest.analysis.claims import claim_records
 from palimpsest.analysis.correlation import correlation_records
 from palimpsest.comparison.by_voice import RECORDING, voice_records
 from palimpsest.comparison.families import corrected
-from palimpsest.comparison.frontier import frontier_tables, hearing_measures, places_of, text_measures
+from palimpsest.comparison.frontier import Measure, frontier_tables, hearing_measures, places_of, text_measures
 from palimpsest.comparison.general_text_pairs import general_text_comparisons
 from palimpsest.comparison.pairs import compare
+from palimpsest.comparison.predictors import predictor_records
 from palimpsest.comparison.probe_pairs import probe_comparisons
+from palimpsest.comparison.restoration import restoration_records, restored_in
 from palimpsest.comparison.speech_inputs import speech_input_records
 from palimpsest.comparison.training_runs import (
     Verdicts,
@@ -37,8 +39,6 @@ from palimpsest.records import (
     RESULT_TABLES,
     SCHEMA,
     ComparisonRecord,
-    EqualHearingRecord,
-    FrontierRecord,
 )
 from palimpsest.rundir import RunDir, folder_of, manifest_of, samples_of
 
@@ -135,7 +135,18 @@ def collect(run: RunDir, config: StudyConfig, steps: Collection[str], seed: int)
         tables["seed_comparisons"] = seed_comparisons(list(config.methods), config.seeds, right, seed, same, points)
         tables["pooled_comparisons"] = pooled_comparisons(list(config.methods), config.seeds, right, seed, same, points)
     if config.drift is not None or points:
-        tables["frontier"], tables["equal_hearing"] = _frontier(run, config, right, seed)
+        text, hearing = _measures(run, config, right)
+        places = places_of(config.methods)
+        tables["frontier"], tables["equal_hearing"] = frontier_tables(places, text, hearing, seed)
+        tables["predictors"] = predictor_records(
+            tables["shift"],
+            tables["delta"],
+            tables["frontier"],
+            reduction=config.importance.reduction,
+            seed=seed,
+            untouched=[name for name, of in same.items() if of == BASE],
+        )
+        tables["restoration"] = restoration_records(restored_in(config.methods), [*text, *hearing], seed)
     tables["claims"] = claim_records(tables, rank_series(config.methods))
     tables["timings"] = run.timings(steps)
     return tables
@@ -159,10 +170,10 @@ def same_as_text(config: StudyConfig) -> dict[str, str]:
     return same
 
 
-def _frontier(
-    run: RunDir, config: StudyConfig, right: Mapping[tuple[str, str], Verdicts], seed: int
-) -> tuple[list[FrontierRecord], list[EqualHearingRecord]]:
-    """Text kept against hearing gained, of every method that was measured by one of each."""
+def _measures(
+    run: RunDir, config: StudyConfig, right: Mapping[tuple[str, str], Verdicts]
+) -> tuple[list[Measure], list[Measure]]:
+    """What is known of text kept and of hearing gained, of every method that was measured."""
     runs = {method: runs_of(method, config.seeds) for method in (BASE, *config.methods)}
 
     def having(measure: str) -> dict[str, list[str]]:
@@ -174,11 +185,9 @@ def _frontier(
     spoken = {method: names for method, names in runs.items() if config.takes_speech(method)}
     asked = {task.name: read_manifest(manifest_of(run.path, f"task-{task.name}")) for task in config.evaluation.tasks}
     heldout = read_manifest(manifest_of(run.path, "heldout"))
-    return frontier_tables(
-        places_of(config.methods),
+    return (
         text_measures(run.path, having("drift"), having("general_text"), right, runs, asked),
         hearing_measures(run.path, spoken, right, runs, asked, heldout),
-        seed,
     )
 
 
