@@ -212,6 +212,19 @@ def test_maps_of_zeros_can_be_drawn(tmp_path: Path) -> None:
         assert "<image" in to_svg(drawing)
 
 
+def test_equal_maps_have_no_id_twice(tmp_path: Path) -> None:
+    (tmp_path / "maps").mkdir()
+    same = np.arange(64, dtype=np.float32).reshape(8, 8) + 1
+    maps = {f"{method}|model.layers.0.mlp.up_proj.weight": same for method in ("full", "lora")}
+    np.savez(tmp_path / "maps" / "delta.npz", **maps)  # type: ignore[arg-type]
+    drawing = draw("figure4", read_inputs(tmp_path))
+    assert drawing is not None
+    svg = to_svg(drawing)
+    assert svg.count("<image") >= 2
+    ids = re.findall(r'\bid="([^"]+)"', svg)
+    assert len(set(ids)) == len(ids)
+
+
 def test_the_deactivation_figure_shows_the_ratio_nearest_the_papers_in_every_scope() -> None:
     rows = invented_results()["deactivation"]
     others = [row | {"scope": "per_layer"} for row in rows] + [row | {"ratio": 0.01} for row in rows]
