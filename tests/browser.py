@@ -9,11 +9,13 @@ The browser is the system's: playwright brings the driver, and no browser is dow
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WAIT = 10_000  # ms, for anything the page should do by itself; a busy machine needs some of it
+AXE = "PALIMPSEST_TEST_AXE"  # names axe.min.js of axe-core; CONTRIBUTING.md says where it comes from
 OWN_SCHEMES = ("data:", "blob:", "about:")  # nothing leaves the page for these
 
 
@@ -75,6 +78,59 @@ def overflow(page: Page) -> int:
     """Pixels by which the page is wider than its window: what a reader would have to scroll sideways."""
     width: int = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     return width
+
+
+def axe(page: Page) -> list[str]:
+    """What axe-core finds serious or critical; the test is skipped where AXE does not say where it is.
+
+    Shades behind tables are taken away: axe gives no verdict on text over a gradient.
+    """
+    if not (file := os.environ.get(AXE)):
+        pytest.skip(f"{AXE} does not name axe.min.js")
+    page.evaluate(Path(file).read_text(encoding="utf-8"))
+    found: list[str] = page.evaluate(
+        """async () => {
+            for (const box of document.querySelectorAll('.scroll')) box.style.background = 'none';
+            const { violations } = await axe.run(document, { resultTypes: ['violations'] });
+            return violations.filter(({ impact }) => ['serious', 'critical'].includes(impact)).flatMap(
+                ({ id, help, nodes }) => nodes.map(({ html }) => `${id}: ${help}: ${html.slice(0, 200)}`));
+        }"""
+    )
+    return found
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Where the keyboard's focus was."""
+
+    at: int  # of all elements of the page, in their order
+    html: str
+    is_seen: bool  # inside the window and with an outline
+
+
+def tab_through(page: Page, most: int = 2000) -> list[Stop]:
+    """Every stop of the Tab key from the top of the page until the focus leaves it."""
+    stops: list[Stop] = []
+    while len(stops) < most:
+        page.keyboard.press("Tab")
+        stop = page.evaluate(
+            """() => {
+                const element = document.activeElement;
+                if (!element || element === document.body) return null;
+                const box = element.getBoundingClientRect();
+                const { outlineStyle, outlineWidth } = getComputedStyle(element);
+                return {
+                    at: Array.from(document.querySelectorAll('*')).indexOf(element),
+                    html: element.outerHTML.slice(0, 100),
+                    is_seen: outlineStyle !== 'none' && parseFloat(outlineWidth) >= 1 &&
+                        box.bottom > 0 && box.top < innerHeight && box.right > 0 && box.left < innerWidth,
+                };
+            }"""
+        )
+        if stop is None:
+            return stops
+        stops.append(Stop(**stop))
+    raise AssertionError(f"the focus is still in the page after {most} stops: {stops[-1].html}")
 
 
 def contrast(page: Page, selector: str) -> float:

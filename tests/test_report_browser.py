@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from browser import chromium, contrast, foreign, overflow, visit
+from browser import axe, chromium, contrast, foreign, overflow, tab_through, visit
 from palimpsest.files import read_json, read_jsonl, write_json, write_jsonl
 from palimpsest.report.inputs import read_inputs
 from palimpsest.report.page import tables_of, write_report
+from palimpsest.report.side_by_side import write_comparison
 from palimpsest.report.table import Table, to_csv, to_latex, to_markdown
-from report_fixture import make_run
+from palimpsest.study.live import Progress
+from report_fixture import invented_results, make_run
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Locator, Page
@@ -74,6 +76,23 @@ def report(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_jsonl(folder / "samples.jsonl", rows)
         folder.rename(folder.with_name(f"{IMAGE}-{folder.name.rpartition('-')[2]}"))
     return write_report(run)
+
+
+@pytest.fixture(scope="module")
+def pages(report: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The report; the page of a study after its first measurement; runs side by side, as they are published."""
+    folder = tmp_path_factory.mktemp("pages")
+    later = {"maps", "samples", "data", *invented_results()} - {"layers"}
+    progress = Progress(("data", "base/importance"), ("methods/full/checkpoint", "maps"), 200.0, ("maps",), "12:00")
+    runs = [make_run(folder / name, without={"maps", "samples", "data"}) for name in "abc"]
+    paired: dict[str, Any] = {"metric": "token_sequence", "accuracy": [], "perplexity": []}
+    paired["not_compared"] = ["The runs have different questions."]
+    links = [f"{run.name}/report.html" for run in runs]
+    return {
+        "report": report,
+        "unfinished": write_report(make_run(folder / "unfinished", without=later), progress=progress),
+        "comparison": write_comparison(runs, paired, folder / "index.html", pages=links),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +217,37 @@ def test_a_narrow_window_needs_no_sideways_scrolling(browser: Browser, report: P
         assert box.evaluate("box => box.scrollWidth - box.clientWidth") == 0
         named = "cell => getComputedStyle(cell, '::before').content"
         assert box.locator("tbody tr").first.locator("td").first.evaluate(named) == '"Statement: "'
+    assert log.problems == []
+
+
+PAGES = ("report", "unfinished", "comparison")
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 320)])
+def test_axe_finds_nothing_serious(
+    browser: Browser, pages: dict[str, Path], name: str, scheme: Any, width: int
+) -> None:
+    window = {"width": width, "height": 800}
+    with visit(browser, pages[name].as_uri(), color_scheme=scheme, viewport=window) as (page, _):
+        page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+        assert axe(page) == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_tab_reaches_everything_in_order_and_shows_where_it_is(
+    browser: Browser, pages: dict[str, Path], name: str
+) -> None:
+    controls = "a[href], button, summary, audio, [tabindex]"
+    with visit(browser, pages[name].as_uri()) as (page, log):
+        stops = tab_through(page)
+        n_controls = page.evaluate(
+            f"Array.from(document.querySelectorAll('{controls}')).filter(it => it.checkVisibility()).length"
+        )
+        places = [stop.at for stop in stops]
+        assert places == sorted(places)
+        assert len(set(places)) == n_controls > 10
+        assert [stop.html for stop in stops if not stop.is_seen] == []
     assert log.problems == []
 
 

@@ -137,6 +137,24 @@ def test_figure_2_names_its_peaks(inputs: Inputs) -> None:
     assert "Base, layer 12: " in "".join(drawing.tips.values())
 
 
+@pytest.mark.parametrize(
+    ("models", "title", "shares"),
+    [
+        (("full", "layer_lr", "lora"), "with Layer-LR and LoRA", True),
+        (("tuned",), "with tuned", False),  # a diagnosis has no Figure 2
+        (("m1", "m2", "m3", "m4"), "with 4 methods", False),
+    ],
+)
+def test_figure_3_names_what_it_shows(tmp_path: Path, models: tuple[str, ...], title: str, shares: bool) -> None:
+    base = [row for row in invented_results()["layers"] if row["model"] == "base"]
+    layers = [{**row, "model": model} for model in ("base", *models) for row in base]
+    write_json(tmp_path / "results.json", {"schema": 1, "layers": layers})
+    drawing = draw("figure3", read_inputs(tmp_path))
+    assert drawing is not None
+    assert drawing.title == f"Figure 3. Textual importance by layer {title}"
+    assert ("Figures 2 and 3 share their scales" in drawing.caption) == shares
+
+
 def test_inline_figures_take_the_colours_of_the_page(inputs: Inputs) -> None:
     drawing = draw("figure2", inputs)
     assert drawing is not None
@@ -192,6 +210,19 @@ def test_maps_of_zeros_can_be_drawn(tmp_path: Path) -> None:
         drawing = draw(figure, inputs)
         assert drawing is not None
         assert "<image" in to_svg(drawing)
+
+
+def test_equal_maps_have_no_id_twice(tmp_path: Path) -> None:
+    (tmp_path / "maps").mkdir()
+    same = np.arange(64, dtype=np.float32).reshape(8, 8) + 1
+    maps = {f"{method}|model.layers.0.mlp.up_proj.weight": same for method in ("full", "lora")}
+    np.savez(tmp_path / "maps" / "delta.npz", **maps)  # type: ignore[arg-type]
+    drawing = draw("figure4", read_inputs(tmp_path))
+    assert drawing is not None
+    svg = to_svg(drawing)
+    assert svg.count("<image") >= 2
+    ids = re.findall(r'\bid="([^"]+)"', svg)
+    assert len(set(ids)) == len(ids)
 
 
 def test_the_deactivation_figure_shows_the_ratio_nearest_the_papers_in_every_scope() -> None:

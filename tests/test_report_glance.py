@@ -62,6 +62,22 @@ def test_the_measure_by_which_text_was_lost_is_among_the_numbers(tmp_path: Path,
     assert [it.unit for it in numbers_of(inputs)][:2] == ["points", unit]
 
 
+@pytest.mark.parametrize(
+    ("right", "who"),
+    [
+        ((30, 6, 3), "Full-FT, the best"),
+        ((30, 30, 3), "Full-FT and 1 more, the best"),
+        ((0, 0, 0), "all 3 models alike"),
+        ((0,), "Full-FT"),
+    ],
+)
+def test_equal_answers_to_speech_have_no_best(tmp_path: Path, right: tuple[int, ...], who: str) -> None:
+    names = ("full", "layer_lr", "lora")[: len(right)]
+    qa = [accuracy_row(name, "facts", "speech", n) for name, n in zip(names, right, strict=True)]
+    numbers = numbers_of(_run(tmp_path, qa=qa, drift=[drift_row("full", "plain", 0.5)]))
+    assert numbers[-1].title == f"Spoken questions (facts), {who}"
+
+
 def test_what_was_not_measured_gives_its_place_to_the_next(tmp_path: Path) -> None:
     inputs = _run(
         tmp_path,

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,24 @@ def test_tables_and_figures_can_be_read_aloud(parsed: _Page) -> None:
     assert all(len(tag["aria-label"] or "") > 20 for tag in drawings)
     assert len(parsed.all("caption")) >= 10
     assert parsed.all("html")[0]["lang"] == "en"
+
+
+def test_headings_and_parts_can_be_found(parsed: _Page) -> None:
+    """One h1, no level left out; parts with a name each; what scrolls sideways is reached by Tab, and has a name."""
+    levels = [int(tag[1]) for tag, _ in parsed.tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(b <= a + 1 for a, b in pairwise(levels))
+    identifiers = {attributes["id"] for _, attributes in parsed.tags if "id" in attributes}
+    names = [tag["aria-labelledby"] for tag in parsed.all("section")]
+    assert len(set(names)) == len(names)
+    assert set(names) <= identifiers
+    assert {tag["href"] for tag in parsed.all("a")} <= {f"#{identifier}" for identifier in identifiers}
+    boxes = [tag for _, tag in parsed.tags if tag.get("class") == "scroll"]
+    assert len(boxes) > 20
+    assert all(box["tabindex"] == "0" and box["role"] == "group" and box["aria-label"] for box in boxes)
+    assert all(tag["tabindex"] == "0" for tag in parsed.all("pre"))
+    assert {tag.get("tabindex") for _, tag in parsed.tags} == {None, "0"}  # the order is the document's
 
 
 def test_the_summary_comes_first_and_the_run_is_called_small(parsed: _Page) -> None:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from palimpsest.cli import app
 from palimpsest.files import write_jsonl, write_text
+from palimpsest.report import page as page_module
 from palimpsest.report import recordings
 from palimpsest.report.inputs import read_inputs
 from palimpsest.report.page import write_report
@@ -145,6 +146,24 @@ def test_the_budget_is_kept_and_the_rest_says_where_the_file_lies(
     assert [bool(found["facts", f"q{i}"].uri) for i in range(4)] == [True, True, False, False]
     assert "share 0.0 MB of this page" in found["facts", "q3"].why_not
     assert found["facts", "q3"].where == "data/a.wav"
+
+
+@pytest.mark.parametrize(("too_large_by", "inside"), [(0, 4), (0.5, 3), (1.5, 2), (1000, 0)])
+def test_a_large_page_has_less_room_for_recordings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, too_large_by: float, inside: int
+) -> None:
+    """too_large_by: in recordings, all of which have the same size; up to 1 kB more is left free."""
+    make(tmp_path, [{"id": f"q{i}", "audio": "a.wav"} for i in range(4)], n=4)
+    one = len(to_uri(tone(), 16000))
+    assert one > 2 * page_module.ROOM_TO_SAY_SO
+    whole = write_report(tmp_path).stat().st_size
+    limit = int(whole - too_large_by * one)
+    monkeypatch.setattr(page_module, "MAX_PAGE", limit)
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert page.count("<audio ") == inside
+    assert (len(page.encode()) <= limit) == (inside > 0)  # without any it is as large as it is
+    assert (f"Recordings without room in this page: {4 - inside}; the others share" in page) == (inside < 4)
+    assert page.count("not in this page, the recordings of a task share") == 4 - inside
 
 
 def test_a_file_elsewhere_is_played_and_its_folder_not_told(tmp_path: Path) -> None:

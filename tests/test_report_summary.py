@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,6 +140,57 @@ def test_one_given_model_is_no_comparison_of_trainings(tmp_path: Path) -> None:
     assert not is_known(point)
 
 
+@pytest.mark.parametrize(
+    ("right", "said"),
+    [
+        ((30, 30), "facts: all 2 trained models answer equally many typed questions, 10.0\u00a0%."),
+        ((0, 0), "facts: all 2 trained models answer equally many typed questions, 0.0\u00a0%."),
+        ((30, 30, 0), "facts: of the trained models Full-FT and Layer-LR answer the most typed questions, 10.0"),
+    ],
+)
+def test_keeps_names_no_best_of_equal_ones(tmp_path: Path, right: tuple[int, ...], said: str) -> None:
+    qa = [accuracy_row(m, "facts", "text", n) for m, n in zip(("full", "layer_lr", "lora"), right, strict=False)]
+    assert said in _answers(tmp_path, KEEPS, qa=qa)
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        (
+            (0.08, 0.12),
+            "10.0\u00a0% of them (95 % interval 8.0 to 12.0 over the matrices) are among the 3.0\u00a0% that",
+        ),
+        ((0.08, 0.12), "depends on most, more than chance"),
+        ((0.0, 0.08), "depends on most, not told from chance"),
+        ((0.0, 0.01), "depends on most, less than chance"),
+    ],
+)
+def test_where_says_whether_the_changed_weights_are_those_that_matter(
+    tmp_path: Path, shares: tuple[float, float], said: str
+) -> None:
+    """Of two matrices the bootstrap's interval spans both; of two training runs each matrix counts with their mean."""
+    delta = [
+        {"method": run, "name": f"w{i}", "layer": i, "kind": "q", "relative_norm": 0.1,
+         "overlap_with_importance": share + sign * 0.0005 * bool(share), "overlap_by_chance": 0.03}
+        for run, sign in (("full", 1), ("full-seed1", -1)) for i, share in enumerate(shares)
+    ]  # fmt: skip
+    overlap = {
+        "model": "full", "reference": "base", "name": "all", "layer": None, "kind": "all", "ratio": 0.03,
+        "overlap": 0.4, "overlap_by_chance": 0.03, "ci_low": 0.35, "ci_high": 0.45, "noise_floor": 0.6,
+    }  # fmt: skip
+    write_json(tmp_path / "results.json", {"schema": 1, "delta": delta, "mask_overlap": [overlap]})
+    inputs = read_inputs(tmp_path)
+    merged = [{**row, "method": "full"} for row in inputs.results["delta"]]  # as by_method has them
+    point = points_of(dataclasses.replace(inputs, results={**inputs.results, "delta": merged}))[WHERE]  # type: ignore[typeddict-item]
+    (line,) = point.findings[0].details
+    assert line.startswith("Full-FT: ")
+    assert said in line
+    assert line.endswith(
+        "; 40.0\u00a0% (35.0 to 45.0) of those are still the most important ones, where other questions alone leave "
+        "60.0\u00a0%."
+    )
+
+
 def test_the_noise_floor_is_said_to_be_of_other_questions(tmp_path: Path) -> None:
     point = points_of(read_inputs(make_run(tmp_path)))[WHERE]
     said = "between these questions and others (20 batches of these, 13 of the others)."
@@ -188,7 +240,8 @@ def test_speech_without_tests_is_not_decided(tmp_path: Path) -> None:
     """Of an earlier version's results.json nothing is concluded from an accuracy alone."""
     for right in (0, 3, 150):
         answer = _answers(tmp_path, SPEECH, qa=[accuracy_row("full", "facts", "speech", right)])
-        assert answer.startswith("Not decided: the best S2T accuracy is")
+        said = "the best S2T accuracy is" if right else "every S2T accuracy is 0, but"
+        assert answer.startswith(f"Not decided: {said}")
     assert "Full-FT (50.0\u00a0%), 95 % interval 44.4 to 55.6." in answer
 
 

@@ -44,6 +44,23 @@ def test_a_step_runs_once_and_again_when_its_inputs_change(tmp_path: Path) -> No
     assert not (run.path / ".working").exists()
 
 
+def test_a_continued_study_began_when_its_first_step_did(tmp_path: Path) -> None:
+    """Seconds: those of the steps that were there before; the others are in the continuation's own time."""
+    run = RunDir(tmp_path)
+    steps = [run.step(name, {}, lambda folder: None) for name in ("a", "b")]
+    for name, began, took in (("a", "2026-01-02T00:00:00Z", 5.0), ("b", "2026-01-03T00:00:00Z", 7.0)):
+        file = tmp_path / name / "step.json"
+        assert read_json(file)["started"].endswith("Z")
+        write_json(file, {**read_json(file), "started": began, "seconds": took})
+    assert run.times(steps) == ("2026-01-02T00:00:00Z", 0.0)
+    steps[0] = run.step("a", {}, pytest.fail)
+    assert run.times(steps) == ("2026-01-02T00:00:00Z", 5.0)
+    write_json(tmp_path / "provenance.json", {"started": "2026-01-01T00:00:00Z"})  # by an earlier recipe
+    assert run.times(steps)[0] == "2026-01-01T00:00:00Z"
+    write_text(tmp_path / "provenance.json", "{")
+    assert run.times(steps)[0] == "2026-01-02T00:00:00Z"
+
+
 def test_a_step_that_fails_leaves_no_output_and_continues_where_it_was(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
 

@@ -147,7 +147,7 @@ class RunDir:
             if stale != working:
                 shutil.rmtree(stale)
         working.mkdir(parents=True, exist_ok=True)
-        started = time.perf_counter()
+        begun, started = time.time(), time.perf_counter()
         write(working)
         seconds = time.perf_counter() - started
         write_tables(working / FILES_FILE, {file: _about(working / file) for file in _files_in(working)})
@@ -157,6 +157,7 @@ class RunDir:
                 "step": name,
                 "fingerprint": fingerprint,
                 "inputs": inputs,
+                "started": utc(begun),
                 "seconds": seconds,
                 "peak_rss_bytes": peak_rss_bytes(),
                 "files": hash_file(working / FILES_FILE),
@@ -207,11 +208,8 @@ class RunDir:
 
     def _record(self, name: str) -> dict[str, Any]:
         """The content of a step's file; {} where there is none, or none that can be read."""
-        file = self.path / name / STEP_FILE
-        with suppress(UserError, UnicodeDecodeError):
-            record = read_json(file) if file.exists() else {}
-            return record if isinstance(record, dict) and "fingerprint" in record else {}
-        return {}
+        record = _mapping(self.path / name / STEP_FILE)
+        return record if "fingerprint" in record else {}
 
     def set_aside(self, made: Collection[str]) -> list[str]:
         """Move finished steps that are not among `made` to SET_ASIDE; their names. An earlier recipe made them."""
@@ -228,6 +226,16 @@ class RunDir:
                     (self.path / above).rmdir()
         return old
 
+    def times(self, steps: Iterable[Step]) -> tuple[str, float]:
+        """Of a study that may have been continued: its first start, and the seconds that its `steps` of before took.
+
+        The first start is the earliest that the steps and PROVENANCE know of; empty where none does.
+        """
+        records = {step: self._record(step.name) for step in steps}
+        starts = [_mapping(self.path / PROVENANCE).get("started"), *(of.get("started") for of in records.values())]
+        seconds = sum(of.get("seconds", 0.0) for step, of in records.items() if step.skipped)
+        return min(filter(None, starts), default=""), seconds
+
     def timings(self, names: Iterable[str]) -> list[TimingRecord]:
         records: list[TimingRecord] = []
         for name in names:
@@ -236,6 +244,14 @@ class RunDir:
                 step = read_json(file)
                 records.append({"step": name, "seconds": step["seconds"], "peak_rss_bytes": step["peak_rss_bytes"]})
         return records
+
+
+def _mapping(file: Path) -> dict[str, Any]:
+    """What a JSON file holds; {} where there is none, or none that can be read."""
+    with suppress(UserError, UnicodeDecodeError):
+        content = read_json(file) if file.exists() else {}
+        return content if isinstance(content, dict) else {}
+    return {}
 
 
 TRUSTED_BYTES = 16 * 2**20  # a larger file is read again only if its time of change is another,
@@ -301,6 +317,11 @@ def provenance() -> dict[str, Any]:
             :16
         ],
     }
+
+
+def utc(seconds: float) -> str:
+    """A time in seconds since 1970 as ISO 8601, whose texts sort by time."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
 
 
 def cpu_name() -> str:

@@ -145,11 +145,12 @@ def _drift_lines(records: Sequence[DriftRecord]) -> Iterator[str]:
         for record in records:
             if record["model"] == name:
                 indent = "" if record["tokens"] == "all" else "  "
+                one = (record["text"], record["tokens"]) == ("plain", "token 1")
                 yield (
                     f"  {indent}{record['text'] + ', ' + record['tokens'] if not indent else record['tokens']:<32}"
                     f"KL {record['kl']:.4f} [{record['kl_ci_low']:.4f}, {record['kl_ci_high']:.4f}]  "
                     f"reverse {record['reverse_kl']:.4f}  same top token {100 * record['agreement']:.1f} %  "
-                    f"n {record['n_tokens']}"
+                    f"n {record['n_tokens']}{', one context in all texts' * one}"
                 )
 
 

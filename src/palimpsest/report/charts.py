@@ -20,6 +20,7 @@ from palimpsest.report.inputs import (
     Inputs,
     having,
     in_order,
+    listed,
     main_metric,
     method_key,
     method_name,
@@ -45,6 +46,7 @@ from palimpsest.report.style import (
 from palimpsest.report.table import interval, middle, percent, significant
 
 CONDITIONS = {"base": "whole", "bottom": "bottom removed", "random": "random removed", "top": "top removed"}
+MOST_IN_TITLE = 3  # methods
 MANY_MODELS = 6  # more have no room for bars side by side, names and values in half the width
 HATCHES = ("", "....", "////", "")
 PAPER_RATIO = 0.03
@@ -63,7 +65,10 @@ def layers_before_after(inputs: Inputs) -> Drawing | None:
 def layers_mitigated(inputs: Inputs) -> Drawing | None:
     """Figure 3: the same with every method but Full-FT, on the axes of Figure 2."""
     models = [model for model in methods_in(inputs.results) if model != "full"]
-    return _layers(inputs, "figure3", "Figure 3. Textual importance by layer with Layer-LR and LoRA", models)
+    scored = {row["model"] for row in text_layers(inputs.results)}
+    names = [method_name(model) for model in models if model in scored - {"base"}]
+    which = f"{len(names)} methods" if len(names) > MOST_IN_TITLE else listed(names)
+    return _layers(inputs, "figure3", f"Figure 3. Textual importance by layer with {which}", models)
 
 
 def _layers(inputs: Inputs, name: str, title: str, models: Sequence[str]) -> Drawing | None:
@@ -98,9 +103,11 @@ def _layers(inputs: Inputs, name: str, title: str, models: Sequence[str]) -> Dra
         total.set_ylim(0, 1.05 * max(totals))
     model_legend(figure, shown, methods)
     peaks = [f"{method_name(model)} {peak_layer(rows, model)}" for model in shown]
+    tuned = {row["model"] for row in rows} - {"base"}
+    shared = "Figures 2 and 3 share their scales. " if "full" in tuned and len(tuned) > 1 else ""
     drawing.caption = (
         f"Sum of the text importance ({rows[0]['reduction']}) of each layer's weights: left as a share of "
-        f"the model's total, right as it is. Figures 2 and 3 share their scales. Largest share at layer: "
+        f"the model's total, right as it is. {shared}Largest share at layer: "
         f"{', '.join(peaks)}."
     )
     drawing.alt = f"Two line charts over the layers. Largest share at layer: {', '.join(peaks)}."

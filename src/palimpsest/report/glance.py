@@ -180,8 +180,11 @@ def _spoken(inputs: Inputs) -> Iterator[Number]:
     """The best answers to speech of any model but the base."""
     if rows := _spoken_to(inputs):
         best = max(rows, key=lambda row: row["accuracy"])
-        several = len({row["method"] for row in rows}) > 1
-        who = f"{method_name(best['method'])}{', the best' * several}"
+        asked = having(rows, task=best["task"])
+        alike = len(having(asked, accuracy=best["accuracy"]))
+        who = method_name(best["method"]) + f" and {alike - 1} more" * (alike > 1) + ", the best" * (len(asked) > 1)
+        if 1 < alike == len(asked):
+            who = f"all {alike} models alike"
         yield _share(f"Spoken questions ({task_name(best['task'])}), {who}", best)
 
 
@@ -189,7 +192,7 @@ def _shifted(inputs: Inputs, model: str) -> Iterator[Number]:
     for row in having(text_shifts(inputs.results), model=model):
         if row["value"] is not None and row["ci_low"] is not None and row["ci_high"] is not None:
             value, low, high = fitting(row["value"], row["ci_low"], row["ci_high"])
-            title = f"Importance for text of {method_name(model)}, moved over the layers"
+            title = f"Importance for text ({row['reduction']}) of {method_name(model)}, moved over the layers"
             yield Number(title, value, "bits", f"{low} to {high}")
 
 
@@ -312,7 +315,7 @@ def layers(inputs: Inputs) -> Drawing | None:
     axis.set_ylim(bottom=0)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     model_legend(figure, shown, methods)
-    drawing.caption = f"Largest share at layer {_peaks(rows, shown)}."
+    drawing.caption = f"By {rows[0]['reduction']}. Largest share at layer {_peaks(rows, shown)}."
     if len(tuned) >= MOST_LINES:
         drawing.caption += f" Of {len(tuned)} models the {MOST_LINES - 1} in which it moved most."
     drawing.alt = f"Line chart of the share of each layer. {drawing.caption}"

@@ -169,6 +169,11 @@ def method_name(method: str) -> str:
     return METHOD_NAMES.get(method, method) if rank is None else f"LoRA rank {rank}"
 
 
+def listed(names: Sequence[str]) -> str:
+    """A, B and C."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
 def rank_in_name(method: str) -> int | None:
     """The rank in a name such as `lora_r8`."""
     match = re.fullmatch(r"lora_r(\d{1,6})", method)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from palimpsest.report import remake as commands
 from palimpsest.report.across_runs import by_method
 from palimpsest.report.figures import FIGURES, draw, first_pictures, may_lack, why_not
 from palimpsest.report.inputs import Inputs, flat, main_metric, missing_steps, read_inputs, task_name, trains
-from palimpsest.report.recordings import read_recordings
+from palimpsest.report.recordings import MAX_BYTES, Recording, read_recordings
 from palimpsest.report.samples import MAX_QUESTIONS, samples_of
 from palimpsest.report.style import to_inline_svg
 from palimpsest.report.table import seconds, to_csv, to_html, to_latex, to_markdown
@@ -60,6 +61,8 @@ def write_page(path: Path, page: str) -> None:
 
 
 MAX_VALUE = 400  # characters of one provenance value
+MAX_PAGE = 15 * 10**6  # bytes; recordings get what the rest of the page leaves
+ROOM_TO_SAY_SO = 1000  # bytes, of the sentence on those that have no room
 
 
 class Progress(Protocol):
@@ -111,9 +114,11 @@ def render(inputs: Inputs, *, audio: bool = True, samples: bool = True, progress
     every_run, inputs = inputs, by_method(inputs)
     drawings = {name: drawing for name in FIGURES if (drawing := draw(name, every_run)) is not None}
     questions = samples_of(inputs) if samples else {}
-    recordings = read_recordings(inputs, questions, audio)
+    encoded: dict[Path, Recording] = {}
+    recordings = read_recordings(inputs, questions, audio, encoded=encoded)
     not_drawn = {name: why_not(name, inputs) for name in FIGURES if name not in drawings}
-    return render_page(
+    page_with = partial(
+        render_page,
         "report.html.j2",
         name=inputs.path.resolve().name,
         run=inputs.path,
@@ -138,14 +143,22 @@ def render(inputs: Inputs, *, audio: bool = True, samples: bool = True, progress
         samples=questions,
         show_samples=samples,
         task_name=task_name,
-        recordings=recordings,
         audio=audio,
+        max_audio=MAX_BYTES,
+        max_page=MAX_PAGE,
         max_questions=MAX_QUESTIONS,
         metric=main_metric(inputs.results),
         prompts=_prompts(inputs),
         provenance=_provenance(inputs),
         config=inputs.config_text,
     )
+    page = page_with(recordings=recordings)
+    excess = len(page.encode("utf-8", "replace")) - MAX_PAGE
+    if excess > 0 and recordings.n_bytes:
+        budget = max(0, recordings.n_bytes - excess - ROOM_TO_SAY_SO)
+        recordings = read_recordings(inputs, questions, budget=budget, encoded=encoded)
+        page = page_with(recordings=recordings)
+    return page
 
 
 def _prompts(inputs: Inputs) -> list[tuple[str, str]]:

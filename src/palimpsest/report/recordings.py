@@ -38,6 +38,7 @@ class Recording:
     about: str  # length and voice
     uri: str = ""
     why_not: str = ""
+    no_room: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,31 @@ class Recordings:
     embedded: tuple[str, ...]
     missing: tuple[str, ...]
 
+    @property
+    def n_bytes(self) -> int:
+        """What they take of the page."""
+        return sum(len(recording.uri) for recording in self.by_question.values())
 
-def read_recordings(inputs: Inputs, questions: Mapping[str, Sequence[Question]], audio: bool = True) -> Recordings:
+    @property
+    def n_without_room(self) -> int:
+        return sum(recording.no_room for recording in self.by_question.values())
+
+
+def read_recordings(
+    inputs: Inputs,
+    questions: Mapping[str, Sequence[Question]],
+    audio: bool = True,
+    *,
+    budget: int | None = None,
+    encoded: dict[Path, Recording] | None = None,
+) -> Recordings:
     """The recordings of `questions` (task → questions), of tasks that a model was asked in speech.
 
-    audio: False embeds none. The size budget is shared evenly by the tasks.
+    audio: False embeds none.
+    budget: bytes of all of them in the page, by default MAX_BYTES; shared evenly by the tasks.
+    encoded: by file, what a call before encoded; this one adds to it.
     """
+    budget, encoded = MAX_BYTES if budget is None else budget, {} if encoded is None else encoded
     spoken = {task for _, task, modality in inputs.samples if modality != "text"}
     tasks = [task for task in questions if task in spoken]
     found: dict[tuple[str, str], Recording] = {}
@@ -63,7 +83,7 @@ def read_recordings(inputs: Inputs, questions: Mapping[str, Sequence[Question]],
         rows = _read_manifest(inputs.path / "data" / f"task-{task}.jsonl", missing)
         if rows is None:
             continue
-        recordings = _of_task(inputs.path, rows, questions[task], MAX_BYTES // len(tasks))
+        recordings = _of_task(inputs.path, rows, questions[task], budget // len(tasks), encoded)
         found |= {(task, identifier): recording for identifier, recording in recordings.items()}
         inside = [identifier for identifier, recording in recordings.items() if recording.uri]
         if inside:
@@ -100,10 +120,13 @@ def _read_manifest(path: Path, missing: list[str]) -> dict[str, dict[str, Any]] 
 
 
 def _of_task(
-    run: Path, rows: Mapping[str, Mapping[str, Any]], questions: Sequence[Question], budget: int
+    run: Path,
+    rows: Mapping[str, Mapping[str, Any]],
+    questions: Sequence[Question],
+    budget: int,
+    encoded: dict[Path, Recording],
 ) -> dict[str, Recording]:
-    """Recordings by question id; `budget`: bytes of data URIs."""
-    encoded: dict[Path, Recording] = {}  # one file may be many questions'
+    """Recordings by question id; `budget`: bytes of data URIs; `encoded`: by file, which may be many questions'."""
     found: dict[str, Recording] = {}
     left = budget
     for question in questions:
@@ -118,7 +141,7 @@ def _of_task(
         recording = encoded[path]
         if len(recording.uri) > left:
             why = f"the recordings of a task share {budget / 1e6:.1f} MB of this page"
-            recording = Recording(recording.where, recording.about, why_not=why)
+            recording = Recording(recording.where, recording.about, why_not=why, no_room=True)
         left -= len(recording.uri)
         found[question.id] = recording
     return found

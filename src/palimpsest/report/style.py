@@ -181,6 +181,7 @@ def to_svg(drawing: Drawing) -> str:
     tips = {gid: f"<title>{escape(tip)}</title>" for gid, tip in drawing.tips.items()}
     svg = re.sub(r'<g id="(tip\d+)">', lambda match: match[0] + tips.pop(match[1], ""), svg)
     svg = re.sub(r"(?<=data:image/png;base64,)[A-Za-z0-9+/=\s]+", _few_colors, svg)
+    svg = re.sub(r' id="image\w+"', "", svg)  # a hash of the map, so that equal ones had the same
     drawing.svg = svg
     return svg
 

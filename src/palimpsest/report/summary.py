@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 from palimpsest.records import (
     MOST_CUT,
@@ -22,7 +23,9 @@ from palimpsest.report.inputs import (
     Inputs,
     at,
     having,
+    listed,
     main_metric,
+    main_reduction,
     method_key,
     method_name,
     model_name,
@@ -231,8 +234,41 @@ def _changed(inputs: Inputs, model: str) -> Iterator[str]:
             f"{most} ({significant(100 * means[most], 2)}\u00a0%), least in layer {least} "
             f"({significant(100 * means[least], 2)}\u00a0%)."
         )
+        if where := _on_important(inputs, model):
+            yield f"The weights that changed most: {where}."
         if whole > 1:
             yield "Warning: the weights changed by more than their norm, as if it had been made from another base."
+
+
+def _on_important(inputs: Inputs, model: str) -> str:
+    """Whether the weights that changed most are those that the base's text depends on; empty where nobody knows.
+
+    Mean over the matrices, of several training runs of their means, with a bootstrap interval over the matrices.
+    """
+    from palimpsest.intervals import bootstrap_ratio
+
+    of_matrix: dict[str, list[float]] = {}
+    rows = [row for row in having(inputs.results["delta"], method=model) if row["overlap_with_importance"] is not None]
+    for row in rows:
+        of_matrix.setdefault(row["name"], []).append(row["overlap_with_importance"])
+    if len(of_matrix) < 2:
+        return ""
+    shares = [fmean(of) for of in of_matrix.values()]
+    low, high = bootstrap_ratio([[share] for share in shares], [1] * len(shares), seed=0)[:, 0]
+    chance = fmean(row["overlap_by_chance"] for row in rows)
+    shown = "more than chance" if low > chance else "less than chance" if high < chance else "not told from chance"
+    said = (
+        f"{_share(fmean(shares))} of them (95 % interval {interval(low, high)} over the matrices) are among the "
+        f"{_share(chance)} that the base's text depends on most, {shown}"
+    )
+    for stays in having(inputs.results["mask_overlap"], model=model, reference="base", kind="all"):
+        spread = interval(stays["ci_low"], stays["ci_high"])
+        said += (
+            f"; {_share(stays['overlap'])}{f' ({spread})' * bool(spread)} of those are still the most important ones"
+        )
+        if stays["noise_floor"] is not None:
+            said += f", where other questions alone leave {_share(stays['noise_floor'])}"
+    return said
 
 
 def _moved(inputs: Inputs, model: str) -> Iterator[str]:
@@ -242,7 +278,7 @@ def _moved(inputs: Inputs, model: str) -> Iterator[str]:
     moved = {layer: after[layer] - share for layer, share in before.items() if layer in after}
     rows = [row for row in text_shifts(inputs.results) if row["model"] == model and row["value"] is not None]
     for row in rows:
-        said = f"Importance for text: moved over the layers by {_shift(row)}"
+        said = f"Importance for text ({row['reduction']}): moved over the layers by {_shift(row)}"
         if any(moved.values()):
             up, down = max(moved, key=lambda it: moved[it]), min(moved, key=lambda it: moved[it])
             said += f"; its share rose most in layer {up} ({points(moved[up])} points) and fell most in layer {down} "
@@ -335,8 +371,16 @@ def _where(inputs: Inputs) -> Iterator[Finding]:
             detail += "; its first training run alone" if row.get("n_seeds") == 1 else f"; mean of {runs} training runs"
         details.append(detail + ".")
     if details:
-        lead = "How far training moved the spread of text importance over the layers (Jensen–Shannon divergence):"
+        lead = (
+            "How far training moved the spread of text importance over the layers (Jensen–Shannon divergence, scores "
+            f"{main_reduction(inputs.results)}):"
+        )
         yield Finding(lead, tuple(details))
+    changed = dict.fromkeys(row["method"] for row in inputs.results["delta"])
+    where = {model: said for model in sorted(changed, key=method_key) if (said := _on_important(inputs, model))}
+    if where:
+        lead = "Are the weights that training changed most those that the base's text depends on?"
+        yield Finding(lead, tuple(f"{method_name(model)}: {said}." for model, said in where.items()))
     models = {row["model"] for row in layers}
     if "base" in models and len(models) > 1:
         trained = sorted(models - {"base"}, key=method_key)
@@ -380,13 +424,16 @@ def _keeps(inputs: Inputs) -> Iterator[Finding]:
         if len(trained) < 2:
             continue
         best = max(trained, key=lambda row: row["accuracy"])
+        first = [method_name(row["method"]) for row in trained if row["accuracy"] == best["accuracy"]]
+        who = f"of the trained models {listed(first)} answer{'s' * (len(first) == 1)} the most typed questions"
+        if len(first) == len(trained):
+            who = f"all {len(first)} trained models answer equally many typed questions"
         others: dict[str, list[str]] = {BETTER: [], ALIKE: [], UNPAIRED: []}
         for row in trained:
             if row is not best:
                 others[_relation(paired(inputs, task, row["method"], best["method"]))].append(_named(row))
         yield Finding(
-            f"{task_name(task)}: of the trained models {method_name(best['method'])} answers the most typed "
-            f"questions, {_share(best['accuracy'])}.",
+            f"{task_name(task)}: {who}, {_share(best['accuracy'])}.",
             tuple(f"{relation} {', '.join(names)}." for relation, names in others.items() if names),
         )
 
@@ -433,6 +480,8 @@ def _understand(inputs: Inputs) -> Iterator[Finding]:
     best = max(rows, key=lambda row: row["accuracy"])
     best_of_all = f"the best S2T accuracy is {_share(best['accuracy'])} ({method_name(best['method'])}, "
     best_of_all += f"{task_name(best['task'])})"
+    if best["accuracy"] == 0:
+        best_of_all = "every S2T accuracy is 0"
     understood = [test for test in chance if test is not None and _direction(test) > 0]
     if any(test is None for test in (*chance, *typed)):
         yield Finding(

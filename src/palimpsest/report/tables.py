@@ -78,6 +78,7 @@ FLOORS = {
     "echo_in_sentence": "Question in a sentence %",
 }
 REFERENCES = {"unrelated": "answers to other questions", "text": "the same questions typed", "cascade": "the cascade"}
+ONE_CONTEXT = "Token 1 of plain follows the same beginning in all texts, so its interval has no width. "
 OF_SEEDS = {  # what is measured over training runs
     "accuracy": "Accuracy %",
     "perplexity": "Perplexity",
@@ -672,8 +673,12 @@ def drift(records: Rows) -> Table:
         "Nats per token: KL(base ‖ model) and KL(model ‖ base) over the whole vocabulary; the share of tokens at which "
         "both have the same most likely one; loss of the token that stands there. plain: from the beginning of a text "
         "on; chat: the answer to a question that the base wrote too. A KL is never below 0, so its interval is no "
-        "test. Brackets: 95 % interval over texts.",
+        f"test. {ONE_CONTEXT * any(_has_one_context(row) for row in records)}Brackets: 95 % interval over texts.",
     )
+
+
+def _has_one_context(row: Row) -> bool:
+    return (row["text"], row["tokens"]) == ("plain", "token 1")
 
 
 def general_text(records: Rows) -> Table:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from palimpsest.records import ComparisonRecord, QARecord
-from palimpsest.report.inputs import Inputs, having, in_order, main_metric, method_key, method_name, task_name
+from palimpsest.report.inputs import Inputs, having, in_order, listed, main_metric, method_key, method_name, task_name
 from palimpsest.report.table import fitting, points_fitting, significant
 
 LEVEL = 0.05
@@ -387,7 +387,7 @@ def _names(models: Sequence[str], of: Sequence[str]) -> str:
         return f"all {len(of)} models"
     if len(names) > MOST_NAMES:
         return f"{len(names)} of {len(of)} models ({', '.join(names[: MOST_NAMES - 1])} …)"
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return listed(names)
 
 
 def share_fitting(row: QARecord) -> tuple[str, str, str]:

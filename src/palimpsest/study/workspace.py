@@ -50,6 +50,7 @@ from palimpsest.rundir import (
     folder_of,
     provenance,
     tokens_folder,
+    utc,
 )
 from palimpsest.study.code import step_code
 from palimpsest.training.remedies import OWN, Replay
@@ -945,6 +946,7 @@ class Workspace:
     def provenance(self, started: float) -> dict[str, Any]:
         models = self.config.models
         abouts = [self.speech_tokens(k).about for k in self.config.token_sizes]
+        first, seconds = self.dir.times(self.done)
         return {
             **provenance(),
             "study": self.config.name,
@@ -986,6 +988,6 @@ class Workspace:
                 for name, group in self.groups.items()
             },
             "steps": {s.name: {"fingerprint": s.fingerprint, "skipped": s.skipped} for s in self.done},
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-            "seconds": time.time() - started,
+            "started": min(filter(None, (first, utc(started)))),
+            "seconds": time.time() - started + seconds,
         }
