@@ -211,6 +211,7 @@ def test_every_table_is_there_for_every_model(finished: Path) -> None:
         *("voices", "speech_inputs"),
         *("drift", "general_text", "general_text_comparisons", "frontier", "equal_hearing"),  # not asked for
         "embeddings",  # none is given
+        "importance_parts",
         "seeds",
         "seed_comparisons",
         "pooled_comparisons",
