@@ -171,6 +171,10 @@ def disk_of_steps(
             )
         if config.measures(run, "importance"):
             found.append(StepDisk(f"{folder_of(run)}/importance", of_model, passing))
+        if config.has_parts(run) and options.offload == "disk":
+            rows = decoder.vocabulary + setups[name].speech_tokens
+            of_parts = n_processes * ACCUMULATED * (decoder.matrices + rows * decoder.hidden)
+            found.append(StepDisk(f"{folder_of(run)}/importance_parts", 0, of_parts))
     return found
 
 
