@@ -20,9 +20,10 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,8 @@ def main() -> None:
 
     twice = [[replace(e, id=f"{e.id}-{mark}") for e in questions] for mark in ("a", "b")]
     groups = [(twice[0], NEURAL), (twice[1], FORMANT), (asked, MIXED), (sentences, MIXED)]
+    if arguments.limit is not None:
+        groups = shares(groups, arguments.limit)
     spoken = speak_several(groups, arguments.out / "audio", workers=arguments.workers, progress=show)
     write_manifest(arguments.out / "questions.jsonl", [e for group in spoken[:3] for e in group])
     write_manifest(arguments.out / "sentences.jsonl", spoken[3])
@@ -163,6 +166,12 @@ class Truecaser:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+def shares(groups: Sequence[tuple[list[Example], list[str]]], limit: int) -> list[tuple[list[Example], list[str]]]:
+    """About `limit` examples in all, of each group the same share, at random."""
+    share = min(1.0, limit / sum(len(examples) for examples, _ in groups))
+    return [(random.Random(0).sample(examples, round(share * len(examples))), voices) for examples, voices in groups]
+
+
 def describe(examples: Iterable[Example]) -> list[dict[str, Any]]:
     """How many utterances of each kind in each voice."""
     licences = {"webquestions": "CC-BY 4.0", "instructions": "Apache-2.0", "sentences": "Apache-2.0"}
@@ -184,6 +193,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--instructions", type=Path, required=True, help="folder of the two instruction files")
     parser.add_argument("--llama-questions", type=Path, help="the benchmark's .tsv: its questions are left out")
+    parser.add_argument("--limit", type=int, help="about so many utterances, the same share of each set at random")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2)
     return parser.parse_args()

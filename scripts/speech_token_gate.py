@@ -10,7 +10,8 @@ hundred steps (palimpsest.training.align, no language model), from
 Each is read position by position, as `training.align` does, and with --context also after a small recurrent network
 over the positions: a token can stand for a sound that many words share, and then only its neighbours say which. All
 readers see the same utterances in the same order for the same number of steps. OUT/NAME/result.json is made once; a
-killed one continues from its last epoch. OUT/gate.md is the table.
+killed one continues from its last epoch. OUT/gate.md is the table. --readers leaves some out; called again with more of
+them, only these are made.
 
 DATA is a manifest, "facts:train", or another source of docs/data.md with its split; what has no recording is spoken.
 """
@@ -54,6 +55,7 @@ from palimpsest.training.align import Adaptor, Alignment, align_adaptor
 from palimpsest.training.settings import Align
 
 FRAMES = "frames"
+READERS = (FRAMES, "centroids", "tokens")
 
 
 class InContext(nn.Module):
@@ -167,13 +169,18 @@ def main() -> None:
             adaptor.rows.weight.data[counts > 0] = found[counts > 0]
         return adaptor
 
-    names = [FRAMES]
-    setup(FRAMES, lambda: continuous(None), None, arguments.learning_rate)
-    for k in arguments.k:
+    names = []
+    if FRAMES in arguments.readers:
+        names.append(FRAMES)
+        setup(FRAMES, lambda: continuous(None), None, arguments.learning_rate)
+    for k in arguments.k if {*arguments.readers} - {FRAMES} else ():
         tokenizer = fitted(out / f"tokens-{k}.safetensors", train, frames["train"], k, arguments)
-        setup(f"centroids-{k}", lambda t=tokenizer: continuous(t), tokenizer, arguments.learning_rate)
-        setup(f"tokens-{k}", lambda t=tokenizer: rows(t), tokenizer, arguments.rows_learning_rate)
-        names += [f"centroids-{k}", f"tokens-{k}"]
+        if "centroids" in arguments.readers:
+            names.append(f"centroids-{k}")
+            setup(names[-1], lambda t=tokenizer: continuous(t), tokenizer, arguments.learning_rate)
+        if "tokens" in arguments.readers:
+            names.append(f"tokens-{k}")
+            setup(names[-1], lambda t=tokenizer: rows(t), tokenizer, arguments.rows_learning_rate)
     results = {
         name: read_json(out / name / "result.json")
         for plain in names
@@ -311,12 +318,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of adaptors")
     parser.add_argument("--rows-learning-rate", type=float, default=1e-3, help="of rows without a network")
+    parser.add_argument("--readers", nargs="+", choices=READERS, default=READERS)
     parser.add_argument("--context", action="store_true", help="also readers that see the positions around")
     parser.add_argument("--hidden", type=int, default=256, help="width of their network, each way")
     parser.add_argument("--stack-factor", type=int, default=5, help="encoder frames of a position of the adaptor")
     parser.add_argument("--adaptor-hidden", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.start == "adaptor" and FRAMES not in arguments.readers:
+        parser.error("--start adaptor begins the rows with the adaptor that reads frames; name frames in --readers")
+    return arguments
 
 
 if __name__ == "__main__":

@@ -55,3 +55,13 @@ def test_what_a_test_asks_is_no_training_question() -> None:
         Example("3", "who wrote hamlet", ("Shakespeare",), "Shakespeare"),
     ]
     assert [e.id for e in corpus.unique(examples, asked)] == ["2"]
+
+
+def test_a_smaller_corpus_has_the_same_share_of_each_set() -> None:
+    examples = [Example(str(i), f"{i}?", ("a",), "a") for i in range(100)]
+    groups = [(examples[:80], ["one"]), (examples[80:], ["two"])]
+    (many, _), (few, voices) = corpus.shares(groups, 25)
+    assert (len(many), len(few), voices) == (20, 5, ["two"])
+    assert len({example.id for example in many}) == 20
+    assert {example.id for example in many} <= {example.id for example in examples[:80]}
+    assert [len(found) for found, _ in corpus.shares(groups, 1000)] == [80, 20]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -12,13 +13,14 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import MimiConfig
 
 from palimpsest.config import load_config, parse_config
 from palimpsest.files import UserError
 from palimpsest.planning import plan as module
 from palimpsest.planning.memory import memory
 from palimpsest.planning.needs import steps_at_most
-from palimpsest.planning.plan import Assumptions, is_hub_name, make_plan
+from palimpsest.planning.plan import Assumptions, Lengths, Plan, is_hub_name, make_plan
 from palimpsest.planning.plan_text import plan_recipe, refusal
 from palimpsest.training.methods import add_lora, rules_for
 from palimpsest.training.rules import assign
@@ -118,6 +120,44 @@ def test_rows_of_speech_tokens_by_hand(tmp_path: Path) -> None:
     (tmp_path / "rows.yaml").write_text(yaml.safe_dump(values))
     lines = list(plan_recipe(tmp_path / "rows.yaml", Assumptions(gpu="H200")))
     assert not any(line.startswith("  adaptor ") for line in lines)
+
+
+def test_a_codecs_tokens_are_counted_by_its_own_rate(tmp_path: Path) -> None:
+    """Mimi's config: 12.5 tokens a second; one whose config is not to be had is taken at 50, and that is said."""
+    MimiConfig().save_pretrained(tmp_path / "codec")
+    values = yaml.safe_load((ROOT / "recipes" / "tokens-cpu.yaml").read_text())
+    values["methods"] = {name: values["methods"][name] for name in ("full", "full_tokens")}
+
+    def planned(codec: str) -> tuple[Plan, list[str]]:
+        values["speech"]["tokens"] = {"kind": "codec", "codec": codec, "k": 2048}
+        (tmp_path / "codec.yaml").write_text(yaml.safe_dump(values))
+        options = Assumptions(gpu="H200")
+        plan = make_plan(load_config(tmp_path / "codec.yaml"), options)
+        return plan, list(plan_recipe(tmp_path / "codec.yaml", options))
+
+    known, lines = planned(str(tmp_path / "codec"))
+    assert known.codec == 12.5
+    assert f"  codec           {tmp_path / 'codec'}: 12.5 tokens a second (its config)" in lines
+    assumed, lines = planned("nobody/has-this-codec")
+    assert assumed.codec == 50
+    assert "nobody/has-this-codec: 50 tokens a second (assumed: its config cannot be had)" in "\n".join(lines)
+    longest = max(row[2] for row in known.lengths.rows)  # seconds
+    for plan, rate in ((known, 12.5), (assumed, 50)):
+        frames, tokens = (method.batch.positions for method in plan.methods)
+        assert (frames, tokens) == (math.ceil(longest * 50 / 5), math.ceil(longest * rate))
+    one = Lengths(1, ((10, 5, 2.0, 3),), "", 0.0)
+    assert one.sequences(known.config, "speech", 1, 12.5) == [(10 + 25 + 3, 25, 3)]
+
+
+def test_importance_in_parts_is_planned(tmp_path: Path) -> None:
+    """One reduction of the matrices, the embedding and 1,000 rows, 576 wide; longer prompts than as text."""
+    config = load_config(ROOT / "recipes" / "tokens-cpu.yaml")
+    steps = {step.name: step for step in make_plan(config, Assumptions(gpu="H200")).steps}
+    parts, plain = steps["methods/NAME/importance_parts"], steps["methods/NAME/importance"]
+    assert parts.parts["accumulators"] - plain.parts["accumulators"] == 4 * (49_152 + 1000) * 576
+    assert parts.parts["activations"] > plain.parts["activations"]
+    without = load_config(ROOT / "recipes" / "demo.yaml")
+    assert "methods/NAME/importance_parts" not in {step.name for step in make_plan(without, Assumptions()).steps}
 
 
 def test_the_papers_recipes_keep_its_settings() -> None:

@@ -66,12 +66,22 @@ def test_every_reader_is_measured_once(
     command = ["gate", "--train", str(tmp_path / "train.jsonl"), "--test", str(tmp_path / "test.jsonl")]
     command += ["--out", str(out), "--language-model", str(tmp_path / "llm"), "--encoder", str(tmp_path / "whisper")]
     command += ["--k", "4", "6", "--steps", "3", "--batch-size", "6", "--context", "--start", "adaptor"]
+    monkeypatch.setattr(sys, "argv", [*command, "--readers", "frames", "tokens"])
+    gate.main()
+    first = json.loads((out / "gate.json").read_text())
+    assert list(first) == [f"{n}{c}" for n in ("frames", "tokens-4", "tokens-6") for c in ("", "-context")]
     monkeypatch.setattr(sys, "argv", command)
     gate.main()
     names = [f"{n}{c}" for n in ("frames", "centroids-4", "tokens-4", "centroids-6", "tokens-6")
              for c in ("", "-context")]  # fmt: skip
     results = json.loads((out / "gate.json").read_text())
     assert list(results) == names
+    assert {name: results[name] for name in first} == first  # made once
+    monkeypatch.setattr(sys, "argv", [*command, "--readers", "tokens"])
+    with pytest.raises(SystemExit):
+        gate.main()
+    assert "name frames in --readers" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", command)
     for name, result in results.items():
         assert (result["n"], result["n_train"]) == (3, 9), name  # 3 steps of 6: twice 9 of the 12
         assert result["interval"][0] <= result["token_error_rate"] <= result["interval"][1], name

@@ -212,6 +212,7 @@ def test_every_table_is_there_for_every_model(finished: Path) -> None:
         *("drift", "general_text", "general_text_comparisons", "frontier", "equal_hearing"),  # not asked for
         *("predictors", "restoration"),  # of studies with drift
         "embeddings",  # none is given
+        "importance_parts",
         "seeds",
         "seed_comparisons",
         "pooled_comparisons",

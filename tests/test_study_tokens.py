@@ -102,7 +102,7 @@ def test_both_paradigms_stand_in_one_report_in_pairs(finished: Path) -> None:
             moved = {
                 r["model"]: r["value"]
                 for r in results["shift"]
-                if (r["measure"], r["reduction"], r["reference"]) == (kind, "signed_sum", "base")
+                if (r["measure"], r["reduction"], r["reference"]) == (kind, "per_batch_abs", "base")
             }
             assert (row["value"], row["value_reference"]) == pytest.approx((moved["full_tokens"], moved["full"]))
     page = (finished / "report.html").read_text()
@@ -111,6 +111,20 @@ def test_both_paradigms_stand_in_one_report_in_pairs(finished: Path) -> None:
     for name in both(finished)["methods"]:
         samples = (finished / f"methods/{name}/samples/numbers-speech/samples.jsonl").read_text().splitlines()
         assert len(samples) == N_HELDOUT, name
+
+
+def test_importance_of_layers_old_rows_and_new_rows_is_a_table(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
+    rows = {(row["model"], row["reduction"], row["part"]): row for row in results["importance_parts"]}
+    parts = ("layers", "old_rows", "new_rows")
+    assert rows.keys() == {("full_tokens", kind, part) for kind in ("signed_sum", "per_batch_abs") for part in parts}
+    for kind in ("signed_sum", "per_batch_abs"):
+        assert sum(rows["full_tokens", kind, part]["share"] for part in parts) == pytest.approx(1)
+    new = rows["full_tokens", "signed_sum", "new_rows"]
+    assert new["n_rows"] == K
+    assert 1 <= new["n_reached"] <= K
+    assert not (finished / "methods/full/importance_parts").exists()
+    assert "Importance on spoken questions: layers, old rows and new rows" in (finished / "report.html").read_text()
 
 
 def test_the_tokens_are_a_step_with_its_provenance(finished: Path) -> None:
@@ -443,6 +457,8 @@ def test_the_recipe_runs_on_tiny_models_to_its_report(inputs: Path, tmp_path: Pa
     }  # fmt: skip
     for row in results["speech_inputs"]:
         assert row["difference"] == pytest.approx(row["value"] - row["value_reference"])
+    apart = {row["model"] for row in results["importance_parts"]}
+    assert apart == {"rows", "full_tokens", "layer_lr_tokens", "lora_tokens"}
     # The controls leave the language model alone: text is the base's.
     right = {(row["method"], row["task"]): row["correct"] for row in results["qa"] if row["modality"] == "text"}
     for task in ("facts", "llama_questions"):

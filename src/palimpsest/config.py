@@ -416,6 +416,11 @@ class StudyConfig(BaseModel):
             return False
         return self.number_of(run) == 0 or what in self.seeds_measure
 
+    def has_parts(self, run: str) -> bool:
+        """Whether importance is also measured on spoken questions, in parts: of the first run that reads tokens."""
+        reads = run != BASE and self.runs[run].trains and self.speech_of(run) == "tokens" and self.number_of(run) == 0
+        return reads and self.measures(run, "importance")
+
     def drift_measures(self, run: str) -> list[Literal["drift", "general_text"]]:
         """What is measured of a model where no training taught, in the order of a study's steps."""
         if self.drift is None or not self.measures(run, "drift"):

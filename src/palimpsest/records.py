@@ -103,8 +103,12 @@ class SpeechInputRecord(TypedDict):
     difference: float  # value − value_reference
     ci_low: float | None
     ci_high: float | None
-    p_value: float | None  # t2t, s2t: as in comparisons
-    p_holm: float | None
+    p_value: float | None  # t2t, s2t: as in comparisons; drift, shift: of the bootstrap
+    p_holm: float | None  # of the families of comparisons; of all such pairs
+    family: NotRequired[str | None]
+    n_family: NotRequired[int | None]
+    left_out: NotRequired[str | None]
+    reduction: NotRequired[str | None]  # shift: of the importance
 
 
 class LayerRecord(TypedDict):
@@ -181,6 +185,24 @@ class EmbeddingRecord(TypedDict):
     rows: int  # in both
     rows_changed: int  # of these
     relative_norm: Number  # of the change of these rows, Frobenius
+
+
+class PartRecord(TypedDict):
+    """Importance on spoken questions of one part of a model that takes speech (analysis/parts.py)."""
+
+    model: str
+    modality: str  # speech
+    reduction: str
+    part: str  # layers | old_rows (of the embedding) | new_rows (of speech tokens) | adaptor (of encoder frames)
+    total: float  # sum of importance
+    mean: float  # per parameter
+    share: float  # of all three
+    ci_low: float | None  # of the share
+    ci_high: float | None
+    n_parameters: int
+    n_rows: int | None  # of a table of rows
+    n_reached: int | None  # rows with a score above 0
+    n_batches: int
 
 
 class ClaimRecord(TypedDict):
@@ -710,6 +732,7 @@ class Results(TypedDict):
     clustering_summary: list[ClusteringSummaryRecord]
     delta: list[DeltaRecord]
     embeddings: list[EmbeddingRecord]  # of given models
+    importance_parts: list[PartRecord]  # of methods that read speech tokens
     mask_overlap: list[MaskOverlapRecord]
     correlations: list[CorrelationRecord]
     training: list[TrainingRecord]

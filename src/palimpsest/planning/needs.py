@@ -54,19 +54,26 @@ def accumulated(config: StudyConfig) -> int:
     return len(config.importance.keep if config.importance.accumulate == "kept" else STUDY_REDUCTIONS)
 
 
-def importance_memory(config: StudyConfig, setup: Setup, batch: Batch, *, tuned: bool) -> StepMemory:
-    """setup: of the language model, in the arithmetic of importance; batch: the longest questions as text."""
+def importance_memory(config: StudyConfig, setup: Setup, batch: Batch, *, tuned: bool, rows: int = 0) -> StepMemory:
+    """setup: of the language model, in the arithmetic of importance; batch: the longest questions as text.
+
+    rows: of the embedding and of speech tokens, where they are scored too, by one reduction; `batch` is then spoken.
+    """
     options, decoder = config.importance, setup.decoder
     setup = replace(setup, method="full", modality="text", checkpointing=options.gradient_checkpointing, n_gpus=1)
     batch = replace(batch, rows=options.batch_size)
     sums = ACCUMULATED * decoder.matrices * accumulated(config)
+    if rows:
+        sums = ACCUMULATED * (decoder.matrices + rows * decoder.hidden)
     parts = importance_parts(setup, batch, sums if options.offload == "none" else 0)
     parts["weights"] = _weights(setup, tuned)
-    name = f"{'methods/NAME' if tuned else BASE}/importance"
+    name = f"{'methods/NAME' if tuned else BASE}/importance{'_parts' if rows else ''}"
     return StepMemory(name, parts, host=sums if options.offload == "cpu" else 0)
 
 
-def importance_that_fits(config: StudyConfig, setup: Setup, batch: Batch, capacity: int, *, tuned: bool) -> str | None:
+def importance_that_fits(
+    config: StudyConfig, setup: Setup, batch: Batch, capacity: int, *, tuned: bool, rows: int = 0
+) -> str | None:
     """The keys of importance that make it fit, those that cost least first; None if none of them do."""
     options = config.importance
     choices: dict[str, list[Any]] = {
@@ -74,13 +81,13 @@ def importance_that_fits(config: StudyConfig, setup: Setup, batch: Batch, capaci
         "accumulate": [options.accumulate, "kept"] if "signed_sum" in options.keep else [options.accumulate],
         "gradient_checkpointing": [options.gradient_checkpointing, True],
     }
-    for rows in (options.batch_size, 1):
+    for size in (options.batch_size, 1):
         for values in product(*choices.values()):
-            wanted = {**dict(zip(choices, values, strict=True)), "batch_size": rows}
+            wanted = {**dict(zip(choices, values, strict=True)), "batch_size": size}
             if wanted["accumulate"] == "kept" and len(options.keep) > 1:
                 wanted["keep"] = (options.reduction,) if options.reduction == "signed_sum" else options.keep
             other = config.model_copy(update={"importance": replace(options, **wanted)})
-            if importance_memory(other, setup, batch, tuned=tuned).peak <= capacity:
+            if importance_memory(other, setup, batch, tuned=tuned, rows=rows).peak <= capacity:
                 changed = {key: value for key, value in wanted.items() if getattr(options, key) != value}
                 return ", ".join(f"importance.{key}: {_yaml(value)}" for key, value in changed.items())
     return None
@@ -164,6 +171,10 @@ def disk_of_steps(
             )
         if config.measures(run, "importance"):
             found.append(StepDisk(f"{folder_of(run)}/importance", of_model, passing))
+        if config.has_parts(run) and options.offload == "disk":
+            rows = decoder.vocabulary + setups[name].speech_tokens
+            of_parts = n_processes * ACCUMULATED * (decoder.matrices + rows * decoder.hidden)
+            found.append(StepDisk(f"{folder_of(run)}/importance_parts", 0, of_parts))
     return found
 
 

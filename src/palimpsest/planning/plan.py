@@ -101,10 +101,13 @@ class Lengths:
     origin: str
     written: float  # seconds of speech of an example that the study writes, on average: what is no file of its own yet
 
-    def sequences(self, config: StudyConfig, modality: str, stack: int | None = None) -> list[tuple[int, int, int]]:
+    def sequences(
+        self, config: StudyConfig, modality: str, stack: int | None = None, codec: float | None = None
+    ) -> list[tuple[int, int, int]]:
         """(sequence, speech positions, answer) of each row, in tokens; stack: frames of a position, if not the study's.
 
         Of speech tokens those that collapse are among them: they are left out by the mask, and take their room.
+        codec: tokens a second, in the place of frames; a codec pads nothing.
         """
         stack = stack or config.speech.stack_factor
         whole = math.floor if config.speech.length == "pad_to_30s" else math.ceil
@@ -113,7 +116,7 @@ class Lengths:
             if modality == "text":
                 found.append((frame + question + answer, 0, answer))
             else:
-                positions = whole(_frames(config, seconds) / stack)
+                positions = whole(_frames(config, seconds) / stack) if codec is None else math.ceil(seconds * codec)
                 found.append((frame + positions + answer, positions, answer))
         return found
 
@@ -154,6 +157,7 @@ class Plan:
     methods: tuple[MethodPlan, ...]
     lengths: Lengths
     origins: dict[str, str]
+    codec: float | None  # tokens a second, where methods read those of a codec
     frames: FramesChoice
     features: int  # bytes of encoder frames of the training data on disk
     other_features: int  # of held-out and task questions
@@ -174,12 +178,14 @@ class Plan:
 
 def make_plan(config: StudyConfig, options: Assumptions) -> Plan:
     """Raises UserError for a model, GPU or data set that cannot be had."""
-    from palimpsest.planning.sizes import blank_decoder, decoder_sizes, encoder_sizes, find_gpu
+    from palimpsest.planning.sizes import blank_decoder, codec_tokens, decoder_sizes, encoder_sizes, find_gpu
 
     gpu = find_gpu(options.gpu) if options.gpu else None
     capacity, device, kind = device_of(config, options.memory, gpu)
     decoder, decoder_origin = decoder_sizes(config.models.language_model, options.shape, options.config)
     encoder, encoder_origin = encoder_sizes(config.models.encoder)
+    read = config.speech.tokens
+    codec, codec_origin = (None, "none") if read is None or read.codec is None else codec_tokens(read.codec)
     lengths = read_lengths(config, options)
     autocast = _computes_bfloat16(config, kind, here=gpu is None and options.memory is None)
     frames = fmean(_frames(config, row[2]) for row in lengths.rows)
@@ -206,21 +212,24 @@ def make_plan(config: StudyConfig, options: Assumptions) -> Plan:
     # The first method's, without inserted layers.
     base = replace(next(iter(setups.values())), decoder=decoder, new_layers=0, new_parameters=0)
     trained = {name: setup for name, setup in setups.items() if setup.method not in ("given", "blend")}
-    methods = tuple(_plan_method(config, lengths, name, setup) for name, setup in trained.items())
+    methods = tuple(_plan_method(config, lengths, name, setup, codec) for name, setup in trained.items())
     n_steps = {method.name: float(method.steps) for method in methods}
     exact = _computes_bfloat16(config, kind, here=gpu is None and options.memory is None, exact=True)
     passes = 2 + sum(config.measures(run, "importance") for run in config.runs)
+    in_parts = [_spoken_rows(config, lengths, name, codec) for name in config.methods if config.has_parts(name)]
     return Plan(
         config=config,
         methods=methods,
         setup=base,
-        steps=_memory_of_steps(config, lengths, others, base, setups, exact, capacity),
+        steps=_memory_of_steps(config, lengths, others, base, setups, exact, capacity, codec),
         disk=tuple(disk_of_steps(config, decoder, setups, n_steps, options.n_gpus)),
-        importance_flops=passes * _importance_flops(config, lengths, base),
+        importance_flops=passes * _importance_flops(config, lengths, base, lengths.sequences(config, "text"))
+        + sum(_importance_flops(config, lengths, base, rows) for rows in in_parts),
         importance_bf16=exact or config.models.dtype == "bfloat16",
         written=tuple(_written(config, lengths, base)),
         lengths=lengths,
-        origins={"language model": decoder_origin, "encoder": encoder_origin},
+        origins={"language model": decoder_origin, "encoder": encoder_origin, "codec": codec_origin},
+        codec=codec,
         frames=choice,
         features=0 if in_loop else features,
         other_features=round(other_frames * of_frame),
@@ -296,10 +305,12 @@ def _memory_of_steps(
     setups: Mapping[str, Setup],
     exact: bool,
     capacity: int,
+    codec: float | None,
 ) -> tuple[StepMemory, ...]:
     """Memory of every kind of step but training, with the keys that would make room where one does not fit.
 
-    exact: whether importance and deactivation compute in bfloat16; the others do as training does.
+    exact: whether importance and deactivation compute in bfloat16; the others do as training does. codec: tokens a
+    second.
     """
     setup = max(setups.values(), key=lambda it: it.decoder.parameters)  # inserted layers make it larger than the base
     measured = replace(base, autocast=exact)
@@ -314,11 +325,27 @@ def _memory_of_steps(
         if step.peak > capacity:
             step = replace(step, remedy=importance_that_fits(config, measured, batch, capacity, tuned=tuned))
         found.append(step)
+    in_parts = []
+    for name in filter(config.has_parts, config.methods):
+        of = _largest_batch(config.training, _spoken_rows(config, lengths, name, codec), 1, budget=False)
+        rows = base.decoder.vocabulary + setups[name].speech_tokens
+        step = importance_memory(config, measured, of, tuned=True, rows=rows)
+        if step.peak > capacity:
+            remedy = importance_that_fits(config, measured, of, capacity, tuned=True, rows=rows)
+            step = replace(step, remedy=remedy)
+        in_parts.append(step)
+    found += [max(in_parts, key=lambda step: step.peak)] if in_parts else []
 
     asked_as = "text" if config.models.encoder is None else "speech"
-    stack = min(map(config.stack_factor, config.methods))
-    longest, most = (max(row[k] for row in lengths.sequences(config, asked_as, stack)) for k in (0, 2))
-    questions = [row[0] - row[2] for part in (lengths, *others) for row in part.sequences(config, asked_as, stack)]
+
+    def asked_in(part: Lengths) -> list[tuple[int, int, int]]:
+        """As the method that has the longest prompts is asked."""
+        reads = {(config.stack_factor(name), _codec_of(config, name, codec)) for name in config.methods}
+        every = [part.sequences(config, asked_as, *read) for read in reads]
+        return max(every, key=lambda rows: sum(row[0] for row in rows))
+
+    longest, most = (max(row[k] for row in asked_in(lengths)) for k in (0, 2))
+    questions = [row[0] - row[2] for part in (lengths, *others) for row in asked_in(part)]
     limit = config.evaluation.max_new_tokens
     recogniser = 0 if config.models.asr is None else recogniser_bytes(setup.encoder)
     size, asked = config.deactivation.batch_size, config.evaluation.batch_size
@@ -364,9 +391,10 @@ def _drift_steps(config: StudyConfig, setup: Setup, frame: int) -> list[tuple[st
     return found
 
 
-def _importance_flops(config: StudyConfig, lengths: Lengths, setup: Setup) -> float:
-    """Of one pass over the questions that importance is measured on."""
-    rows = lengths.sequences(config, "text")
+def _importance_flops(
+    config: StudyConfig, lengths: Lengths, setup: Setup, rows: Sequence[tuple[int, int, int]]
+) -> float:
+    """Of one pass over the questions that importance is measured on; rows: of `Lengths.sequences`."""
     n = config.importance.n_examples or max(2, lengths.n // 30)
     setup = replace(setup, method="full", modality="text", checkpointing=config.importance.gradient_checkpointing)
     length, answer = (fmean(row[k] for row in rows) for k in (0, 2))
@@ -434,9 +462,21 @@ def _computes_bfloat16(config: StudyConfig, kind: str, *, here: bool, exact: boo
     return choose_compute(models.compute, kind, weights=models.dtype, exact=exact).dtype == "bfloat16"
 
 
-def _plan_method(config: StudyConfig, lengths: Lengths, name: str, setup: Setup) -> MethodPlan:
+def _codec_of(config: StudyConfig, name: str, codec: float | None) -> float | None:
+    """Tokens a second, where a method reads those of the codec."""
+    return codec if config.speech_of(name) == "tokens" else None
+
+
+def _spoken_rows(config: StudyConfig, lengths: Lengths, name: str, codec: float | None) -> list[tuple[int, int, int]]:
+    """`Lengths.sequences` of a method's spoken questions."""
+    return lengths.sequences(config, "speech", config.stack_factor(name), _codec_of(config, name, codec))
+
+
+def _plan_method(
+    config: StudyConfig, lengths: Lengths, name: str, setup: Setup, codec: float | None = None
+) -> MethodPlan:
     training = config.training
-    rows = lengths.sequences(config, setup.modality, setup.stack_factor)
+    rows = lengths.sequences(config, setup.modality, setup.stack_factor, _codec_of(config, name, codec))
     batch = _largest_batch(training, rows, setup.n_gpus)
     length = _padded_length(training, rows)
     tokens = length * lengths.n

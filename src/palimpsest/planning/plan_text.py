@@ -117,6 +117,9 @@ def _what(plan: Plan) -> Iterator[str]:
             yield f"  adaptor         {of_frames:,} parameters"
         for k in dict.fromkeys(filter(None, map(config.n_rows, config.methods.values()))):
             yield f"  speech tokens   {k:,} rows, {k * decoder.hidden:,} parameters, in the adaptor's place"
+        if plan.codec is not None:
+            name = config.speech.tokens.codec if config.speech.tokens else None
+            yield f"  codec           {name}: {plan.codec:g} tokens a second ({plan.origins['codec']})"
     yield f"  data            {plan.lengths.origin}"
     if not plan.methods:
         return

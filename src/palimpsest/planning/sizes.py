@@ -68,6 +68,7 @@ DECODERS: dict[str, dict[str, Any]] = {
         "smollm2-135m": (49_152, 576, 1536, 30, 9, 3, 64, True, 2048),
     }.items()
 }
+ASSUMED_CODEC = 50.0  # tokens a second, more than most: Mimi has 12.5, EnCodec and DAC 50 to 87
 _ENCODER_KEYS = ("d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins")
 ENCODERS: dict[str, dict[str, Any]] = {
     "whisper-large-v3": dict(zip(_ENCODER_KEYS, (1280, 32, 20, 5120, 128), strict=True)),
@@ -129,6 +130,16 @@ def encoder_sizes(name: str | None) -> tuple[Encoder, str]:
     parameters = sum(parameter.numel() for parameter in encoder.parameters())
     origin = "built-in config" if key in ENCODERS else "its config"
     return Encoder(parameters, config.d_model, config.encoder_layers), origin
+
+
+def codec_tokens(name: str) -> tuple[float, str]:
+    """Tokens a second of a codec's codebook, and where that is from: its config, or an assumption that says so."""
+    from palimpsest.models.codecs import codec_rate
+
+    try:
+        return codec_rate(_load(name)), "its config"
+    except (UserError, AttributeError):
+        return ASSUMED_CODEC, "assumed: its config cannot be had"
 
 
 def _decoder_config(name: str, shape: str | None, config_file: Path | None) -> tuple[Any, str]:

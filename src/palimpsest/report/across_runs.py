@@ -12,7 +12,7 @@ from palimpsest.report.table import Row, Rows, grouped
 
 OF_FIRST_RUNS = (
     *("qa_floors", "probe", "drift", "general_text", "general_text_comparisons"),
-    *("clustering_summary", "mask_overlap", "training", "speech_inputs"),
+    *("clustering_summary", "mask_overlap", "training", "speech_inputs", "importance_parts"),
 )
 
 

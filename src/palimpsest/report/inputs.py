@@ -38,9 +38,9 @@ NO_RECORDS = "results.json has no records in “{}”."
 POOLED = "pooled_comparisons"  # empty with one run of each method, or one task
 OF_DRIFT = {"drift", "general_text", "general_text_comparisons"}  # of recipes that measure it
 OF_FRONTIER = {"frontier", "equal_hearing", "predictors", "restoration"}  # of recipes with curves or a section drift
-# Voices are there where a task is spoken in several, embeddings where a model is given, speech_inputs where a method
-# reads speech tokens.
-MAY_BE_EMPTY = OF_SEVERAL_RUNS | OF_DRIFT | OF_FRONTIER | {POOLED, "voices", "embeddings", "speech_inputs"}
+OF_SPEECH_TOKENS = {"speech_inputs", "importance_parts"}  # of recipes with methods that read speech tokens
+# Voices are there where a task is spoken in several, embeddings where a model is given.
+MAY_BE_EMPTY = OF_SEVERAL_RUNS | OF_DRIFT | OF_FRONTIER | OF_SPEECH_TOKENS | {POOLED, "voices", "embeddings"}
 OF_TUNED_SCORES = {"shift", "delta", "mask_overlap", "correlations"}
 MAX_SAMPLES_BYTES = 64 * 2**20  # of one samples.jsonl
 R = TypeVar("R", bound=Mapping[str, Any])  # a record

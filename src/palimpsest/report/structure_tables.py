@@ -32,6 +32,7 @@ from palimpsest.report.table import (
 
 MANY_COLUMNS = 8  # models side by side in a table; more stand below each other, or in two tables
 OF = {"importance": "importance", "mask": "top mask", "delta": "change"}
+PARTS = {"layers": "layers", "old_rows": "old rows", "new_rows": "new rows", "adaptor": "adaptor"}
 
 METHOD, MODEL, REFERENCE = (words(key.capitalize(), key, method_name) for key in ("method", "model", "reference"))
 KIND, MEASURE, SCORES = words("Kind", "kind"), words("Measure", "measure"), words("Scores", "reduction")
@@ -189,6 +190,25 @@ def embeddings(records: Rows) -> Table:
         in_order(records, "method"),
         "Rows are tokens. Relative change: Frobenius norm of the change over that of the base weights, in the rows "
         "that both models have; the others are not compared.",
+    )
+
+
+def importance_parts(records: Rows, reduction: str) -> Table:
+    """Layers, old rows and new rows of the models that read speech tokens."""
+    part = words("Part", "part", lambda name: PARTS.get(name, name))
+    return table(
+        "importance_parts",
+        "Importance on spoken questions: layers, old rows and new rows",
+        (
+            *(MODEL, part, ranges("Share, %", "share", lambda share: percent(share, 2))),
+            *(numbers("Sum", "total"), numbers("A weight", "mean"), counts("Weights", "n_parameters")),
+            cells("Rows", lambda row: EMPTY if row["n_rows"] is None else count(row["n_rows"])),
+            cells("Reached", lambda row: EMPTY if row["n_reached"] is None else count(row["n_reached"])),
+        ),
+        in_order(having(records, reduction=reduction), "model"),
+        f"Reduction {reduction}, on the questions of importance, spoken. Old rows: the embedding, with what it does as "
+        "the head where the two are tied. New rows: of the speech tokens; those that were not said have 0. Reached: "
+        "rows with a score above 0. Brackets: 95 % interval of the share, over batches.",
     )
 
 

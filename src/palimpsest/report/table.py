@@ -98,7 +98,7 @@ def holm_over(row: Row) -> str:
     """How many tests the row's p is corrected for, or why it is none of them; a dash in records that do not say."""
     if row.get("left_out"):
         return str(row["left_out"])
-    return str(row["n_family"]) if "n_family" in row else DASH
+    return DASH if row.get("n_family") is None else str(row["n_family"])
 
 
 def interval(low: float | None, high: float | None, write: Callable[[float], str] = percent) -> str:

@@ -141,6 +141,7 @@ def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Tabl
         structure_tables.clustering_summary(results["clustering_summary"]),
         structure_tables.delta(results["delta"]),
         structure_tables.embeddings(results["embeddings"]),
+        structure_tables.importance_parts(results["importance_parts"], main_reduction(results)),
         structure_tables.mask_overlap(results["mask_overlap"]),
         structure_tables.correlations(results["correlations"]),
         structure_tables.timings(results["timings"]),
@@ -482,12 +483,13 @@ def speech_inputs(records: Rows) -> Table:
             *(words("Of", "of", task_name), counts("n", "n")),
             cells("From frames", lambda row: numbers("", "value_reference", written(row))[1](row)),
             cells("From tokens", lambda row: numbers("", "value", written(row))[1](row)),
-            *(cells("Difference", difference), P, P_HOLM),
+            *(cells("Difference", difference), P, P_HOLM, OVER),
         ),
         in_order(records, "method"),
         "Each method beside the one that differs from it in what stands for speech alone. drift: KL to the base, nats "
-        "per token; shift: distance of the layers' importance from the base's. p: exact McNemar test, Holm as in the "
-        "paired comparisons. Brackets: 95 % interval of the paired difference.",
+        "per token; shift: distance of the layers' importance from the base's. p: of T2T and S2T the exact McNemar "
+        "test, Holm as in the paired comparisons; of drift and shift the share of the bootstrap's draws beyond 0, Holm "
+        "over the pairs of this table. Brackets: 95 % interval of the paired difference.",
     )
 
 

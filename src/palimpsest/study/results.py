@@ -58,6 +58,8 @@ def collect(run: RunDir, config: StudyConfig, steps: Collection[str], seed: int)
         folder = run.path / folder_of(name)
         if config.measures(name, "deactivation"):
             tables["deactivation"] += read_json(folder / "deactivation" / "records.json")
+        if config.has_parts(name):
+            tables["importance_parts"] += read_json(folder / "importance_parts" / "records.json")
         if config.evaluation.probe and config.measures(name, "probe"):
             tables["probe"] += read_json(folder / "probe" / "records.json")
         for measure in config.drift_measures(name):

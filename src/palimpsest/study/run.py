@@ -136,6 +136,8 @@ def steps_of(config: StudyConfig) -> Iterator[Step]:
             yield partial(makes, model=model)
             if config.measures(model, "importance"):
                 yield partial(steps.importance, model=model)
+            if config.has_parts(model):
+                yield partial(steps.importance_parts, model=model)
         if config.measures(model, "deactivation"):
             yield partial(steps.deactivation, model=model)
         yield partial(steps.perplexity, model=model)

@@ -565,6 +565,52 @@ def _estimated(
     return scores
 
 
+def importance_parts(ws: Workspace, model: str) -> None:
+    """NAME/importance_parts/: Eq. 2 on the questions of NAME/importance, spoken: of the layers, the old rows of the
+    embedding and those of the speech tokens. records.json has the sums; scores of weights are not kept.
+    """
+    options = ws.config.importance
+    inputs = {
+        "model": ws.model_inputs(model, in_speech=True),
+        "data": ws.fingerprint("features"),
+        "frames": ws.frames.path,
+        "options": [options.n_examples, options.batch_size, options.questions],
+        "prompt": ws.prompt_inputs,
+        "seed": ws.seed("importance"),
+        "compute": ws.exact_compute.dtype,
+    }
+
+    def write(folder: Path, advance: Advance) -> None:
+        from palimpsest.analysis.parts import estimate_parts, part_records
+        from palimpsest.data.in_loop import encode_batch
+
+        chosen = importance_questions(ws.groups, options, ws.seed("importance"))
+        spoken = [example for example in chosen if example.fault is None]
+        total = -(-len(spoken) // options.batch_size)
+        speech_lm, collator = ws.speech_lm(model), ws.collator("speech", options.questions, model)
+        language_model = speech_lm.language_model
+        if options.gradient_checkpointing:
+            language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        made = batches(collator, spoken, options.batch_size, ws.device, by_length=False, distributed=True)
+        scores = estimate_parts(
+            speech_lm,
+            (encode_batch(it, speech_lm.encoder, ws.config.speech.length, ws.compute.dtype) for it in made),
+            ("signed_sum",),
+            offload={"none": None, "cpu": "cpu", "disk": folder}[options.offload],
+            metadata={"scored_model": model, "modality": "speech", "questions": options.questions},
+            progress=lambda done, _: advance(min(total, done * world_size()), total),
+            distributed=world_size() > 1,
+            compute=ws.exact_compute.dtype,
+        )
+        if options.gradient_checkpointing:
+            language_model.gradient_checkpointing_disable()
+        if is_main():
+            records = part_records(model, scores.with_batch_sums(), seed=ws.seed("results"))
+            write_json(folder / "records.json", records)
+
+    ws.step(f"{folder_of(model)}/importance_parts", importance_parts, inputs, write, together=True)
+
+
 def importance_questions(
     groups: Mapping[str, Sequence[Example]], options: Importance, seed: int, *, other: bool = False
 ) -> list[Example]:
