@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.analysis.delta import delta_records
-from palimpsest.analysis.low_rank import leading, low_rank_records
+from palimpsest.analysis.low_rank import OVERSAMPLING, POWERS, leading, low_rank_records
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 
@@ -31,6 +31,19 @@ def test_leading_values_are_those_of_the_full_decomposition() -> None:
     best = full_u[:, :5] * full[:5] @ full_v[:5]
     torch.testing.assert_close((u * values) @ v.T, best, rtol=0, atol=0.02 * float(best.abs().max()))
     assert len(leading(normal(3, 7), 5)[1]) == 3
+
+
+@pytest.mark.parametrize("shape", [(60, 40), (40, 60), (3, 7), (30, 30)])
+def test_it_is_torchs_decomposition_to_the_bit(shape: tuple[int, int]) -> None:
+    matrix = normal(*shape)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        expected = torch.svd_lowrank(matrix, q=min(4 + OVERSAMPLING, *shape), niter=POWERS)
+    rank = min(4, *shape)
+    u, values, v = leading(matrix, 4, seed=5)
+    assert torch.equal(u, expected[0][:, :rank])
+    assert torch.equal(values, expected[1][:rank])
+    assert torch.equal(v, expected[2][:, :rank])
 
 
 def test_it_leaves_the_callers_random_numbers_alone() -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from palimpsest.analysis.correlation import correlation_records
+from palimpsest.analysis.delta import delta_records
 from palimpsest.analysis.overlap import most_important, overlap_records
 from palimpsest.files import UserError
 from palimpsest.records import run_name
@@ -30,6 +31,13 @@ def test_overlap_by_hand() -> None:
     mask = most_important(other, 0.5)
     masks = {name: mask.tensor(name) for name in mask.names}
     assert {row["name"]: row for row in overlap_records("full", tuned, "base", base, other=masks, ratio=0.5)} == rows
+    of_base = most_important(base, 0.5)
+    reference = {name: of_base.tensor(name) for name in base}
+    by_masks = overlap_records("full", tuned, "base", reference, other=masks, ratio=0.5)
+    assert {row["name"]: row for row in by_masks} == rows
+    assert delta_records(base, tuned, reference, method="full", ratio=0.5) == delta_records(
+        base, tuned, base, method="full", ratio=0.5
+    )
 
 
 def test_overlap_of_unrelated_scores_is_chance() -> None:

@@ -19,6 +19,7 @@ from palimpsest.evaluation.drift import (
     BasePasses,
     TextDrift,
     VocabularyError,
+    _compare,
     measure_drift,
     read_drift,
     require_same_tokens,
@@ -37,6 +38,7 @@ from palimpsest.evaluation.own_text import (
     write_own_text,
 )
 from palimpsest.files import UserError
+from palimpsest.models import cache
 from palimpsest.models.prompts import PromptStyle
 from tiny import tiny_llama, tiny_tokenizer
 
@@ -146,6 +148,21 @@ def test_neither_padding_nor_prompts_count_nor_the_batch() -> None:
     ids = torch.tensor([[*TEXTS[2].prompt_ids, *TEXTS[2].ids]])
     p, q = (model(input_ids=ids).logits[0, 5:8].double().log_softmax(-1) for model in (one, other))
     assert together[2].kl == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), rel=1e-4)
+
+
+def test_tokens_in_parts_give_what_all_at_once_give() -> None:
+    """To the bit, with more rows in one of the vocabularies, and every number by its definition."""
+    base, tuned = (torch.randn(10, n, generator=torch.Generator().manual_seed(n)) * 3 for n in (60_000, 60_007))
+    targets, common = torch.arange(0, 60_000, 6_000), 60_000
+    found = _compare(base, tuned, targets)
+    every = tuned.double().softmax(-1)
+    log_p, log_q = (x[:, :common].double().log_softmax(-1) for x in (base, tuned))
+    assert torch.equal(found["kl"], (log_p.exp() * (log_p - log_q)).sum(-1))
+    assert torch.equal(found["reverse_kl"], -(log_q.exp() * (log_p - log_q)).sum(-1))
+    assert torch.equal(found["agreement"], (log_p.argmax(-1) == log_q.argmax(-1)).double())
+    assert torch.equal(found["loss_base"], -log_p[range(10), targets])
+    assert torch.equal(found["loss"], -log_q[range(10), targets])
+    assert torch.equal(found["new_tokens_share"], every[:, common:].sum(-1))
 
 
 def test_what_is_not_finite_is_an_error() -> None:
@@ -274,6 +291,12 @@ def test_the_seed_makes_the_text() -> None:
     model, before = tiny_llama(eos_token_id=3), torch.get_rng_state()
     sampled(2, model=model)
     assert torch.equal(before, torch.get_rng_state())  # nobody else's random numbers are used
+
+
+def test_it_is_what_the_cache_of_transformers_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = sampled(4)
+    monkeypatch.setattr(cache, "generation_cache", lambda _model: {})
+    assert sampled(4) == found
 
 
 def test_both_kinds_and_where_they_end() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from palimpsest import files
 from palimpsest.files import (
     UserError,
     append_jsonl,
@@ -195,3 +198,37 @@ def test_what_ended_processes_left_goes_and_what_others_write_stays(tmp_path: Pa
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["weights"]
     remove_left_over(tmp_path / f".other.{gone}.tmp")
     assert [path.name for path in (tmp_path / f".other.{gone}.tmp").iterdir()] == [f".a.wav.{here}-7.tmp"]
+
+
+def test_a_large_file_is_hashed_once_and_again_when_anything_changed_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "LARGE_BYTES", 4)
+    monkeypatch.setattr(files, "SETTLED_NS", 20_000_000)
+    read: list[str] = []
+    original = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: read.append(file.name) or original(file, kind))
+    path = tmp_path / "weights"
+
+    def hashed() -> str:
+        found = files.hash_file(path)
+        assert found == hashlib.sha256(path.read_bytes()).hexdigest()
+        return found
+
+    path.write_bytes(b"abcde")
+    hashed()
+    hashed()
+    assert len(read) == 2, "it was written just now, and could be written again within the same tick of the clock"
+    time.sleep(0.03)
+    assert hashed() == hashed()
+    assert len(read) == 3
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_bytes(b"abcdx")  # of the same size, with its old time put back
+    os.utime(path, ns=times)
+    hashed()
+    assert len(read) == 4
+    time.sleep(0.03)
+    path.write_bytes(b"abc")  # small: read every time
+    hashed()
+    hashed()
+    assert len(read) == 6

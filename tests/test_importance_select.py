@@ -16,7 +16,7 @@ from torch import Tensor
 
 from palimpsest.files import UserError
 from palimpsest.importance import select as select_module
-from palimpsest.importance.select import Mask, select
+from palimpsest.importance.select import Counted, Mask, select
 
 TINY, MAX = 2.0**-149, float(np.finfo(np.float32).max)  # smallest denormal, largest finite
 # Few distinct values make ties; denormals, −0 and neighbours in the last bit are where bit tricks go wrong.
@@ -79,6 +79,24 @@ def test_equals_a_full_stable_sort(scores: dict[str, Tensor], ratio: float, whic
     assert flags_of(mask) == expected
     assert mask.count == sum(map(sum, expected.values()))
     assert mask.names == tuple(scores)
+
+
+def test_selections_from_the_same_scores_share_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {f"model.layers.{i}.w": torch.rand(9, 7, generator=torch.Generator().manual_seed(i)) for i in range(3)}
+    wanted: list[tuple[Any, Any]] = [
+        ("top", "global"),
+        ("bottom", "global"),
+        ("top", "per_layer"),
+        ("bottom", "per_layer"),
+    ]
+    alone = [select(scores, 0.2, which, scope).packed for which, scope in wanted]
+    passes = Counter[str]()
+    original = select_module._pieces
+    monkeypatch.setattr(select_module, "_pieces", lambda name, *rest: passes.update([name]) or original(name, *rest))
+    counted: Counted = {}
+    shared = [select(scores, 0.2, which, scope, counted=counted).packed for which, scope in wanted]
+    assert all(np.array_equal(a[name], b[name]) for a, b in zip(alone, shared, strict=True) for name in scores)
+    assert set(passes.values()) == {2 * (3 + 2)}  # of three the first, for each scope, once
 
 
 def test_ties_go_to_the_first_name_then_the_first_position() -> None:

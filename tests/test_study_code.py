@@ -57,7 +57,7 @@ def test_a_step_depends_on_its_function_and_what_that_calls(tmp_path: Path, monk
     before = {step: code.step_code(getattr(steps, step)) for step in ("answers", "train")}
     text = code.text("study.steps").replace('f"{folder_of(model)}/samples/', 'f"{folder_of(model)}/other/')
     assert text != code.text("study.steps")
-    for cached in (code.step_code, code.definitions, code._names):
+    for cached in (code.step_code, code.definitions, code.about, code._names):
         cached.cache_clear()
     original = code.text
     monkeypatch.setattr(code, "text", lambda module: text if module == "study.steps" else original(module))
@@ -65,7 +65,7 @@ def test_a_step_depends_on_its_function_and_what_that_calls(tmp_path: Path, monk
         assert code.step_code(steps.answers) != before["answers"]
         assert code.step_code(steps.train) == before["train"]
     finally:
-        for cached in (code.step_code, code.definitions, code._names):
+        for cached in (code.step_code, code.definitions, code.about, code._names):
             cached.cache_clear()
 
 

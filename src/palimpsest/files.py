@@ -334,9 +334,23 @@ def read_lines(path: Path, remedy: str, *, finished: bool = False) -> list[tuple
 # ---------------------------------------------------------------------------------------------------------------------
 # Hashes
 # ---------------------------------------------------------------------------------------------------------------------
+LARGE_BYTES = 16 * 2**20  # a file of so many is read once in a process, as long as nothing has changed it,
+SETTLED_NS = 2 * 10**9  # if its last change was so long ago that another one must have another time
+_hashes: dict[tuple[int, ...], str] = {}
+
+
 def hash_file(path: Path) -> str:
+    """SHA-256 of a file's content."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        stat = os.fstat(file.fileno())
+        which = stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+        if which in _hashes:
+            return _hashes[which]
+        settled = stat.st_size >= LARGE_BYTES and time.time_ns() - stat.st_ctime_ns > SETTLED_NS
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if settled:
+        _hashes[which] = found
+    return found
 
 
 def hash_value(value: Any) -> str:

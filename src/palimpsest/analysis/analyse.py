@@ -19,7 +19,7 @@ from palimpsest.analysis.layers import (
 )
 from palimpsest.analysis.low_rank import low_rank_records
 from palimpsest.analysis.maps import block_map, write_maps
-from palimpsest.analysis.overlap import overlap_records
+from palimpsest.analysis.overlap import most_important, overlap_records
 from palimpsest.analysis.shift import ADDITIVE_OVER_BATCHES, contrast_records, shift_records
 from palimpsest.files import write_json
 from palimpsest.importance.mask import Mask
@@ -100,26 +100,31 @@ def write_tables(
             clustering += cluster_records(name, "mask", _Unpacked(select(tensors, ratio)), **cluster)
         del tensors
         advance()
-    for name in changed:
-        clustering += cluster_records(name, "delta", AbsoluteChange(weights(BASE), weights(name)), **cluster)
+    reference = _Flags(most_important(scores(BASE).tensors(reduction), ratio)) if changed else None
+    of_changes: dict[str, list[Any]] = {name: [] for name in ("clustering", "delta", "embeddings", "mask_overlap")}
+    for name in reversed(changed):  # of models that are given the last is in memory still
+        assert reference is not None
+        found: dict[str, list[Any]] = {}
+        found["clustering"] = cluster_records(name, "delta", AbsoluteChange(weights(BASE), weights(name)), **cluster)
         advance()
-        clustering += low_rank_records(name, Change(weights(BASE), weights(name)), rank, seed=seed)
+        found["clustering"] += low_rank_records(name, Change(weights(BASE), weights(name)), rank, seed=seed)
         advance()
-        base_scores = scores(BASE).tensors(reduction)
-        tables["delta"] += delta_records(weights(BASE), weights(name), base_scores, method=name, ratio=ratio)
+        found["delta"] = delta_records(weights(BASE), weights(name), reference, method=name, ratio=ratio)
         if paired and name in paired:
-            tables["embeddings"] += embedding_records(name, paired[name]())
-        tables["mask_overlap"] += overlap_records(
+            found["embeddings"] = embedding_records(name, paired[name]())
+        found["mask_overlap"] = overlap_records(
             name,
             scores(name).tensors(reduction),
             BASE,
-            base_scores,
+            reference,
             other=_Flags(other_mask()) if other_mask else other().tensors(reduction) if other else None,
             ratio=ratio,
             seed=seed,
         )
-        del base_scores
+        of_changes = {table: [*found.get(table, ()), *records] for table, records in of_changes.items()}
         advance()
+    for table, records in of_changes.items():
+        tables[table] += records
 
     tables["clustering_summary"] = summary_records(clustering, seed=seed)
     for table, records in tables.items():

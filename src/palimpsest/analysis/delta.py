@@ -58,12 +58,14 @@ class AbsoluteChange(Change):
         return super().__getitem__(name).abs()
 
 
-def largest(values: NDArray[np.float32], ratio: float) -> NDArray[np.bool_]:
+def largest(values: NDArray[Any], ratio: float) -> NDArray[np.bool_]:
     """Mask of the largest `ratio` of the entries, at least one; of equal ones the first by position.
 
     Zeros are never among the largest, so the mask may hold fewer: a ranking of equal zeros would be one of
-    positions.
+    positions. A mask, an array of booleans, is given back as it is: its largest entries have been found.
     """
+    if values.dtype == np.bool_:
+        return values
     flat = values.reshape(-1)
     count = max(1, int(ratio * flat.size + 0.5))
     threshold = np.partition(flat, flat.size - count)[flat.size - count]
@@ -86,11 +88,11 @@ def delta_records(
 ) -> list[DeltaRecord]:
     """One row per scored parameter of the layers: size of its change, and where its largest changes lie.
 
-    base, tuned: weights by canonical name; importance: non-negative scores of the base model, which set the
-    parameters that are compared. `overlap_with_importance` is the share of the largest `ratio` of |ΔW| that
-    falls on the most important `ratio` of weights, both within the matrix; `overlap_by_chance` is the share
-    of weights that count as most important (`ratio` up to rounding), which is what changes at random places
-    would hit.
+    base, tuned: weights by canonical name; importance: non-negative scores of the base model, or their masks by the
+    same ratio (`overlap.most_important`), which set the parameters that are compared. `overlap_with_importance` is the
+    share of the largest `ratio` of |ΔW| that falls on the most important `ratio` of weights, both within the matrix;
+    `overlap_by_chance` is the share of weights that count as most important (`ratio` up to rounding), which is what
+    changes at random places would hit.
 
     Raises UserError if a parameter is missing, or differs in shape, in one of the three.
     """

@@ -12,7 +12,6 @@ from __future__ import annotations
 import zlib
 from collections import defaultdict
 from collections.abc import Mapping
-from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 OVERSAMPLING = 16  # more directions than asked for, and POWERS iterations: errors far below 1e-3 of the energy
 POWERS = 4
-GENERATOR = Lock()  # svd_lowrank draws from torch's one global generator
 
 
 def leading(
@@ -39,10 +37,17 @@ def leading(
 
     Fewer where the matrix has fewer rows or columns.
     """
-    rank = min(rank, *matrix.shape)
-    with GENERATOR, torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        u, values, v = torch.svd_lowrank(matrix, q=min(rank + OVERSAMPLING, *matrix.shape), niter=POWERS)
+    # As torch.svd_lowrank, which draws from torch's one global generator: threads would have to wait for each other.
+    rank, is_tall = min(rank, *matrix.shape), matrix.shape[0] >= matrix.shape[1]
+    tall = matrix if is_tall else matrix.mT
+    n_directions = min(rank + OVERSAMPLING, *matrix.shape)
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(tall @ torch.randn(tall.shape[1], n_directions, generator=generator))[0]
+    for _ in range(POWERS):
+        basis = torch.linalg.qr(tall.mT @ basis)[0]
+        basis = torch.linalg.qr(tall @ basis)[0]
+    inner, values, vh = torch.linalg.svd(basis.mT @ tall, full_matrices=False)
+    u, v = (basis @ inner, vh.mT) if is_tall else (vh.mT, basis @ inner)
     return u[:, :rank], values[:rank], v[:, :rank]
 
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from palimpsest.analysis.clustering import bootstrap_mean
 from palimpsest.analysis.delta import largest, share_in
-from palimpsest.analysis.layers import in_layers
+from palimpsest.analysis.layers import Place, in_layers
+from palimpsest.data.cores import one_core_each
 from palimpsest.files import UserError
 from palimpsest.importance.mask import Mask
 from palimpsest.records import MaskOverlapRecord
@@ -39,37 +39,45 @@ def overlap_records(
     that is also in the reference's, `overlap_by_chance` the reference mask's share of the matrix.
 
     other: the reference model scored on other data; gives `noise_floor`, the overlap that change of data alone leaves.
-        The masks of these scores by the same ratio (`most_important`) do as well: the largest of a mask are the mask.
+
+    In the place of scores their masks by the same ratio (`most_important`) do as well.
 
     Raises UserError if a parameter is missing from one of them.
     """
-    records: list[MaskOverlapRecord] = []
-    for place in in_layers(reference_scores):
+
+    def of_matrix(place: Place) -> MaskOverlapRecord:
         name = place["name"]
         for which, tensors in ((model, scores), (reference, other)):
             if tensors is not None and name not in tensors:
                 raise UserError(f"{name} is missing from the scores of {which}; score the same parameters of both.")
         mask = largest(reference_scores[name].numpy(), ratio)
-        records.append(
-            {
-                "model": model,
-                "reference": reference,
-                **place,
-                "ratio": ratio,
-                "overlap": share_in(largest(scores[name].numpy(), ratio), mask),
-                "overlap_by_chance": float(mask.mean()),
-                "ci_low": None,
-                "ci_high": None,
-                "noise_floor": None if other is None else share_in(largest(other[name].numpy(), ratio), mask),
-            }
-        )
+        return {
+            "model": model,
+            "reference": reference,
+            **place,
+            "ratio": ratio,
+            "overlap": share_in(largest(scores[name].numpy(), ratio), mask),
+            "overlap_by_chance": float(mask.mean()),
+            "ci_low": None,
+            "ci_high": None,
+            "noise_floor": None if other is None else share_in(largest(other[name].numpy(), ratio), mask),
+        }
+
+    records = list(one_core_each(of_matrix, in_layers(reference_scores)))
     return [*records, _over_all(records, seed)] if records else []
 
 
 def most_important(scores: Scores, ratio: float) -> Mask:
     """The masks that overlaps are taken of: the most important `ratio` of each parameter's weights."""
-    masks = {name: torch.from_numpy(largest(scores[name].cpu().numpy(), ratio)) for name in scores}
-    return Mask.from_tensors(masks, {"ratio": ratio, "scope": "per_matrix"})
+    shapes = {name: tuple(scores[name].shape) for name in scores}
+    found = Mask.empty(shapes, {"ratio": ratio, "scope": "per_matrix"})
+
+    def mark(name: str) -> None:
+        found.mark(name, 0, largest(scores[name].cpu().numpy(), ratio).reshape(-1))
+
+    for _ in one_core_each(mark, shapes):
+        pass
+    return found
 
 
 def _over_all(records: list[MaskOverlapRecord], seed: int) -> MaskOverlapRecord:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from palimpsest.evaluation.perplexity import perplexity
 from palimpsest.files import UserError
 from palimpsest.importance.deactivate import deactivate
-from palimpsest.importance.select import select
+from palimpsest.importance.mask import Mask
+from palimpsest.importance.select import Counted, select
 from palimpsest.models.compute import Arithmetic
 from palimpsest.parallel import by_ranks, world_size
 from palimpsest.records import DeactivationRecord, Scope
@@ -68,13 +69,15 @@ def deletion_curve(
     wanted += [(scope, ratio, *condition) for scope in scopes for ratio in ratios for condition in each]
     total = len(wanted) * len(data)
     ranks, done = world_size() if distributed else 1, 0
+    counted: Counted = {}
 
     def measure(which: tuple[Scope, float, Condition, int | None]) -> list[DeactivationRecord]:
         """A record for each modality."""
         nonlocal done
         scope, ratio, condition, seed = which
         records: list[DeactivationRecord] = []
-        mask = select(tensors, ratio, "bottom" if condition == "base" else condition, scope, seed or 0)
+        nothing = condition == "base"
+        mask = Mask.empty({}) if nothing else select(tensors, ratio, condition, scope, seed or 0, counted)
         with deactivate(model, mask):
             for modality, batches in data.items():
                 result = perplexity(model, batches(), compute=compute)

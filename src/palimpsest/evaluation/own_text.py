@@ -159,6 +159,8 @@ def _continue(
     compute: Arithmetic,
 ) -> list[list[int]]:
     """A sampled continuation of each prompt, up to and with its first end id."""
+    from palimpsest.models.cache import generation_cache  # here: whoever reads texts need not wait for transformers
+
     input_ids, attention_mask = pad_left(prompts, settings["pad_token_id"])
     processors = finite_logits(model, [f"text {i}" for i in range(len(prompts))])
     processors.append(_sampled(streams))
@@ -168,6 +170,7 @@ def _continue(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             logits_processor=processors,
+            **generation_cache(model),
             **settings,
         )
     ends = settings["eos_token_id"] or ()

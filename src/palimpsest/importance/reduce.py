@@ -167,12 +167,12 @@ class Accumulators:
         """`gradient` is overwritten: each buffer that is not needed leaves room in the core's cache."""
         wanted = {key: reduction for key, reduction in self.reductions.items() if reduction.unit in units}
         for signed in (True, False):
-            if not signed:
+            these = {key: reduction for key, reduction in wanted.items() if reduction.signed is signed}
+            if these and not signed:
                 gradient.abs_()
-            for key, reduction in wanted.items():
-                if reduction.signed is signed:
-                    accumulator = self._piece(key, name, start, len(gradient))
-                    reduction.fold(accumulator, gradient.to(accumulator.device))
+            for key, reduction in these.items():
+                accumulator = self._piece(key, name, start, len(gradient))
+                reduction.fold(accumulator, gradient.to(accumulator.device))
         if "batch" in units:
             values = self._weights[name].detach().flatten()[start : start + len(gradient)]
             self._magnitudes[gradient.device][self._row[name]] += gradient.mul_(values).abs_().sum()

@@ -31,6 +31,7 @@ __all__ = ["Mask", "Overlap", "overlap", "select"]
 
 Which = Literal["top", "bottom", "random"]
 Scope = Literal["global", "per_layer", "per_matrix"]
+Counted = dict[tuple[str, ...], "Int64[np.ndarray, ' half']"]  # of a group of names, its scores by their upper 16 bits
 
 PIECE = 1 << 20  # scores at a time; a multiple of 8, so that every piece begins at a byte of the mask
 HALF = 1 << 16  # values that 16 bits can take
@@ -43,6 +44,7 @@ def select(
     which: Which = "top",
     scope: Scope = "global",
     seed: int = 0,
+    counted: Counted | None = None,
 ) -> Mask:
     """The mask of the k = round(ratio · N) weights with the highest or lowest scores, or of k random ones.
 
@@ -51,6 +53,9 @@ def select(
     first are taken, by the order of names in `scores`, then by position: for "top" and for "bottom" alike.
     "random" draws without replacement, every set of k weights equally likely; the draw depends on `seed`, the
     names' order and the shapes, not on scores or device.
+
+    counted: one dictionary, at first empty, for several selections from the same scores: the first pass over them is
+        then made once.
 
     Scores of a sharded model (`estimate_importance(…, distributed=True)`): call it on every rank; each gets the mask.
 
@@ -74,7 +79,8 @@ def select(
         if which == "random":
             _mark_random(mask, names, k, generator)
         else:
-            _mark_extreme(mask, names, k, sharded.parts if sharded else scores, sharded, top=which == "top")
+            parts = sharded.parts if sharded else scores
+            _mark_extreme(mask, names, k, parts, sharded, {} if counted is None else counted, top=which == "top")
     if sharded and which != "random":  # every rank has marked its own part; no bit is marked by two
         for bits in mask.packed.values():
             bits[:] = sharded.sum(bits)
@@ -99,6 +105,7 @@ def _mark_extreme(
     k: int,
     scores: Mapping[str, Tensor],
     sharded: GatheredTensors | None,
+    counted: Counted,
     *,
     top: bool,
 ) -> None:
@@ -108,22 +115,24 @@ def _mark_extreme(
     def total(mine: Int64[np.ndarray, " counts"]) -> Int64[np.ndarray, " counts"]:
         return sharded.sum(mine) if sharded else mine
 
-    upper = np.zeros(HALF, dtype=np.int64)
-    unsound = np.zeros(len(names), dtype=np.int64)
-    for row, name in enumerate(names):
-        counts = np.zeros(HALF, dtype=np.int64)
-        for _, bits in _pieces(name, scores[name], first[name]):
-            counts += np.bincount(bits >> 16, minlength=HALF)
-        unsound[row] = counts[INFINITY:].sum()
-        upper += counts
-    for bad in np.flatnonzero(total(unsound)):
-        raise UserError(
-            f"The scores of {names[bad]} hold a NaN, infinite or negative number; importance is finite and "
-            "not negative, so estimate it again."
-        )
+    if tuple(names) not in counted:
+        upper = np.zeros(HALF, dtype=np.int64)
+        unsound = np.zeros(len(names), dtype=np.int64)
+        for row, name in enumerate(names):
+            counts = np.zeros(HALF, dtype=np.int64)
+            for _, bits in _pieces(name, scores[name], first[name]):
+                counts += np.bincount(bits >> 16, minlength=HALF)
+            unsound[row] = counts[INFINITY:].sum()
+            upper += counts
+        for bad in np.flatnonzero(total(unsound)):
+            raise UserError(
+                f"The scores of {names[bad]} hold a NaN, infinite or negative number; importance is finite and "
+                "not negative, so estimate it again."
+            )
+        counted[tuple(names)] = total(upper)
     if k == 0:
         return
-    upper_half, k_inside = _bin_of_rank(total(upper), k, top)
+    upper_half, k_inside = _bin_of_rank(counted[tuple(names)], k, top)
 
     lower = np.zeros(HALF, dtype=np.int64)
     for name in names:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -24,8 +25,8 @@ LEFT_OUT = ("config", "files", "options", "planning", "progress", "records", "ru
 def step_code(made_by: Callable[..., None]) -> str:
     """Identifies the code of the step that the function `made_by` of steps.py makes."""
     functions, modules = reached(made_by.__name__)
-    sources = [ast.get_source_segment(text(f"study.{module}"), node) for module, _, node in functions]
-    return hash_value([sources, [[module, hash_file(path_of(module))] for module in modules]])[:16]
+    sources = [about(module, name).source for module, name, _ in functions]
+    return hash_value([sources, [[module, file_hash(module)] for module in modules]])[:16]
 
 
 def reached(step: str) -> tuple[list[tuple[str, str, ast.AST]], list[str]]:
@@ -33,10 +34,9 @@ def reached(step: str) -> tuple[list[tuple[str, str, ast.AST]], list[str]]:
     waiting, functions, modules = [("steps", step)], {}, set()
     while waiting:
         module, name = waiting.pop()
-        node = definitions(module)[name]
-        functions[module, name] = node
-        waiting += [other for other in _mentioned(module, node) if other not in functions]
-        modules |= _imported(f"study.{module}", node)
+        functions[module, name] = definitions(module)[name]
+        waiting += [other for other in about(module, name).mentioned if other not in functions]
+        modules |= about(module, name).imported
     return [(*key, functions[key]) for key in sorted(functions)], sorted(closure(modules))
 
 
@@ -67,6 +67,11 @@ def text(module: str) -> str:
 
 
 @cache
+def file_hash(module: str) -> str:
+    return hash_file(path_of(module))
+
+
+@cache
 def imports_of(module: str) -> frozenset[str]:
     return frozenset(name for node in _nodes(ast.parse(text(module))) for name in _modules(node))
 
@@ -78,6 +83,24 @@ def definitions(module: str) -> dict[str, ast.AST]:
     if module == "workspace":
         body = next(node for node in body if isinstance(node, ast.ClassDef)).body
     return {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+
+
+@dataclass(frozen=True)
+class About:
+    """A function of the study: what it names of the study, what it imports, and its source."""
+
+    mentioned: tuple[tuple[str, str], ...]
+    imported: frozenset[str]
+    source: str | None
+
+
+@cache
+def about(module: str, name: str) -> About:
+    """Read once: many steps reach the same functions."""
+    node, whole = definitions(module)[name], f"study.{module}"
+    return About(
+        tuple(_mentioned(module, node)), frozenset(_imported(whole, node)), ast.get_source_segment(text(whole), node)
+    )
 
 
 @cache

@@ -23,7 +23,7 @@ from palimpsest.records import BASE
 from palimpsest.rundir import STEP_FILE, STUDY
 from palimpsest.study import steps
 from palimpsest.study.live import LivePage, Progress, inputs_so_far, name_of, progress_of
-from palimpsest.study.workspace import Workspace
+from palimpsest.study.workspace import Workspace, keeping_memory
 from palimpsest.training.remedies import OWN
 
 if TYPE_CHECKING:
@@ -92,10 +92,11 @@ class Study:
         wait_for_all()
         seed = self.ws.seed("results")
         live = LivePage(self.ws.dir, self.ws.config, self.steps, seed, self.ws.reporter)
-        for n_done, step in enumerate(self.steps, 1):
-            step(self.ws)
-            if not self.ws.done[-1].skipped:
-                live.after(n_done)
+        with keeping_memory():
+            for n_done, step in enumerate(self.steps, 1):
+                step(self.ws)
+                if not self.ws.done[-1].skipped:
+                    live.after(n_done)
         self.ws.forget()
         return share(steps.report(self.ws, started) if is_main() else None)
 

@@ -897,7 +897,8 @@ def analysis(ws: Workspace) -> None:
     def write(folder: Path, advance: Advance) -> None:
         from palimpsest.analysis.analyse import write_tables
 
-        ws.forget()  # the base is loaded beside what checkpoints hold
+        if not ws.given(names[-1]):  # which is the one in memory, and the first that is asked for
+            ws.forget()  # the base is loaded beside what checkpoints hold
         options = ws.config.analysis
         write_tables(
             folder,
@@ -928,7 +929,6 @@ def maps(ws: Workspace) -> None:
     def write(folder: Path, advance: Advance) -> None:
         from palimpsest.analysis.analyse import write_study_maps
 
-        ws.forget()
         reduction = ws.config.importance.reduction
         write_study_maps(folder, models=names, scores=ws.scores, weights=ws.weights, reduction=reduction)
         advance(1, 1)
