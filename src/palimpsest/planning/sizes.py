@@ -134,11 +134,13 @@ def encoder_sizes(name: str | None) -> tuple[Encoder, str]:
 
 def codec_tokens(name: str) -> tuple[float, str]:
     """Tokens a second of a codec's codebook, and where that is from: its config, or an assumption that says so."""
+    from transformers import AutoConfig
+
     from palimpsest.models.codecs import codec_rate
 
     try:
-        return codec_rate(_load(name)), "its config"
-    except (UserError, AttributeError):
+        return codec_rate(AutoConfig.from_pretrained(name)), "its config"
+    except (OSError, ValueError, AttributeError):
         return ASSUMED_CODEC, "assumed: its config cannot be had"
 
 

@@ -257,7 +257,7 @@ def drift(inputs: Inputs) -> Drawing | None:
     """KL to the base on its own text, a panel per kind, and the loss of general text minus the base's, per model."""
     kls, losses = having(inputs.results["drift"], tokens="all"), inputs.results["general_text_comparisons"]
     panels: list[tuple[str, str, list[tuple[str, float, float, float]]]] = [
-        (f"Own text, {kind}", "KL(base ‖ model), nats per token", rows)
+        (f"Own text, {kind}", "KL(base ‖ model),\nnats per token", rows)
         for kind in dict.fromkeys(row["text"] for row in kls)
         if (rows := [(r["model"], r["kl"], r["kl_ci_low"], r["kl_ci_high"]) for r in kls if r["text"] == kind])
     ]
