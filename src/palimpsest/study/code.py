@@ -31,7 +31,8 @@ def step_code(made_by: Callable[..., None]) -> str:
 
 def reached(step: str) -> tuple[list[tuple[str, str, ast.AST]], list[str]]:
     """(functions of the study, modules of the package) that a step reaches, each in a fixed order."""
-    waiting, functions, modules = [("steps", step)], {}, set()
+    waiting, functions = [("steps", step)], dict[tuple[str, str], ast.AST]()
+    modules: set[str] = set()
     while waiting:
         module, name = waiting.pop()
         functions[module, name] = definitions(module)[name]
