@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ast
+import json
+import platform
+import resource
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from forked import forked
 from palimpsest.config import parse_config
 from palimpsest.study import code, steps
 from palimpsest.study.run import steps_of
@@ -83,3 +87,31 @@ def test_documented_paths_of_earlier_versions_still_import() -> None:
     from palimpsest import parallel
 
     assert (is_main, joined) == (parallel.is_main, parallel.joined)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep memory by rules of their own")
+def test_memory_is_kept_within_a_study_and_garbage_looked_through_afterwards() -> None:
+    done = forked("import palimpsest.study.workspace", MEMORY)
+    assert done.returncode == 0, done.stderr
+    alone, kept, frozen_within, frozen_after = json.loads(done.stdout)
+    pages = 10 * 80_000_000 // resource.getpagesize()
+    assert kept < pages / 10 < alone, "80 MB ten times: the system has to clear them each time, or once"
+    assert frozen_within > 10_000 > frozen_after == 0
+
+
+MEMORY = """
+import gc, json, resource
+from palimpsest.study.workspace import keeping_memory
+
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        b"x" * 80_000_000
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+alone = new_pages()
+with keeping_memory():
+    b"x" * 80_000_000
+    kept, frozen = new_pages(), gc.get_freeze_count()
+print(json.dumps([alone, kept, frozen, gc.get_freeze_count()]))
+"""

@@ -76,8 +76,7 @@ def deletion_curve(
         nonlocal done
         scope, ratio, condition, seed = which
         records: list[DeactivationRecord] = []
-        nothing = condition == "base"
-        mask = Mask.empty({}) if nothing else select(tensors, ratio, condition, scope, seed or 0, counted)
+        mask = Mask.empty({}) if condition == "base" else select(tensors, ratio, condition, scope, seed or 0, counted)
         with deactivate(model, mask):
             for modality, batches in data.items():
                 result = perplexity(model, batches(), compute=compute)
