@@ -101,6 +101,8 @@ def invented_results() -> dict[str, list[dict[str, Any]]]:
             equal_hearing_row("full", "lora", -0.02, 0.4),
             equal_hearing_row("full", "lora_r8", None, None),
         ],
+        "predictors": [predictor_row("jensen_shannon", 0.8), predictor_row("relative_change", None)],
+        "restoration": [restoration_row("full", "back", None), restoration_row("back", "random", [3, 4])],
         "layers": _layers(),
         "shift": _shift(),
         "clustering": _clustering(rng),
@@ -209,6 +211,31 @@ def equal_hearing_row(a: str, b: str, difference: float | None, p: float | None)
         "verdict": "not comparable" if p is None else "better" if p < 0.05 else "no difference shown",
         "family": "equal hearing, best: drift at equal speech_loss", "n_family": 2,
         "left_out": None if known else "no hearing in common",
+    }  # fmt: skip
+
+
+def predictor_row(predictor: str, partial: float | None) -> dict[str, Any]:
+    known = partial is not None
+    return {
+        "text_measure": "general_text", "text_task": None, "predictor": predictor,
+        "reduction": "per_batch_abs" if known else None, "at_equal": "speech_loss", "n_models": 6,
+        "models": [f"m{i}" for i in range(6)], "spearman": 0.5, "partial": partial,
+        "ci_low": partial and partial - 0.3, "ci_high": partial and partial + 0.1, "p_value": 0.04 if known else None,
+        "p_holm": 0.08 if known else None, "n_family": 2, "beyond_change": 0.2 if known else None,
+        "beyond_change_ci_low": -0.1 if known else None, "beyond_change_ci_high": 0.3 if known else None,
+        "note": "" if known else "all models have the same value, or follow the speech loss alone",
+    }  # fmt: skip
+
+
+def restoration_row(a: str, b: str, layers_a: list[int] | None) -> dict[str, Any]:
+    tuned = layers_a is None
+    return {
+        "of": "full", "method_a": a, "method_b": b, "layers_a": layers_a, "layers_b": [0, 1],
+        "n_shared": None if tuned else 0, "measure": "drift", "task": None, "better": "lower", "n": 200,
+        "value_a": 0.4, "value_b": 0.1, "difference": -0.3, "ci_low": -0.35, "ci_high": -0.25,
+        "returned": 0.75 if tuned else None, "returned_ci_low": 0.7 if tuned else None,
+        "returned_ci_high": 0.8 if tuned else None, "p_value": 0.0002, "p_holm": 0.0004, "verdict": "better",
+        "family": "restoration of full, against the tuned model: drift", "n_family": 1, "left_out": None,
     }  # fmt: skip
 
 
