@@ -139,7 +139,7 @@ def test_the_summary_says_first_what_is_different(inputs: Path, trained: Path, t
     about: dict[str, Any] = {"data": str(inputs / "heldout.jsonl"), "quick": True, "compute": "float32"}
     lines = list(diagnose.run(diagnose.Options(str(inputs / "llm"), names[:1], tmp_path / "one", **about)))
     assert [line.split(" ")[0].rstrip(":") for line in lines] == [
-        *("Full-FT", "Drift,", "Probe", "From", "Weights", "Importance", "Report")
+        *("Full-FT", "Drift,", "Probe", "From", "Weights", "The", "Importance", "Report")
     ]
     several = list(diagnose.run(diagnose.Options(str(inputs / "llm"), names, tmp_path / "two", **about)))
     assert [line.split(" ")[0].rstrip(":") for line in several] == ["Full-FT", "LoRA", "Report"]
