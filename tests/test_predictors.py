@@ -29,6 +29,7 @@ def residual_correlation(x: Any, y: Any, z: Any) -> float:
     return float(np.corrcoef(*left)[0, 1])
 
 
+@pytest.mark.filterwarnings("ignore:An input array is constant")
 @given(st.lists(st.tuples(*[st.integers(0, 9)] * 3), min_size=6, max_size=20))
 def test_partial_is_the_correlation_of_what_the_hearing_leaves(rows: list[tuple[int, int, int]]) -> None:
     x, y, z = np.array(rows, dtype=float).T

@@ -7,7 +7,8 @@ of every module that it imports (code.py).
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -547,22 +548,38 @@ def _estimated(
     options = ws.config.importance
     total = -(-len(chosen) // options.batch_size)
     language_model = ws.language_model(model)
+    # In random order: batches sorted by length would not be alike, and the bootstrap draws batches.
+    made = batches(
+        ws.collator("text", "train"), chosen, options.batch_size, ws.device, by_length=False, distributed=True
+    )
+    with _checkpointed(language_model, options):
+        return estimate_importance(
+            language_model, made, reductions, **_estimation(ws, model, "text", folder, total, advance)
+        )
+
+
+@contextmanager
+def _checkpointed(language_model: Any, options: Importance) -> Iterator[None]:
+    """Gradient checkpointing within the block, if the recipe says so."""
     if options.gradient_checkpointing:
         language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    scores = estimate_importance(
-        language_model,
-        # In random order: batches sorted by length would not be alike, and the bootstrap draws batches.
-        batches(ws.collator("text", "train"), chosen, options.batch_size, ws.device, by_length=False, distributed=True),
-        reductions,
-        offload={"none": None, "cpu": "cpu", "disk": folder}[options.offload],
-        metadata={"scored_model": model, "modality": "text", "questions": options.questions},
-        progress=lambda done, _: advance(min(total, done * world_size()), total),
-        distributed=world_size() > 1,
-        compute=ws.exact_compute.dtype,
-    )
+    yield
     if options.gradient_checkpointing:
         language_model.gradient_checkpointing_disable()
-    return scores
+
+
+def _estimation(
+    ws: Workspace, model: str, modality: Modality, folder: Path, total: int, advance: Advance
+) -> dict[str, Any]:
+    """How a study estimates importance, whatever of; total: batches of all ranks."""
+    options = ws.config.importance
+    return {
+        "offload": {"none": None, "cpu": "cpu", "disk": folder}[options.offload],
+        "metadata": {"scored_model": model, "modality": modality, "questions": options.questions},
+        "progress": lambda done, _: advance(min(total, done * world_size()), total),
+        "distributed": world_size() > 1,
+        "compute": ws.exact_compute.dtype,
+    }
 
 
 def importance_parts(ws: Workspace, model: str) -> None:
@@ -588,22 +605,12 @@ def importance_parts(ws: Workspace, model: str) -> None:
         spoken = [example for example in chosen if example.fault is None]
         total = -(-len(spoken) // options.batch_size)
         speech_lm, collator = ws.speech_lm(model), ws.collator("speech", options.questions, model)
-        language_model = speech_lm.language_model
-        if options.gradient_checkpointing:
-            language_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         made = batches(collator, spoken, options.batch_size, ws.device, by_length=False, distributed=True)
-        scores = estimate_parts(
-            speech_lm,
-            (encode_batch(it, speech_lm.encoder, ws.config.speech.length, ws.compute.dtype) for it in made),
-            ("signed_sum",),
-            offload={"none": None, "cpu": "cpu", "disk": folder}[options.offload],
-            metadata={"scored_model": model, "modality": "speech", "questions": options.questions},
-            progress=lambda done, _: advance(min(total, done * world_size()), total),
-            distributed=world_size() > 1,
-            compute=ws.exact_compute.dtype,
-        )
-        if options.gradient_checkpointing:
-            language_model.gradient_checkpointing_disable()
+        encoded = (encode_batch(it, speech_lm.encoder, ws.config.speech.length, ws.compute.dtype) for it in made)
+        with _checkpointed(speech_lm.language_model, options):
+            scores = estimate_parts(
+                speech_lm, encoded, ("signed_sum",), **_estimation(ws, model, "speech", folder, total, advance)
+            )
         if is_main():
             records = part_records(model, scores.with_batch_sums(), seed=ws.seed("results"))
             write_json(folder / "records.json", records)
