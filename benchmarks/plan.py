@@ -126,8 +126,10 @@ def measure(config: StudyConfig, folder: Path, name: str, batches: int) -> dict[
     chosen = [examples.pop(), *random.Random(0).sample(examples, batches * training.batch_size - 1)]
     model = workspace.new_speech_lm(name)
     n_layers = model.language_model.config.num_hidden_layers
-    # Which weights are the most important makes no difference to the memory.
-    scores = {name: torch.rand(weight.shape) for name, weight in scored_parameters(model).items()}
+    # Which weights are the most important makes no difference to the memory; that there are scores does.
+    weighs = {by: method.weighs_by(by) for by in ("importance", "fisher")}
+    scored = scored_parameters(model) if any(weighs.values()) else {}
+    scores = {name: torch.rand(weight.shape) for name, weight in scored.items()}
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     with tempfile.TemporaryDirectory() as out:
         train(
@@ -147,8 +149,8 @@ def measure(config: StudyConfig, folder: Path, name: str, batches: int) -> dict[
             scales={layer: 1.0 - 0.4 * layer / n_layers for layer in range(n_layers)},
             replay=() if method.replay is None else workspace.replay_rows(method.replay),
             keep=Keep(
-                importance=scores if method.weighs_by("importance") else None,
-                fisher=scores if method.weighs_by("fisher") else None,
+                importance=scores if weighs["importance"] else None,
+                fisher=scores if weighs["fisher"] else None,
             ),
         )
     return {"peak": status("VmHWM"), "longest": max(map(collator.length, chosen))}
