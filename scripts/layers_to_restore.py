@@ -14,6 +14,8 @@ import argparse
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import chain
+from math import isfinite
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,17 +38,29 @@ def main() -> None:
 
 def layers_to_restore(results: Mapping[str, Any], of: str, n: int) -> dict[str, list[int]]:
     """Sets of `n` layers by the name of their method. results: the value of results.json."""
-    base, tuned = (_shares(results["layers"], model) for model in ("base", of))
-    changes: dict[int, list[float]] = defaultdict(list)
-    for row in results["delta"]:
-        if row["method"] == of and row["relative_norm"] is not None:
-            changes[row["layer"]].append(row["relative_norm"])
+    try:
+        base, tuned = _shares(results["layers"], "base", of)
+        changes: dict[int, list[float]] = defaultdict(list)
+        for row in results["delta"]:
+            if row["method"] == of and row["relative_norm"] is not None:
+                changes[row["layer"]].append(row["relative_norm"])
+        sound = all(map(isfinite, (*base.values(), *tuned.values(), *chain(*changes.values()))))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"results.json has no tables layers and delta as a study writes them ({type(error).__name__}: {error}); "
+            "continue the run, which writes it anew."
+        ) from error
     if not tuned or not changes:
         raise UserError(
             f"{of} has no importance or no change of weights in this run's results.json; measure both (of a point of a "
             "curve: frontier: {measure: [drift, importance, clustering]}) and continue the run."
         )
     layers = sorted(base)
+    if not sound or not layers == sorted(tuned) == sorted(changes):
+        raise UserError(
+            f"The layers of {of} in this run's results.json are not the base's, each with its share of the importance "
+            "and a change of its weights; layers can be put back in a method that has the base's layers."
+        )
     if not 0 < n <= len(layers) // 2:
         most = len(layers) // 2
         raise UserError(f"--n is {n}; of {len(layers)} layers 1 to {most} can be put back, so that others are left.")
@@ -63,10 +77,15 @@ def layers_to_restore(results: Mapping[str, Any], of: str, n: int) -> dict[str, 
     }
 
 
-def _shares(records: Sequence[Mapping[str, Any]], model: str) -> dict[int, float]:
-    """Each layer's share of the importance for text, by the first reduction that was kept."""
-    rows = [row for row in records if row["model"] == model and row["modality"] == "text" and row["kind"] == "all"]
-    return {row["layer"]: row["share"] for row in rows if row["reduction"] == rows[0]["reduction"]}
+def _shares(records: Sequence[Mapping[str, Any]], *models: str) -> list[dict[int, float]]:
+    """Of each model every layer's share of the importance for text, by the first reduction that all of them have."""
+    found: list[dict[str, dict[int, float]]] = [{} for _ in models]
+    for row in records:
+        if row["model"] in models and row["modality"] == "text" and row["kind"] == "all":
+            of = found[models.index(row["model"])].setdefault(row["reduction"], {})
+            of[row["layer"]] = row["share"]
+    shared = next((reduction for reduction in found[0] if all(reduction in of for of in found)), "")
+    return [of.get(shared, {}) for of in found]
 
 
 def _most(values: Mapping[int, float], n: int) -> list[int]:

@@ -212,9 +212,11 @@ def test_several_training_runs_widen_the_interval() -> None:
 
 
 def test_the_parts_of_the_tests_by_hand() -> None:
-    assert sign_p(np.array([1.0, 2.0, -1.0])) == 1.0  # 2·(1 + 1)/4
-    assert sign_p(np.arange(1.0, 200.0)) == 2 * 1 / 200
-    assert sign_p(np.array([*np.arange(1.0, 199.0), math.nan])) == 2 * 2 / 200  # counts on both sides
+    assert sign_p(np.array([1.0, 2.0, -1.0]), 99) == 1.0  # 2·(1 + 1)/4
+    assert sign_p(np.arange(1.0, 200.0), 99) == 2 * 1 / 200
+    assert sign_p(np.array([*np.arange(1.0, 199.0), math.nan]), 99) == 2 * 2 / 200  # counts on both sides
+    # However many draws there are of them: three units say the same in one of four cases.
+    assert sign_p(np.arange(1.0, 200.0), 3) == 0.25
     values = np.array([3.0, 5.0, 10.0])
     without = [values[values != value].mean() for value in values]
     assert jackknife_variance(without) == pytest.approx(values.var(ddof=1) / 3)

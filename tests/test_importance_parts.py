@@ -139,6 +139,20 @@ def test_the_command_gives_the_parts_as_record_and_line(folder: Path, tmp_path: 
     assert list(deactivate.run(off))  # the scores of the layers are those of any command
 
 
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [({"reductions": "fisher,typo"}, "'typo' is not a reduction"), ({"offload": "FILE"}, "give cpu or a folder")],
+)
+def test_bad_options_are_refused_before_anything_is_spoken(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: dict[str, str], sentence: str
+) -> None:
+    data = folder / "questions.jsonl"
+    monkeypatch.setattr("palimpsest.data.sources.load_examples", lambda *_args, **_options: pytest.fail("too late"))
+    options: Any = {key: str(data) if value == "FILE" else value for key, value in wrong.items()}
+    with pytest.raises(UserError, match=sentence):
+        list(importance.run(importance.Options("m", str(data), tmp_path, modality="speech", **options)))
+
+
 def test_what_takes_no_recordings_is_refused(folder: Path, tmp_path: Path) -> None:
     save_tiny_models(tmp_path)
     options = importance.Options(

@@ -63,6 +63,31 @@ def test_what_is_printed_is_a_recipe_of_methods(script: ModuleType) -> None:
         assert Method(**values) == Method(kind="blend", of="full-5e-4", scale=0, layers=layers, curve=name)
 
 
+def test_shares_are_of_one_reduction(script: ModuleType) -> None:
+    """The base's first reduction is one that the tuned model does not have."""
+    found = results()
+    other = [{**row, "reduction": "other", "share": 1 / 6} for row in found["layers"] if row["model"] == "base"]
+    again = script.layers_to_restore({**found, "layers": [*other, *found["layers"]]}, "full", 2)
+    assert again == script.layers_to_restore(found, "full", 2)
+
+
+@pytest.mark.parametrize("damaged", [{}, [], {"layers": None, "delta": []}, {"layers": [{"model": "base"}]}, 3])
+def test_damaged_results_are_a_sentence(script: ModuleType, damaged: Any) -> None:
+    with pytest.raises(UserError, match=r"no tables layers and delta as a study writes them.*continue the run"):
+        script.layers_to_restore(damaged, "full", 2)
+
+
+def test_layers_without_a_number_are_not_chosen_among(script: ModuleType) -> None:
+    """Sets of fewer than N layers could not be compared with the others."""
+    found = results()
+    fewer = {**found, "delta": [row for row in found["delta"] if row["layer"] != 2]}
+    other = {**found, "layers": [row for row in found["layers"] if (row["model"], row["layer"]) != ("full", 5)]}
+    nan = {**found, "layers": [{**row, "share": float("nan")} for row in found["layers"]]}
+    for damaged in (fewer, other, nan):
+        with pytest.raises(UserError, match=r"layers of full in this run's results.json are not the base's"):
+            script.layers_to_restore(damaged, "full", 2)
+
+
 def test_what_cannot_be_chosen_is_a_sentence(script: ModuleType) -> None:
     with pytest.raises(UserError, match=r"layer_lr has no importance or no change.*continue the run"):
         script.layers_to_restore(results(), "layer_lr", 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
 
 from palimpsest import parallel as processes
+from palimpsest.cli import DIVIDED, main
 from palimpsest.files import UserError
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs" / "accelerate").glob("*.yaml"))
@@ -68,3 +70,25 @@ def test_one_process_is_rank_0_and_waits_for_nobody() -> None:
         assert not processes.sharded()
         assert processes.share("value") == "value"
         processes.wait_for_all()
+
+
+def test_a_command_that_does_not_divide_its_work_is_refused_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the first process; the others would do, and write, the same."""
+    given = ["palimpsest", "importance", "--model", "m", "--data", "d", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", given)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    slept: list[float] = []
+    monkeypatch.setattr(processes.time, "sleep", slept.append)
+    for number in ("0", "1"):
+        monkeypatch.setenv("RANK", number)
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 2
+        said = "importance works in one process and 2 were started; give the command without"
+        assert (said in capsys.readouterr().err) == (number == "0")
+    assert slept == [processes.SPOKEN_AFTER]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    processes.require_one_process("importance")
+    assert {"demo", "study", "diagnose"} == set(DIVIDED)  # those that join the others (study/run.py)

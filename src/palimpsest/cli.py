@@ -49,6 +49,7 @@ from palimpsest.commands import (
     validate_importance,
 )
 from palimpsest.files import UserError, system_failure
+from palimpsest.parallel import require_one_process
 from palimpsest.progress import printable
 
 COMMANDS: dict[str, ModuleType] = {
@@ -74,6 +75,7 @@ COMMANDS: dict[str, ModuleType] = {
     "doctor": doctor,
 }
 DATA_COMMANDS: dict[str, ModuleType] = {"prepare": prepare, "inspect": inspect}
+DIVIDED = ("demo", "study", "diagnose")  # what several processes can share; of the rest each would do all
 
 
 def main() -> None:
@@ -102,7 +104,7 @@ def main() -> None:
 def _application(help: str, commands: dict[str, ModuleType], **options: Any) -> typer.Typer:
     made = typer.Typer(help=help, no_args_is_help=True, rich_markup_mode=None, **options)
     for name, module in commands.items():
-        made.command(name, short_help=first_sentence(module.Options.__doc__))(_function(module.Options, module.run))
+        made.command(name, short_help=first_sentence(module.Options.__doc__))(_function(name, module))
     return made
 
 
@@ -115,12 +117,15 @@ def first_sentence(text: str) -> str:
     return " ".join((found[0] if found else text).split())
 
 
-def _function(options: Any, run: Callable[[Any], Iterator[str]]) -> Callable[..., None]:
+def _function(name: str, module: ModuleType) -> Callable[..., None]:
     """What typer makes a command of: a keyword for every field of `options`, and its docstring."""
+    options = module.Options
     parameters = list(_parameters(options))
 
     def command(**values: Any) -> None:
-        for line in run(_filled(options, values)):
+        if name not in DIVIDED:
+            require_one_process(name)
+        for line in module.run(_filled(options, values)):
             typer.echo(printable(line))  # a line may hold what a model answered, or a text of somebody's data
 
     command.__doc__ = options.__doc__

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 R = TypeVar("R")
 FAILED = "palimpsest/failed"  # key of the processes' store: how many of them met an error
+SPOKEN_AFTER = 10  # seconds in which the first process has said why all end
 PATIENCE = timedelta(days=30)  # others wait while rank 0 evaluates; torchrun ends them if rank 0 fails
 
 # What the FSDP section of an accelerate configuration must say: variable → (value, why).
@@ -122,6 +124,23 @@ def wait_for_all() -> None:
     """Return when every rank has called this."""
     if world_size() > 1:
         _dist().barrier(group=_patient_group())
+
+
+def require_one_process(command: str) -> None:
+    """Raise UserError where torchrun or accelerate launch started several, each of which would do and write all of it.
+
+    One of them speaks; the others end without a word, by SystemExit with code 2, and later: torchrun ends all once one
+    has ended, which could be before that one has spoken.
+    """
+    if (started := int(os.environ.get("WORLD_SIZE", "1"))) < 2 or "RANK" not in os.environ:
+        return
+    if not started_first():
+        time.sleep(SPOKEN_AFTER)
+        raise SystemExit(2)
+    raise UserError(
+        f"{command} works in one process and {started} were started; give the command without torchrun or accelerate "
+        "launch (study and diagnose are what several processes share)."
+    )
 
 
 @contextmanager

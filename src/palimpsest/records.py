@@ -533,7 +533,7 @@ class PredictorRecord(TypedDict):
     models: list[str]
     spearman: float | None  # whatever the hearing
     partial: float | None  # at equal hearing, both by ranks; None: see note
-    ci_low: float | None  # 95 %, bootstrap over models
+    ci_low: float | None  # 95 %, bootstrap over models; None of fewer than 12
     ci_high: float | None
     p_value: float | None  # two-sided, by permutation
     p_holm: float | None  # over the predictors of one kind of text

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from annotated_types import Ge
 from typing_extensions import Doc
 
-from palimpsest.files import UserError, require_unwritten, write_json
+from palimpsest.files import UserError, existing, require_unwritten, write_json
 from palimpsest.models import MODEL
 from palimpsest.models.compute import ComputeOption, DeviceOption, DtypeOption
 from palimpsest.progress import Reporter
@@ -55,6 +55,7 @@ class Options:
 def run(options: Options) -> Iterator[str]:
     """Writes the scores and yields the layers' shares. Raises UserError for bad input before the model is loaded."""
     from palimpsest.data.sources import load_examples
+    from palimpsest.importance.reduce import chosen_reductions
     from palimpsest.importance.scores import SCORES_FILE
     from palimpsest.models.anatomy import layer_index
     from palimpsest.models.compute import choose_compute
@@ -62,12 +63,14 @@ def run(options: Options) -> Iterator[str]:
     from palimpsest.training.methods import layer_totals
 
     require_unwritten(options.out / SCORES_FILE, "scores")
+    reductions, offload = tuple(chosen_reductions(options.reductions.split(","))), options.offload
+    if offload and offload != "cpu" and not existing(Path(offload)).is_dir():
+        raise UserError(f"--offload {offload} is a file, or lies under one; give cpu or a folder.")
     spoken = options.modality == "speech"
     if spoken:
         _require_speech(options.model)
     audio = options.out / "audio" if spoken else None
     examples = load_examples(options.data, options.split, options.limit, audio=audio)
-    reductions, offload = tuple(options.reductions.split(",")), options.offload
     device, dtype = choose_device(options.device), options.dtype or "float32"
     compute = choose_compute(options.compute, device, weights=dtype, exact=True)
     unspoken = spoken and any(example.audio is None for example in examples)

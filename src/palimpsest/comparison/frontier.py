@@ -21,8 +21,9 @@ reach, a single method (a curve of one point) and a curve at the method's hearin
 **Is the difference real?** With one training run of each: paired bootstrap. The units are drawn once for all methods
 and measures; in every draw all points move, and the hearing that both curves reach is found anew. The interval is of
 percentiles, p is twice the smaller share of draws on either side of 0 (a draw at 0 counts on both, as does one in which
-the curves have no hearing in common), with one draw added to each. With several training runs: t test, with the
-bootstrap's variance and for each side the jackknife's over its runs, added as in intervals.py.
+the curves have no hearing in common), with one draw added to each, and not below 2 · 0.5ⁿ over n units. With several
+training runs: t test, with the bootstrap's variance and for each side the jackknife's over its runs, added as in
+intervals.py.
 
 Shapes: runs = training runs of a method, units, draws, points = of a curve.
 """
@@ -400,9 +401,10 @@ def _pair(
         return record
     value = difference()
     low, high = np.quantile(defined, [0.025, 0.975]).tolist()
-    p_value = sign_p(draws)
+    n_units = min(len(text.units), len(hearing.units))
+    p_value = sign_p(draws, n_units)
     if several:
-        parts = [(float(np.var(defined, ddof=1)), min(len(text.units), len(hearing.units)) - 1.0)]
+        parts = [(float(np.var(defined, ddof=1)), n_units - 1.0)]
         for side, runs in ((0, seeds[0]), (1, seeds[1])):
             if runs > 1:
                 without = [difference(*((it, None) if side == 0 else (None, it))) for it in range(runs)]
@@ -427,11 +429,15 @@ def _pair(
     }
 
 
-def sign_p(draws: Array) -> float:
-    """Two-sided p of no difference: twice the smaller share of draws at or beyond 0; NaN counts on both sides."""
+def sign_p(draws: Array, n_units: int) -> float:
+    """Two-sided p of no difference: twice the smaller share of draws at or beyond 0; NaN counts on both sides.
+
+    Not below that of a sign test in which all of the units that were drawn say the same: two texts are two of the same
+    sign every other time, and then so are all draws of them.
+    """
     undefined = int((~np.isfinite(draws)).sum())
     below, above = int((draws <= 0).sum()) + undefined, int((draws >= 0).sum()) + undefined
-    return min(1.0, 2 * (min(below, above) + 1) / (len(draws) + 1))
+    return min(1.0, max(2 * 0.5**n_units, 2 * (min(below, above) + 1) / (len(draws) + 1)))
 
 
 def jackknife_variance(without: Sequence[float]) -> float:

@@ -11,8 +11,9 @@ Two kinds of rows, over the same texts, questions and answers, paired:
     against another blend      of the same model with as many layers: which layers give back more
 
 Differences are `value − reference_value`, intervals and p as in frontier.py (bootstrap, 10,000 draws, units drawn once
-for all). Holm is over the rows of one measure and one kind. Drift, general text and T2T are of text, speech loss and
-S2T say what it costs. Of several training runs the first ones are compared.
+for all). Holm is over the rows of one measure and one kind; the same layers under another name repeat a row. Drift,
+general text and T2T are of text, speech loss and S2T say what it costs. Of several training runs the first ones are
+compared.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def restoration_records(
     ]
     kept = [measure for measure in kept if measure.totals]
     drawn = draws_of(kept, seed, n_draws) if kept else {}
+    same = _same_layers(restored)
     for measure in kept:
         values = {name: float(runs[0].sum() / measure.counts.sum()) for name, runs in measure.totals.items()}
         draws = {name: drawn[(*measure.key, name, (0,))] for name in values}
@@ -75,8 +77,17 @@ def restoration_records(
                 for pair in pairs
                 if all(name in values for name in pair)
             ]
-            records += corrected(rows, better=measure.sign)
+            records += corrected(rows, same, better=measure.sign)
     return records
+
+
+def _same_layers(restored: Mapping[str, Restored]) -> dict[str, str]:
+    """Methods that are an earlier one by construction: the same layers of the same model."""
+    first: dict[tuple[str, frozenset[int]], str] = {}
+    for name, own in restored.items():
+        first.setdefault((own.of, frozenset(own.layers)), name)
+    made = {name: first[own.of, frozenset(own.layers)] for name, own in restored.items()}
+    return {name: of for name, of in made.items() if of != name}
 
 
 def _record(
@@ -94,7 +105,8 @@ def _record(
     returned: tuple[float | None, float | None, float | None] = (None, None, None)
     # A share of what was lost has a meaning where something was, beyond doubt.
     if against_tuned and measure.name in LOST and np.quantile(draws[reference], 0.025) > 0:
-        share_low, share_high = np.quantile(1 - draws[name] / draws[reference], [0.025, 0.975]).tolist()
+        lost = draws[reference] > 0  # where few texts hold all of the loss, a draw may have none of them
+        share_low, share_high = np.quantile(1 - draws[name][lost] / draws[reference][lost], [0.025, 0.975]).tolist()
         returned = 1 - values[name] / values[reference], share_low, share_high
     kind = "the tuned model" if against_tuned else "other layers"
     return {
@@ -116,7 +128,7 @@ def _record(
         "returned": returned[0],
         "returned_ci_low": returned[1],
         "returned_ci_high": returned[2],
-        "p_value": sign_p(differences),
+        "p_value": sign_p(differences, len(measure.units)),
         "p_holm": 1.0,
         "verdict": ALIKE,
         "family": f"restoration of {own.of}, against {kind}: {measure.name}"

@@ -6,8 +6,8 @@ A method and its like differ in `speech`, its `k` and the rate of what stands fo
     drift      KL to the base on the base's own text; bootstrap over texts, the same texts for both
     shift      distance of the layers' importance to the base's; bootstrap over batches, the same for both
 
-The p of drift and shift is twice the smaller share of the bootstrap's draws on either side of 0, corrected over all
-such pairs: each of the two measures is a family.
+The p of drift and shift is twice the smaller share of the bootstrap's draws on either side of 0 (frontier.sign_p),
+corrected over all such pairs: each of the two measures is a family.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def _drifts(name: str, speech: str, like: str, run: Path, seed: int) -> list[Spe
                 "value_reference": float(before),
                 "value": float(value),
                 "difference": float(difference),
-                **_tested(draws),
+                **_tested(draws, len(pairs)),
             }
         )
     return found
@@ -165,16 +165,17 @@ def _shifts(name: str, speech: str, like: str, run: Path, reduction: str, seed: 
             }
         )
         if row["ci_low"] is not None:
-            times = np.concatenate([*resampled(["batch"] * (row.get("n_batches") or 0), seed, N_DRAWS)])
+            n_batches = row.get("n_batches") or 0
+            times = np.concatenate([*resampled(["batch"] * n_batches, seed, N_DRAWS)])
             base, ours, theirs = (times @ np.asarray(layers[it].batches) for it in (BASE, name, like))
-            found[-1] |= _tested(distance(base, ours) - distance(base, theirs))
+            found[-1] |= _tested(distance(base, ours) - distance(base, theirs), n_batches)
     return found
 
 
-def _tested(draws: NDArray[np.float64]) -> Any:
-    """Interval and p of a bootstrapped difference."""
+def _tested(draws: NDArray[np.float64], n_units: int) -> Any:
+    """Interval and p of a bootstrapped difference; n_units: texts, or batches, that were drawn."""
     low, high = np.quantile(draws, [0.025, 0.975])
-    p_value = sign_p(draws)
+    p_value = sign_p(draws, n_units)
     return {"ci_low": float(low), "ci_high": float(high), "p_value": p_value, "p_holm": p_value}
 
 

@@ -55,7 +55,8 @@ def predictors(records: Rows) -> Table:
         "the same with the ranks of the speech loss taken out of both. 1: the order of the predictor is that of the "
         "loss. p by permutation, Holm over the predictors of one kind of text. Beyond: how much further from 0 than "
         "the correlation of the change of the weights (mean over the scored matrices). Brackets: 95 % interval, "
-        "bootstrap over models; models of one curve are relatives, which it does not know.",
+        "bootstrap over models, of the correlation from 12 models on; models of one curve are relatives, which it does "
+        "not know.",
     )
 
 

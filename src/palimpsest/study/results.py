@@ -146,7 +146,7 @@ def collect(run: RunDir, config: StudyConfig, steps: Collection[str], seed: int)
             tables["frontier"],
             reduction=config.importance.reduction,
             seed=seed,
-            untouched=[name for name, of in same.items() if of == BASE],
+            same=same,
         )
         tables["restoration"] = restoration_records(restored_in(config.methods), [*text, *hearing], seed)
     tables["claims"] = claim_records(tables, rank_series(config.methods))

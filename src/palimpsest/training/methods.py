@@ -98,6 +98,9 @@ class Method:
             raise ValueError("kind inserted needs a number of layers (new_layers), and no other kind has one")
         if (self.kind == "blend") != (self.of is not None):
             raise ValueError("kind blend needs the name of a method (of), and no other kind has one")
+        layers = self.layers or ()
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"layers {list(layers)} must name each layer once")
         if self.norm_of is not None:
             if self.norm_of == self.of:
                 raise ValueError(f"norm_of and of are both {self.of}, whose update has its own norm; name another")
