@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import permutations
 from typing import Any
 
@@ -14,9 +15,10 @@ from scipy import stats
 from palimpsest.comparison.frontier import DRIFT, GENERAL_TEXT, HIGHER, LOWER, S2T, SPEECH_LOSS, Measure
 from palimpsest.comparison.predictors import CHANGE, partial, permutation_p, predictor_records, spearman
 from palimpsest.comparison.restoration import Restored, restoration_records, restored_in
-from palimpsest.report.mechanism import predictors
+from palimpsest.report.mechanism import predictors, restoration
 from palimpsest.report.table import to_plain
 from palimpsest.training.methods import Method
+from report_fixture import restoration_row
 
 NAMES = [f"m{i}" for i in range(8)]
 
@@ -296,3 +298,16 @@ def test_which_methods_put_layers_back() -> None:
     }
     assert restored_in(methods) == {"back": Restored("full", (3, 1))}
     assert restoration_records({}, [], seed=0) == []
+
+
+def test_accuracies_of_layers_put_back_are_percent_and_points() -> None:
+    """28 % against 29 %: a difference of one point; two layers in common are 2."""
+    row = restoration_row("back", "random", [3, 4])
+    row |= {"measure": "s2t", "task": "facts", "better": "higher", "n_shared": 2, "value_a": 0.28, "value_b": 0.29}
+    row |= {"difference": 0.01, "ci_low": -0.06, "ci_high": 0.08, "verdict": "no difference shown"}
+    _, written = to_plain(restoration([row])).splitlines()
+    assert re.split(r"  +", written.strip())[:7] == [
+        "S2T, facts", "back", "random", "0, 1", "2", "28.0", "29.0",
+    ]  # fmt: skip
+    assert "+1.0 [−6.0 to +8.0]" in written
+    assert not next(column for column in restoration([row]).columns if column.title == "Measure").numeric

@@ -9,10 +9,12 @@ from palimpsest.report.inputs import method_name
 from palimpsest.report.table import (
     EMPTY,
     Cell,
+    Column,
     Row,
     Rows,
     Table,
     cells,
+    count,
     counts,
     holm_over,
     interval,
@@ -40,7 +42,7 @@ def predictors(records: Rows) -> Table:
         "predictors",
         "What predicts how much text was lost?",
         (
-            cells("Text lost", lambda row: text(measure_name(row, "text"))),
+            (Column("Text lost"), lambda row: text(measure_name(row, "text"))),
             words("Predictor", "predictor", lambda name: PREDICTORS.get(name, name)),
             counts("Models", "n_models"),
             numbers("ρ", "spearman", _correlation),
@@ -95,11 +97,11 @@ def restoration(records: Rows) -> Table:
         "restoration",
         "Layers that got the base's weights back",
         (
-            cells("Measure", _measured),
+            (Column("Measure"), _measured),
             words("A", "method_a", method_name),
             words("B", "method_b", method_name),
             cells("Layers put back in B", lambda row: text(", ".join(map(str, row["layers_b"])))),
-            cells("In A too", lambda row: EMPTY if row["n_shared"] is None else number(row["n_shared"])),
+            cells("In A too", lambda row: EMPTY if row["n_shared"] is None else count(row["n_shared"])),
             *(cells("A is", lambda row: value(row, "a")), cells("B is", lambda row: value(row, "b"))),
             cells("B − A", difference),
             cells("Returned, %", returned),
@@ -110,7 +112,8 @@ def restoration(records: Rows) -> Table:
         records,
         "A: the tuned model, or a blend of it with as many layers put back. Returned: the share of the lost text that "
         "is back, where some was lost. Paired: the same texts, questions and answers for both, 10 000 draws. Drift, "
-        "general text and speech loss: nats per token, lower is better; T2T (minus the base's): points; S2T: %. Holm "
+        "general text and speech loss: nats per token, lower is better; T2T (minus the base's): points; S2T: %, its "
+        "differences points. Holm "
         "over: the rows of one measure against the tuned model, or of blends against each other. Brackets: 95 % "
         "interval.",
     )

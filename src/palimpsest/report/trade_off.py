@@ -310,7 +310,8 @@ def equal_hearing_table(records: Rows) -> Table:
 
 
 def signed(measure: str) -> Callable[[float], str]:
-    if measure == "t2t":
+    """Differences: of accuracies in points, of nats as they are."""
+    if measure in ("t2t", "s2t"):
         return points
     return lambda value: ("+" if value > 0 else "") + significant(value).replace("-", "−")
 
