@@ -300,7 +300,7 @@ def test_on_paper_no_word_of_a_table_is_cut_and_no_figure_is_higher_than_a_page(
         page.emulate_media(media="print")
         page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
         assert page.evaluate(CUT_WORDS) == []
-        page.locator("svg.drawing").last.evaluate("drawing => drawing.setAttribute('viewBox', '0 0 100 400')")
+        page.locator("svg.drawing").last.evaluate("drawing => drawing.setAttribute('height', '2000pt')")
         heights = page.locator("figure").evaluate_all("all => all.map(figure => figure.offsetHeight)")
         assert 500 < max(heights) < PAPER_HEIGHT
     assert log.problems == []
