@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,7 +50,28 @@ WAIT_FOR = """(audio, event) => (event === 'ended' ? audio.ended : audio.readySt
     audio.addEventListener(event, () => tell(true));
     setTimeout(() => tell(false), 10000);
 })"""
-PAPER_WIDTH = 700  # CSS pixels, A4 between its margins
+PAPER_WIDTH, PAPER_HEIGHT = 700, 1040  # CSS pixels, A4 between its margins
+# What elements say, without the small print of a row's second line.
+TEXTS = """of => Array.from(document.querySelectorAll(of), (element) => {
+    const copy = element.cloneNode(true);
+    for (const small of copy.querySelectorAll('small')) small.remove();
+    return copy.textContent;
+})"""
+# Words (of letters, digits, underscores) of tables that stand in two lines.
+CUT_WORDS = r"""() => Array.from(document.querySelectorAll('.table :is(th, td)')).flatMap((cell) => {
+    const walker = document.createTreeWalker(cell, NodeFilter.SHOW_TEXT);
+    const cut = [];
+    while (walker.nextNode()) {
+        for (const word of walker.currentNode.data.matchAll(/[\w.]+/g)) {
+            const range = document.createRange();
+            range.setStart(walker.currentNode, word.index);
+            range.setEnd(walker.currentNode, word.index + word[0].length);
+            const lines = Array.from(range.getClientRects(), (box) => Math.round(box.top));
+            if (new Set(lines).size > 1) cut.push(word[0]);
+        }
+    }
+    return cut;
+})"""
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +291,41 @@ def test_paper_is_white_complete_and_wide_enough(browser: Browser, report: Path)
         assert overflow(page) == 0
         cut = "Array.from(document.querySelectorAll('.scroll'), part => part.scrollWidth - part.clientWidth)"
         assert max(page.evaluate(cut)) <= 1  # nothing hides in a box that paper cannot scroll
+    assert log.problems == []
+
+
+def test_on_paper_no_word_of_a_table_is_cut_and_no_figure_is_higher_than_a_page(browser: Browser, report: Path) -> None:
+    window = {"width": PAPER_WIDTH, "height": 1000}
+    with visit(browser, report.as_uri(), viewport=window) as (page, log):
+        page.emulate_media(media="print")
+        page.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+        assert page.evaluate(CUT_WORDS) == []
+        page.locator("svg.drawing").last.evaluate("drawing => drawing.setAttribute('height', '2000pt')")
+        heights = page.locator("figure").evaluate_all("all => all.map(figure => figure.offsetHeight)")
+        assert 500 < max(heights) < PAPER_HEIGHT
+    assert log.problems == []
+
+
+def test_pages_of_paper_begin_with_the_head_of_their_table_and_end_with_no_heading(
+    browser: Browser, report: Path, tmp_path: Path
+) -> None:
+    """As the text of a PDF has them."""
+    if (reader := shutil.which("pdftotext")) is None:
+        pytest.skip("there is no pdftotext here (poppler-utils)")
+    with visit(browser, report.as_uri()) as (page, log):
+        page.locator("details:not(.sample)").evaluate_all("all => all.forEach(part => part.open = true)")
+        headings, heads, rows = (
+            {"".join(text.split()) for text in page.evaluate(TEXTS, of)} - {""}
+            for of in ("h2, h3, caption, details[open] > summary, thead tr", ".table thead tr", ".table tbody tr")
+        )
+        page.pdf(path=tmp_path / "report.pdf", format="A4")
+    read = [reader, "-layout", tmp_path / "report.pdf", "-"]
+    text = subprocess.run(read, check=True, capture_output=True, text=True).stdout
+    pages = [["".join(line.split()) for line in page.split("\n") if line.strip()] for page in text.split("\f")]
+    first, last = ({lines[at] for lines in pages if lines} for at in (0, -1))
+    assert len(first & heads) >= 2  # of tables that are continued
+    assert first & rows == set()
+    assert last & headings == set()
     assert log.problems == []
 
 

@@ -104,7 +104,7 @@ def _table(*rows: tuple[Cell, ...]) -> Table:
 def test_html_shows_any_text_as_text(text: str) -> None:
     parser = _Cells()
     parser.feed(str(to_html(_table((Cell(text), Cell("1", text, 1.0))))))
-    assert set(parser.tags) <= {"table", "caption", "thead", "tbody", "tr", "th", "td", "small"}
+    assert set(parser.tags) <= {"table", "caption", "thead", "tbody", "tr", "th", "td", "small", "wbr"}
     if "\r" not in text and "\0" not in text:  # HTML parsers change these two
         assert parser.rows[1][0] == text
 
@@ -115,6 +115,20 @@ def test_html_has_caption_scopes_and_sort_keys() -> None:
     assert html.count('scope="col"') == 2
     assert '<th scope="row" data-sort="a">a</th>' in html
     assert '<td class="number" data-sort="1.5">1.5 <small>1 to 2</small></td>' in html
+
+
+@pytest.mark.parametrize(
+    ("text", "html"),
+    [
+        ("token_sequence 1", "token_sequence 1"),  # 14 letters
+        ("token_sequence_numbers 1", "token_<wbr>sequence_<wbr>numbers 1"),
+        ("a methods/full/<b>/importance", "a methods/<wbr>full/<wbr>&lt;b&gt;/<wbr>importance"),
+        ("a" * 30, f"{'a' * 12}<wbr>{'a' * 12}<wbr>{'a' * 6}"),
+    ],
+)
+def test_only_long_words_may_be_parted_and_after_what_joins_them(text: str, html: str) -> None:
+    cells = str(to_html(_table((Cell(text), Cell("1", sort=1.0)))))
+    assert f'<th scope="row">{html}</th>' in cells
 
 
 def test_markdown_keeps_its_columns() -> None:

@@ -25,7 +25,7 @@ from report_fixture import HOSTILE, make_run
 class _Page(HTMLParser):
     """Tags with their attributes, and the text outside scripts, styles and templates."""
 
-    VOID = frozenset({"meta", "link", "br", "img", "input", "hr"})
+    VOID = frozenset({"meta", "link", "br", "img", "input", "hr", "wbr"})
 
     def __init__(self, page: str) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ from palimpsest.report.page import write_report
 from palimpsest.report.style import look, style
 from palimpsest.report.table import Cell, Column, Table, to_html
 from report_fixture import invented_results, make_run, probe_row
-from report_of_many import TASKS, make_large_run
+from report_of_many import METHODS, TASKS, make_large_run
 
 MANY = [f"method_number_{i:02d}" for i in range(20)]
 
@@ -87,6 +87,21 @@ def test_each_of_many_methods_has_a_panel(inputs: Inputs, name: str, lines: int)
     assert titles == (shown if name == "figure3" else ["Full-FT", *shown])
     assert {len(axis.lines) for axis in drawing.figure.axes} == {lines}
     assert not drawing.figure.legends
+
+
+def test_names_beside_the_heat_maps_stay_in_the_figure_and_beside_their_own(inputs: Inputs) -> None:
+    maps = {(method, "model.layers.0.mlp.up_proj.weight"): np.ones((4, 4), np.float32) for method in METHODS}
+    drawing = draw("figure4", dataclasses.replace(inputs, delta_maps=maps))
+    assert drawing is not None
+    with style():
+        FigureCanvasAgg(drawing.figure).draw()
+        names = [axis.yaxis.label for axis in drawing.figure.axes if axis.images]
+        boxes = [name.get_window_extent() for name in names]
+    assert len(boxes) == len(METHODS)
+    assert all(drawing.figure.bbox.y0 <= box.y0 < box.y1 <= drawing.figure.bbox.y1 for box in boxes)
+    assert not any(Bbox.intersection(a, b) for a, b in combinations(boxes, 2))
+    words = {word for name in names for word in name.get_text().split("\n")}
+    assert {"slowed_", "important_", "weights"} <= words or {"slowed_", "important_weights"} <= words
 
 
 def test_a_description_lists_few_values_and_counts_many(inputs: Inputs) -> None:

@@ -32,7 +32,7 @@ class Nesting(HTMLParser):
         self.close()
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
-        if tag not in ("meta", "link", "br", "input", "hr"):
+        if tag not in ("meta", "link", "br", "input", "hr", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:

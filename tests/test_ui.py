@@ -191,6 +191,15 @@ def test_a_matrix_has_its_exact_sums(run: Path) -> None:
             explorer.matrix(inputs, model, name, reduction)
 
 
+def test_what_is_missing_is_of_importance(run: Path, tmp_path: Path) -> None:
+    """The other tables of results.json are shown nowhere here."""
+    assert explorer.missing_from(read_inputs(run)) == ["maps/importance.npz is not there."]
+    shutil.copytree(run, tmp_path / "bare", ignore=shutil.ignore_patterns("results.json"))
+    assert "results.json is not there." in explorer.missing_from(read_inputs(tmp_path / "bare"))
+    write_text(tmp_path / "bare" / "results.json", '{"schema": 1, "layers": [{}]}')
+    assert any("“layers”" in line for line in explorer.missing_from(read_inputs(tmp_path / "bare")))
+
+
 def test_without_scores_the_maps_are_shown_and_said_to_be(run: Path, tmp_path: Path) -> None:
     shutil.copy(run / "study.yaml", tmp_path / "study.yaml")
     text = (

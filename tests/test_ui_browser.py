@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from browser import chromium, foreign, overflow, visit
+from browser import axe, chromium, foreign, overflow, tab_through, visit
 from palimpsest.ui import asking
 from ui_fixture import make_ui_run
 
@@ -174,7 +174,34 @@ def test_the_explorer_shows_its_figures(page: Page) -> None:
     assert "maps/importance.npz is not there" in box(page, "missing")
 
 
-def test_a_narrow_window_needs_no_sideways_scrolling(browser: Browser, address: str) -> None:
-    with visit(browser, address, viewport={"width": 400, "height": 800}) as (page, _):
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 320), ("dark", 320)])
+def test_axe_finds_nothing_serious_and_nothing_needs_sideways_scrolling(
+    browser: Browser, address: str, scheme: Any, width: int
+) -> None:
+    with visit(browser, address, color_scheme=scheme, viewport={"width": width, "height": 800}) as (page, _):
         page.get_by_role("button", name="Ask", exact=True).wait_for(timeout=LONG)
+        page.wait_for_timeout(1000)  # colours fade in
         assert overflow(page) == 0
+        found = axe(page)
+        page.get_by_role("tab", name="Importance").click()
+        page.locator("#matrices img").wait_for(timeout=LONG)
+        assert overflow(page) == 0
+        assert found + axe(page) == []
+
+
+def test_tab_goes_through_the_page_in_order_and_shows_where_it_is(browser: Browser, address: str) -> None:
+    with visit(browser, address) as (page, _):
+        for tab in ("Ask", "Importance"):
+            page.get_by_role("tab", name=tab).click(timeout=LONG)
+            last = (
+                page.locator("#matrices img")
+                if tab == "Importance"
+                else page.get_by_role("button", name=tab, exact=True)
+            )
+            last.wait_for(timeout=LONG)
+            page.evaluate("document.activeElement.blur(); scrollTo(0, 0)")
+            stops = tab_through(page)
+            places = [stop.at for stop in stops]
+            assert places == sorted(places)
+            assert len(set(places)) >= 4
+            assert [stop.html for stop in stops if not stop.is_seen] == []

@@ -78,7 +78,7 @@ def changes(inputs: Inputs) -> Drawing | None:
         if abreast == 1:
             axes[row, 0].set_ylabel(method_name(method), fontweight="bold")
         else:
-            axes[row, left].set_ylabel(fill(method_name(method), 20), fontweight="bold", fontsize=6.5)
+            axes[row, left].set_ylabel(_in_lines(method_name(method)), fontweight="bold", fontsize=6.5)
     for axis in list(axes.flat):
         if not axis.images:
             axis.remove()
@@ -93,6 +93,11 @@ def changes(inputs: Inputs) -> Drawing | None:
         f"Heat maps of the parameter change of {', '.join(method_name(method) for method in methods)} "
         f"in {', '.join(short_name(name) for name in names)}.",
     )
+
+
+def _in_lines(name: str, width: int = 15) -> str:
+    """`name` in lines of `width` characters, the height of a panel, that end at spaces, hyphens and underscores."""
+    return fill(name.replace("_", "_ "), width).replace("_ ", "_")
 
 
 def short_name(name: str) -> str:

@@ -19,6 +19,8 @@ from markupsafe import Markup, escape
 from palimpsest.report.inputs import having
 
 DASH = "–"  # no such number
+_LONG_WORD = re.compile(r"\S{17,}")
+_PART_OF_WORD = re.compile(r"[^_/.=]{1,12}[_/.=]?|[_/.=]")  # parts end after what joins them
 NOT_FINITE = "not finite"  # results.json stores null for it
 
 
@@ -257,7 +259,7 @@ def to_html(table: Table) -> Markup:
     labels = [f' data-label="{escape(column.title)}"' if is_cards else "" for column in table.columns]
     kind = ' class="cards"' if is_cards else ""
     lines = [f'<table id="table-{escape(table.name)}"{kind}><caption>{escape(table.title)}</caption>']
-    heads = [f'<th scope="col"{_class(column)}>{escape(column.title)}</th>' for column in table.columns]
+    heads = [f'<th scope="col"{_class(column)}>{_breakable(column.title)}</th>' for column in table.columns]
     lines.append(f"<thead><tr>{''.join(heads)}</tr></thead><tbody>")
     tags = ['th scope="row"', *["td"] * (len(table.columns) - 1)]
     for index, row in enumerate(table.rows):
@@ -275,7 +277,13 @@ def _class(column: Column) -> str:
 def _html_cell(tag: str, cell: Cell, column: Column, label: str) -> str:
     order = "" if cell.sort is None else f' data-sort="{escape(cell.sort)}"'
     detail = f" <small>{escape(cell.detail)}</small>" if cell.detail else ""
-    return f"<{tag}{_class(column)}{order}{label}>{escape(cell.text)}{detail}</{tag[:2]}>"
+    return f"<{tag}{_class(column)}{order}{label}>{_breakable(cell.text)}{detail}</{tag[:2]}>"
+
+
+def _breakable(text: str) -> Markup:
+    """`text`, escaped; its words of more than 16 letters may go on in another line, where a cell may have lines."""
+    parted = _LONG_WORD.sub(lambda word: "\0".join(_PART_OF_WORD.findall(word[0])), text)
+    return Markup("<wbr>").join(parted.split("\0"))
 
 
 def to_markdown(table: Table) -> str:

@@ -66,6 +66,15 @@ def models_of(inputs: Inputs) -> list[str]:
     return sorted(names, key=method_key)
 
 
+def missing_from(inputs: Inputs) -> list[str]:
+    """What the run lacks of what is shown here: results.json, its table of layers, the maps of importance."""
+    return [
+        line
+        for line in inputs.missing
+        if "“layers”" in line or "maps/importance" in line or ("results.json" in line and "“" not in line)
+    ]
+
+
 def reductions_of(inputs: Inputs) -> list[str]:
     """Reductions of the layer table, the one the claims are decided on first."""
     main = main_reduction(inputs.results)

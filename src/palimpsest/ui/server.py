@@ -21,10 +21,17 @@ from palimpsest.ui.worker import Worker
 
 Ask = Callable[..., Iterator[asking.State]]  # as Worker.ask
 HOST = "127.0.0.1"  # and nothing else: the page runs models and shows files of this machine
+# Gradio's blue for the chosen tab and its grey at the ends of the slider are too light to be read on white; its fields
+# show the keyboard's focus by a shade alone.
 STYLE = """
 footer { display: none !important; }
 .gradio-container { max-width: 76rem !important; width: 100% !important; margin: auto !important; }
+.gradio-container { --ours: var(--primary-600); }
+.dark .gradio-container { --ours: var(--primary-400); }
 .gradio-container main { width: 100%; max-width: 100%; }
+.gradio-container button[role=tab].selected { color: var(--ours); }
+.gradio-container :is(.min_value, .max_value) { color: var(--body-text-color); }
+.gradio-container :focus-visible { outline: 2px solid var(--ours) !important; outline-offset: 2px; }
 """
 
 
@@ -50,7 +57,9 @@ def served(run: Path, port: int | None = None, ask: Ask | None = None) -> Iterat
         page = build(gradio, panel, inputs, ask or worker.ask)
         # Fonts of the system: the themes' own are loaded from a font service.
         fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
-        theme = gradio.themes.Base(**fonts, primary_hue="blue")
+        theme = gradio.themes.Base(**fonts, primary_hue="blue").set(
+            button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700"
+        )  # one shade darker than Gradio's, which is too light for the white on it
         try:
             page.launch(
                 **{"server_name": HOST, "server_port": port, "share": False, "inbrowser": False, "quiet": True},
@@ -138,7 +147,7 @@ def _ask_tab(gradio: Any, panel: asking.Panel, answer: Ask) -> None:
     )
     boxes: dict[asking.Key, Any] = {}
     for heading, how in (("From text", "text"), ("From speech", "speech")):
-        gradio.Markdown(f"### {heading}")
+        gradio.Markdown(f"## {heading}")
         inputs: tuple[asking.Input, ...] = ("text",) if how == "text" else ("speech", "cascade")
         with gradio.Row():
             for key in panel.keys(inputs):
@@ -190,7 +199,7 @@ def _importance_tab(gradio: Any, inputs: Inputs) -> None:
     models, reductions = explorer.models_of(inputs), explorer.reductions_of(inputs)
     names = explorer.matrices_of(inputs)
     tuned = [name for name in models if name != BASE]
-    missing = [line for line in inputs.missing if "layers" in line or "maps/" in line or "results.json" in line]
+    missing = explorer.missing_from(inputs)
     if missing or not models:
         gradio.Textbox(
             label="Missing from this run", interactive=False, elem_id="missing",
