@@ -1,13 +1,20 @@
-"""Typed answers of several systems to the same questions, over several tasks and all of them together.
+"""Typed answers of several systems against those of a tuned model, over several tasks and all of them together.
 
-    python scripts/typed_answers.py --out results/dose-restore/answers.json facts web_questions \\
-        base=t2t/base/facts,t2t/base/web tuned=t2t/full/facts,t2t/full/web short=,t2t/short/web
+    python scripts/typed_answers.py --out results/dose-restore/answers.json --cut facts web_questions \\
+        base=t2t/base/facts,t2t/base/web short=,t2t/short/web tuned=t2t/full/facts,t2t/full/web
 
 NAME=FOLDER,FOLDER … are folders of `palimpsest evaluate`, one per task, in the order of the tasks; empty where a system
-was not asked. OUT has, per task, the questions' ids and a 0 or 1 per system and question. The table that is printed is
-made from OUT alone: of every two systems the accuracies, their difference on the same questions (paired bootstrap,
-10,000 draws) and McNemar's exact test, Holm over the rows of a pair. `palimpsest compare` says the same of one task;
-what it does not do is add tasks up, and set side by side questions that were put differently.
+was not asked. The last system is the tuned one. OUT has, per task, the questions' ids and of each system a 0 or 1 per
+question, the median number of words of an answer and how many answers were cut at the limit of new tokens. The table
+that is printed is made from OUT alone: every system against the tuned one, their accuracies, the difference on the same
+questions (paired bootstrap, 10,000 draws) and McNemar's exact test, Holm over the rows of a pair.
+
+A longer answer has more chances to hold the right words. With --cut each system also stands there as `NAME, cut`: each
+answer cut to as many words as the tuned model has for that question. That is harder on it than fair, since the tuned
+model ended where it wanted to.
+
+`palimpsest compare` says the same of one task; what it does not do is add tasks up, cut answers, and set side by side
+questions that were put differently.
 """
 
 from __future__ import annotations
@@ -15,13 +22,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
 
-from palimpsest.evaluation.scoring import PRIMARY
+from palimpsest.evaluation.scoring import PRIMARY, score
 from palimpsest.files import UserError, read_json, read_jsonl, write_json
 from palimpsest.intervals import holm, mcnemar_exact, paired_bootstrap, wilson
 
@@ -31,60 +38,87 @@ ALL = "all together"
 def main() -> None:
     arguments = parse_arguments()
     try:
-        write_json(arguments.out, read_answers(arguments.what))
+        write_json(arguments.out, read_answers(arguments.what, cut=arguments.cut))
         print("\n".join(table(read_json(arguments.out))))
     except UserError as error:
         sys.exit(str(error))
 
 
-def read_answers(what: Sequence[str]) -> dict[str, Any]:
-    """{task: {"ids": …, system: "0110…"}} of tasks and NAME=FOLDER,… as they are given."""
+def read_answers(what: Sequence[str], *, cut: bool = False) -> dict[str, Any]:
+    """{"systems": […], "tasks": {task: {"ids": […], system: {"right": "0110…", "words": 8, "cut": 3}}}}."""
     tasks = [name for name in what if "=" not in name]
-    found: dict[str, Any] = {task: {} for task in tasks}
-    for system, _, folders in (name.partition("=") for name in what if "=" in name):
+    given = [name.partition("=")[::2] for name in what if "=" in name]
+    rows: dict[str, dict[str, list[dict[str, Any]]]] = {task: {} for task in tasks}
+    for system, folders in given:
         if len(parts := folders.split(",")) != len(tasks):
             raise UserError(f"{system} has {len(parts)} folders and there are {len(tasks)} tasks; give one for each.")
         for task, folder in zip(tasks, parts, strict=True):
-            if not folder:
-                continue
-            rows = list(read_jsonl(Path(folder) / "samples-text.jsonl"))
-            ids = [row["id"] for row in rows]
-            if found[task].setdefault("ids", ids) != ids:
-                raise UserError(f"{folder} has other questions than the first system's folder of {task}.")
-            found[task][system] = "".join(str(int(row["verdicts"][PRIMARY])) for row in rows)
-    return found
+            if folder:
+                rows[task][system] = read_jsonl(Path(folder) / "samples-text.jsonl")
+                if _ids(rows[task][system]) != _ids(next(iter(rows[task].values()))):
+                    raise UserError(f"{folder} has other questions than the first system's folder of {task}.")
+    systems = [system for system, _ in given]
+    tuned = systems[-1]
+    found: dict[str, Any] = {}
+    for task, of in rows.items():
+        if tuned not in of:
+            raise UserError(f"{tuned}, the last system, was not asked {task}; give its folder.")
+        found[task] = {"ids": _ids(of[tuned]), **{system: _answers(of[system]) for system in of}}
+        lengths = [len(row["response"].split()) for row in of[tuned]]
+        for system in (name for name in of if cut and name != tuned):
+            shorter = [
+                {**row, "response": response, "verdicts": score(response, row["answers"], row["question"])}
+                for row, length in zip(of[system], lengths, strict=True)
+                for response in [" ".join(row["response"].split()[:length])]
+            ]
+            found[task][f"{system}, cut"] = _answers(shorter)
+    others = [name for system in systems[:-1] for name in (system, *([f"{system}, cut"] if cut else []))]
+    return {"systems": [*others, tuned], "tasks": found}
 
 
-def table(answers: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Lines of Markdown: a row per pair of systems and task that both were asked, and one for all of these together."""
-    by_most = sorted(answers.values(), key=len, reverse=True)  # their order is that of the task that most were asked
-    systems = list(dict.fromkeys(name for task in by_most for name in task if name != "ids"))
+def _ids(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [row["id"] for row in rows]
+
+
+def _answers(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        "right": "".join(str(int(row["verdicts"][PRIMARY])) for row in rows),
+        "words": median(len(row["response"].split()) for row in rows),
+        "cut": sum(row["cut"] for row in rows),
+    }
+
+
+def table(answers: Mapping[str, Any]) -> list[str]:
+    """Lines of Markdown: a row per system and task beside the tuned model, and one for all its tasks together."""
+    *others, tuned = answers["systems"]
     lines = [
-        "| A | B | Questions | n | A, % | B, % | B − A, points | p, Holm |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        f"| A | Questions | n | Words of A, {tuned} | A, % | {tuned}, % | {tuned} − A, points | p, Holm |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for first, second in combinations(systems, 2):
-        rows = list(_rows(answers, first, second))
-        for (task, a, b, _), adjusted in zip(rows, holm([row[3] for row in rows]), strict=True):
+    for other in others:
+        rows = list(_rows(answers["tasks"], other, tuned))
+        for (task, length, a, b, _), adjusted in zip(rows, holm([row[-1] for row in rows]), strict=True):
             low, high = paired_bootstrap(a, b, seed=0)
             difference = f"{100 * (b.mean() - a.mean()):+.1f} \\[{100 * low:+.1f} to {100 * high:+.1f}\\]"
             shown = "\\< 0.001" if adjusted < 0.001 else f"{adjusted:.3f}"
             n = f"{len(a):,}".replace(",", "\u202f")
-            cells = [first, second, task, n, _percent(a), _percent(b), difference.replace("-", "−"), shown]
+            cells = [other, task, n, length, _percent(a), _percent(b), difference.replace("-", "−"), shown]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _rows(answers: Mapping[str, Mapping[str, Any]], first: str, second: str) -> Iterator[tuple[str, Any, Any, float]]:
-    asked = {
-        task: [np.array([int(c) for c in of[name]], dtype=float) for name in (first, second)]
-        for task, of in answers.items()
-        if first in of and second in of
-    }
+def _rows(tasks: Mapping[str, Mapping[str, Any]], other: str, tuned: str) -> Iterator[tuple[str, str, Any, Any, float]]:
+    """(task, median words of both, right answers of both as 0 and 1, McNemar's p)."""
+    asked = {}
+    for task, of in tasks.items():
+        if other in of:
+            sides = [np.array([int(bit) for bit in of[name]["right"]], dtype=float) for name in (other, tuned)]
+            asked[task] = ", ".join(f"{of[name]['words']:g}" for name in (other, tuned)), *sides
     if len(asked) > 1:
-        asked[ALL] = [np.concatenate(sides) for sides in zip(*asked.values(), strict=True)]
-    for task, (a, b) in asked.items():
-        yield task, a, b, mcnemar_exact(int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum()))
+        _, first, second = zip(*asked.values(), strict=True)
+        asked[ALL] = "", np.concatenate(first), np.concatenate(second)
+    for task, (length, a, b) in asked.items():
+        yield task, length, a, b, mcnemar_exact(int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum()))
 
 
 def _percent(values: Any) -> str:
@@ -94,8 +128,9 @@ def _percent(values: Any) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", help="tasks, then NAME=FOLDER,FOLDER …")
+    parser.add_argument("what", nargs="+", help="tasks, then NAME=FOLDER,FOLDER …, the tuned model last")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of right and wrong answers")
+    parser.add_argument("--cut", action="store_true", help="also answers cut to the tuned model's words")
     return parser.parse_args()
 
 

@@ -26,33 +26,55 @@ def script() -> ModuleType:
     return module
 
 
-def folder(path: Path, verdicts: str, first: int = 0) -> Path:
+def folder(path: Path, responses: str, first: int = 0) -> Path:
+    """Answers to so many questions: 1 the right word, 0 a wrong one, L the right one behind four others."""
     path.mkdir(parents=True)
-    rows = [{"id": f"q{first + i}", "verdicts": {PRIMARY: bit == "1"}} for i, bit in enumerate(verdicts)]
+    said = {"1": "Paris.", "0": "London.", "L": "It is, I think, Paris."}
+    rows = [
+        {
+            "id": f"q{first + i}", "question": "where?", "answers": ["Paris"], "response": said[letter],
+            "verdicts": {PRIMARY: letter != "0"}, "cut": letter == "L",
+        }
+        for i, letter in enumerate(responses)
+    ]  # fmt: skip
     (path / "samples-text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def rows_of(table: list[str]) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table[2:]]
 
 
 def test_a_pair_by_hand(script: ModuleType, tmp_path: Path) -> None:
     """Ten questions, eight right against three, none gained: p is 2 / 2⁵ = 0.0625. Of the second both are alike."""
     base, tuned = folder(tmp_path / "a", "1111111100"), folder(tmp_path / "b", "1110000000")
     same = folder(tmp_path / "c", "10")
-    answers = script.read_answers(["one", "two", f"base={base},{same}", f"full={tuned},{same}", f"short=,{same}"])
-    assert answers["one"] == {"ids": [f"q{i}" for i in range(10)], "base": "1111111100", "full": "1110000000"}
-    rows = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in script.table(answers)[2:]]
-    assert [row[:4] for row in rows] == [
-        ["base", "full", "one", "10"],
-        ["base", "full", "two", "2"],
-        ["base", "full", "all together", "12"],
-        ["base", "short", "two", "2"],
-        ["full", "short", "two", "2"],
-    ]
-    assert rows[0][4].startswith("80.0 ")
-    assert rows[0][5].startswith("30.0 ")
-    assert rows[0][6].startswith("−50.0 ")
-    assert [row[7] for row in rows] == ["0.188", "1.000", "0.188", "1.000", "1.000"]  # Holm: three of 0.0625, 1, 0.0625
-    assert rows[2][4].startswith("75.0 ")
-    assert rows[2][6].startswith("−41.7 ")
+    answers = script.read_answers(["one", "two", f"base={base},{same}", f"short=,{same}", f"full={tuned},{same}"])
+    assert answers["tasks"]["one"] == {
+        "ids": [f"q{i}" for i in range(10)],
+        "base": {"right": "1111111100", "words": 1, "cut": 0},
+        "full": {"right": "1110000000", "words": 1, "cut": 0},
+    }
+    rows = rows_of(script.table(answers))
+    assert [row[:3] for row in rows] == [
+        ["base", "one", "10"], ["base", "two", "2"], ["base", "all together", "12"], ["short", "two", "2"],
+    ]  # fmt: skip
+    assert [row[4].split()[0] for row in rows] == ["80.0", "50.0", "75.0", "50.0"]
+    assert [row[5].split()[0] for row in rows] == ["30.0", "50.0", "33.3", "50.0"]
+    assert [row[6].split()[0] for row in rows] == ["−50.0", "+0.0", "−41.7", "+0.0"]
+    assert [row[7] for row in rows] == ["0.188", "1.000", "0.188", "1.000"]  # Holm: three of 0.0625, 1, 0.0625
+
+
+def test_cut_to_the_words_of_the_tuned_model(script: ModuleType, tmp_path: Path) -> None:
+    """Two of the base's answers come to the point in their fifth word; the tuned model's have one word, and five."""
+    base, tuned = folder(tmp_path / "a", "L1L"), folder(tmp_path / "b", "11L")
+    answers = script.read_answers(["one", f"base={base}", f"full={tuned}"], cut=True)
+    assert answers["systems"] == ["base", "base, cut", "full"]
+    assert answers["tasks"]["one"]["base"] == {"right": "111", "words": 5, "cut": 2}
+    assert answers["tasks"]["one"]["base, cut"] == {"right": "011", "words": 1, "cut": 2}
+    assert [row[:4] for row in rows_of(script.table(answers))] == [
+        ["base", "one", "3", "5, 1"], ["base, cut", "one", "3", "1, 1"],
+    ]  # fmt: skip
 
 
 def test_other_questions_and_too_few_folders_are_a_sentence(script: ModuleType, tmp_path: Path) -> None:
@@ -61,6 +83,8 @@ def test_other_questions_and_too_few_folders_are_a_sentence(script: ModuleType, 
         script.read_answers(["one", f"base={first}", f"full={other}"])
     with pytest.raises(UserError, match="full has 1 folders and there are 2 tasks; give one for each"):
         script.read_answers(["one", "two", f"base={first},{first}", f"full={first}"])
+    with pytest.raises(UserError, match="full, the last system, was not asked one"):
+        script.read_answers(["one", f"base={first}", "full="])
 
 
 @pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.parent.name)
