@@ -48,6 +48,8 @@ def read_answers(what: Sequence[str], *, cut: bool = False) -> dict[str, Any]:
     """{"systems": […], "tasks": {task: {"ids": […], system: {"right": "0110…", "words": 8, "cut": 3}}}}."""
     tasks = [name for name in what if "=" not in name]
     given = [name.partition("=")[::2] for name in what if "=" in name]
+    if not tasks or len(given) < 2:
+        raise UserError("Nothing to set side by side: give a task, and NAME=FOLDER of two systems or more.")
     rows: dict[str, dict[str, list[dict[str, Any]]]] = {task: {} for task in tasks}
     for system, folders in given:
         if len(parts := folders.split(",")) != len(tasks):

@@ -83,6 +83,9 @@ def test_other_questions_and_too_few_folders_are_a_sentence(script: ModuleType, 
         script.read_answers(["one", f"base={first}", f"full={other}"])
     with pytest.raises(UserError, match="full has 1 folders and there are 2 tasks; give one for each"):
         script.read_answers(["one", "two", f"base={first},{first}", f"full={first}"])
+    for alone in (["one"], ["one", f"full={first}"], [f"base={first}", f"full={first}"]):
+        with pytest.raises(UserError, match="Nothing to set side by side"):
+            script.read_answers(alone)
     with pytest.raises(UserError, match="full, the last system, was not asked one"):
         script.read_answers(["one", f"base={first}", "full="])
 

@@ -139,7 +139,8 @@ def require_one_process(command: str) -> None:
         raise SystemExit(2)
     raise UserError(
         f"{command} works in one process and {started} were started; give the command without torchrun or accelerate "
-        "launch (study and diagnose are what several processes share)."
+        "launch (study and diagnose are what several processes share). Where they were not used, RANK and WORLD_SIZE "
+        "are set in the environment; unset them."
     )
 
 
