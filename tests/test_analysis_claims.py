@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -436,3 +437,10 @@ def test_a_curve_over_ranks_is_no_series_of_ranks() -> None:
     curve = {f"lora-{rank}": Method("lora", rank=rank, curve="lora") for rank in (4, 8, 16)}
     single = {"lora_a": Method("lora", rank=8), "lora_b": Method("lora", rank=16)}
     assert rank_series(curve | single) == {**dict.fromkeys(curve), "lora_a": 8, "lora_b": 16}
+    in_full = {name: replace(method, in_full=True) for name, method in curve.items()}
+    assert rank_series(in_full | {"lora_24": Method("lora", rank=24)}) == {
+        "lora-4": 4,
+        "lora-8": 8,
+        "lora-16": 16,
+        "lora_24": 24,
+    }

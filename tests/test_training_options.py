@@ -314,7 +314,9 @@ def test_an_interrupted_training_of_another_recipe_is_refused(
         run(other, tmp_path, replace(first, **settings), changed)
     assert sorted(tmp_path.rglob("*")) == files
     steps: list[int] = []
-    renamed = replace(Method("full", learning_rate=1e-3, rank=2), curve="full", answers="gold")  # the same weights
+    renamed = replace(
+        Method("full", learning_rate=1e-3, rank=2), curve="full", in_full=True, answers="gold"
+    )  # the same weights
     run(setup, tmp_path, first, renamed, progress=lambda done, _: steps.append(done))
     assert steps == [3, 4, 5, 6]
 

@@ -412,7 +412,7 @@ class StudyConfig(BaseModel):
         """
         if run != BASE and what in OF_WEIGHTS and (self.gated(run) or self.runs[run].kind == "inserted"):
             return False
-        if run != BASE and self.runs[run].curve is not None and what not in self.frontier.measure:
+        if run != BASE and self.runs[run].is_point and what not in self.frontier.measure:
             return False
         return self.number_of(run) == 0 or what in self.seeds_measure
 

@@ -55,7 +55,7 @@ from palimpsest.intervals import (
 )
 from palimpsest.records import BASE, EqualHearingRecord, FrontierRecord
 from palimpsest.rundir import folder_of, losses_of
-from palimpsest.training.methods import Method
+from palimpsest.training.methods import OF_FRONTIER, Method
 
 Array = NDArray[np.float64]
 DRAWS = 10_000  # of the bootstrap: the smallest p is 2 / DRAWS, so that Holm over 200 pairs can still be below 0.05
@@ -110,7 +110,7 @@ def places_of(methods: Mapping[str, Method]) -> dict[str, Place]:
     for name, method in methods.items():
         curves.setdefault(method.curve or name, []).append(name)
     for curve, names in curves.items():
-        options = {name: dict(_flat({**asdict(methods[name]), "curve": None})) for name in names}
+        options = {name: dict(_flat({**asdict(methods[name]), **dict.fromkeys(OF_FRONTIER)})) for name in names}
         keys = dict.fromkeys(key for of in options.values() for key in of)
         varied = next((key for key in keys if len({repr(of.get(key)) for of in options.values()}) > 1), None)
         values = {name: None if varied is None else _plain(options[name].get(varied)) for name in names}

@@ -143,7 +143,12 @@ def tuned_are_scored(config: Any) -> bool:
         return True
     scored = [it for it in methods.values() if at(it, "kind") != "inserted" and at(it, "gate") in (None, "none")]
     of_points = "importance" in (at(config, "frontier", "measure") or ())
-    return any(at(method, "curve") is None or of_points for method in scored)
+    return any(of_points or not is_point(method) for method in scored)
+
+
+def is_point(method: Any) -> bool:
+    """Of a method in a recipe: whether it is a point of a curve and no more."""
+    return at(method, "curve") is not None and at(method, "in_full") is not True
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from palimpsest.report.inputs import (
     Inputs,
     at,
     having,
+    is_point,
     listed,
     main_metric,
     main_reduction,
@@ -460,7 +461,7 @@ def _kl(drift: Drift) -> str:
 
 
 def _is_point(inputs: Inputs, method: str) -> bool:
-    return at(inputs.config, "methods", method, "curve") is not None
+    return is_point(at(inputs.config, "methods", method))
 
 
 def _relation(paired: ComparisonRecord | None) -> str:

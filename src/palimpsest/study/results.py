@@ -52,7 +52,7 @@ def collect(run: RunDir, config: StudyConfig, steps: Collection[str], seed: int)
     names = [BASE, *config.runs]
     first_runs = [BASE, *config.methods]
     same = same_as_text(config)
-    points = {name for name, method in config.methods.items() if method.curve is not None}
+    points = {name for name, method in config.methods.items() if method.is_point}
     tables: dict[str, Any] = {"schema": SCHEMA} | {table: [] for table in RESULT_TABLES}
     for name in names:
         folder = run.path / folder_of(name)
@@ -202,9 +202,9 @@ def rank_series(methods: Mapping[str, Method]) -> dict[str, int | None]:
     """
     series: dict[str, dict[int, str]] = {}
     for name, method in methods.items():
-        if method.kind == "lora" and method.curve is None:  # points of curves are compared with the base alone
+        if method.kind == "lora" and not method.is_point:  # points of curves are compared with the base alone
             alpha = 2.0 if method.alpha is None else method.alpha / method.rank
-            alike = hash_value({**asdict(method), "rank": None, "alpha": alpha})
+            alike = hash_value({**asdict(method), "rank": None, "alpha": alpha, "curve": None, "in_full": None})
             series.setdefault(alike, {}).setdefault(method.rank, name)
     longest = max(series.values(), key=lambda of: (len(of), "lora" in of.values()), default={})
     return {**dict.fromkeys(methods), **{name: rank for rank, name in longest.items()}}

@@ -40,6 +40,7 @@ from palimpsest.rundir import (
     tokens_folder,
 )
 from palimpsest.study.workspace import Workspace
+from palimpsest.training.methods import OF_FRONTIER
 
 
 def check(ws: Workspace) -> None:
@@ -294,7 +295,7 @@ def train(ws: Workspace, model: str) -> None:
         "speech": {**asdict(ws.config.speech), "feature_cache": None, "features": ws.frames.path, **unread},
         "prompt": ws.prompt_inputs,
         # Which answers it learns stands below: data.answers has a say in it.
-        "method": {key: value for key, value in asdict(method).items() if key not in ("curve", "answers")},
+        "method": {key: value for key, value in asdict(method).items() if key not in (*OF_FRONTIER, "answers")},
         "training": {**asdict(ws.config.training), "compute": ws.compute.dtype},
         "seeds": [ws.seed("adaptor", model), ws.seed("train", model)],
         **ws.adaptor_inputs,

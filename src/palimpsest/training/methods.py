@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 MethodKind = Literal["adaptor", "full", "layer_lr", "lora", "peft", "inserted", "given", "blend"]
 WITHOUT_TRAINING = ("given", "blend")
+OF_FRONTIER = ("curve", "in_full")  # where a method stands and how much is measured of it; no weight depends on them
 USED_BY: dict[str, tuple[MethodKind, ...]] = {
     "lambda_": ("layer_lr",),
     "targets": ("lora", "peft"),
@@ -87,6 +88,7 @@ class Method:
     layers: tuple[int, ...] | None = None  # blend: the layers it is scaled in, all else as in the method; None: all
     norm_of: str | None = None  # blend: instead of a scale, the method to whose norm the update is brought
     curve: str | None = None  # of which curve of the frontier this is a point; `over` writes it
+    in_full: bool = False  # true: although it is on a curve, measured and compared as methods on none are
 
     def __post_init__(self) -> None:
         self._require_own_keys()
@@ -113,14 +115,21 @@ class Method:
             raise ValueError("k is how many speech tokens there are, and speech frames reads none; remove one")
         if self.modality == "text" and self.kind == "adaptor":
             raise ValueError("kind adaptor with modality text would train nothing; use speech, or another kind")
+        if self.in_full and self.curve is None:
+            raise ValueError("in_full is for a method on a curve (over, curve); others are measured in full; remove it")
         self._require_sense()
+
+    @property
+    def is_point(self) -> bool:
+        """A point of a curve and no more: of it only what `frontier.measure` names, compared with the base alone."""
+        return self.curve is not None and not self.in_full
 
     def _require_own_keys(self) -> None:
         """A key that the kind does not use is a mistake where it would be thought to do something."""
         if self.kind in WITHOUT_TRAINING:
             own = {
-                "given": ("kind", "checkpoint", "modality", "curve"),
-                "blend": ("kind", "of", "scale", "layers", "norm_of", "curve"),
+                "given": ("kind", "checkpoint", "modality", *OF_FRONTIER),
+                "blend": ("kind", "of", "scale", "layers", "norm_of", *OF_FRONTIER),
             }[self.kind]
             unused = [it.name for it in fields(self) if it.name not in own and getattr(self, it.name) != it.default]
             if unused:

@@ -51,7 +51,8 @@ def describe_run(
     """Everything the weights depend on besides the model they start from, as JSON."""
     described = {
         # Which curve it is a point of changes no weight, and what it learns to say stands in the examples.
-        "method": {**asdict(method), "curve": None, "answers": None},
+        "method": {key: value for key, value in asdict(method).items() if key != "in_full"}
+        | {"curve": None, "answers": None},
         "settings": asdict(settings),
         "scales": None if scales is None else {str(layer): scale for layer, scale in scales.items()},
         "n_examples": len(examples),
