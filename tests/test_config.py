@@ -337,3 +337,14 @@ def test_the_recipe_of_the_dose_study_is_one_and_its_curves_are_those_of_its_pla
     curves = {str(method.curve) for method in config.methods.values()}
     assert curves == {"full", "layer_lr", "lora", "full_text", "full_own", "lora_own"}
     assert len(config.methods) == 3 * 4 + 2 * 2  # rates; two where the answers are the base's own
+
+
+def test_the_frontier_of_the_dose_study_has_the_methods_of_its_plan() -> None:
+    config = load_config(Path(__file__).parent.parent / "results" / "dose-frontier" / "recipe.yaml")
+    points: dict[str, int] = {}
+    for name, method in config.methods.items():
+        points[method.curve or name] = points.get(method.curve or name, 0) + 1
+    curves = {"full": 3, "layer_lr": 2, "layer_lr_mean": 2, "lora": 2, "blend": 3}
+    assert points == curves | dict.fromkeys(("lora_r24", "replay", "pull", "slow"), 1)
+    in_full = {name for name, method in config.methods.items() if not method.is_point}
+    assert in_full == {"full", "layer_lr", "lora", "lora_r24"}
