@@ -344,7 +344,7 @@ def test_the_frontier_of_the_dose_study_has_the_methods_of_its_plan() -> None:
     points: dict[str, int] = {}
     for name, method in config.methods.items():
         points[method.curve or name] = points.get(method.curve or name, 0) + 1
-    curves = {"full": 3, "layer_lr": 2, "layer_lr_mean": 2, "lora": 2, "blend": 3}
+    curves = {"full": 4, "layer_lr": 2, "layer_lr_mean": 2, "lora": 2, "blend": 3}
     assert points == curves | dict.fromkeys(("lora_r24", "replay", "pull", "slow"), 1)
     in_full = {name for name, method in config.methods.items() if not method.is_point}
     assert in_full == {"full", "layer_lr", "lora", "lora_r24"}

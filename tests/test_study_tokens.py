@@ -439,6 +439,7 @@ def test_the_recipe_runs_on_tiny_models_to_its_report(inputs: Path, tmp_path: Pa
     written["models"] |= {**{key: str(inputs / name) for key, name in tiny.items()}, "asr": None}
     written["models"]["compute"] = "float32"
     written["speech"]["adaptor_hidden_size"], written["speech"]["tokens"]["k"] = 24, 8
+    written["methods"]["rows_250"]["k"], written["methods"]["rows_4000"]["k"] = 4, 12
     written["data"]["train"]["limit"], written["data"]["heldout"]["limit"] = 12, 6
     questions, llama = written["evaluation"]["tasks"]
     questions["limit"] = 4
@@ -452,17 +453,17 @@ def test_the_recipe_runs_on_tiny_models_to_its_report(inputs: Path, tmp_path: Pa
     assert {row["method"] for row in results["qa"]} == {"base", *methods}
     pairs = {(row["method"], row["reference"]) for row in results["speech_inputs"]}
     assert pairs == {
-        ("rows", "adaptor"), ("quantised", "adaptor"), ("full_tokens", "full"), ("layer_lr_tokens", "layer_lr"),
-        ("lora_tokens", "lora"),
+        ("rows", "adaptor"), ("rows_250", "adaptor"), ("rows_4000", "adaptor"), ("quantised", "adaptor"),
+        ("full_tokens", "full"), ("layer_lr_tokens", "layer_lr"), ("lora_tokens", "lora"),
     }  # fmt: skip
     for row in results["speech_inputs"]:
         assert row["difference"] == pytest.approx(row["value"] - row["value_reference"])
     apart = {row["model"] for row in results["importance_parts"]}
-    assert apart == {"rows", "full_tokens", "layer_lr_tokens", "lora_tokens"}
+    assert apart == {"rows", "rows_250", "rows_4000", "full_tokens", "layer_lr_tokens", "lora_tokens"}
     # The controls leave the language model alone: text is the base's.
     right = {(row["method"], row["task"]): row["correct"] for row in results["qa"] if row["modality"] == "text"}
     for task in ("facts", "llama_questions"):
-        assert {right[name, task] for name in ("base", "adaptor", "rows", "quantised")} == {right["base", task]}
+        assert {right[name, task] for name in ("base", "adaptor", "rows", "rows_250", "rows_4000", "quantised")} == {right["base", task]}
     report = (tmp_path / "report.html").read_text()
     assert "Speech as tokens against speech as encoder frames" in report
     assert "Missing from this run" not in report
