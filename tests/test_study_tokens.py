@@ -463,7 +463,9 @@ def test_the_recipe_runs_on_tiny_models_to_its_report(inputs: Path, tmp_path: Pa
     # The controls leave the language model alone: text is the base's.
     right = {(row["method"], row["task"]): row["correct"] for row in results["qa"] if row["modality"] == "text"}
     for task in ("facts", "llama_questions"):
-        assert {right[name, task] for name in ("base", "adaptor", "rows", "rows_250", "rows_4000", "quantised")} == {right["base", task]}
+        assert {right[name, task] for name in ("base", "adaptor", "rows", "rows_250", "rows_4000", "quantised")} == {
+            right["base", task]
+        }
     report = (tmp_path / "report.html").read_text()
     assert "Speech as tokens against speech as encoder frames" in report
     assert "Missing from this run" not in report

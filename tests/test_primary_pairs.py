@@ -1,0 +1,87 @@
+"""Pairs that a plan named: Holm over them alone, a turned pair, drift read by its logarithm; and their page."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from palimpsest.files import UserError, read_json
+
+ROOT = Path(__file__).parent.parent
+PUBLISHED = sorted((ROOT / "results").glob("*/pairs.json"))
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("primary_pairs", ROOT / "scripts" / "primary_pairs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["primary_pairs"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def pair(a: str, b: str, difference: float | None, low: float, high: float, p: float, text: str = "drift") -> Any:
+    return {
+        "text_measure": text, "hearing_measure": "speech_loss", "position": "best", "method_a": a, "method_b": b,
+        "hearing": 1.5, "text_a": 0.2, "text_b": None if difference is None else 0.2 + difference,
+        "difference": difference, "ci_low": low, "ci_high": high, "p_value": None if difference is None else p,
+    }  # fmt: skip
+
+
+def point(curve: str, varied: float | None, hearing: float, text: float) -> Any:
+    of = {"curve": curve, "point": varied, "text_measure": "drift", "hearing_measure": "speech_loss"}
+    return {**of, "hearing": hearing, "text": text}
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_holm_is_over_the_named_pairs_and_a_pair_may_be_turned(script: ModuleType) -> None:
+    """p 0.01, 0.03 and one without hearing in common: 0.01·3, 0.03·2 and 1. The fourth row is not asked."""
+    found = {
+        "equal_hearing": [
+            pair("lora", "full", 0.1, 0.05, 0.15, 0.01, "general_text"),
+            pair("full", "slow", -0.1, -0.15, -0.05, 0.03, "general_text"),
+            pair("full", "gate", None, 0, 0, 0, "general_text"),
+            pair("full", "other", 0.1, 0.05, 0.15, 1e-6, "general_text"),
+        ],
+        "frontier": [],
+    }
+    asked = {"text": ["general_text"], "pairs": [["full", "lora"], ["full", "slow"], ["full", "gate"]]}
+    lora, slow, gate = map(cells, script.table(found, asked)[2:])
+    assert lora[1:3] == ["Full-FT", "LoRA"]
+    assert lora[4:] == ["0.3", "0.2", "−0.1 \\[−0.15 to −0.05\\]", "0.010", "0.030", "better", "–"]
+    assert slow[7:10] == ["0.030", "0.060", "no difference shown"]
+    assert gate[8:10] == ["1.000", "not comparable"]
+    with pytest.raises(UserError, match="no comparison of full with pull in general_text"):
+        script.table(found, {"text": ["general_text"], "pairs": [["full", "pull"]]})
+
+
+@pytest.mark.parametrize(("chord_b", "verdict"), [(0.3, "worse"), (0.1, "no difference shown")])
+def test_drift_is_read_by_its_logarithm_too(script: ModuleType, chord_b: float, verdict: str) -> None:
+    """Half-way between 0.04 and 0.36 lies 0.2 on the line and √(0.04·0.36) = 0.12 by the logarithm."""
+    found = {
+        "equal_hearing": [pair("full", "slow", 0.1, 0.05, 0.15, 0.01)],
+        "frontier": [point("full", 2e-4, 1.0, 0.36), point("full", 1e-4, 2.0, 0.04), point("slow", None, 1.5, chord_b)],
+    }
+    row = cells(script.table(found, {"text": ["drift"], "pairs": [["full", "slow"]]})[2])
+    assert row[9] == verdict
+    assert float(row[10].replace("−", "-")) == pytest.approx(chord_b - math.sqrt(0.04 * 0.36), rel=1e-2)
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.parent.name)
+def test_a_results_page_has_the_table_of_its_pairs(script: ModuleType, file: Path) -> None:
+    page = ROOT / "docs" / f"results-{file.parent.name}.md"
+    if not (file.parent / "results.json").is_file():
+        pytest.skip("planned, not run yet")
+    table = script.table(read_json(file.parent / "results.json"), read_json(file))
+    assert "\n".join(table) in page.read_text(encoding="utf-8")
