@@ -8,23 +8,25 @@ FOLDER has results.json, and pairs.json with what the plan says:
 
 The rows are those of table `equal_hearing`, at the best speech loss that both reach, a pair being written as in
 pairs.json (difference: second minus first). p is that of the table; "p, Holm" is corrected over the named pairs of one
-text measure, of which one that has no hearing in common counts as 1. A pair differs if that p is below 0.05 and the
-interval excludes 0. Drift grows faster than in a straight line, which is how curves are read between their points; so
-of drift the sign must be the same where its logarithm is read along straight lines. The last column has the difference
-found so.
+text measure, of which one that has no hearing in common, or a curve that was not run, counts as 1. A pair differs if
+that p is below 0.05 and the interval excludes 0 and holds the difference itself, which it need not where a curve turns
+back: such a curve, whose speech loss at the greatest value is not below that at the next, is marked. Drift grows
+faster than in a straight line, which is how curves are read between their points; so of drift the sign must be the same
+where its logarithm is read along straight lines, and the last column has the difference found so. Margins within which
+a plan calls two curves equal are for the reader.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from palimpsest.comparison.frontier import DRIFT, SPEECH_LOSS, at_equal_hearing
-from palimpsest.files import UserError, read_json
+from palimpsest.files import read_json
 from palimpsest.intervals import holm
 from palimpsest.report.inputs import method_name
 
@@ -33,6 +35,7 @@ TITLES = (
     *("Text", "A", "B", "Speech loss", "Text of A", "Text of B", "B − A", "p", "p, Holm", "B is"),
     "B − A, by logarithm",
 )
+TURNED = " (turns back)"
 NAMES = {"drift": "Drift", "general_text": "General text"}
 
 
@@ -44,23 +47,25 @@ def main() -> None:
 
 
 def table(results: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
-    """Lines of a Markdown table. Raises UserError for a pair of which the study has no comparison."""
+    """Lines of a Markdown table."""
     lines = [f"| {' | '.join(TITLES)} |", f"| --- | --- | --- |{' ---: |' * 6} --- | ---: |"]
+    turned = {name for pair in plan["pairs"] for name in pair if _turns_back(results["frontier"], name)}
     for text in plan["text"]:
         rows = [_row(results["equal_hearing"], text, *pair) for pair in plan["pairs"]]
         corrected = holm([1.0 if row["p_value"] is None else row["p_value"] for row in rows])
         for row, p in zip(rows, corrected, strict=True):
             by_log = _by_logarithm(results["frontier"], row) if text == DRIFT else None
-            lines.append(f"| {' | '.join(_cells(row, float(p), by_log))} |")
+            lines.append(f"| {' | '.join(_cells(row, float(p), by_log, turned))} |")
     return lines
 
 
 def _row(records: Sequence[Mapping[str, Any]], text: str, a: str, b: str) -> dict[str, Any]:
+    """As the plan writes the pair; without values where there is none."""
     for row in records:
         at = (row["text_measure"], row["hearing_measure"], row["position"])
         if at == (text, SPEECH_LOSS, "best") and {row["method_a"], row["method_b"]} == {a, b}:
             return dict(row) if row["method_a"] == a else _turned(row)
-    raise UserError(f"There is no comparison of {a} with {b} in {text} at equal speech loss; see table equal_hearing.")
+    return {"text_measure": text, "method_a": a, "method_b": b, "difference": None, "p_value": None}
 
 
 def _turned(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,18 +82,26 @@ def _turned(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _points(frontier: Sequence[Mapping[str, Any]], curve: str, text: str) -> list[tuple[float, float]]:
+    """(speech loss, text) of the points of a curve, in the order of the value that is varied."""
+    of = (curve, text, SPEECH_LOSS)
+    rows = [row for row in frontier if (row["curve"], row["text_measure"], row["hearing_measure"]) == of]
+    rows = [row for row in rows if row["hearing"] is not None]
+    rows = sorted(rows, key=lambda row: row["point"]) if len(rows) > 1 else rows
+    return [(row["hearing"], row["text"]) for row in rows]
+
+
+def _turns_back(frontier: Sequence[Mapping[str, Any]], curve: str) -> bool:
+    losses = [loss for loss, _ in _points(frontier, curve, DRIFT)]
+    return len(losses) > 1 and losses[-1] >= losses[-2]
+
+
 def _by_logarithm(frontier: Sequence[Mapping[str, Any]], pair: Mapping[str, Any]) -> float | None:
     """B − A where the logarithm of drift is read along straight lines; None without hearing in common or with a 0."""
     curves = []
     for name in (pair["method_a"], pair["method_b"]):
-        rows = [
-            row
-            for row in frontier
-            if (row["curve"], row["text_measure"], row["hearing_measure"]) == (name, DRIFT, SPEECH_LOSS)
-        ]
-        rows = sorted(rows, key=lambda row: row["point"]) if len(rows) > 1 else rows
-        points = [(row["hearing"], row["text"]) for row in rows]
-        if any(text <= 0 for _, text in points):
+        points = _points(frontier, name, DRIFT)
+        if not points or any(text <= 0 for _, text in points):
             return None
         hearing, text = np.array(points).T
         curves.append((-hearing[None], -np.log(text)[None]))  # more is better in both
@@ -96,16 +109,18 @@ def _by_logarithm(frontier: Sequence[Mapping[str, Any]], pair: Mapping[str, Any]
     return None if np.isnan(a[0] + b[0]) else float(np.exp(-b[0]) - np.exp(-a[0]))
 
 
-def _cells(row: Mapping[str, Any], p: float, by_log: float | None) -> list[str]:
+def _cells(row: Mapping[str, Any], p: float, by_log: float | None, turned: Collection[str]) -> list[str]:
+    of = [row["method_a"], row["method_b"]]
     names = [NAMES.get(row["text_measure"], row["text_measure"])]
-    names += [method_name(row[key]).replace("_", r"\_") for key in ("method_a", "method_b")]
+    names += [method_name(name).replace("_", r"\_") + TURNED * (name in turned) for name in of]
     if row["difference"] is None:
         return [*names, "–", "–", "–", "–", "–", _p(p), "not comparable", "–"]
     values = [f"{row[key]:.3g}".replace("-", "−") for key in ("hearing", "text_a", "text_b")]
     bounds = f"{_signed(row['difference'])} \\[{_signed(row['ci_low'])} to {_signed(row['ci_high'])}\\]"
     differs = p < LEVEL and (row["ci_low"] > 0 or row["ci_high"] < 0)
-    if by_log is not None:
-        differs = differs and (by_log > 0) == (row["difference"] > 0)
+    differs = differs and row["ci_low"] <= row["difference"] <= row["ci_high"]
+    if row["text_measure"] == DRIFT:
+        differs = differs and by_log is not None and by_log * row["difference"] > 0
     verdict = "no difference shown" if not differs else "better" if row["difference"] < 0 else "worse"
     return [*names, *values, bounds, _p(row["p_value"]), _p(p), verdict, "–" if by_log is None else _signed(by_log)]
 

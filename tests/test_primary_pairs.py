@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from palimpsest.files import UserError, read_json
+from palimpsest.files import read_json
 
 ROOT = Path(__file__).parent.parent
+ASKED = {"text": ["drift"], "pairs": [["full", "slow"]]}
 PUBLISHED = sorted((ROOT / "results").glob("*/pairs.json"))
 
 
@@ -62,8 +63,10 @@ def test_holm_is_over_the_named_pairs_and_a_pair_may_be_turned(script: ModuleTyp
     assert lora[4:] == ["0.3", "0.2", "−0.1 \\[−0.15 to −0.05\\]", "0.010", "0.030", "better", "–"]
     assert slow[7:10] == ["0.030", "0.060", "no difference shown"]
     assert gate[8:10] == ["1.000", "not comparable"]
-    with pytest.raises(UserError, match="no comparison of full with pull in general_text"):
-        script.table(found, {"text": ["general_text"], "pairs": [["full", "pull"]]})
+    asked["pairs"][1] = ["full", "pull"]  # left out of the study: no value, and a test all the same
+    lora, pull, gate = map(cells, script.table(found, asked)[2:])
+    assert lora[8] == "0.030"
+    assert pull[3:] == ["–", "–", "–", "–", "–", "1.000", "not comparable", "–"]
 
 
 @pytest.mark.parametrize(("chord_b", "verdict"), [(0.3, "worse"), (0.1, "no difference shown")])
@@ -73,9 +76,35 @@ def test_drift_is_read_by_its_logarithm_too(script: ModuleType, chord_b: float, 
         "equal_hearing": [pair("full", "slow", 0.1, 0.05, 0.15, 0.01)],
         "frontier": [point("full", 2e-4, 1.0, 0.36), point("full", 1e-4, 2.0, 0.04), point("slow", None, 1.5, chord_b)],
     }
-    row = cells(script.table(found, {"text": ["drift"], "pairs": [["full", "slow"]]})[2])
+    row = cells(script.table(found, ASKED)[2])
     assert row[9] == verdict
     assert float(row[10].replace("−", "-")) == pytest.approx(chord_b - math.sqrt(0.04 * 0.36), rel=1e-2)
+
+
+def test_what_contradicts_a_difference_withholds_it(script: ModuleType) -> None:
+    """Shown as it stands; not with an estimate outside its interval, nor in drift where no logarithm can be taken."""
+    line = [point("full", 1e-4, 2.0, 0.1), point("full", 2e-4, 1.0, 0.3), point("slow", None, 1.5, 0.1)]
+
+    def verdict(row: Any, frontier: Any) -> str:
+        table = script.table({"equal_hearing": [row], "frontier": frontier}, ASKED)
+        return str(cells(table[2])[9])
+
+    less = pair("slow", "full", 0.1, 0.05, 0.15, 0.01)  # turned: the plan writes full first
+    assert verdict(less, line) == "better"
+    assert verdict(pair("slow", "full", 0.1, 0.2, 0.3, 0.01), line) == "no difference shown"
+    assert verdict(less, [*line[:2], point("slow", None, 1.5, 0.0)]) == "no difference shown"
+    assert verdict(less, [*line[:2], point("slow", None, 0.5, 0.1)]) == "no difference shown"
+    assert verdict(pair("full", "slow", -0.1, -0.15, -0.05, 0.06), line) == "no difference shown"
+
+
+def test_a_curve_that_turns_back_is_marked(script: ModuleType) -> None:
+    """Three points out of order, one without hearing: 2.0, 1.0 and 1.2 at rising rates."""
+    of = [point("full", 4e-4, 1.2, 0.4), point("full", 1e-4, 2.0, 0.1), point("full", 2e-4, 1.0, 0.3)]
+    none = {**point("full", 8e-4, 0.0, 0.0), "hearing": None}
+    found = {"equal_hearing": [pair("full", "slow", -0.1, -0.15, -0.05, 0.01)], "frontier": [*of, none]}
+    assert cells(script.table(found, ASKED)[2])[1:3] == ["Full-FT (turns back)", "slow"]
+    found["frontier"] = of[1:]
+    assert cells(script.table(found, ASKED)[2])[1] == "Full-FT"
 
 
 @pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.parent.name)
