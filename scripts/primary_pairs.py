@@ -19,6 +19,7 @@ a plan calls two curves equal are for the reader.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from palimpsest.comparison.frontier import DRIFT, SPEECH_LOSS, at_equal_hearing
-from palimpsest.files import read_json
+from palimpsest.files import UserError, read_json
 from palimpsest.intervals import holm
 from palimpsest.report.inputs import method_name
 
@@ -43,7 +44,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     folder = parser.parse_args().folder
-    print("\n".join(table(read_json(folder / "results.json"), read_json(folder / "pairs.json"))))
+    try:
+        print("\n".join(table(read_json(folder / "results.json"), read_json(folder / "pairs.json"))))
+    except UserError as error:
+        sys.exit(str(error))
 
 
 def table(results: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
