@@ -86,9 +86,9 @@ def _turned(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _points(frontier: Sequence[Mapping[str, Any]], curve: str, text: str) -> list[tuple[float, float]]:
-    """(speech loss, text) of the points of a curve, in the order of the value that is varied."""
-    of = (curve, text, SPEECH_LOSS)
+def _points(frontier: Sequence[Mapping[str, Any]], curve: str) -> list[tuple[float, float]]:
+    """(speech loss, drift) of the points of a curve, in the order of the value that is varied."""
+    of = (curve, DRIFT, SPEECH_LOSS)
     rows = [row for row in frontier if (row["curve"], row["text_measure"], row["hearing_measure"]) == of]
     rows = [row for row in rows if row["hearing"] is not None]
     rows = sorted(rows, key=lambda row: row["point"]) if len(rows) > 1 else rows
@@ -96,7 +96,7 @@ def _points(frontier: Sequence[Mapping[str, Any]], curve: str, text: str) -> lis
 
 
 def _turns_back(frontier: Sequence[Mapping[str, Any]], curve: str) -> bool:
-    losses = [loss for loss, _ in _points(frontier, curve, DRIFT)]
+    losses = [loss for loss, _ in _points(frontier, curve)]
     return len(losses) > 1 and losses[-1] >= losses[-2]
 
 
@@ -104,7 +104,7 @@ def _by_logarithm(frontier: Sequence[Mapping[str, Any]], pair: Mapping[str, Any]
     """B − A where the logarithm of drift is read along straight lines; None without hearing in common or with a 0."""
     curves = []
     for name in (pair["method_a"], pair["method_b"]):
-        points = _points(frontier, name, DRIFT)
+        points = _points(frontier, name)
         if not points or any(text <= 0 for _, text in points):
             return None
         hearing, text = np.array(points).T

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from dataclasses import dataclass, field, fields
 from functools import cache
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal
@@ -20,6 +19,7 @@ from browser import chromium
 from palimpsest.cli import COMMANDS, DATA_COMMANDS
 from palimpsest.config import StudyConfig
 from palimpsest.training.methods import Method
+from script_files import load_script
 
 ROOT = Path(__file__).parent.parent
 pytest.importorskip("mkdocs")
@@ -27,12 +27,7 @@ pytest.importorskip("mkdocs")
 
 @cache
 def site() -> ModuleType:
-    spec = spec_from_file_location("docs_site", ROOT / "scripts" / "docs_site.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("docs_site")
 
 
 @dataclass(frozen=True)

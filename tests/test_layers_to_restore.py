@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,18 +10,14 @@ import pytest
 import yaml
 
 from palimpsest.files import UserError
+from script_files import load_script
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "layers_to_restore.py"
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("layers_to_restore", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("layers_to_restore")
 
 
 def results() -> dict[str, list[dict[str, Any]]]:

@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from palimpsest.files import read_json, write_json
 from palimpsest.report.table import Column, Table, number, text
 from report_fixture import make_run
+from script_files import load_script
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "scripts" / "results_page.py"
 PAGES = sorted((ROOT / "docs").glob("results-*.md"))
 
 
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("results_page", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["results_page"] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-page = load()
+page = load_script("results_page")
 TABLE = Table(
     "fruit",
     "Fruit",

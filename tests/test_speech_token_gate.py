@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import soundfile
 import torch
 
 from palimpsest.models.speech_lm import SpeechAdaptor
+from script_files import load_script
 from tiny import save_tiny_models
 
 SCRIPT = Path(__file__).parent.parent / "scripts/speech_token_gate.py"
@@ -21,12 +21,7 @@ SCRIPT = Path(__file__).parent.parent / "scripts/speech_token_gate.py"
 
 @pytest.fixture(scope="module")
 def gate() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("speech_token_gate", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("speech_token_gate")
 
 
 @pytest.mark.parametrize(

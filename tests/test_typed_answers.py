@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +10,7 @@ import pytest
 
 from palimpsest.evaluation.scoring import PRIMARY
 from palimpsest.files import UserError, read_json
+from script_files import load_script
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = sorted((ROOT / "results").glob("*/answers.json"))
@@ -18,12 +18,7 @@ PUBLISHED = sorted((ROOT / "results").glob("*/answers.json"))
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("typed_answers", ROOT / "scripts" / "typed_answers.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("typed_answers")
 
 
 def folder(path: Path, responses: str, first: int = 0) -> Path:

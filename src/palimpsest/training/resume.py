@@ -50,7 +50,7 @@ def describe_run(
 ) -> dict[str, Any]:
     """Everything the weights depend on besides the model they start from, as JSON."""
     described = {
-        # Which curve it is a point of changes no weight, and what it learns to say stands in the examples.
+        # Its place on a frontier changes no weight, and what it learns to say stands in the examples.
         "method": {key: value for key, value in asdict(method).items() if key != "in_full"}
         | {"curve": None, "answers": None},
         "settings": asdict(settings),
