@@ -22,6 +22,7 @@ from scipy.special import expit
 from palimpsest.intervals import (
     clustered_difference,
     loss_difference,
+    loss_difference_over_runs,
     mcnemar_exact,
     mcnemar_power,
     paired_bootstrap,
@@ -120,6 +121,14 @@ def losses_cover(random: np.random.Generator, n: int) -> bool:
     return effect.low <= 0.05 <= effect.high
 
 
+def losses_over_runs_reject(random: np.random.Generator, runs: int, run_sd: float) -> bool:
+    """Equal methods: luck with a document, of deviation 1, in every run and once for all; of a run, in all."""
+    tokens = random.integers(20, 81, 100).astype(np.float64)
+    luck = random.standard_normal((2, 1, 100)) + random.standard_normal((2, runs, 100))
+    a, b = (luck + run_sd * random.standard_normal((2, runs, 1))) * tokens
+    return loss_difference_over_runs(a, b, tokens).p_value <= 0.05
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, default=1000)
@@ -142,6 +151,11 @@ def main() -> None:
         name = f"retention, n {n}, base {100 * mean_accuracy(base, 3.04):.0f} %, {k} seed(s)"
         rows += [(name, "holds the truth", partial(retention_covers, n=n, base=base, tuned=tuned, seeds=k))]
     rows += [(f"loss per token, {n} answers", "holds the truth", partial(losses_cover, n=n)) for n in (100, 500)]
+    rows += [
+        (f"loss over {k} runs, run sd {sd}", "called different", partial(losses_over_runs_reject, runs=k, run_sd=sd))
+        for k in (2, 3, 5)
+        for sd in (0.0, 0.3, 1.0, 3.0)
+    ]
     for name, what, once in rows:
         print(f"{name:<46} {what:<17} {share(draws, once):.3f}")
 

@@ -8,7 +8,9 @@ FOLDER has results.json, and pairs.json with what the plan says:
 
 The rows are those of table `equal_hearing`, at the best speech loss that both reach, a pair being written as in
 pairs.json (difference: second minus first). p is that of the table; "p, Holm" is corrected over the named pairs of one
-text measure, of which one that has no hearing in common, or a curve that was not run, counts as 1. A pair differs if
+text measure, of which one that has no hearing in common, or a curve that was not run, counts as 1. With
+"least_in_common": 0.97 so does a pair with a hearing in common in fewer of the bootstrap's draws, which the t test over
+several training runs passes over. A pair differs if
 that p is below 0.05 and the interval excludes 0 and holds the difference itself, which it need not where a curve turns
 back: such a curve, whose speech loss at the greatest value is not below that at the next, is marked. Drift grows
 faster than in a straight line, which is how curves are read between their points; so of drift the sign must be the same
@@ -56,7 +58,9 @@ def table(results: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
     turned = {name for pair in plan["pairs"] for name in pair if _turns_back(results["frontier"], name)}
     for text in plan["text"]:
         rows = [_row(results["equal_hearing"], text, *pair) for pair in plan["pairs"]]
-        corrected = holm([1.0 if row["p_value"] is None else row["p_value"] for row in rows])
+        least = plan.get("least_in_common", 0.0)
+        undecided = [row["p_value"] is None or row["overlap"] < least for row in rows]
+        corrected = holm([1.0 if of else row["p_value"] for of, row in zip(undecided, rows, strict=True)])
         for row, p in zip(rows, corrected, strict=True):
             by_log = _by_logarithm(results["frontier"], row) if text == DRIFT else None
             lines.append(f"| {' | '.join(_cells(row, float(p), by_log, turned))} |")

@@ -125,6 +125,12 @@ def large_results() -> dict[str, list[dict[str, Any]]]:
             for a, b in _PAIRS
             if (modality, a) != ("speech", "base")
         ]
+    results["seed_losses"] = [
+        _loss_pair(measure, a, b, float(0.2 * (_harm(harm, b) - _harm(harm, a))))
+        for measure in ("drift", "general_text", "speech_loss")
+        for a, b in _PAIRS
+        if (measure, a) != ("drift", "base")
+    ]
     results["seeds"] = [_seed(method, *of, _harm(harm, method)) for of in _measures() for method in METHODS]
     results["probe"] = [
         probe_row(model, kind, 74, 84, 3.0 - _harm(harm, model))
@@ -274,6 +280,16 @@ def _pair(task: str, modality: str, a: str, b: str, difference: float) -> dict[s
         "difference": difference, "ci_low": difference - 0.05, "ci_high": difference + 0.05, "test": "clustered_t",
         "p_value": 0.01, "p_holm": 0.02 if abs(difference) > 0.05 else 0.8, "detectable": 0.06,
         "verdict": "no difference shown", "family": "the base", "n_family": 20, "left_out": None,
+    }  # fmt: skip
+
+
+def _loss_pair(measure: str, a: str, b: str, difference: float) -> dict[str, Any]:
+    return {
+        "measure": measure, "method_a": a, "method_b": b, "n": 200, "seeds_a": 1 if a == "base" else N_RUNS,
+        "seeds_b": N_RUNS, "loss_a": 0.1, "loss_b": 0.1 + difference, "difference": difference,
+        "values": [difference] * N_RUNS, "ci_low": difference - 0.05, "ci_high": difference + 0.05, "p_value": 0.01,
+        "p_holm": 0.02 if abs(difference) > 0.05 else 0.8, "verdict": "no difference shown",
+        "family": f"{measure} over runs", "n_family": 20, "left_out": None,
     }  # fmt: skip
 
 

@@ -27,7 +27,8 @@ def pair(a: str, b: str, difference: float | None, low: float, high: float, p: f
     return {
         "text_measure": text, "hearing_measure": "speech_loss", "position": "best", "method_a": a, "method_b": b,
         "hearing": 1.5, "text_a": 0.2, "text_b": None if difference is None else 0.2 + difference,
-        "difference": difference, "ci_low": low, "ci_high": high, "p_value": None if difference is None else p,
+        "overlap": 0.9, "difference": difference, "ci_low": low, "ci_high": high,
+        "p_value": None if difference is None else p,
     }  # fmt: skip
 
 
@@ -61,6 +62,14 @@ def test_holm_is_over_the_named_pairs_and_a_pair_may_be_turned(script: ModuleTyp
     lora, pull, gate = map(cells, script.table(found, asked)[2:])
     assert lora[8] == "0.030"
     assert pull[3:] == ["–", "–", "–", "–", "–", "1.000", "not comparable", "–"]
+
+
+def test_too_few_draws_in_common_decide_nothing(script: ModuleType) -> None:
+    """The pair has a hearing in common in 90 % of the draws; its own p stays."""
+    found = {"equal_hearing": [pair("full", "slow", 0.1, 0.05, 0.15, 0.001, "general_text")], "frontier": []}
+    asked = {"text": ["general_text"], "pairs": [["full", "slow"]]}
+    said = {least: cells(script.table(found, {**asked, "least_in_common": least})[2])[7:10] for least in (0.9, 0.97)}
+    assert said == {0.9: ["0.001", "0.001", "worse"], 0.97: ["0.001", "1.000", "no difference shown"]}
 
 
 @pytest.mark.parametrize(("chord_b", "verdict"), [(0.3, "worse"), (0.1, "no difference shown")])

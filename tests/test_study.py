@@ -215,6 +215,7 @@ def test_every_table_is_there_for_every_model(finished: Path) -> None:
         "importance_parts",
         "seeds",
         "seed_comparisons",
+        "seed_losses",
         "pooled_comparisons",
     ]  # one run each
     models = {"base", *METHODS}

@@ -270,8 +270,50 @@ def loss_difference(a: ArrayLike, b: ArrayLike, tokens: ArrayLike, level: float 
         raise UserError("A paired comparison of losses needs the same two or more examples on both sides.")
     difference = second - first
     value = float(difference.sum() / counts.sum())
-    error = float(np.std(difference - value * counts, ddof=1) * math.sqrt(len(counts)) / counts.sum())
-    return _effect(value, error, len(counts) - 1, len(counts), level, power)
+    return _effect(value, _ratio_error(difference, counts), len(counts) - 1, len(counts), level, power)
+
+
+def _ratio_error(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> float:
+    """Standard error of Σ sums / Σ counts (Cochran 1977, section 6.3)."""
+    residuals = sums - sums.sum() / counts.sum() * counts
+    return float(np.std(residuals, ddof=1) * math.sqrt(len(counts)) / counts.sum())
+
+
+def loss_difference_over_runs(a: ArrayLike, b: ArrayLike, tokens: ArrayLike, level: float = 0.95) -> Effect:
+    """Loss of b minus that of a, nats per token, as means over training runs: over units and over runs.
+
+    a, b: (runs, units), each unit's summed loss in nats; tokens: (units,). With as many runs on both sides run i of a
+    is paired with run i of b, which saw the same examples in the same order. One side may be a single model, of shape
+    (1, units).
+    The interval is that of `over_runs`: arms of `loss_difference` for the mean over runs, and of a t test of the runs'
+    differences, with runs − 1 degrees of freedom, added in quadrature. p is the level at which it reaches 0. (One t
+    test with both variances and Satterthwaite's degrees of freedom calls equal methods different too often where few
+    runs happen to agree.)
+
+    Raises UserError for one run on both sides, or for other numbers of runs.
+    """
+    first, second, counts = (np.asarray(x, dtype=np.float64) for x in (a, b, tokens))
+    several = {len(first), len(second)} - {1}
+    if len(several) != 1:
+        raise UserError(
+            "Losses over training runs need two runs or more of one model, and as many or one of the other; these have "
+            f"{len(first)} and {len(second)}."
+        )
+    differences = second - first  # (runs, units): a single model stands beside every run
+    mean = differences.mean(axis=0)
+    of_runs = differences.sum(axis=1) / counts.sum()
+    value = float(mean.sum() / counts.sum())
+    errors = _ratio_error(mean, counts), float(np.std(of_runs, ddof=1)) / math.sqrt(len(of_runs))
+    if max(errors) <= 1e-12 * abs(value):
+        return _effect(value, 0.0, 1, len(counts), level, 0.8)
+
+    def reach(p_value: float) -> float:
+        over_units, over_runs = stats.t.isf(p_value / 2, [len(counts) - 1, len(of_runs) - 1]) * errors
+        return math.hypot(over_units, over_runs)
+
+    least = 1e-12
+    p = least if reach(least) < abs(value) else optimize.brentq(lambda p: reach(p) - abs(value), least, 1.0)
+    return Effect(value, value - reach(1 - level), value + reach(1 - level), float(p), None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -626,6 +626,29 @@ class SeedRecord(TypedDict):
     ci_over: str  # what the 95 % interval is over: "seeds, questions", "seeds, batches", "seeds"
 
 
+class SeedLossRecord(TypedDict):
+    """Two models, of training methods the means over their runs, in a loss on the same units; nats per token."""
+
+    measure: str  # drift | general_text | speech_loss
+    method_a: str
+    method_b: str
+    n: int  # texts, documents or held-out answers
+    seeds_a: int
+    seeds_b: int
+    loss_a: float  # drift: KL to the base; general_text: minus the base's
+    loss_b: float
+    difference: float  # b − a
+    values: list[float]  # of each run, in their order
+    ci_low: float  # 95 %, over units and runs
+    ci_high: float
+    p_value: float
+    p_holm: float
+    verdict: str  # better | worse | no difference shown, of b
+    family: NotRequired[str]
+    n_family: NotRequired[int]
+    left_out: NotRequired[str | None]
+
+
 class RetentionRecord(TypedDict):
     """Accuracy of a tuned model relative to its base, on written questions; None: not bounded by the data."""
 
@@ -738,6 +761,7 @@ class Results(TypedDict):
     training: list[TrainingRecord]
     seeds: list[SeedRecord]
     seed_comparisons: list[PairRecord]
+    seed_losses: list[SeedLossRecord]
     pooled_comparisons: list[PairRecord]  # over several tasks, whose names stand in `task`, parted by ", "
     claims: list[ClaimRecord]
     timings: list[TimingRecord]

@@ -6,7 +6,7 @@ import dataclasses
 from statistics import fmean
 from typing import Any, cast
 
-from palimpsest.records import Results, method_of
+from palimpsest.records import BASE, Results, method_of
 from palimpsest.report.inputs import Inputs, main_metric
 from palimpsest.report.table import Row, Rows, grouped
 
@@ -14,6 +14,12 @@ OF_FIRST_RUNS = (
     *("qa_floors", "probe", "drift", "general_text", "general_text_comparisons"),
     *("clustering_summary", "mask_overlap", "training", "speech_inputs", "importance_parts"),
 )
+
+
+def of_first_runs(results: Results) -> set[str]:
+    """The tables that show each method's first run alone; general text is compared over runs where all have it."""
+    over_runs = any(row["measure"] == "general_text" for row in results["seed_losses"])
+    return set(OF_FIRST_RUNS) - ({"general_text_comparisons"} if over_runs else set())
 
 
 def n_runs(results: Results) -> int:
@@ -24,10 +30,10 @@ def n_runs(results: Results) -> int:
 def by_method(inputs: Inputs) -> Inputs:
     """What summary, figures and main tables show where there are several runs: one entry per method.
 
-    Accuracies by the main scoring rule, perplexities, shifts and layers are means over the runs, comparisons those of
-    the means; records of deactivation, clustering and change of all runs stand under their method; of everything else
-    (`OF_FIRST_RUNS`, accuracies by other rules, and what the recipe spares the further runs) the first run stays. With
-    one run of each method nothing changes.
+    Accuracies by the main scoring rule, perplexities, shifts and layers are means over the runs, comparisons (of
+    general text with the base's too) those of the means; records of deactivation, clustering and change of all runs
+    stand under their method; of everything else (`of_first_runs`, accuracies by other rules, and what the recipe spares
+    the further runs) the first run stays. With one run of each method nothing changes.
     """
     results = inputs.results
     if n_runs(results) == 1:
@@ -42,6 +48,7 @@ def by_method(inputs: Inputs) -> Inputs:
     shown["perplexity"] = _mean_perplexities(results)
     for table in OF_FIRST_RUNS:
         shown[table] = [row for row in shown[table] if _is_first(row)]
+    shown["general_text_comparisons"] = _mean_general_text(results)
     samples = {key: rows for key, rows in inputs.samples.items() if method_of(key[0])[1] == 0}
     return dataclasses.replace(inputs, results=cast(Results, shown), samples=samples)
 
@@ -66,6 +73,25 @@ def _mean_accuracies(results: Results) -> list[Any]:
             rows.append({**row, "accuracy": mean["mean"], "ci_low": mean["ci_low"], "ci_high": mean["ci_high"]})
         else:
             rows.append(row)
+    return rows
+
+
+def _mean_general_text(results: Results) -> list[Any]:
+    """Of each method's runs, by table `seed_losses`; nats per byte are nats per token in another unit."""
+    of_base = [row for row in results["seed_losses"] if (row["measure"], row["method_a"]) == ("general_text", BASE)]
+    means = {row["method_b"]: row for row in of_base}
+    per_token = {row["model"]: row["per_byte"] / row["loss"] for row in results["general_text"]}
+    rows: list[Any] = []
+    for row in filter(_is_first, results["general_text_comparisons"]):
+        found = means.get(row["method"])
+        if found is None:
+            rows.append(row)
+            continue
+        values = {"difference": found["difference"], "ci_low": found["ci_low"], "ci_high": found["ci_high"]}
+        in_bytes = {key: value * per_token[row["method"]] for key, value in values.items()}
+        in_tokens = {f"per_token_{key}": value for key, value in values.items()}
+        tests = {key: found[key] for key in ("p_value", "p_holm", "verdict", "family", "n_family", "left_out")}
+        rows.append({**row, **in_bytes, **in_tokens, **tests, "detectable": None})
     return rows
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from palimpsest.files import without_folders
 from palimpsest.report import mechanism, paper, structure_tables, trade_off
-from palimpsest.report.across_runs import OF_FIRST_RUNS, n_runs
+from palimpsest.report.across_runs import n_runs, of_first_runs
 from palimpsest.report.inputs import (
     METHOD_ORDER,
     MODALITY_NAMES,
@@ -88,6 +88,8 @@ OF_SEEDS = {  # what is measured over training runs
     "perplexity_ratio_random": "Perplexity without random weights, times the whole's",
 }
 
+OF_LOSSES = {"drift": "Drift", "general_text": "General text", "speech_loss": "Speech loss"}
+
 SOURCE, TASK, INPUT = words("Source", "source"), words("Task", "task", task_name), words("Input", "modality")
 METHOD, SYSTEM = words("Method", "method", method_name), words("Model", "model")
 SYSTEM_NAME = words("Model", "model", method_name)
@@ -124,6 +126,7 @@ def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Tabl
         seeds(results["seeds"]),
         seed_comparisons(results["seed_comparisons"]),
         pooled_comparisons(results["pooled_comparisons"]),
+        seed_losses(results["seed_losses"]),
         perplexity(results["perplexity"], of_each),
         *claims(results["claims"], methods_in(results)),
         probe(results["probe"]),
@@ -147,7 +150,7 @@ def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Tabl
         structure_tables.timings(results["timings"]),
     ]
     if of_each > 1:
-        first = {"floors", *OF_FIRST_RUNS}
+        first = {"floors", *of_first_runs(results)}
         every = [replace(t, note=f"{FIRST_RUNS} {t.note}") if t.name in first else t for t in every]
     every = [table for table in every if len(table.rows) > len(table.published)]
     if not trains(inputs.config):  # what the paper trained says little of the models that were given
@@ -559,6 +562,26 @@ def pooled_comparisons(records: Rows) -> Table:
     )
 
 
+def seed_losses(records: Rows) -> Table:
+    """Two models in drift, general text and speech loss, of methods the mean over their runs."""
+    runs = (counts("Runs of A", "seeds_a"), counts("Runs of B", "seeds_b"))
+    return table(
+        "seed_losses",
+        "Text and hearing of the methods' means over their runs, in nats per token",
+        (
+            *(words("Measure", "measure", lambda name: OF_LOSSES.get(name, name)), A, B, N, *runs),
+            *(numbers("A is at", "loss_a", significant), numbers("B is at", "loss_b", significant)),
+            ranges("B − A", "difference", _nats),
+            cells("Each run", lambda row: text(", ".join(_minus(_nats(value)) for value in row["values"]))),
+            *(P, P_HOLM, OVER, words("B is", "verdict")),
+        ),
+        records,
+        "Run by run on the same texts, documents or held-out answers; p and interval are over these and over runs. "
+        "Drift is a distance to the base, so methods are compared in it with each other alone; general text is the "
+        f"loss minus the base's. {HOLM} Brackets: 95 % interval.",
+    )
+
+
 def perplexity(records: Rows, n_runs: int = 1) -> Table:
     """Perplexity of the unchanged models on the held-out answers, typed and spoken questions side by side."""
     modalities = sorted({row["modality"] for row in records}, key=modality_key)
@@ -712,7 +735,8 @@ def general_text_comparisons(records: Rows) -> Table:
             *(P, P_HOLM, OVER, words("Method is", "verdict")),
         ),
         in_order(records, "method"),
-        "Paired by document: a ratio of sums, t-test of its residuals. Above 0 the text is less likely than before. "
+        "Paired by document: a ratio of sums, t-test of its residuals; of several training runs their mean, and over "
+        "runs too. Above 0 the text is less likely than before. "
         "Holm over: the methods' tests; a row that is no test of its own says why, and keeps its p. Brackets: 95 % "
         "interval.",
     )

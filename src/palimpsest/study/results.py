@@ -13,6 +13,7 @@ from palimpsest.comparison.by_voice import RECORDING, voice_records
 from palimpsest.comparison.families import corrected
 from palimpsest.comparison.frontier import Measure, frontier_tables, hearing_measures, places_of, text_measures
 from palimpsest.comparison.general_text_pairs import general_text_comparisons
+from palimpsest.comparison.loss_pairs import seed_losses
 from palimpsest.comparison.pairs import compare
 from palimpsest.comparison.predictors import predictor_records
 from palimpsest.comparison.probe_pairs import probe_comparisons
@@ -136,8 +137,10 @@ def collect(run: RunDir, config: StudyConfig, steps: Collection[str], seed: int)
         tables["seeds"] = seed_records(run.path, list(config.methods), config.seeds, right, tables)
         tables["seed_comparisons"] = seed_comparisons(list(config.methods), config.seeds, right, seed, same, points)
         tables["pooled_comparisons"] = pooled_comparisons(list(config.methods), config.seeds, right, seed, same, points)
+    text, hearing = measures_of(run, config, right) if config.seeds > 1 or config.drift or points else ([], [])
+    if config.seeds > 1:
+        tables["seed_losses"] = seed_losses([*text, *hearing], list(config.methods), same, points)
     if config.drift is not None or points:
-        text, hearing = _measures(run, config, right)
         places = places_of(config.methods)
         tables["frontier"], tables["equal_hearing"] = frontier_tables(places, text, hearing, seed)
         tables["predictors"] = predictor_records(
@@ -172,10 +175,10 @@ def same_as_text(config: StudyConfig) -> dict[str, str]:
     return same
 
 
-def _measures(
+def measures_of(
     run: RunDir, config: StudyConfig, right: Mapping[tuple[str, str], Verdicts]
 ) -> tuple[list[Measure], list[Measure]]:
-    """What is known of text kept and of hearing gained, of every method that was measured."""
+    """What is known of text kept and of hearing gained, of every method that was measured. right: by task, modality."""
     runs = {method: runs_of(method, config.seeds) for method in (BASE, *config.methods)}
 
     def having(measure: str) -> dict[str, list[str]]:

@@ -1,0 +1,94 @@
+"""Pairs of methods that a plan named, at one rate: run i of one against run i of the other, in text and in hearing.
+
+    python scripts/run_by_run.py results/dose-runs --run runs/dose-runs
+    python scripts/run_by_run.py results/dose-runs
+
+FOLDER has pairs.json with what the plan says, families of pairs, each of which is corrected by itself:
+
+    {"at_one_rate": [[["mean-1e-4", "layer_lr-1e-4"]], [["text_only-1e-4", "full-1e-4"]]]}
+
+With --run the finished study is read and FOLDER/run_by_run.json written, a record per measure and pair like those of
+table `seed_losses`, which has no pairs of points of curves. The table that is printed is made from that file alone: the
+difference (second minus first) of the means over runs in nats per token, of each run, the 95 % interval over units and
+runs, p, and Holm's over the pairs of a family in that measure. Text is lower where more is kept, speech loss where more
+is heard. Margins within which a plan calls two methods equal are for the reader.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from palimpsest.comparison.loss_pairs import LOSSES, loss_pair
+from palimpsest.config import load_config
+from palimpsest.files import UserError, read_json, write_json
+from palimpsest.intervals import holm
+from palimpsest.report.inputs import method_name
+from palimpsest.rundir import RunDir
+from palimpsest.study.results import measures_of
+
+LEVEL = 0.05
+TITLES = ("Measure", "A", "B", "A is at", "B is at", "B − A", "Each run", "p", "p, Holm", "B is")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("--run", type=Path, help="the finished study; writes FOLDER/run_by_run.json")
+    arguments = parser.parse_args()
+    file = arguments.folder / "run_by_run.json"
+    try:
+        if arguments.run is not None:
+            families = read_json(arguments.folder / "pairs.json")["at_one_rate"]
+            write_json(file, records(arguments.run, families))
+        print("\n".join(table(read_json(file))))
+    except UserError as error:
+        sys.exit(str(error))
+
+
+def records(run: Path, families: Sequence[Sequence[Sequence[str]]]) -> list[dict[str, Any]]:
+    """Of every measure and pair, with Holm's p over the pairs of its family."""
+    text, hearing = measures_of(RunDir(run), load_config(run / "study.yaml"), {})
+    found: list[dict[str, Any]] = []
+    for measure in (it for it in (*text, *hearing) if it.name in LOSSES):
+        for number, pairs in enumerate(families):
+            rows = []
+            for a, b in pairs:
+                if (row := loss_pair(measure, a, b)) is None:
+                    raise UserError(f"{run} has no {LOSSES[measure.name]} of {a} and {b} in two training runs or more.")
+                rows.append(row)
+            corrected = holm([row["p_value"] for row in rows])
+            for row, p in zip(rows, corrected, strict=True):
+                differs = p < LEVEL
+                verdict = "no difference shown" if not differs else "better" if row["difference"] < 0 else "worse"
+                of_family = {"p_holm": float(p), "verdict": verdict, "family": str(number), "n_family": len(rows)}
+                found.append({**row, **of_family})
+    return found
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = [f"| {' | '.join(TITLES)} |", "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"]
+    for row in rows:
+        names = [method_name(row[side]).replace("_", r"\_") for side in ("method_a", "method_b")]
+        values = [f"{row[key]:.3g}".replace("-", "−") for key in ("loss_a", "loss_b")]
+        bounds = f"{_signed(row['difference'])} \\[{_signed(row['ci_low'])} to {_signed(row['ci_high'])}\\]"
+        runs = ", ".join(map(_signed, row["values"]))
+        tests = [_p(row["p_value"]), _p(row["p_holm"]), row["verdict"]]
+        lines.append(f"| {' | '.join([LOSSES[row['measure']].capitalize(), *names, *values, bounds, runs, *tests])} |")
+    return lines
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3g}".replace("-", "−")
+
+
+def _p(value: float) -> str:
+    return r"\< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+if __name__ == "__main__":
+    main()
