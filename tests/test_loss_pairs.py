@@ -52,8 +52,10 @@ def test_all_say_the_same() -> None:
     ones = np.ones((3, 4))
     assert loss_difference_over_runs(ones, 2 * ones, np.ones(4)).p_value == 2 * 0.5**4
     assert loss_difference_over_runs(ones, ones, np.ones(4)).p_value == 1
-    zero_mean = np.array([[1.0, -1.0], [-1.0, 1.0]])
-    assert loss_difference_over_runs(np.zeros((2, 2)), zero_mean, np.ones(2)).p_value == 1
+    for zero_mean in ([[1, -1], [-1, 1]], [[1, -1], [3, -3]], [[2, 0], [-1, -1]]):
+        found = loss_difference_over_runs(np.zeros((2, 2)), zero_mean, np.ones(2))
+        assert (found.value, found.p_value) == (0, 1)
+        assert found.low <= 0 <= found.high
 
 
 def test_tokens_weigh_and_runs_are_paired() -> None:
@@ -76,6 +78,12 @@ def test_a_single_model_stands_beside_every_run() -> None:
 def test_runs_that_cannot_be_paired(a: int, b: int) -> None:
     with pytest.raises(UserError, match=f"{a} and {b}"):
         loss_difference_over_runs(np.zeros((a, 4)), np.zeros((b, 4)), np.ones(4))
+
+
+def test_other_units_are_refused() -> None:
+    for a, n in ((np.zeros((2, 3)), 4), (np.zeros((2, 1)), 1), (np.zeros(4), 4)):
+        with pytest.raises(UserError, match="same two or more examples"):
+            loss_difference_over_runs(a, np.zeros((2, n)), np.ones(n))
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.5, 1.0])
@@ -138,6 +146,7 @@ def test_the_base_by_construction_is_no_test() -> None:
     assert left[BASE, "adaptor"] == "equal by construction"
     assert left["adaptor", "m1"] == "repeats another row"
     assert left[BASE, "m1"] is None
+    assert seed_losses([measure(totals, DRIFT)], ["adaptor", "m1"], same={"adaptor": BASE}) == []
 
 
 def test_the_report_compares_general_text_over_runs() -> None:
@@ -145,7 +154,7 @@ def test_the_report_compares_general_text_over_runs() -> None:
     (row,) = seed_losses([measure(drawn(1))], ["m0"])
     first = {"method": "m0", "difference": 9.0, "per_token_difference": 36.0, "p_holm": 0.5, "verdict": "better"}
     other = {**first, "method": "m9"}
-    text = [{"model": model, "per_byte": 0.5, "loss": 2.0} for model in ("m0", "m9")]
+    text = [{"model": model, "n_tokens": 250, "n_bytes": 1000} for model in ("m0", "m9")]
     results: Any = {
         "seed_losses": [row, {**row, "measure": SPEECH_LOSS, "difference": 7.0}],
         "general_text": text,

@@ -20,15 +20,17 @@ PUBLISHED = sorted((ROOT / "results").glob("*/run_by_run.json"))
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """With three models in two runs each on two texts: b is 1 above a in one and 2 in the other, c is 4 above it."""
+    """Three models, two runs each, two texts: b is 1 above a in one run and 2 in the other; c is 4 above, and not spoken."""
     module = load_script("run_by_run")
     totals = {
         "a": {0: np.array([1.0, 2.0]), 1: np.array([2.0, 1.0])},
         "b": {0: np.array([2.0, 3.0]), 1: np.array([4.0, 3.0])},
         "c": {0: np.array([5.0, 6.0]), 1: np.array([6.0, 5.0])},
     }
+    spoken = {model: of for model, of in totals.items() if model != "c"}
     text, hearing, answers = (
-        Measure(it, None, LOWER, ("x", "y"), ("", ""), np.ones(2), totals) for it in (DRIFT, SPEECH_LOSS, S2T)
+        Measure(it, None, LOWER, ("x", "y"), ("", ""), np.ones(2), of)
+        for it, of in ((DRIFT, totals), (SPEECH_LOSS, spoken), (S2T, totals))
     )
     monkeypatch.setattr(module, "load_config", lambda _: None)
     monkeypatch.setattr(module, "measures_of", lambda *_: ([text], [hearing, answers]))
@@ -38,7 +40,8 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_pairs_by_measure_and_family(script: ModuleType, tmp_path: Path) -> None:
     rows = script.records(tmp_path, [[["a", "b"], ["a", "c"]], [["b", "a"]]])
     assert [(r["measure"], r["method_a"], r["method_b"], r["n_family"]) for r in rows] == [
-        (measure, *pair) for measure in (DRIFT, SPEECH_LOSS) for pair in (("a", "b", 2), ("a", "c", 2), ("b", "a", 1))
+        *((DRIFT, *pair) for pair in (("a", "b", 2), ("a", "c", 2), ("b", "a", 1))),
+        *((SPEECH_LOSS, *pair) for pair in (("a", "b", 1), ("b", "a", 1))),  # c has no speech loss
     ]
     b, c, alone = rows[:3]
     assert (b["difference"], b["values"]) == (1.5, [1.0, 2.0])
@@ -52,7 +55,7 @@ def test_pairs_by_measure_and_family(script: ModuleType, tmp_path: Path) -> None
 
 
 def test_a_pair_that_was_not_run(script: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no drift of a and z"):
+    with pytest.raises(UserError, match="no loss of both a and z"):
         script.records(tmp_path, [[["a", "z"]]])
 
 

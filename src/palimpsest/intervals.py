@@ -283,7 +283,7 @@ def loss_difference_over_runs(a: ArrayLike, b: ArrayLike, tokens: ArrayLike, lev
     """Loss of b minus that of a, nats per token, as means over training runs: over units and over runs.
 
     a, b: (runs, units), each unit's summed loss in nats; tokens: (units,). With as many runs on both sides run i of a
-    is paired with run i of b, which saw the same examples in the same order. One side may be a single model, of shape
+    is paired with run i of b, which has the same seeds. One side may be a single model, of shape
     (1, units).
     The interval is that of `over_runs`: arms of `loss_difference` for the mean over runs, and of a t test of the runs'
     differences, with runs − 1 degrees of freedom, added in quadrature. p is the level at which it reaches 0. (One t
@@ -293,6 +293,8 @@ def loss_difference_over_runs(a: ArrayLike, b: ArrayLike, tokens: ArrayLike, lev
     Raises UserError for one run on both sides, or for other numbers of runs.
     """
     first, second, counts = (np.asarray(x, dtype=np.float64) for x in (a, b, tokens))
+    if {first.ndim, second.ndim} != {2} or {first.shape[1], second.shape[1]} != {counts.size} or counts.size < 2:
+        raise UserError("A paired comparison of losses needs the same two or more examples in every run.")
     several = {len(first), len(second)} - {1}
     if len(several) != 1:
         raise UserError(
@@ -312,6 +314,8 @@ def loss_difference_over_runs(a: ArrayLike, b: ArrayLike, tokens: ArrayLike, lev
         return math.hypot(over_units, over_runs)
 
     least = 1e-12
+    if value == 0:
+        return Effect(value, -reach(1 - level), reach(1 - level), 1.0, None)
     p = least if reach(least) < abs(value) else optimize.brentq(lambda p: reach(p) - abs(value), least, 1.0)
     return Effect(value, value - reach(1 - level), value + reach(1 - level), float(p), None)
 

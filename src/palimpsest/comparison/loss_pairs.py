@@ -1,8 +1,9 @@
 """Losses of methods that were trained several times, method against method: `seed_losses` of results.json.
 
 What `seed_comparisons` says of accuracies, of the measures in nats per token that the frontier has: drift, general text
-and the held-out answers to spoken questions. Units are the same for all models, and run i of one method saw the same
-examples in the same order as run i of another, so both are paired (intervals.loss_difference_over_runs).
+and the held-out answers to spoken questions. Units are the same for all models, and run i of one method has the seeds
+of run i of another, the order of the same examples among them, so both are paired: `loss_difference_over_runs` in
+intervals.py.
 """
 
 from __future__ import annotations
@@ -27,11 +28,15 @@ def seed_losses(
 ) -> list[SeedLossRecord]:
     """Every pair of the base and the methods, a family for each measure. same, points: as `corrected`, `pairs_of`.
 
-    Drift is a distance to the base, never below 0, so methods are compared in it with each other alone.
+    Drift is a distance to the base, never below 0, so in it methods that can differ from the base are compared with
+    each other alone.
     """
+    same = same or {}
     records: list[SeedLossRecord] = []
     for measure in (measure for measure in measures if measure.name in LOSSES):
-        pairs = [pair for pair in pairs_of((BASE, *methods), points) if not (measure.name == DRIFT and BASE in pair)]
+        pairs = list(pairs_of((BASE, *methods), points))
+        if measure.name == DRIFT:
+            pairs = [(a, b) for a, b in pairs if BASE not in (same.get(a, a), same.get(b, b))]
         rows = [row for a, b in pairs if (row := loss_pair(measure, a, b, points)) is not None]
         records += corrected(rows, None if measure.name == SPEECH_LOSS else same, better=-1)
     return records

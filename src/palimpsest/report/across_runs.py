@@ -80,15 +80,15 @@ def _mean_general_text(results: Results) -> list[Any]:
     """Of each method's runs, by table `seed_losses`; nats per byte are nats per token in another unit."""
     of_base = [row for row in results["seed_losses"] if (row["measure"], row["method_a"]) == ("general_text", BASE)]
     means = {row["method_b"]: row for row in of_base}
-    per_token = {row["model"]: row["per_byte"] / row["loss"] for row in results["general_text"]}
+    tokens_per_byte = {row["model"]: row["n_tokens"] / row["n_bytes"] for row in results["general_text"]}
     rows: list[Any] = []
     for row in filter(_is_first, results["general_text_comparisons"]):
         found = means.get(row["method"])
-        if found is None:
+        if found is None or row["method"] not in tokens_per_byte:
             rows.append(row)
             continue
         values = {"difference": found["difference"], "ci_low": found["ci_low"], "ci_high": found["ci_high"]}
-        in_bytes = {key: value * per_token[row["method"]] for key, value in values.items()}
+        in_bytes = {key: value * tokens_per_byte[row["method"]] for key, value in values.items()}
         in_tokens = {f"per_token_{key}": value for key, value in values.items()}
         tests = {key: found[key] for key in ("p_value", "p_holm", "verdict", "family", "n_family", "left_out")}
         rows.append({**row, **in_bytes, **in_tokens, **tests, "detectable": None})

@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from palimpsest.records import DeactivationRecord, LayerRecord, QARecord
-from palimpsest.report.across_runs import n_runs
+from palimpsest.records import DeactivationRecord, LayerRecord, QARecord, Results
+from palimpsest.report.across_runs import n_runs, of_first_runs
 from palimpsest.report.inputs import (
     MAIN_REDUCTION,
     Inputs,
@@ -288,10 +288,18 @@ def drift(inputs: Inputs) -> Drawing | None:
         "itself (0: the same)"
         + ("; on the right, how much less likely general text became (0: as likely as before)" if losses else "")
         + ". Bars: 95 % intervals over texts or documents."
-        + (" First training run of each method." if n_runs(inputs.results) > 1 else "")
+        + _of_which_runs(inputs.results)
     )
     drawing.describe("Dot chart")
     return drawing
+
+
+def _of_which_runs(results: Results) -> str:
+    if n_runs(results) == 1:
+        return ""
+    if "general_text_comparisons" in of_first_runs(results):
+        return " First training run of each method."
+    return " Own text: first training run of each method; general text: means over runs, and intervals over these too."
 
 
 def why_no_drift(inputs: Inputs) -> str:

@@ -33,14 +33,17 @@ TASK_NAMES = {"llama_questions": "Llama Questions", "web_questions": "Web Questi
 MODALITY_NAMES = {"text": "T2T", "speech": "S2T", "cascade": "Cascade", "text_asr": "Transcript"}
 MAIN_METRIC = "token_sequence_numbers"  # the scoring rule and the reduction that the claims are decided on;
 MAIN_REDUCTION = "per_batch_abs"  # a run without them is shown by the first it has
-OF_SEVERAL_RUNS = {"seeds", "seed_comparisons", "seed_losses"}  # empty where every method was trained once
+OF_SEVERAL_RUNS = {"seeds", "seed_comparisons"}  # empty where every method was trained once
 NO_RECORDS = "results.json has no records in “{}”."
 POOLED = "pooled_comparisons"  # empty with one run of each method, or one task
+SEED_LOSSES = "seed_losses"  # empty with one run of each method, or no loss that two runs have
 OF_DRIFT = {"drift", "general_text", "general_text_comparisons"}  # of recipes that measure it
 OF_FRONTIER = {"frontier", "equal_hearing", "predictors", "restoration"}  # of recipes with curves or a section drift
 OF_SPEECH_TOKENS = {"speech_inputs", "importance_parts"}  # of recipes with methods that read speech tokens
 # Voices are there where a task is spoken in several, embeddings where a model is given.
-MAY_BE_EMPTY = OF_SEVERAL_RUNS | OF_DRIFT | OF_FRONTIER | OF_SPEECH_TOKENS | {POOLED, "voices", "embeddings"}
+MAY_BE_EMPTY = (
+    OF_SEVERAL_RUNS | OF_DRIFT | OF_FRONTIER | OF_SPEECH_TOKENS | {POOLED, SEED_LOSSES, "voices", "embeddings"}
+)
 OF_TUNED_SCORES = {"shift", "delta", "mask_overlap", "correlations"}
 MAX_SAMPLES_BYTES = 64 * 2**20  # of one samples.jsonl
 R = TypeVar("R", bound=Mapping[str, Any])  # a record

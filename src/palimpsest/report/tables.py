@@ -133,7 +133,9 @@ def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Tabl
         probe_comparisons(results["probe_comparisons"]),
         drift(results["drift"]),
         general_text(results["general_text"]),
-        general_text_comparisons(results["general_text_comparisons"]),
+        general_text_comparisons(
+            results["general_text_comparisons"], "general_text_comparisons" not in of_first_runs(results)
+        ),
         trade_off.frontier_table(results["frontier"]),
         trade_off.equal_hearing_table(results["equal_hearing"]),
         mechanism.predictors(results["predictors"]),
@@ -723,8 +725,8 @@ def general_text(records: Rows) -> Table:
     )
 
 
-def general_text_comparisons(records: Rows) -> Table:
-    """The loss of general text against the base's, paired."""
+def general_text_comparisons(records: Rows, over_runs: bool = False) -> Table:
+    """The loss of general text against the base's, paired. over_runs: of the means over several training runs."""
     return table(
         "general_text_comparisons",
         "Loss of general text against the base",
@@ -735,8 +737,9 @@ def general_text_comparisons(records: Rows) -> Table:
             *(P, P_HOLM, OVER, words("Method is", "verdict")),
         ),
         in_order(records, "method"),
-        "Paired by document: a ratio of sums, t-test of its residuals; of several training runs their mean, and over "
-        "runs too. Above 0 the text is less likely than before. "
+        "Paired by document: a ratio of sums, t-test of its residuals"
+        + ("; means over training runs, and over these too" if over_runs else "")
+        + ". Above 0 the text is less likely than before. "
         "Holm over: the methods' tests; a row that is no test of its own says why, and keeps its p. Brackets: 95 % "
         "interval.",
     )
