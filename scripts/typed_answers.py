@@ -4,10 +4,12 @@
         base=t2t/base/facts,t2t/base/web short=,t2t/short/web tuned=t2t/full/facts,t2t/full/web
 
 NAME=FOLDER,FOLDER … are folders of `palimpsest evaluate`, one per task, in the order of the tasks; empty where a system
-was not asked. The last system is the tuned one. OUT has, per task, the questions' ids and of each system a 0 or 1 per
-question, the median number of words of an answer and how many answers were cut at the limit of new tokens. The table
-that is printed is made from OUT alone: every system against the tuned one, their accuracies, the difference on the same
-questions (paired bootstrap, 10,000 draws) and McNemar's exact test, Holm over the rows of a pair.
+was not asked. The last system is the tuned one. Training runs of one method, NAME, NAME-seed1, NAME-seed2 …, are one
+system: its mean, clustered by question and by run. OUT has, per task, the questions' ids and of each system a 0 or 1
+per question, the median number of words of an answer and how many answers were cut at the limit of new tokens. The
+table that is printed is made from OUT alone: every system against the tuned one, their accuracies, the difference on
+the same questions (paired bootstrap, 10,000 draws) and McNemar's exact test, both of several runs by a t test, Holm
+over the rows of a pair.
 
 A longer answer has more chances to hold the right words. With --cut each system also stands there as `NAME, cut`: each
 answer cut to as many words as the tuned model has for that question. That is harder on it than fair, since the tuned
@@ -30,7 +32,8 @@ import numpy as np
 
 from palimpsest.evaluation.scoring import PRIMARY, score
 from palimpsest.files import UserError, read_json, read_jsonl, write_json
-from palimpsest.intervals import holm, mcnemar_exact, paired_bootstrap, wilson
+from palimpsest.intervals import Compared, accuracy_interval, compare_accuracies, holm
+from palimpsest.records import method_of
 
 ALL = "all together"
 
@@ -92,40 +95,46 @@ def _answers(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def table(answers: Mapping[str, Any]) -> list[str]:
     """Lines of Markdown: a row per system and task beside the tuned model, and one for all its tasks together."""
-    *others, tuned = answers["systems"]
+    runs: dict[str, list[str]] = {}
+    for system in answers["systems"]:
+        runs.setdefault(method_of(system)[0], []).append(system)
+    tuned = method_of(answers["systems"][-1])[0]
     lines = [
         f"| A | Questions | n | Words of A, {tuned} | A, % | {tuned}, % | {tuned} − A, points | p, Holm |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for other in others:
-        rows = list(_rows(answers["tasks"], other, tuned))
-        for (task, length, a, b, _), adjusted in zip(rows, holm([row[-1] for row in rows]), strict=True):
-            low, high = paired_bootstrap(a, b, seed=0)
-            difference = f"{100 * (b.mean() - a.mean()):+.1f} \\[{100 * low:+.1f} to {100 * high:+.1f}\\]"
+    for other in (name for name in runs if name != tuned):
+        rows = list(_rows(answers["tasks"], runs[other], runs[tuned]))
+        for (task, length, a, b, found), adjusted in zip(rows, holm([row[-1].p_value for row in rows]), strict=True):
+            bounds = f"\\[{100 * found.low:+.1f} to {100 * found.high:+.1f}\\]"
+            difference = f"{100 * found.difference:+.1f} {bounds}"
             shown = "\\< 0.001" if adjusted < 0.001 else f"{adjusted:.3f}"
-            n = f"{len(a):,}".replace(",", "\u202f")
+            n = f"{found.n:,}".replace(",", "\u202f")
             cells = [other, task, n, length, _percent(a), _percent(b), difference.replace("-", "−"), shown]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _rows(tasks: Mapping[str, Mapping[str, Any]], other: str, tuned: str) -> Iterator[tuple[str, str, Any, Any, float]]:
-    """(task, median words of both, right answers of both as 0 and 1, McNemar's p)."""
+def _rows(
+    tasks: Mapping[str, Mapping[str, Any]], other: Sequence[str], tuned: Sequence[str]
+) -> Iterator[tuple[str, str, Any, Any, Compared]]:
+    """(task, median words of both, right answers of both, (runs, questions) of 0 and 1, their comparison)."""
     asked = {}
     for task, of in tasks.items():
-        if other in of:
-            sides = [np.array([int(bit) for bit in of[name]["right"]], dtype=float) for name in (other, tuned)]
-            asked[task] = ", ".join(f"{of[name]['words']:g}" for name in (other, tuned)), *sides
+        if all(name in of for name in (*other, *tuned)):
+            sides = [np.array([[int(bit) for bit in of[it]["right"]] for it in names]) for names in (other, tuned)]
+            words = (median(of[it]["words"] for it in names) for names in (other, tuned))
+            asked[task] = ", ".join(f"{of_side:g}" for of_side in words), *sides
     if len(asked) > 1:
         _, first, second = zip(*asked.values(), strict=True)
-        asked[ALL] = "", np.concatenate(first), np.concatenate(second)
+        asked[ALL] = "", np.concatenate(first, axis=1), np.concatenate(second, axis=1)
     for task, (length, a, b) in asked.items():
-        yield task, length, a, b, mcnemar_exact(int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum()))
+        yield task, length, a, b, compare_accuracies(a, b, seed=0)
 
 
-def _percent(values: Any) -> str:
-    low, high = wilson(int(values.sum()), len(values))
-    return f"{100 * values.mean():.1f} \\[{100 * low:.1f} to {100 * high:.1f}\\]"
+def _percent(right: Any) -> str:
+    low, high = accuracy_interval(right)
+    return f"{100 * right.mean():.1f} \\[{100 * low:.1f} to {100 * high:.1f}\\]"
 
 
 def parse_arguments() -> argparse.Namespace:

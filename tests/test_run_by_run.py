@@ -20,7 +20,7 @@ PUBLISHED = sorted((ROOT / "results").glob("*/run_by_run.json"))
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Three models, two runs each, two texts: b is 1 above a in one run and 2 in the other; c is 4 above, and not spoken."""
+    """Three models, two runs, two texts: b is 1 above a in one run and 2 in the other; c is 4 above, and not spoken."""
     module = load_script("run_by_run")
     totals = {
         "a": {0: np.array([1.0, 2.0]), 1: np.array([2.0, 1.0])},
