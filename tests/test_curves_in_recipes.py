@@ -84,3 +84,10 @@ def test_points_are_not_measured_by_what_needs_their_importance_without_it(what:
     with pytest.raises(UserError, match=r"frontier\.measure .* need importance"):
         curves({"full": OVER}, frontier={"measure": ["drift", what]})
     curves({"full": OVER}, frontier={"measure": ["importance", what]})
+
+
+def test_drift_is_not_asked_for_where_nothing_says_what_it_is_measured_on() -> None:
+    with pytest.raises(UserError, match="seeds_measure names drift, and there is no section drift; add"):
+        curves({"full": OVER}, seeds_measure=["drift"])
+    curves({"full": OVER}, seeds_measure=["drift"], drift={})
+    curves({"full": OVER})  # frontier.measure has it by default, for recipes with that section

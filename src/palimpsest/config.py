@@ -294,6 +294,10 @@ class StudyConfig(BaseModel):
         for key, measured in (("seeds_measure", self.seeds_measure), ("frontier.measure", self.frontier.measure)):
             if "importance" not in measured and {"clustering", "deactivation"} & set(measured):
                 raise ValueError(f"{key} names clustering or deactivation, which need importance; add importance")
+        if "drift" in self.seeds_measure and self.drift is None:
+            raise ValueError(
+                "seeds_measure names drift, and there is no section drift; add drift: {}, or remove it there"
+            )
         adapters = {name: method for name, method in self.methods.items() if method.kind in ("lora", "peft")}
         merged = (name for name, method in adapters.items() if method.gate == "none")
         lora = next(merged, None)
