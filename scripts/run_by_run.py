@@ -7,6 +7,8 @@ FOLDER has pairs.json with what the plan says, families of pairs, each of which 
 
     {"at_one_rate": [[["mean-1e-4", "layer_lr-1e-4"]], [["text_only-1e-4", "full-1e-4"]]]}
 
+Pairs that were chosen when results had been seen stand under "afterwards", and in a table of their own.
+
 With --run the finished study is read and FOLDER/run_by_run.json written, a record per measure and pair like those of
 table `seed_losses`, which has no pairs of points of curves. The table that is printed is made from that file alone: the
 difference (second minus first) of the means over runs in nats per token, of each run, the 95 % interval over units and
@@ -32,6 +34,7 @@ from palimpsest.rundir import RunDir
 from palimpsest.study.results import measures_of
 
 LEVEL = 0.05
+KEYS = ("at_one_rate", "afterwards")
 TITLES = ("Measure", "A", "B", "A is at", "B is at", "B − A", "Each run", "p", "p, Holm", "B is")
 
 
@@ -43,9 +46,9 @@ def main() -> None:
     file = arguments.folder / "run_by_run.json"
     try:
         if arguments.run is not None:
-            families = read_json(arguments.folder / "pairs.json")["at_one_rate"]
-            write_json(file, records(arguments.run, families))
-        print("\n".join(table(read_json(file))))
+            asked = read_json(arguments.folder / "pairs.json")
+            write_json(file, {key: records(arguments.run, asked[key]) for key in KEYS if key in asked})
+        print("\n\n".join("\n".join(table(rows)) for rows in read_json(file).values()))
     except UserError as error:
         sys.exit(str(error))
 

@@ -567,14 +567,15 @@ def pooled_comparisons(records: Rows) -> Table:
 def seed_losses(records: Rows) -> Table:
     """Two models in drift, general text and speech loss, of methods the mean over their runs."""
     runs = (counts("Runs of A", "seeds_a"), counts("Runs of B", "seeds_b"))
+    signed = lambda value: _minus(_nats(value))  # noqa: E731
     return table(
         "seed_losses",
         "Text and hearing of the methods' means over their runs, in nats per token",
         (
             *(words("Measure", "measure", lambda name: OF_LOSSES.get(name, name)), A, B, N, *runs),
             *(numbers("A is at", "loss_a", significant), numbers("B is at", "loss_b", significant)),
-            ranges("B − A", "difference", _nats),
-            cells("Each run", lambda row: text(", ".join(_minus(_nats(value)) for value in row["values"]))),
+            ranges("B − A", "difference", signed),
+            cells("Each run", lambda row: text(", ".join(map(signed, row["values"])))),
             *(P, P_HOLM, OVER, words("B is", "verdict")),
         ),
         records,
