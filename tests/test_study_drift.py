@@ -13,6 +13,7 @@ from palimpsest.evaluation.drift_settings import GeneralText, Sampling
 from palimpsest.files import UserError, hash_value, read_json, write_json
 from palimpsest.models import loading
 from palimpsest.report import figures, page
+from palimpsest.report.across_runs import by_method
 from palimpsest.report.figures import draw
 from palimpsest.report.inputs import read_inputs
 from palimpsest.rundir import checkpoint_of
@@ -130,6 +131,40 @@ def test_one_text_less_measures_general_text_alone(finished: Path, inputs: Path)
     done = read_json(finished / "provenance.json")["steps"]
     measured = {f"{folder}/general_text" for folder in ("base", "methods/idle", "methods/full")}
     assert {name for name, step in done.items() if not step["skipped"]} == measured
+
+
+def test_several_training_runs_are_compared_by_their_means(inputs: Path, tmp_path: Path) -> None:
+    """Differences of runs are those of `general_text` and `perplexity`, made another way; the report has them."""
+    methods = {name: {"kind": "full", "learning_rate": rate} for name, rate in (("full", 1e-2), ("slower", 1e-3))}
+    given = with_drift(inputs, methods=methods, seeds=2, seeds_measure=["drift"])
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (figures, page):
+            patch.setattr(module, "FIGURES", {"drift": figures.FIGURES["drift"]})
+        run_study(parse_config(given, "test"), tmp_path)
+    found = tables(tmp_path)
+    rows = {(row["measure"], row["method_a"], row["method_b"]): row for row in found["seed_losses"]}
+    pairs = [("base", "full"), ("base", "slower"), ("full", "slower")]
+    assert list(rows) == [
+        ("drift", "full", "slower"),
+        *(("general_text", *pair) for pair in pairs),
+        ("speech_loss", "full", "slower"),  # the base has no adaptor to hear through
+    ]
+    text = {row["model"]: row["loss"] for row in found["general_text"]}
+    heard = {row["method"]: row["loss"] for row in found["perplexity"] if row["modality"] == "speech"}
+    for (measure, a, b), row in rows.items():
+        if of := {"general_text": text, "speech_loss": heard}.get(measure):
+            ends = ("", "-seed1")
+            each = [of[f"{b}{end}"] - of[a if a == "base" else f"{a}{end}"] for end in ends]
+            assert row["values"] == pytest.approx(each, abs=1e-6), measure
+        assert (row["seeds_a"], row["seeds_b"]) == (1 if a == "base" else 2, 2)
+        assert row["difference"] == pytest.approx(sum(row["values"]) / 2)
+    html = (tmp_path / "report.html").read_text()
+    assert 'id="table-seed_losses"' in html
+    drawing = draw("drift", by_method(read_inputs(tmp_path)))
+    assert drawing is not None
+    assert drawing.caption.endswith("general text: means over runs, and intervals over these too.")
+    shown = {row["method"]: row for row in by_method(read_inputs(tmp_path)).results["general_text_comparisons"]}
+    assert shown["full"]["per_token_difference"] == rows["general_text", "base", "full"]["difference"]
 
 
 def test_without_the_section_there_is_no_step_of_it(inputs: Path) -> None:
