@@ -10,12 +10,11 @@ The rows are those of table `equal_hearing`, at the best speech loss that both r
 pairs.json (difference: second minus first). p is that of the table; "p, Holm" is corrected over the named pairs of one
 text measure, of which one that has no hearing in common, or a curve that was not run, counts as 1. With
 "least_in_common": 0.97 so does a pair with a hearing in common in fewer of the bootstrap's draws, which the t test over
-several training runs passes over. A pair differs if
-that p is below 0.05 and the interval excludes 0 and holds the difference itself, which it need not where a curve turns
-back: such a curve, whose speech loss at the greatest value is not below that at the next, is marked. Drift grows
-faster than in a straight line, which is how curves are read between their points; so of drift the sign must be the same
-where its logarithm is read along straight lines, and the last column has the difference found so. Margins within which
-a plan calls two curves equal are for the reader.
+several training runs passes over. A pair differs if that p is below 0.05 and the interval excludes 0 and holds the
+difference itself, which it need not where a curve turns back: such a curve, whose speech loss at the greatest value is
+not below that at the next, is marked. Drift grows faster than in a straight line, which is how curves are read between
+their points; so of drift the sign must be the same where its logarithm is read along straight lines, and the last
+column has the difference found so. Margins within which a plan calls two curves equal are for the reader.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from palimpsest.comparison.families import ALIKE, BETTER, WORSE
 from palimpsest.comparison.loss_pairs import LOSSES, loss_pair
 from palimpsest.config import load_config
 from palimpsest.files import UserError, read_json, write_json
@@ -59,14 +60,10 @@ def records(run: Path, families: Sequence[Sequence[Sequence[str]]]) -> list[dict
     found: list[dict[str, Any]] = []
     for measure in (it for it in (*text, *hearing) if it.name in LOSSES):
         for number, pairs in enumerate(families):
-            rows = []
-            for a, b in pairs:
-                if (row := loss_pair(measure, a, b)) is not None:
-                    rows.append(row)
+            rows = [row for a, b in pairs if (row := loss_pair(measure, a, b)) is not None]
             corrected = holm([row["p_value"] for row in rows])
             for row, p in zip(rows, corrected, strict=True):
-                differs = p < LEVEL
-                verdict = "no difference shown" if not differs else "better" if row["difference"] < 0 else "worse"
+                verdict = ALIKE if p >= LEVEL else BETTER if row["difference"] < 0 else WORSE
                 of_family = {"p_holm": float(p), "verdict": verdict, "family": str(number), "n_family": len(rows)}
                 found.append({**row, **of_family})
     there = {(row["method_a"], row["method_b"]) for row in found}

@@ -283,9 +283,8 @@ def loss_difference_over_runs(a: ArrayLike, b: ArrayLike, tokens: ArrayLike, lev
     """Loss of b minus that of a, nats per token, as means over training runs: over units and over runs.
 
     a, b: (runs, units), each unit's summed loss in nats; tokens: (units,). With as many runs on both sides run i of a
-    is paired with run i of b, which has the same seeds. One side may be a single model, of shape
-    (1, units).
-    The interval is that of `over_runs`: arms of `loss_difference` for the mean over runs, and of a t test of the runs'
+    is paired with run i of b, which has the same seeds. One side may be a single model, (1, units). The
+    interval is that of `over_runs`: arms of `loss_difference` for the mean over runs, and of a t test of the runs'
     differences, with runs − 1 degrees of freedom, added in quadrature. p is the level at which it reaches 0. (One t
     test with both variances and Satterthwaite's degrees of freedom calls equal methods different too often where few
     runs happen to agree.)
