@@ -12,9 +12,10 @@ Pairs that were chosen when results had been seen stand under "afterwards", and 
 With --run the finished study is read and FOLDER/run_by_run.json written, a record per measure and pair like those of
 table `seed_losses`, which has no pairs of points of curves. The table that is printed is made from that file alone: the
 difference (second minus first) of the means over runs in nats per token, of each run, the 95 % interval over units and
-runs, p, and Holm's over the pairs of a family in that measure. Text is lower where more is kept, speech loss where more
-is heard. A measure that one of a pair lacks is passed over: what was trained on typed questions has no speech loss.
-Margins within which a plan calls two methods equal are for the reader.
+runs (of methods that were trained once over units alone), p, and Holm's over the pairs of a family in that measure.
+Text is lower where more is kept, speech loss where more is heard. A measure that one of a pair lacks is passed over:
+what was trained on typed questions has no speech loss. Margins within which a plan calls two methods equal are for the
+reader.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def records(run: Path, families: Sequence[Sequence[Sequence[str]]]) -> list[dict
     found: list[dict[str, Any]] = []
     for measure in (it for it in (*text, *hearing) if it.name in LOSSES):
         for number, pairs in enumerate(families):
-            rows = [row for a, b in pairs if (row := loss_pair(measure, a, b)) is not None]
+            found_of = (loss_pair(measure, a, b, of_one_run=True) for a, b in pairs)
+            rows = [row for row in found_of if row is not None]
             corrected = holm([row["p_value"] for row in rows])
             for row, p in zip(rows, corrected, strict=True):
                 verdict = ALIKE if p >= LEVEL else BETTER if row["difference"] < 0 else WORSE
@@ -69,7 +71,7 @@ def records(run: Path, families: Sequence[Sequence[Sequence[str]]]) -> list[dict
     there = {(row["method_a"], row["method_b"]) for row in found}
     for a, b in (pair for pairs in families for pair in pairs):
         if (a, b) not in there:
-            raise UserError(f"{run} has no loss of both {a} and {b} in two training runs or more.")
+            raise UserError(f"{run} has no loss of both {a} and {b}; name methods of its recipe.")
     return found
 
 

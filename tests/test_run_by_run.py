@@ -11,7 +11,7 @@ import pytest
 
 from palimpsest.comparison.frontier import DRIFT, LOWER, S2T, SPEECH_LOSS, Measure
 from palimpsest.files import UserError, read_json
-from palimpsest.intervals import holm
+from palimpsest.intervals import holm, loss_difference
 from script_files import load_script
 
 ROOT = Path(__file__).parent.parent
@@ -52,6 +52,16 @@ def test_pairs_by_measure_and_family(script: ModuleType, tmp_path: Path) -> None
     line = script.table(rows)[2]
     assert line.startswith("| Drift | a | b | 1.5 | 3 | +1.5 ")
     assert "| +1, +2 |" in line
+
+
+def test_methods_that_were_trained_once_are_compared_over_units(script: ModuleType, tmp_path: Path) -> None:
+    totals = {"a": {0: np.array([1.0, 2.0, 3.0])}, "b": {0: np.array([2.0, 2.0, 5.0])}}
+    text = Measure(DRIFT, None, LOWER, ("x", "y", "z"), ("",) * 3, np.array([1.0, 2.0, 1.0]), totals)
+    vars(script)["measures_of"] = lambda *_: ([text], [])
+    (row,) = script.records(tmp_path, [[["a", "b"]]])
+    effect = loss_difference(totals["a"][0], totals["b"][0], text.counts)
+    assert (row["difference"], row["ci_low"], row["p_value"]) == (effect.value, effect.low, effect.p_value)
+    assert (row["values"], row["seeds_a"]) == ([0.75], 1)
 
 
 def test_a_pair_that_was_not_run(script: ModuleType, tmp_path: Path) -> None:

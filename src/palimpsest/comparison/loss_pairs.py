@@ -14,7 +14,7 @@ import numpy as np
 
 from palimpsest.comparison.families import ALIKE, corrected, of_points, pairs_of
 from palimpsest.comparison.frontier import DRIFT, GENERAL_TEXT, SPEECH_LOSS, Measure
-from palimpsest.intervals import loss_difference_over_runs
+from palimpsest.intervals import loss_difference, loss_difference_over_runs
 from palimpsest.records import BASE, SeedLossRecord
 
 LOSSES = {DRIFT: "drift", GENERAL_TEXT: "general text", SPEECH_LOSS: "speech loss"}
@@ -42,17 +42,26 @@ def seed_losses(
     return records
 
 
-def loss_pair(measure: Measure, a: str, b: str, points: Collection[str] = ()) -> SeedLossRecord | None:
-    """b against a; None where one was not measured, or both in one training run alone. No correction yet."""
+def loss_pair(
+    measure: Measure, a: str, b: str, points: Collection[str] = (), *, of_one_run: bool = False
+) -> SeedLossRecord | None:
+    """b against a; None where one was not measured, or both in one training run alone. No correction yet.
+
+    of_one_run: these too, by `loss_difference`, over units alone.
+    """
     runs = {method: sorted(measure.totals.get(method, {})) for method in (a, b)}
     both = [number for number in runs[a] if number in runs[b]]
     first, second = (
         np.array([measure.totals[method][number] for number in (runs[method] if BASE in (a, b) else both)])
         for method in (a, b)
     )
-    if not len(first) or not len(second) or len(first) == len(second) == 1:
+    single = len(first) == len(second) == 1
+    if not len(first) or not len(second) or (single and not of_one_run):
         return None
-    effect = loss_difference_over_runs(first, second, measure.counts)
+    if single:
+        effect = loss_difference(first[0], second[0], measure.counts)
+    else:
+        effect = loss_difference_over_runs(first, second, measure.counts)
     tokens = measure.counts.sum()
     against = "the base" if BASE in (a, b) else "each other"
     return {
