@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markdown_cells import p_cell, plain, signed, signed_interval
 
 from palimpsest.comparison.frontier import DRIFT, SPEECH_LOSS, at_equal_hearing
 from palimpsest.files import UserError, read_json
@@ -121,23 +122,23 @@ def _cells(row: Mapping[str, Any], p: float, by_log: float | None, turned: Colle
     names = [NAMES.get(row["text_measure"], row["text_measure"])]
     names += [method_name(name).replace("_", r"\_") + TURNED * (name in turned) for name in of]
     if row["difference"] is None:
-        return [*names, "–", "–", "–", "–", "–", _p(p), "not comparable", "–"]
-    values = [f"{row[key]:.3g}".replace("-", "−") for key in ("hearing", "text_a", "text_b")]
-    bounds = f"{_signed(row['difference'])} \\[{_signed(row['ci_low'])} to {_signed(row['ci_high'])}\\]"
+        return [*names, "–", "–", "–", "–", "–", p_cell(p), "not comparable", "–"]
+    values = [plain(row[key]) for key in ("hearing", "text_a", "text_b")]
+    bounds = signed_interval(row["difference"], row["ci_low"], row["ci_high"])
     differs = p < LEVEL and (row["ci_low"] > 0 or row["ci_high"] < 0)
     differs = differs and row["ci_low"] <= row["difference"] <= row["ci_high"]
     if row["text_measure"] == DRIFT:
         differs = differs and by_log is not None and by_log * row["difference"] > 0
     verdict = "no difference shown" if not differs else "better" if row["difference"] < 0 else "worse"
-    return [*names, *values, bounds, _p(row["p_value"]), _p(p), verdict, "–" if by_log is None else _signed(by_log)]
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3g}".replace("-", "−")
-
-
-def _p(value: float) -> str:
-    return r"\< 0.001" if value < 0.001 else f"{value:.3f}"
+    return [
+        *names,
+        *values,
+        bounds,
+        p_cell(row["p_value"]),
+        p_cell(p),
+        verdict,
+        "–" if by_log is None else signed(by_log),
+    ]
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from markdown_cells import p_cell, plain, signed, signed_interval
+
 from palimpsest.comparison.families import ALIKE, BETTER, WORSE
 from palimpsest.comparison.loss_pairs import LOSSES, loss_pair
 from palimpsest.config import load_config
@@ -80,20 +82,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = [f"| {' | '.join(TITLES)} |", "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"]
     for row in rows:
         names = [method_name(row[side]).replace("_", r"\_") for side in ("method_a", "method_b")]
-        values = [f"{row[key]:.3g}".replace("-", "−") for key in ("loss_a", "loss_b")]
-        bounds = f"{_signed(row['difference'])} \\[{_signed(row['ci_low'])} to {_signed(row['ci_high'])}\\]"
-        runs = ", ".join(map(_signed, row["values"]))
-        tests = [_p(row["p_value"]), _p(row["p_holm"]), row["verdict"]]
+        values = [plain(row[key]) for key in ("loss_a", "loss_b")]
+        bounds = signed_interval(row["difference"], row["ci_low"], row["ci_high"])
+        runs = ", ".join(map(signed, row["values"]))
+        tests = [p_cell(row["p_value"]), p_cell(row["p_holm"]), row["verdict"]]
         lines.append(f"| {' | '.join([LOSSES[row['measure']].capitalize(), *names, *values, bounds, runs, *tests])} |")
     return lines
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3g}".replace("-", "−")
-
-
-def _p(value: float) -> str:
-    return r"\< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from markdown_cells import p_cell
 
 from palimpsest.evaluation.scoring import PRIMARY, score
 from palimpsest.files import UserError, read_json, read_jsonl, write_json
@@ -108,9 +109,8 @@ def table(answers: Mapping[str, Any]) -> list[str]:
         for (task, length, a, b, found), adjusted in zip(rows, holm([row[-1].p_value for row in rows]), strict=True):
             bounds = f"\\[{100 * found.low:+.1f} to {100 * found.high:+.1f}\\]"
             difference = f"{100 * found.difference:+.1f} {bounds}"
-            shown = "\\< 0.001" if adjusted < 0.001 else f"{adjusted:.3f}"
             n = f"{found.n:,}".replace(",", "\u202f")
-            cells = [other, task, n, length, _percent(a), _percent(b), difference.replace("-", "−"), shown]
+            cells = [other, task, n, length, _percent(a), _percent(b), difference.replace("-", "−"), p_cell(adjusted)]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
+sys.path.append(str(SCRIPTS))  # as for a script that is run: they import each other
 
 
 def load_script(name: str) -> ModuleType:

@@ -64,6 +64,7 @@ from palimpsest.report.table import (
     words,
 )
 
+OF_LOSSES = trade_off.TEXT | trade_off.HEARING
 OURS = "measured here"
 PUBLISHED = {"source": paper.SOURCE_LABEL, "published": True}
 FIRST_RUNS = "Of each method's first training run."
@@ -87,8 +88,6 @@ OF_SEEDS = {  # what is measured over training runs
     "perplexity_ratio_bottom": "Perplexity without the bottom weights, times the whole's",
     "perplexity_ratio_random": "Perplexity without random weights, times the whole's",
 }
-
-OF_LOSSES = {"drift": "Drift", "general_text": "General text", "speech_loss": "Speech loss"}
 
 SOURCE, TASK, INPUT = words("Source", "source"), words("Task", "task", task_name), words("Input", "modality")
 METHOD, SYSTEM = words("Method", "method", method_name), words("Model", "model")
