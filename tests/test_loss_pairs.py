@@ -15,7 +15,7 @@ from palimpsest.comparison.loss_pairs import loss_pair, seed_losses
 from palimpsest.files import UserError
 from palimpsest.intervals import loss_difference_over_runs
 from palimpsest.records import BASE
-from palimpsest.report.across_runs import _mean_general_text, of_first_runs
+from palimpsest.report.across_runs import _mean_general_text, _means_over_texts, of_first_runs
 
 Array = Any
 
@@ -157,6 +157,7 @@ def test_the_report_compares_general_text_over_runs() -> None:
     text = [{"model": model, "n_tokens": 250, "n_bytes": 1000} for model in ("m0", "m9")]
     results: Any = {
         "seed_losses": [row, {**row, "measure": SPEECH_LOSS, "difference": 7.0}],
+        "drift": [],
         "general_text": text,
         "general_text_comparisons": [first, {**first, "method": "m0-seed1"}, other],
     }
@@ -166,3 +167,36 @@ def test_the_report_compares_general_text_over_runs() -> None:
     assert (shown["verdict"], shown["p_holm"]) == ("worse", row["p_holm"])
     assert "general_text_comparisons" not in of_first_runs(results)
     assert "general_text_comparisons" in of_first_runs({**results, "seed_losses": []})
+
+
+def _read(model: str, loss: float, arm: float, **more: Any) -> dict[str, Any]:
+    return {"model": model, "text": "t", "loss": loss, "loss_ci_low": loss - arm, "loss_ci_high": loss + arm, **more}
+
+
+def test_a_mean_over_runs_has_the_interval_of_texts_and_runs() -> None:
+    """Runs 1 and 3: t of one degree of freedom times sd / √2 is 12.706; the arms over texts, 0.3 and 0.5, are 0.4."""
+    rows = [_read("base", 5.0, 0.1), _read("m", 1.0, 0.3, perplexity=2.7), _read("m-seed1", 3.0, 0.5)]
+    base, mean = _means_over_texts(rows, ("loss",), ("text",))
+    assert base["loss"] == 5.0
+    assert "n_seeds" not in base
+    half = math.hypot(0.4, 12.706204736432095)
+    assert (mean["model"], mean["n_seeds"], mean["loss"]) == ("m", 2, 2.0)
+    assert (mean["loss_ci_low"], mean["loss_ci_high"]) == pytest.approx((2 - half, 2 + half))
+    assert mean["perplexity"] == pytest.approx(math.exp(2))
+
+
+@pytest.mark.parametrize("broken", [None, math.nan, math.inf])
+def test_what_is_not_finite_in_one_run_has_no_mean(broken: float | None) -> None:
+    rows = [_read("m", 1.0, 0.3, perplexity=2.7), {**_read("m-seed1", 3.0, 0.5), "loss": broken}]
+    (mean,) = _means_over_texts(rows, ("loss",), ("text",))
+    assert [mean[key] for key in ("loss", "loss_ci_low", "loss_ci_high", "perplexity")] == [None] * 4
+
+
+def test_texts_and_classes_of_tokens_have_means_of_their_own() -> None:
+    rows = [
+        {**_read(model, loss, 0.1), "text": text, "tokens": tokens}
+        for model, loss in (("m", 1.0), ("m-seed1", 2.0))
+        for text in ("plain", "chat")
+        for tokens in ("all", "words")
+    ]
+    assert len(_means_over_texts(rows, ("loss",), ("text", "tokens"))) == 4

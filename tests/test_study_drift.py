@@ -162,9 +162,19 @@ def test_several_training_runs_are_compared_by_their_means(inputs: Path, tmp_pat
     assert 'id="table-seed_losses"' in html
     drawing = draw("drift", by_method(read_inputs(tmp_path)))
     assert drawing is not None
-    assert drawing.caption.endswith("general text: means over runs, and intervals over these too.")
-    shown = {row["method"]: row for row in by_method(read_inputs(tmp_path)).results["general_text_comparisons"]}
+    assert drawing.caption.endswith(" Means over training runs, and intervals over these too.")
+    results = by_method(read_inputs(tmp_path)).results
+    shown = {row["method"]: row for row in results["general_text_comparisons"]}
     assert shown["full"]["per_token_difference"] == rows["general_text", "base", "full"]["difference"]
+    loss = {row["model"]: row["loss"] for row in results["general_text"]}
+    assert loss["full"] == pytest.approx((text["full"] + text["full-seed1"]) / 2)
+    kls = [
+        [row["kl"] for row in found["drift"] if (row["model"], row["tokens"]) == (name, "all")]
+        for name in ("full", "full-seed1")
+    ]
+    means = [row["kl"] for row in results["drift"] if (row["model"], row["tokens"]) == ("full", "all")]
+    assert means == pytest.approx([(a + b) / 2 for a, b in zip(*kls, strict=True)])
+    assert kls[0] != kls[1]
 
 
 def test_without_the_section_there_is_no_step_of_it(inputs: Path) -> None:

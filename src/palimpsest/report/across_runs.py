@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import sys
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any, cast
 
+from palimpsest.intervals import mean_arms, over_runs
 from palimpsest.records import BASE, Results, method_of
 from palimpsest.report.inputs import Inputs, main_metric
 from palimpsest.report.table import Row, Rows, grouped
@@ -16,10 +20,22 @@ OF_FIRST_RUNS = (
 )
 
 
+# Measures with an interval over texts, of tables whose records name the model and what was read.
+OVER_TEXTS = {
+    "drift": (("kl", "reverse_kl", "agreement", "loss_difference"), ("text", "tokens")),
+    "general_text": (("loss", "per_byte"), ("text",)),
+}
+
+LARGEST_LOG = math.log(sys.float_info.max)
+
+
 def of_first_runs(results: Results) -> set[str]:
-    """The tables that show each method's first run alone; general text is compared over runs where all have it."""
-    over_runs = any(row["measure"] == "general_text" for row in results["seed_losses"])
-    return set(OF_FIRST_RUNS) - ({"general_text_comparisons"} if over_runs else set())
+    """The tables that show each method's first run alone, of what `by_method` gives; what has every run has means."""
+    rows = cast(Mapping[str, Rows], results)
+    means = {table for table in OVER_TEXTS if any(row.get("n_seeds", 1) > 1 for row in rows[table])}
+    if any(row["measure"] == "general_text" for row in results["seed_losses"]):
+        means.add("general_text_comparisons")
+    return set(OF_FIRST_RUNS) - means
 
 
 def n_runs(results: Results) -> int:
@@ -30,10 +46,10 @@ def n_runs(results: Results) -> int:
 def by_method(inputs: Inputs) -> Inputs:
     """What summary, figures and main tables show where there are several runs: one entry per method.
 
-    Accuracies by the main scoring rule, perplexities, shifts and layers are means over the runs, comparisons (of
-    general text with the base's too) those of the means; records of deactivation, clustering and change of all runs
-    stand under their method; of everything else (`of_first_runs`, accuracies by other rules, and what the recipe spares
-    the further runs) the first run stays. With one run of each method nothing changes.
+    Accuracies by the main scoring rule, perplexities, shifts, layers, drift and general text are means over the runs,
+    comparisons (of general text with the base's too) those of the means; records of deactivation, clustering and change
+    of all runs stand under their method; of everything else (`of_first_runs`, accuracies by other rules, and what the
+    recipe spares the further runs) the first run stays. With one run of each method nothing changes.
     """
     results = inputs.results
     if n_runs(results) == 1:
@@ -46,6 +62,8 @@ def by_method(inputs: Inputs) -> Inputs:
         shown[table] = _under_method(shown[table], field)
     shown["shift"] = _mean_shifts(results)
     shown["perplexity"] = _mean_perplexities(results)
+    for table, (fields, about) in OVER_TEXTS.items():
+        shown[table] = _means_over_texts(shown[table], fields, about)
     for table in OF_FIRST_RUNS:
         shown[table] = [row for row in shown[table] if _is_first(row)]
     shown["general_text_comparisons"] = _mean_general_text(results)
@@ -93,6 +111,31 @@ def _mean_general_text(results: Results) -> list[Any]:
         tests = {key: found[key] for key in ("p_value", "p_holm", "verdict", "family", "n_family", "left_out")}
         rows.append({**row, **in_bytes, **in_tokens, **tests, "detectable": None})
     return rows
+
+
+def _means_over_texts(rows: Rows, fields: Sequence[str], about: Sequence[str]) -> list[Any]:
+    """Of each method's runs, with the interval over texts and runs (`over_runs`); what one run alone has stays.
+
+    about: what rows of one mean have in common beside the method. A field that is not finite in some run has no mean.
+    """
+    means: list[Any] = []
+    for group in grouped(_under_method(rows, "model"), "model", *about):
+        first, *others = group["rows"]
+        if not others:
+            means.append({**first, "model": first["run"]})
+            continue
+        mean: dict[str, Any] = {**first, "n_seeds": 1 + len(others)}
+        for field in fields:
+            ends = field, f"{field}_ci_low", f"{field}_ci_high"
+            values, lows, highs = ([row[end] for row in group["rows"]] for end in ends)
+            finite = all(isinstance(value, int | float) and math.isfinite(value) for value in (*values, *lows, *highs))
+            interval = over_runs(values, *mean_arms(values, lows, highs)) if finite else (None, None, None)
+            mean.update(zip(ends, interval, strict=True))
+        if "perplexity" in first:
+            loss = mean["loss"]
+            mean["perplexity"] = None if loss is None or loss > LARGEST_LOG else math.exp(loss)
+        means.append(mean)
+    return means
 
 
 def _mean_shifts(results: Results) -> list[Any]:

@@ -297,9 +297,15 @@ def drift(inputs: Inputs) -> Drawing | None:
 def _of_which_runs(results: Results) -> str:
     if n_runs(results) == 1:
         return ""
-    if "general_text_comparisons" in of_first_runs(results):
-        return " First training run of each method."
-    return " Own text: first training run of each method; general text: means over runs, and intervals over these too."
+    first, of_first = of_first_runs(results), {}
+    if results["drift"]:
+        of_first["own text"] = "drift" in first
+    if results["general_text_comparisons"]:
+        of_first["general text"] = "general_text_comparisons" in first
+    says = {True: "first training run of each method", False: "means over training runs, and intervals over these too"}
+    if len(set(of_first.values())) == 1:
+        return f" {says[any(of_first.values())].capitalize()}."
+    return " " + "; ".join(f"{name}: {says[alone]}" for name, alone in of_first.items()).capitalize() + "."
 
 
 def why_no_drift(inputs: Inputs) -> str:

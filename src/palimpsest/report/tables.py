@@ -68,6 +68,8 @@ OF_LOSSES = trade_off.TEXT | trade_off.HEARING
 OURS = "measured here"
 PUBLISHED = {"source": paper.SOURCE_LABEL, "published": True}
 FIRST_RUNS = "Of each method's first training run."
+MEANS = "Means over each method's training runs, and intervals over these too."
+OF_TEXT = {"drift", "general_text", "general_text_comparisons"}  # of every run, or of the first ones alone
 DIGEST_NOTE = "* from a secondary digest of the paper, not checked against it."
 CONDITIONS = ("base", "top", "bottom", "random")
 VERDICTS = {"holds": "✓ holds", "fails": "✗ fails", "undecided": "? undecided"}
@@ -132,9 +134,7 @@ def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Tabl
         probe_comparisons(results["probe_comparisons"]),
         drift(results["drift"]),
         general_text(results["general_text"]),
-        general_text_comparisons(
-            results["general_text_comparisons"], "general_text_comparisons" not in of_first_runs(results)
-        ),
+        general_text_comparisons(results["general_text_comparisons"]),
         trade_off.frontier_table(results["frontier"]),
         trade_off.equal_hearing_table(results["equal_hearing"]),
         mechanism.predictors(results["predictors"]),
@@ -153,6 +153,7 @@ def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Tabl
     if of_each > 1:
         first = {"floors", *of_first_runs(results)}
         every = [replace(t, note=f"{FIRST_RUNS} {t.note}") if t.name in first else t for t in every]
+        every = [replace(t, note=f"{MEANS} {t.note}") if t.name in OF_TEXT - first else t for t in every]
     every = [table for table in every if len(table.rows) > len(table.published)]
     if not trains(inputs.config):  # what the paper trained says little of the models that were given
         every = [part for table in every for part in _apart(table)]
@@ -725,8 +726,8 @@ def general_text(records: Rows) -> Table:
     )
 
 
-def general_text_comparisons(records: Rows, over_runs: bool = False) -> Table:
-    """The loss of general text against the base's, paired. over_runs: of the means over several training runs."""
+def general_text_comparisons(records: Rows) -> Table:
+    """The loss of general text against the base's, paired."""
     return table(
         "general_text_comparisons",
         "Loss of general text against the base",
@@ -737,9 +738,7 @@ def general_text_comparisons(records: Rows, over_runs: bool = False) -> Table:
             *(P, P_HOLM, OVER, words("Method is", "verdict")),
         ),
         in_order(records, "method"),
-        "Paired by document: a ratio of sums, t-test of its residuals"
-        + ("; means over training runs, and over these too" if over_runs else "")
-        + ". Above 0 the text is less likely than before. "
+        "Paired by document: a ratio of sums, t-test of its residuals. Above 0 the text is less likely than before. "
         "Holm over: the methods' tests; a row that is no test of its own says why, and keeps its p. Brackets: 95 % "
         "interval.",
     )
