@@ -16,6 +16,8 @@ from palimpsest.files import UserError
 from palimpsest.intervals import loss_difference_over_runs
 from palimpsest.records import BASE
 from palimpsest.report.across_runs import _mean_general_text, _means_over_texts, of_first_runs
+from palimpsest.report.tables import general_text
+from report_fixture import drift_row
 
 Array = Any
 
@@ -152,7 +154,14 @@ def test_the_base_by_construction_is_no_test() -> None:
 def test_the_report_compares_general_text_over_runs() -> None:
     """Nats per token into nats per byte: 4 bytes a token here. A method without further runs keeps its first."""
     (row,) = seed_losses([measure(drawn(1))], ["m0"])
-    first = {"method": "m0", "difference": 9.0, "per_token_difference": 36.0, "p_holm": 0.5, "verdict": "better"}
+    first = {
+        "method": "m0",
+        "per_byte_base": 1.0,
+        "difference": 9.0,
+        "per_token_difference": 36.0,
+        "p_holm": 0.5,
+        "verdict": "better",
+    }
     other = {**first, "method": "m9"}
     text = [{"model": model, "n_tokens": 250, "n_bytes": 1000} for model in ("m0", "m9")]
     results: Any = {
@@ -165,38 +174,77 @@ def test_the_report_compares_general_text_over_runs() -> None:
     assert kept == other
     assert shown["per_token_difference"] == row["difference"] == pytest.approx(4 * shown["difference"])
     assert (shown["verdict"], shown["p_holm"]) == ("worse", row["p_holm"])
-    assert "general_text_comparisons" not in of_first_runs(results)
-    assert "general_text_comparisons" in of_first_runs({**results, "seed_losses": []})
+    view: Any = {**results, "general_text_comparisons": [shown, kept]}
+    assert "general_text_comparisons" not in of_first_runs(view)
+    assert "general_text_comparisons" in of_first_runs(results)
 
 
-def _read(model: str, loss: float, arm: float, **more: Any) -> dict[str, Any]:
-    return {"model": model, "text": "t", "loss": loss, "loss_ci_low": loss - arm, "loss_ci_high": loss + arm, **more}
+def _read(model: str, loss: float, arm: float = 0.1, **more: Any) -> dict[str, Any]:
+    of_byte = {"per_byte": loss / 4, "per_byte_ci_low": loss / 4, "per_byte_ci_high": loss / 4, "perplexity": 2.7}
+    bounds = {"loss_ci_low": loss - arm, "loss_ci_high": loss + arm}
+    return {"model": model, "text": "t", "loss": loss, **bounds, **of_byte, **more}
+
+
+def _shown(*rows: dict[str, Any], n_runs: int = 2) -> list[dict[str, Any]]:
+    return _means_over_texts({"general_text": list(rows), "seeds": [{"n_seeds": n_runs}]}, "general_text")  # type: ignore[typeddict-item]
 
 
 def test_a_mean_over_runs_has_the_interval_of_texts_and_runs() -> None:
-    """Runs 1 and 3: t of one degree of freedom times sd / √2 is 12.706; the arms over texts, 0.3 and 0.5, are 0.4."""
-    rows = [_read("base", 5.0, 0.1), _read("m", 1.0, 0.3, perplexity=2.7), _read("m-seed1", 3.0, 0.5)]
-    base, mean = _means_over_texts(rows, ("loss",), ("text",))
-    assert base["loss"] == 5.0
-    assert "n_seeds" not in base
+    """Runs 100 and 102: t(1) times sd / √2 is 12.706; the arms over texts, 0.3 and 0.5, are 0.4."""
+    base, mean = _shown(_read("base", 5.0), _read("m", 100.0, 0.3), _read("m-seed1", 102.0, 0.5))
+    assert (base["loss"], base["n_seeds"]) == (5.0, 1)
     half = math.hypot(0.4, 12.706204736432095)
-    assert (mean["model"], mean["n_seeds"], mean["loss"]) == ("m", 2, 2.0)
-    assert (mean["loss_ci_low"], mean["loss_ci_high"]) == pytest.approx((2 - half, 2 + half))
-    assert mean["perplexity"] == pytest.approx(math.exp(2))
+    assert (mean["model"], mean["n_seeds"], mean["loss"]) == ("m", 2, 101.0)
+    assert (mean["loss_ci_low"], mean["loss_ci_high"]) == pytest.approx((101 - half, 101 + half))
+    assert mean["perplexity"] == pytest.approx(math.exp(101))
 
 
+def test_an_interval_over_runs_is_cut_to_what_the_measure_can_be() -> None:
+    (mean,) = _shown(_read("m", 1.0), _read("m-seed1", 3.0))
+    assert (mean["loss_ci_low"], mean["loss_ci_high"] > 3) == (0.0, True)
+    drift = [drift_row(name, "plain", kl) | {"agreement": 0.9 + kl} for name, kl in (("m", 0.01), ("m-seed1", 0.09))]
+    results: Any = {"drift": drift, "seeds": [{"n_seeds": 2}]}
+    (row,) = _means_over_texts(results, "drift")
+    assert (row["kl"], row["kl_ci_low"], row["agreement_ci_high"]) == (pytest.approx(0.05), 0.0, 1.0)
+    assert row["loss_difference_ci_low"] < 0  # which can be below
+    assert row["loss"] - row["loss_base"] == pytest.approx(row["loss_difference"])
+
+
+@pytest.mark.parametrize("field", ["loss", "loss_ci_low"])
 @pytest.mark.parametrize("broken", [None, math.nan, math.inf])
-def test_what_is_not_finite_in_one_run_has_no_mean(broken: float | None) -> None:
-    rows = [_read("m", 1.0, 0.3, perplexity=2.7), {**_read("m-seed1", 3.0, 0.5), "loss": broken}]
-    (mean,) = _means_over_texts(rows, ("loss",), ("text",))
+def test_what_is_not_finite_in_one_run_has_no_mean(field: str, broken: float | None) -> None:
+    (mean,) = _shown(_read("m", 1.0), _read("m-seed1", 3.0) | {field: broken})
     assert [mean[key] for key in ("loss", "loss_ci_low", "loss_ci_high", "perplexity")] == [None] * 4
+    assert mean["per_byte"] == 0.5
+    (large,) = _shown(_read("m", 800.0), _read("m-seed1", 900.0))
+    assert (large["loss"], large["perplexity"]) == (850.0, None)
+
+
+def test_a_method_without_some_run_shows_its_first() -> None:
+    rows = [_read("m", 1.0), _read("m-seed2", 3.0), _read("whole", 1.0), _read("whole-seed1", 2.0)]
+    first, mean = _shown(*rows, _read("whole-seed2", 3.0), n_runs=3)
+    assert (first["model"], first["loss"], first["n_seeds"]) == ("m", 1.0, 1)
+    assert (mean["model"], mean["loss"], mean["n_seeds"]) == ("whole", 2.0, 3)
 
 
 def test_texts_and_classes_of_tokens_have_means_of_their_own() -> None:
     rows = [
-        {**_read(model, loss, 0.1), "text": text, "tokens": tokens}
-        for model, loss in (("m", 1.0), ("m-seed1", 2.0))
-        for text in ("plain", "chat")
+        drift_row(model, text, kl + more) | {"tokens": tokens}
+        for model, kl in (("m", 1.0), ("m-seed1", 2.0))
+        for text, more in (("plain", 0.0), ("chat", 10.0))
         for tokens in ("all", "words")
     ]
-    assert len(_means_over_texts(rows, ("loss",), ("text", "tokens"))) == 4
+    results: Any = {"drift": rows, "seeds": [{"n_seeds": 2}]}
+    means = {(row["text"], row["tokens"]): row["kl"] for row in _means_over_texts(results, "drift")}
+    assert means == {(text, tokens): kl for text, kl in (("plain", 1.5), ("chat", 11.5)) for tokens in ("all", "words")}
+
+
+def test_the_tables_say_of_how_many_runs_a_row_is_and_what_intervals_are_over() -> None:
+    rows = _shown(_read("m", 1.0, n_texts=2, n_bytes=4), _read("m-seed1", 3.0, n_texts=2, n_bytes=4))
+    several, one = general_text(rows), general_text([_read("m", 1.0, n_texts=2, n_bytes=4)])
+    assert [column.title for column in several.columns][1] == "Runs"
+    assert [cell.text for cell in several.rows[0]][1] == "2"
+    assert several.note.startswith("Means over")
+    assert "the same for all models and training runs;" in several.note
+    assert "Runs" not in [column.title for column in one.columns]
+    assert "uns" not in one.note

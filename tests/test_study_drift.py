@@ -162,7 +162,9 @@ def test_several_training_runs_are_compared_by_their_means(inputs: Path, tmp_pat
     assert 'id="table-seed_losses"' in html
     drawing = draw("drift", by_method(read_inputs(tmp_path)))
     assert drawing is not None
-    assert drawing.caption.endswith(" Means over training runs, and intervals over these too.")
+    assert drawing.caption.endswith(
+        " Means over training runs, where a method has several, and intervals over these too."
+    )
     results = by_method(read_inputs(tmp_path)).results
     shown = {row["method"]: row for row in results["general_text_comparisons"]}
     assert shown["full"]["per_token_difference"] == rows["general_text", "base", "full"]["difference"]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import fmean
 from typing import Any, cast
 
 from palimpsest.intervals import mean_arms, over_runs
-from palimpsest.records import BASE, Results, method_of
+from palimpsest.records import BASE, Results, method_of, run_name
 from palimpsest.report.inputs import Inputs, main_metric
 from palimpsest.report.table import Row, Rows, grouped
 
@@ -20,21 +20,21 @@ OF_FIRST_RUNS = (
 )
 
 
-# Measures with an interval over texts, of tables whose records name the model and what was read.
+# Measures with an interval over texts and the range of what they can be, of tables with a row per model and `about`.
+POSITIVE, SHARE, ANY = (0.0, math.inf), (0.0, 1.0), (-math.inf, math.inf)
 OVER_TEXTS = {
-    "drift": (("kl", "reverse_kl", "agreement", "loss_difference"), ("text", "tokens")),
-    "general_text": (("loss", "per_byte"), ("text",)),
+    "drift": {"kl": POSITIVE, "reverse_kl": POSITIVE, "agreement": SHARE, "loss_difference": ANY},
+    "general_text": {"loss": POSITIVE, "per_byte": POSITIVE},
 }
-
+ABOUT = {"drift": ("text", "tokens"), "general_text": ("text",)}
 LARGEST_LOG = math.log(sys.float_info.max)
 
 
 def of_first_runs(results: Results) -> set[str]:
     """The tables that show each method's first run alone, of what `by_method` gives; what has every run has means."""
     rows = cast(Mapping[str, Rows], results)
-    means = {table for table in OVER_TEXTS if any(row.get("n_seeds", 1) > 1 for row in rows[table])}
-    if any(row["measure"] == "general_text" for row in results["seed_losses"]):
-        means.add("general_text_comparisons")
+    tables = (*OVER_TEXTS, "general_text_comparisons")
+    means = {table for table in tables if any(row.get("n_seeds", 1) > 1 for row in rows[table])}
     return set(OF_FIRST_RUNS) - means
 
 
@@ -62,10 +62,10 @@ def by_method(inputs: Inputs) -> Inputs:
         shown[table] = _under_method(shown[table], field)
     shown["shift"] = _mean_shifts(results)
     shown["perplexity"] = _mean_perplexities(results)
-    for table, (fields, about) in OVER_TEXTS.items():
-        shown[table] = _means_over_texts(shown[table], fields, about)
     for table in OF_FIRST_RUNS:
         shown[table] = [row for row in shown[table] if _is_first(row)]
+    for table in OVER_TEXTS:
+        shown[table] = _means_over_texts(results, table)
     shown["general_text_comparisons"] = _mean_general_text(results)
     samples = {key: rows for key, rows in inputs.samples.items() if method_of(key[0])[1] == 0}
     return dataclasses.replace(inputs, results=cast(Results, shown), samples=samples)
@@ -109,33 +109,47 @@ def _mean_general_text(results: Results) -> list[Any]:
         in_bytes = {key: value * tokens_per_byte[row["method"]] for key, value in values.items()}
         in_tokens = {f"per_token_{key}": value for key, value in values.items()}
         tests = {key: found[key] for key in ("p_value", "p_holm", "verdict", "family", "n_family", "left_out")}
-        rows.append({**row, **in_bytes, **in_tokens, **tests, "detectable": None})
+        per_byte = row["per_byte_base"] + in_bytes["difference"]
+        more = {"per_byte": per_byte, "detectable": None, "n_seeds": found["seeds_b"]}
+        rows.append({**row, **in_bytes, **in_tokens, **tests, **more})
     return rows
 
 
-def _means_over_texts(rows: Rows, fields: Sequence[str], about: Sequence[str]) -> list[Any]:
-    """Of each method's runs, with the interval over texts and runs (`over_runs`); what one run alone has stays.
+def _means_over_texts(results: Results, table: str) -> list[Any]:
+    """Of methods that have the measure of every run, arithmetic, with the interval over texts and runs (`over_runs`).
 
-    about: what rows of one mean have in common beside the method. A field that is not finite in some run has no mean.
+    Of others the first run stays; `n_seeds` says of how many a row is. The ends are cut to what the measure can be. A
+    field that is not finite in some run has no mean.
     """
+    every = cast(Mapping[str, Rows], results)[table]
+    by_key = {(row["model"], *(row[key] for key in ABOUT[table])): row for row in every}
     means: list[Any] = []
-    for group in grouped(_under_method(rows, "model"), "model", *about):
-        first, *others = group["rows"]
-        if not others:
-            means.append({**first, "model": first["run"]})
+    for row in filter(_is_first, every):
+        names = [run_name(row["model"], number) for number in range(n_runs(results))]
+        runs = [by_key.get((name, *(row[key] for key in ABOUT[table]))) for name in names]
+        of_all = [run for run in runs if run is not None]
+        if row["model"] == BASE or len(of_all) < len(names):
+            means.append({"n_seeds": 1, **row})  # of a view of this view it stays a mean
             continue
-        mean: dict[str, Any] = {**first, "n_seeds": 1 + len(others)}
-        for field in fields:
-            ends = field, f"{field}_ci_low", f"{field}_ci_high"
-            values, lows, highs = ([row[end] for row in group["rows"]] for end in ends)
-            finite = all(isinstance(value, int | float) and math.isfinite(value) for value in (*values, *lows, *highs))
-            interval = over_runs(values, *mean_arms(values, lows, highs)) if finite else (None, None, None)
-            mean.update(zip(ends, interval, strict=True))
-        if "perplexity" in first:
+        mean: dict[str, Any] = {**row, "n_seeds": len(of_all)}
+        for field, limits in OVER_TEXTS[table].items():
+            mean.update(_mean_over_texts(of_all, field, limits))
+        if table == "general_text":
             loss = mean["loss"]
             mean["perplexity"] = None if loss is None or loss > LARGEST_LOG else math.exp(loss)
+        else:
+            mean.update({field: fmean(run[field] for run in of_all) for field in ("loss", "new_tokens_share")})
         means.append(mean)
     return means
+
+
+def _mean_over_texts(runs: Rows, field: str, limits: tuple[float, float]) -> dict[str, float | None]:
+    ends = field, f"{field}_ci_low", f"{field}_ci_high"
+    values, lows, highs = ([run[end] for run in runs] for end in ends)
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in (*values, *lows, *highs)):
+        return dict.fromkeys(ends)
+    mean, low, high = over_runs(values, *mean_arms(values, lows, highs))
+    return dict(zip(ends, (mean, max(low, limits[0]), min(high, limits[1])), strict=True))
 
 
 def _mean_shifts(results: Results) -> list[Any]:

@@ -50,6 +50,8 @@ MOST_IN_TITLE = 3  # methods
 MANY_MODELS = 6  # more have no room for bars side by side, names and values in half the width
 HATCHES = ("", "....", "////", "")
 PAPER_RATIO = 0.03
+FIRST_RUN = "first training run of each method"
+MEANS = "means over training runs, where a method has several, and intervals over these too"
 OUTLINE: dict[str, Any] = {"edgecolor": INK, "linewidth": 0.7}
 
 
@@ -297,15 +299,13 @@ def drift(inputs: Inputs) -> Drawing | None:
 def _of_which_runs(results: Results) -> str:
     if n_runs(results) == 1:
         return ""
-    first, of_first = of_first_runs(results), {}
-    if results["drift"]:
-        of_first["own text"] = "drift" in first
-    if results["general_text_comparisons"]:
-        of_first["general text"] = "general_text_comparisons" in first
-    says = {True: "first training run of each method", False: "means over training runs, and intervals over these too"}
-    if len(set(of_first.values())) == 1:
-        return f" {says[any(of_first.values())].capitalize()}."
-    return " " + "; ".join(f"{name}: {says[alone]}" for name, alone in of_first.items()).capitalize() + "."
+    first = of_first_runs(results)
+    of = {"own text": results["drift"], "general text": results["general_text_comparisons"]}
+    tables = {"own text": "drift", "general text": "general_text_comparisons"}
+    says = {name: FIRST_RUN if tables[name] in first else MEANS for name, rows in of.items() if rows}
+    if len(set(says.values())) == 1:
+        return f" {next(iter(says.values())).capitalize()}."
+    return " " + "; ".join(f"{name}: {said}" for name, said in says.items()).capitalize() + "."
 
 
 def why_no_drift(inputs: Inputs) -> str:

@@ -68,8 +68,6 @@ OF_LOSSES = trade_off.TEXT | trade_off.HEARING
 OURS = "measured here"
 PUBLISHED = {"source": paper.SOURCE_LABEL, "published": True}
 FIRST_RUNS = "Of each method's first training run."
-MEANS = "Means over each method's training runs, and intervals over these too."
-OF_TEXT = {"drift", "general_text", "general_text_comparisons"}  # of every run, or of the first ones alone
 DIGEST_NOTE = "* from a secondary digest of the paper, not checked against it."
 CONDITIONS = ("base", "top", "bottom", "random")
 VERDICTS = {"holds": "✓ holds", "fails": "✗ fails", "undecided": "? undecided"}
@@ -153,7 +151,6 @@ def tables_of(inputs: Inputs, every_run: Inputs | None = None) -> dict[str, Tabl
     if of_each > 1:
         first = {"floors", *of_first_runs(results)}
         every = [replace(t, note=f"{FIRST_RUNS} {t.note}") if t.name in first else t for t in every]
-        every = [replace(t, note=f"{MEANS} {t.note}") if t.name in OF_TEXT - first else t for t in every]
     every = [table for table in every if len(table.rows) > len(table.published)]
     if not trains(inputs.config):  # what the paper trained says little of the models that were given
         every = [part for table in every for part in _apart(table)]
@@ -689,19 +686,21 @@ def drift(records: Rows) -> Table:
         ("reverse_kl", "Reverse", significant),
         ("agreement", "Same top %", percent),
     )
+    runs, means, over = _over_runs(records)
     return table(
         "drift",
         "Drift from the base, on text that the base wrote",
         (
-            *(SYSTEM_NAME, words("Text", "text"), words("Tokens", "tokens"), counts("n", "n_tokens")),
+            *(SYSTEM_NAME, *runs, words("Text", "text"), words("Tokens", "tokens"), counts("n", "n_tokens")),
             *(_between(title, key, key, write) for key, title, write in of),
             _between("Loss − base's", "loss_difference", "loss_difference", _nats),
         ),
         in_order(records, "model"),
-        "Nats per token: KL(base ‖ model) and KL(model ‖ base) over the whole vocabulary; the share of tokens at which "
-        "both have the same most likely one; loss of the token that stands there. plain: from the beginning of a text "
-        "on; chat: the answer to a question that the base wrote too. A KL is never below 0, so its interval is no "
-        f"test. {ONE_CONTEXT * any(_has_one_context(row) for row in records)}Brackets: 95 % interval over texts.",
+        f"{means}Nats per token: KL(base ‖ model) and KL(model ‖ base) over the whole vocabulary; the share of tokens "
+        "at which both have the same most likely one; loss of the token that stands there. plain: from the beginning "
+        "of a text on; chat: the answer to a question that the base wrote too. A KL is never below 0, so its interval "
+        f"is no test. {ONE_CONTEXT * any(_has_one_context(row) for row in records)}Brackets: 95 % interval over "
+        f"texts{over}.",
     )
 
 
@@ -711,37 +710,47 @@ def _has_one_context(row: Row) -> bool:
 
 def general_text(records: Rows) -> Table:
     """The loss of text that the recipe names."""
+    runs, means, over = _over_runs(records)
     return table(
         "general_text",
         "Loss of general text",
         (
-            *(SYSTEM_NAME, words("Text", "text"), counts("Texts", "n_texts"), counts("Bytes", "n_bytes")),
+            *(SYSTEM_NAME, *runs, words("Text", "text"), counts("Texts", "n_texts"), counts("Bytes", "n_bytes")),
             _between("Nats per byte", "per_byte", "per_byte", "{:.4f}".format),
             _between("Nats per token", "loss", "loss", "{:.3f}".format),
             numbers("Perplexity", "perplexity"),
         ),
         in_order(records, "model"),
-        "Every token is predicted once, from the window before it. Brackets: 95 % interval over documents, which are "
-        "the same for all models; the difference to the base is paired, in the next table.",
+        f"{means}Every token is predicted once, from the window before it. Brackets: 95 % interval over documents, "
+        f"which are the same for all models{over}; the difference to the base is paired, in the next table.",
     )
 
 
 def general_text_comparisons(records: Rows) -> Table:
     """The loss of general text against the base's, paired."""
+    runs, means, over = _over_runs(records)
+    test = "the level at which the interval reaches 0" if over else "a ratio of sums, t-test of its residuals"
     return table(
         "general_text_comparisons",
         "Loss of general text against the base",
         (
-            *(METHOD, words("Text", "text"), counts("Documents", "n")),
+            *(METHOD, *runs, words("Text", "text"), counts("Documents", "n")),
             _between("Method − base, nats per byte", "difference", "", "{:+.4f}".format),
             _between("Nats per token", "per_token_difference", "per_token", _nats),
             *(P, P_HOLM, OVER, words("Method is", "verdict")),
         ),
         in_order(records, "method"),
-        "Paired by document: a ratio of sums, t-test of its residuals. Above 0 the text is less likely than before. "
-        "Holm over: the methods' tests; a row that is no test of its own says why, and keeps its p. Brackets: 95 % "
-        "interval.",
+        f"{means}Paired by document{over}; p: {test}. Above 0 the text is less likely than before. Holm over: the "
+        "methods' tests; a row that is no test of its own says why, and keeps its p. Brackets: 95 % interval.",
     )
+
+
+def _over_runs(records: Rows) -> tuple[list[Field], str, str]:
+    """Where rows are means over training runs: the column of how many, a sentence, and what intervals are over too."""
+    if all(row.get("n_seeds", 1) == 1 for row in records):
+        return [], "", ""
+    column = cells("Runs", lambda row: count(row.get("n_seeds", 1)))
+    return [column], "Means over so many training runs as the column says. ", " and training runs"
 
 
 def _between(title: str, key: str, bounds: str, write: Callable[[float], str]) -> Field:
