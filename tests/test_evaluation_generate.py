@@ -30,7 +30,7 @@ from palimpsest.evaluation.scoring import METRIC_VERSION, METRICS
 from palimpsest.evaluation.tasks import Task
 from palimpsest.files import UserError, read_json, read_jsonl
 from palimpsest.models.embedded import checkpoint
-from palimpsest.models.prompts import PromptStyle
+from palimpsest.models.prompts import PromptStyle, turn_end
 from tiny import tiny_llama, tiny_tokenizer
 
 CITIES = ["Paris", "Rome", "Madrid", "Lisbon", "Vienna", "Bern", "Oslo"]
@@ -435,6 +435,33 @@ def test_exactly_one_begin_of_text_with_a_tokenizer_that_adds_its_own(chat: bool
     assert tokenizer("a")["input_ids"][0] == 1
     assert seen[0][0].tolist().count(1) == 1
     assert seen[0][0, 0] == 1
+
+
+def test_the_end_of_the_template_ends_an_answer_that_nothing_else_would_end() -> None:
+    """A base model's tokenizer ends texts by another token than its template ends turns."""
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    tokenizer.eos_token, model.generation_config.eos_token_id = "</s>", 2
+    assert end_ids(model, tokenizer) == [2, 3]
+    lyon, on = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("Lyon", "<user>Paris?<end>"))
+    written = iter([*lyon, 3, *on])
+    model.generate = lambda input_ids, **settings: torch.cat([input_ids, torch.tensor([[*written]])], dim=1)
+    (answer,) = text_answerer(model, tokenizer, 32)(TASK.examples[:1], "text")
+    assert (answer.response, answer.n_new_tokens, answer.cut) == ("Lyon", 5, False)
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (None, None),
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None),  # no token ends its turns
+        ("{% for m in messages %}<user>{{ m.content }}{{ ' <system>' if m.role == 'assistant' }}{% endfor %}", 6),
+        ("{% for m in messages %}{{ raise_exception('no') }}{% endfor %}", None),  # refused where a prompt is written
+    ],
+)
+def test_what_ends_a_turn_of_a_template(template: str | None, end: int | None) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    assert turn_end(tokenizer) == end
 
 
 def test_every_end_id_ends_an_answer_and_a_missing_pad_id_is_no_problem() -> None:

@@ -16,6 +16,7 @@ from palimpsest.config import load_config
 from palimpsest.data.collate import Collator
 from palimpsest.data.examples import Example
 from palimpsest.evaluation.answers import text_answerer
+from palimpsest.evaluation.generation import end_ids
 from palimpsest.files import UserError
 from palimpsest.models.processor import FILE, SpeechLMProcessor
 from palimpsest.models.prompts import PRESETS, PromptStyle, render, written_out
@@ -110,6 +111,23 @@ def test_a_finished_turn_that_is_rendered_unlike_an_open_one_gives_its_end() -> 
     processor = processor_of(REASONING)
     prompt, target = processor.sequence("Who?", "Ada.")
     assert processor.tokenizer.decode([*prompt, *target]) == "<user>Who?<end><assistant><think>Ada.<end>"
+
+
+# -- the end of an answer ----------------------------------------------------------------------------------------------
+WITHOUT_END = (  # GLM's: the next turn is all that ends one
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [TURNS, THINKING, REASONING, WITHOUT_END])
+@pytest.mark.parametrize("answer", ["Ada.", "Ada. ", "d", ">", "end"])  # some of which stand in <end> too
+def test_every_answer_that_is_trained_ends_with_what_ends_an_answer(template: str, answer: str) -> None:
+    processor = processor_of(template)
+    target = processor.sequence("Who?", answer)[1]
+    assert processor.tokenizer.decode(target) == f"{answer}<end>"
+    assert target[-1] in end_ids(tiny_llama(), processor.tokenizer)
+    assert target.count(target[-1]) == 1
 
 
 def test_an_argument_that_the_template_does_not_use_is_refused() -> None:

@@ -76,13 +76,23 @@ def test_a_step_that_fails_leaves_no_output_and_continues_where_it_was(tmp_path:
     assert seen == ["half"]  # the same step with the same inputs finds what it had
 
 
-def test_a_failed_step_with_other_inputs_starts_empty(tmp_path: Path) -> None:
+def test_a_failed_step_with_other_inputs_starts_empty_and_what_was_done_stays_until_it_is_finished(
+    tmp_path: Path,
+) -> None:
     run = RunDir(tmp_path)
+    for name in ("s", "s-t"):
+        with pytest.raises(RuntimeError):
+            run.step(name, {"x": 1}, _leave_and_fail)
+    (left,) = run.begun_otherwise("s", {"x": 2})
+    assert run.begun_otherwise("s", {"x": 1}) == []
     with pytest.raises(RuntimeError):
-        run.step("s", {"x": 1}, _leave_and_fail)
+        run.step("s", {"x": 2}, _leave_and_fail)
+    assert (left / "stale.txt").exists()  # for who undoes the change
     seen = []
-    run.step("s", {"x": 2}, lambda folder: seen.extend(folder.iterdir()))
+    run.step("s", {"x": 3}, lambda folder: seen.extend(folder.iterdir()))
     assert seen == []
+    assert run.begun_otherwise("s", {"x": 4}) == []
+    assert [folder.name[:3] for folder in (tmp_path / ".working").iterdir()] == ["s-t"]  # another step's stays
 
 
 def _leave_and_fail(folder: Path) -> None:

@@ -397,6 +397,25 @@ def test_a_changed_method_runs_only_what_depends_on_it(finished: Path, inputs: P
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_the_next_start_works_on_data_that_changed_as_a_run_from_nothing_does(inputs: Path, tmp_path: Path) -> None:
+    mine, run = tmp_path / "inputs", tmp_path / "run"
+    shutil.copytree(inputs, mine)
+    full = {"full": {"kind": "full", "learning_rate": 1e-3}}
+    config = parse_config(recipe(mine, methods=full), "test")
+    weights = "methods/full/checkpoint/model.safetensors"
+    run_study(config, run)
+    before, trained = results(run), (run / weights).read_bytes()
+    for split in ("train", "heldout"):  # the ids stay; one question goes
+        rows = [json.loads(line) for line in (mine / f"{split}.jsonl").read_text().splitlines()[:-1]]
+        rows = [{**row, "answer": f"No: {row['answer']}"} for row in rows]
+        (mine / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_study(config, run)
+    run_study(config, tmp_path / "new")
+    assert results(run) == results(tmp_path / "new") != before
+    assert (run / weights).read_bytes() == (tmp_path / "new" / weights).read_bytes() != trained
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_a_further_scope_stands_beside_the_first_and_changes_nothing_else(
     finished: Path, inputs: Path, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -137,15 +138,13 @@ class RunDir:
 
         `inputs` must be JSON and hold everything the output depends on: configuration, hashes of input files,
         fingerprints of earlier steps, the code version. `write` gets an empty temporary folder — or, when the same
-        step with the same inputs was interrupted, that folder as it was left, so that a long step can continue.
+        step with the same inputs was interrupted, that folder as it was left, so that a long step can continue. What
+        a start with other inputs left of it stays until it is finished (`begun_otherwise`).
         """
         if (done := self.finished(name, inputs)) is not None:
             return done
         target, fingerprint = self.path / name, hash_value(inputs)
-        working = self.path / ".working" / f"{name.replace('/', '__')}-{fingerprint[:16]}"
-        for stale in working.parent.glob(f"{name.replace('/', '__')}-*"):
-            if stale != working:
-                shutil.rmtree(stale)
+        working = self._working(name, fingerprint)
         working.mkdir(parents=True, exist_ok=True)
         begun, started = time.time(), time.perf_counter()
         write(working)
@@ -167,10 +166,22 @@ class RunDir:
             shutil.rmtree(target)
         target.parent.mkdir(parents=True, exist_ok=True)
         rename_folder(working, target)
+        for stale in self.begun_otherwise(name, inputs):
+            shutil.rmtree(stale)
         self._damage[name, fingerprint] = None
         with suppress(OSError):
             working.parent.rmdir()  # only when empty
         return Step(name, target, fingerprint, skipped=False)
+
+    def _working(self, name: str, fingerprint: str) -> Path:
+        return self.path / ".working" / f"{name.replace('/', '__')}-{fingerprint[:16]}"
+
+    def begun_otherwise(self, name: str, inputs: Mapping[str, Any]) -> list[Path]:
+        """What interrupted starts left of a step with other inputs than these."""
+        mine = self._working(name, hash_value(inputs))
+        pattern = re.compile(re.escape(name.replace("/", "__")) + r"-[0-9a-f]{16}")
+        folders = sorted(mine.parent.iterdir()) if mine.parent.is_dir() else []
+        return [folder for folder in folders if folder != mine and pattern.fullmatch(folder.name)]
 
     def finished(self, name: str, inputs: Mapping[str, Any]) -> Step | None:
         """The step if it is there with the same `inputs` and with its files as it wrote them, else None."""

@@ -404,9 +404,9 @@ def text_answerer(
     The prompt is the tokenizer's chat template with the question (after `instruction`, if any) as the user
     turn, and the system turn, date and arguments of `style`; without a template it is "Question: …", a line
     feed and "Answer:". It is tokenised once and holds exactly one begin-of-text. An answer ends at the
-    tokenizer's end-of-text and at the end ids of the model's generation settings; nothing else is taken from
-    these settings (`without_own_settings`). Without a template it also ends where the model begins a line with
-    "Question:" or "Answer:".
+    tokenizer's end-of-text, at the end ids of the model's generation settings and at what ends a turn of the
+    template; nothing else is taken from these settings (`without_own_settings`). Without a template it also ends
+    where the model begins a line with "Question:" or "Answer:".
 
     `compute` is the arithmetic; in float32 the answers do not depend on the batch. The model is put into eval mode.
     """

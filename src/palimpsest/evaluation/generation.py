@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from palimpsest.models.prompts import turn_end
+
 if TYPE_CHECKING:
     from jaxtyping import Int
     from torch import Tensor
@@ -40,9 +42,13 @@ def generation_settings(language_model: Any, tokenizer: Any, max_new_tokens: int
 
 
 def end_ids(language_model: Any, tokenizer: Any) -> list[int]:
-    """Every token id that ends an answer: the tokenizer's, then those of the model's generation settings."""
+    """Every token id that ends an answer: the tokenizer's, those of the model's generation settings, the template's.
+
+    The last is what training teaches after an answer. A base model that ends texts otherwise may name it nowhere.
+    """
     settings = language_model.generation_config.eos_token_id
-    candidates = [tokenizer.eos_token_id, *(settings if isinstance(settings, list) else [settings])]
+    of_model = settings if isinstance(settings, list) else [settings]
+    candidates = [tokenizer.eos_token_id, *of_model, turn_end(tokenizer)]
     return list(dict.fromkeys(id for id in candidates if id is not None))
 
 

@@ -19,6 +19,7 @@ from palimpsest.files import UserError
 # Where a base model, asked without a chat template, has answered and goes on with a further turn of the plain prompt.
 NEXT_TURN = re.compile(r"\n\s*(?:Question|Answer):")
 SPEECH_MARK = "<speech>"  # only inside this module: where the chat template puts the speech; never tokenised
+SOME_ANSWER = "ANSWER"  # stands in no end of turn, where a short answer may
 # In front of a chat template that takes a turn as parts {type, text}: turns of text become turns of one part.
 AS_PARTS = (
     "{%- set as_parts = namespace(turns=[]) -%}{%- for message in messages -%}"
@@ -207,20 +208,45 @@ def _template_of(writer: Any) -> str:
 
 def _target_text(tokenizer: Any, style: PromptStyle, answer: str) -> tuple[str, bool]:
     """What follows a templated prompt: the answer and its end of turn; and whether the end is still to be added."""
-    turns = [*messages("q", style.system), {"role": "assistant", "content": answer}]
     opening, _ = render(tokenizer, "q", style)
-    whole = apply_template(tokenizer, turns, style)
+    whole = _answered(tokenizer, style, answer)
     if whole.startswith(opening):
-        return whole[len(opening) :].rstrip("\n"), False
+        target = whole[len(opening) :].rstrip("\n")
+        without_end = target.rstrip().endswith(answer.strip()) and not _end_of_turn(tokenizer, style).strip()
+        return target, without_end
     # Templates that render a finished turn unlike an open one (reasoning models): the answer, and how they end it.
-    _, found, end = whole.rpartition(answer.strip())
-    end = end.rstrip("\n") if found else ""
-    return answer + end, not end
+    end = _end_of_turn(tokenizer, style)
+    return answer + end, not end.strip()
+
+
+def _answered(tokenizer: Any, style: PromptStyle, answer: str) -> str:
+    return apply_template(tokenizer, [*messages("q", style.system), {"role": "assistant", "content": answer}], style)
+
+
+def _end_of_turn(tokenizer: Any, style: PromptStyle) -> str:
+    """What the template writes behind an answer; nothing in some (GLM's), whose end training adds."""
+    _, found, end = _answered(tokenizer, style, SOME_ANSWER).rpartition(SOME_ANSWER)
+    return end.rstrip("\n") if found else ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokens
 # ---------------------------------------------------------------------------------------------------------------------
+def turn_end(tokenizer: Any) -> int | None:
+    """The token by which the chat template ends an answer, such as <|im_end|>.
+
+    None without a template, and where the template writes no token of its own there (a line feed, or nothing).
+    """
+    if tokenizer.chat_template is None or writes_tokens(tokenizer):
+        return None
+    try:
+        end = _end_of_turn(tokenizer, PromptStyle())
+    except UserError:  # a template that refuses the turns is refused with its reason where a prompt is written
+        return None
+    own = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    return next((id for id in encode(tokenizer, end) if id in own), None)
+
+
 def tokenise(
     tokenizer: Any, user: str, style: PromptStyle, *, answer: str | None = None, speech: Sequence[int] | None = None
 ) -> tuple[list[int], list[int]]:

@@ -123,6 +123,7 @@ def data(ws: Workspace) -> None:
     inputs = _data_inputs(ws) if is_main() else {}  # rank 0 alone compares them
     ws.remember_recordings()
     ws.step("data", data, inputs, write, together=True)
+    ws.read_data_anew()
 
 
 def _data_inputs(ws: Workspace) -> dict[str, Any]:

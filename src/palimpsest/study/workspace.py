@@ -157,12 +157,17 @@ class Workspace:
         self.done.append(step)
 
     def _say_why(self, name: str, inputs: Mapping[str, Any]) -> None:
-        """A finished step is made again: its files were damaged, or what went in differs.
+        """A finished step is made again: its files were damaged, or what went in differs; and what was begun of one.
 
         The latter is said once, of the first such step; the steps after it follow from that.
         """
         if not is_main():
             return
+        for left in self.dir.begun_otherwise(name, inputs):
+            self.reporter.note(
+                f"{name} was begun with other inputs or other code and begins anew; what was done of it stays in "
+                f"{left} until this is finished: undo the change to go on there."
+            )
         if (damage := self.dir.damage(name)) is not None:
             self.reporter.note(f"{self.path / name} was finished before and is made again: its {damage}.")
         found = [] if self._said_why else self.dir.outdated(name, inputs)
@@ -238,6 +243,11 @@ class Workspace:
         paths = sorted((self.path / "data").glob("*.jsonl"))
         # One process looks at the recordings' headers.
         return {path.stem: read_manifest(path, check=is_main()) for path in paths if path.stem != DROPPED}
+
+    def read_data_anew(self) -> None:
+        """When data/ was made: what is remembered of it may be an earlier start's."""
+        for name in ("groups", "dropped"):
+            self.__dict__.pop(name, None)
 
     @cached_property
     def dropped(self) -> dict[str, dict[str, int]]:
@@ -476,8 +486,10 @@ class Workspace:
         models = self.config.models
         decoder, encoder = decoder_of(blank_language_model(models.language_model)), encoder_sizes(models.encoder)[0]
         self._require_memory_for_two(decoder)
-        there = (self.path / "data" / STEP_FILE).exists()
-        n_examples = len(self.groups["train"]) if there else None
+        before = (
+            self.path / "data" / "train.jsonl"
+        )  # of an earlier start: about as many, and nothing else is read of it
+        n_examples = before.read_bytes().count(b"\n") if before.exists() else None
         setups = setups_of(self.config, decoder, encoder)
         n_steps = {name: steps_at_most(self.config, n_examples, self.config.methods[name].replay) for name in setups}
         steps = disk_of_steps(self.config, decoder, setups, n_steps, world_size())
