@@ -22,7 +22,7 @@ from palimpsest.evaluation import judge
 from palimpsest.evaluation.answers import Answer, answer_questions
 from palimpsest.evaluation.scoring import METRIC_VERSION
 from palimpsest.evaluation.tasks import Task
-from palimpsest.files import UserError, read_json, write_json, write_jsonl
+from palimpsest.files import UserError, read_json, write_json, write_jsonl, write_text
 from palimpsest.intervals import mcnemar_exact, minimum_detectable_difference, wilson
 
 N = 40
@@ -32,7 +32,12 @@ SPOKEN = tuple(replace(e, audio=Path(f"audio/{e.id}.flac")) for e in EXAMPLES)
 
 
 def answer(
-    file: Path, right: Sequence[int], modality: str = "text", examples: Sequence[Example] = EXAMPLES, limit: int = 32
+    file: Path,
+    right: Sequence[int],
+    modality: str = "text",
+    examples: Sequence[Example] = EXAMPLES,
+    limit: int = 32,
+    model: str | None = None,
 ) -> None:
     """Samples in which just the questions `right` are answered right."""
 
@@ -40,7 +45,7 @@ def answer(
         return [Answer(f"It is {e.answer}." if int(e.id[1:]) in right else "I forgot.", 4) for e in batch]
 
     task = Task("capitals", tuple(examples))
-    answer_questions(answerer, task, modality, model=str(file), out=file, max_new_tokens=limit)  # type: ignore[arg-type]
+    answer_questions(answerer, task, modality, model=model or str(file.parent), out=file, max_new_tokens=limit)  # type: ignore[arg-type]
 
 
 def evaluation(folder: Path, right: Sequence[int], modality: str = "text", **more: Any) -> Path:
@@ -319,6 +324,35 @@ def test_speech_of_other_recordings_is_refused(tmp_path: Path) -> None:
     again = tuple(replace(e, audio=Path(f"audio/{e.id}-noisy.flac")) for e in SPOKEN)
     b = evaluation(tmp_path / "b", range(20), "speech", examples=again)
     with pytest.raises(UserError, match="capitals from speech"):
+        compared(a, b)
+
+
+def test_other_files_of_the_same_names_are_compared_and_said(tmp_path: Path) -> None:
+    heard = {}
+    for name in ("a", "b"):
+        heard[name] = tuple(replace(e, audio=tmp_path / name / "audio" / f"{e.id}.flac") for e in SPOKEN)
+        for i, example in enumerate(heard[name]):
+            assert example.audio is not None
+            write_text(example.audio, f"{example.id}{name if i < 3 else ''}")
+        evaluation(tmp_path / name, range(20), "speech", examples=heard[name])
+    tables = compared(tmp_path / "a", tmp_path / "b")
+    assert len(tables["accuracy"]) == 1
+    (note,) = tables["notes"]
+    assert note.startswith("capitals from speech: of 40 recordings 3 are other files for a than for b")
+    assert compared(tmp_path / "a", evaluation(tmp_path / "c", [1], "speech", examples=heard["a"]))["notes"] == []
+
+
+@pytest.mark.parametrize("second", ["speech", "losses"])
+def test_a_folder_of_two_models_is_refused(tmp_path: Path, second: str) -> None:
+    """Evaluated from text and another from speech is no modality gap, and losses are of the model of the answers."""
+    a, b = evaluation(tmp_path / "a", range(20)), evaluation(tmp_path / "b", range(20))
+    if second == "speech":
+        answer(a / "samples-speech.jsonl", range(20), "speech", SPOKEN, model="another")
+    else:
+        losses(a, [2.0, 4.0], [1, 2])
+        compared(a, b)  # losses that do not say of what model they are, as earlier versions wrote them
+        write_json(a / "losses-text.json", {**read_json(a / "losses-text.json"), "model": "another"})
+    with pytest.raises(UserError, match=r"are of two models, or of weights of two dtypes; evaluate each with an --out"):
         compared(a, b)
 
 

@@ -16,7 +16,7 @@ from palimpsest.commands import ask, evaluate
 from palimpsest.data.collate import Collator, batches
 from palimpsest.data.sources import load_examples
 from palimpsest.evaluation import judge
-from palimpsest.evaluation.answers import text_answerer
+from palimpsest.evaluation.answers import require_one_model, text_answerer
 from palimpsest.evaluation.perplexity import perplexity, read_losses
 from palimpsest.files import UserError, read_json, read_jsonl
 from palimpsest.models.prompts import PromptStyle
@@ -185,6 +185,24 @@ def test_samples_of_another_task_are_refused_and_kept(setup: tuple[str, str], tm
     with pytest.raises(UserError, match=r"holds another evaluation \(task_version .*; delete it or write elsewhere"):
         evaluated(setup, tmp_path, limit=5)
     assert (tmp_path / "samples-text.jsonl").read_bytes() == before
+
+
+def test_a_folder_is_of_one_model(setup: tuple[str, str], tmp_path: Path) -> None:
+    """Losses of the model before do not stay beside the answers of the next one."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    evaluated(setup, out, perplexity=True)
+    tiny_llama(1, eos_token_id=3).save_pretrained(other)
+    tiny_tokenizer().save_pretrained(other)
+    for file in out.glob("samples-text.*"):
+        file.unlink()
+    before = (out / "losses-text.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"losses-text\.json is of another model, or of weights of another dtype; give"):
+        evaluated((str(other), setup[1]), out)
+    assert not (out / "samples-text.jsonl").exists()
+    assert (out / "losses-text.jsonl").read_bytes() == before
+    evaluated((str(other), setup[1]), out, perplexity=True)  # which writes them anew
+    assert (out / "losses-text.jsonl").read_bytes() != before
+    require_one_model(out)
 
 
 def test_a_cut_line_is_asked_again_and_said(

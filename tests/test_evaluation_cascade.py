@@ -52,6 +52,8 @@ def test_word_errors_are_a_distance(a: str, b: str, c: str) -> None:
 
 def test_word_error_rate_weighs_words_not_sentences() -> None:
     assert word_error_rate([("one", "two"), ("the cat sat", "the cat sat")]) == pytest.approx(1 / 4)
+    assert word_error_rate([("one", "two"), ("the cat sat", None)]) == 1  # a question that failed has no transcript
+    assert word_error_rate([("one", "two"), ("the cat sat", "")]) == 1  # and one of which nothing was heard has
     with pytest.raises(UserError, match="at least one reference word"):
         word_error_rate([("", "the")])
 

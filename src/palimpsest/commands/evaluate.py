@@ -85,7 +85,7 @@ def _run(options: Options) -> Iterator[str]:
     Raises UserError for bad input before the model is loaded.
     """
     from palimpsest.data.speech import speak
-    from palimpsest.evaluation.answers import answer_questions, qa_record, summarise
+    from palimpsest.evaluation.answers import answer_questions, qa_record, require_one_model, summarise
     from palimpsest.evaluation.floors import floor_records
     from palimpsest.evaluation.judge import METRIC, judge_rows
     from palimpsest.models.loading import choose_device, reading_notes
@@ -94,6 +94,9 @@ def _run(options: Options) -> Iterator[str]:
     judge, task, asked = _check(options)
     model = str(options.model if isinstance(asked, str) else asked.model)  # as the records call it
     transcribed = modality in ("cascade", "text_asr")
+    alone = _identity(options, asked, False)
+    written = [f"samples-{modality}.json", *([f"losses-{modality}.json"] if options.perplexity else [])]
+    require_one_model(out, alone, written)
     unspoken = modality != "text" and any(example.audio is None for example in task.examples)
     reporter = Reporter(1 + unspoken + options.perplexity + (judge is not None))
     if unspoken:
@@ -106,7 +109,8 @@ def _run(options: Options) -> Iterator[str]:
             answer,
             task,
             modality,
-            model=_identity(options, asked, transcribed),
+            model=_identity(options, asked, True) if transcribed else alone,
+            answered_by=alone if transcribed else None,
             out=out / f"samples-{modality}.jsonl",
             max_new_tokens=options.max_new_tokens,
             batch_size=options.batch_size,
@@ -125,7 +129,7 @@ def _run(options: Options) -> Iterator[str]:
     judged = None
     if options.perplexity and isinstance(asked, str):
         with reporter.step(f"perplexity from {modality}") as advance:
-            results["perplexity"] = [_perplexity(options, asked, device, compute, task, advance)]
+            results["perplexity"] = [_perplexity(options, asked, device, compute, task, alone, advance)]
     if judge is not None:
         with reporter.step(f"judged by {judge.model}") as advance:
             judged = judge_rows(judge, rows, out / f"samples-{modality}.judge.jsonl", advance)
@@ -134,7 +138,8 @@ def _run(options: Options) -> Iterator[str]:
     if transcribed:
         from palimpsest.evaluation.cascade import word_error_rate
 
-        results["word_error_rate"] = word_error_rate((row["question"], row["transcript"] or "") for row in rows)
+        if any(row["transcript"] is not None for row in rows):
+            results["word_error_rate"] = word_error_rate((row["question"], row["transcript"]) for row in rows)
     write_json(out / f"results-{modality}.json", results)
     if modality != "speech" and isinstance(asked, str):
         yield from reading_notes(model)
@@ -280,7 +285,7 @@ def _transcribing(options: Options, answer: Answerer, device: str, compute: Choi
 
 
 def _perplexity(
-    options: Options, where: str, device: str, compute: Choice, task: Task, advance: Any
+    options: Options, where: str, device: str, compute: Choice, task: Task, identity: str, advance: Any
 ) -> PerplexityRecord:
     """The losses of the target answers of a language model (text) or a SpeechLM (speech), loaded once more."""
     from palimpsest.data.collate import Collator
@@ -309,6 +314,7 @@ def _perplexity(
         task=task.name,
         progress=advance,
         compute=compute.dtype,
+        identity=identity,
     )
 
 

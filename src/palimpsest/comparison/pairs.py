@@ -102,7 +102,7 @@ def compare_runs(
         "modality_gap": gap_records(systems, metric, seed),
         "perplexity": loss_records(pairs),
         "not_compared": not_compared(pairs),
-        "notes": arithmetic_notes(pairs),
+        "notes": [*arithmetic_notes(pairs), *recording_notes(pairs)],
     }
     if not pairs and not tables["modality_gap"]:
         raise UserError(
@@ -123,6 +123,21 @@ def arithmetic_notes(pairs: Sequence[tuple[System, System]]) -> list[str]:
         for a, b in pairs
         if a.arithmetic != b.arithmetic
     ]
+
+
+def recording_notes(pairs: Sequence[tuple[System, System]]) -> list[str]:
+    """A sentence for each pair and task that heard other recordings under the same names, down to the file's bytes."""
+    sentences = []
+    for a, b in pairs:
+        for key in sorted(a.answers.keys() & b.answers.keys()):
+            one, other = a.answers[key].recordings, b.answers[key].recordings
+            both = one.keys() & other.keys()
+            if n := sum(one[id] != other[id] for id in both):
+                sentences.append(
+                    f"{key[0]} from {key[1]}: of {len(both)} recordings {n} are other files for {a.label} than for "
+                    f"{b.label}: a difference holds that of what was heard too."
+                )
+    return sentences
 
 
 def not_compared(pairs: Sequence[tuple[System, System]]) -> list[str]:
@@ -409,7 +424,7 @@ def pair_runs(runs: Sequence[Path], metric: str = PRIMARY, seed: int = 0) -> Pai
     pairs = [(a, b) for a, b in combinations(systems, 2) if a.run != b.run and a.method == b.method]
     paired = {system.label for pair in pairs for system in pair}
     sentences += [f"Only one run has {system.label}." for system in systems if system.label not in paired]
-    sentences += not_compared(pairs)
+    sentences += [*not_compared(pairs), *recording_notes(pairs)]
     same = [(a, _same_answers(a, b, sentences)) for a, b in pairs]
     losses = [(a, _same_losses(a, b, sentences)) for a, b in pairs]
     return {

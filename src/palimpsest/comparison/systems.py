@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import yaml
 from numpy.typing import NDArray
 
 from palimpsest.evaluation import judge
-from palimpsest.evaluation.answers import SampleRow, read_finished, verdicts_by_id
+from palimpsest.evaluation.answers import SampleRow, read_finished, require_one_model, verdicts_by_id
 from palimpsest.evaluation.perplexity import Perplexity, read_losses
 from palimpsest.evaluation.scoring import METRICS
 from palimpsest.evaluation.tasks import text_version
@@ -33,6 +33,9 @@ class Answers:
     max_new_tokens: int
     verdicts: tuple[Mapping[str, bool], ...]
     file: Path
+    recordings: Mapping[str, str] = field(
+        default_factory=dict
+    )  # what was heard by question, of those where it is known
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,8 @@ def _loss_files(folder: Path) -> list[Path]:
 
 
 def _read(label: str, run: Path, method: str | None, folder: Path, metric: str) -> System:
+    if method is None:
+        require_one_model(folder)
     answers: dict[Key, Answers] = {}
     arithmetic = set()
     for file in _sample_files(folder):
@@ -182,7 +187,8 @@ def _read(label: str, run: Path, method: str | None, folder: Path, metric: str) 
         version, verdicts = _verdicts(file, rows, metric, str(binding["metric_version"]), key[1])
         task = str(binding["task_version"])
         task = text_version(task) if key[1] == "text" else task  # what was typed does not depend on recordings
-        answers[key] = Answers(task, version, binding["max_new_tokens"], (verdicts,), file)
+        heard = {row["id"]: hash for row in rows if (hash := row.get("recording")) is not None}
+        answers[key] = Answers(task, version, binding["max_new_tokens"], (verdicts,), file, heard)
     losses: dict[Key, Losses] = {}
     for file in _loss_files(folder):
         binding, result = read_losses(file)

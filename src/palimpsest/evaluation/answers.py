@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -102,6 +102,7 @@ class Binding(_Bound, total=False):
     """With what was added after the first files were written."""
 
     compute: str  # the arithmetic; absent: float32
+    answered_by: str  # the model without the recogniser in front of it, of modalities that have one
 
 
 REQUIRED, KNOWN = _Always.__annotations__.keys(), SampleRow.__annotations__.keys()
@@ -132,7 +133,7 @@ def resume(
     before = read_json(sidecar)
     if not isinstance(before, dict):
         raise UserError(f"{sidecar} is damaged; {REMEDY}.")
-    before.setdefault("compute", "float32")
+    before = {"compute": "float32", **{key: binding[key] for key in ("answered_by",) if key in binding}, **before}
     differing = [
         f"{key} {before.get(key)!r} instead of {value!r}" for key, value in binding.items() if before.get(key) != value
     ]
@@ -187,6 +188,30 @@ def read_finished(out: Path) -> tuple[dict[str, Any], list[SampleRow]]:
             f"{out} holds {len(rows)} of {binding['n']} answers; run the evaluation again, it continues there."
         )
     return binding, rows
+
+
+def require_one_model(folder: Path, answered_by: str | None = None, written: Collection[str] = ()) -> None:
+    """Raise UserError unless the answers and losses in a folder of `palimpsest evaluate` are of one model.
+
+    answered_by: of the answers to come, which write the files `written`. Earlier versions did not record of what model
+    losses are, nor, behind a recogniser, answers; such files are taken as they are.
+    """
+    found: dict[str, Path] = {}
+    for file in sorted([*folder.glob("samples-*.json"), *folder.glob("losses-*.json")]):
+        binding = read_json(file)
+        if not isinstance(binding, dict) or file.name in written:
+            continue
+        of_model = binding.get("model") if binding.get("modality") in ("text", "speech") else None
+        if name := binding.get("answered_by", of_model):
+            found.setdefault(str(name), file)
+    others = [file for name, file in found.items() if name != answered_by]
+    if answered_by is not None and others:
+        raise UserError(f"{others[0]} is of another model, or of weights of another dtype; give an --out of its own.")
+    if len(found) > 1:
+        raise UserError(
+            f"{' and '.join(map(str, list(found.values())[:2]))} are of two models, or of weights of two dtypes; "
+            "evaluate each with an --out of its own."
+        )
 
 
 def _rows(out: Path, ids: Set[str] | None = None) -> list[SampleRow]:
@@ -257,6 +282,7 @@ def answer_questions(
     *,
     model: str,
     out: Path,
+    answered_by: str | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 16,
     compute: Arithmetic | Literal["unknown"] = "float32",
@@ -277,6 +303,7 @@ def answer_questions(
 
     Args:
         model: fingerprint of everything `answer` uses (weights, system prompt); it binds the file to it.
+        answered_by: the same without the recogniser, where there is one; recorded beside it.
         max_new_tokens, compute: what `answer` was made with ("unknown": behind an endpoint); recorded, and part of
             what a resumed file must match.
         progress: called as progress(answered, total), first with what an earlier run left.
@@ -301,6 +328,7 @@ def answer_questions(
         "model": model,
         "n": len(task.examples),
         "compute": compute,
+        **({} if answered_by is None else {"answered_by": answered_by}),
     }
 
     def begin() -> tuple[dict[str, str | None], list[SampleRow]]:

@@ -93,13 +93,14 @@ def transcribed_before(transcripts: Mapping[str, str | None]) -> Callable[[Seque
     return write_down
 
 
-def word_error_rate(pairs: Iterable[tuple[str, str]]) -> float:
+def word_error_rate(pairs: Iterable[tuple[str, str | None]]) -> float:
     """Substitutions, insertions and deletions over all (reference, hypothesis) pairs, per reference word.
 
-    Words are those of `scoring.number_words`: case, accents, punctuation and the spelling of numbers do not
+    Without a hypothesis, of a question that failed, a pair does not count. Words are those of `scoring.number_words`: case, accents, punctuation and the spelling of numbers do not
     count.
     """
-    counts = [(word_errors(reference, hypothesis), len(number_words(reference))) for reference, hypothesis in pairs]
+    heard = [(reference, hypothesis) for reference, hypothesis in pairs if hypothesis is not None]
+    counts = [(word_errors(reference, hypothesis), len(number_words(reference))) for reference, hypothesis in heard]
     total = sum(n for _, n in counts)
     if total == 0:
         raise UserError("A word error rate needs at least one reference word; pass the questions' own text.")

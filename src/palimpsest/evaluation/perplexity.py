@@ -134,11 +134,13 @@ def measure_losses(
     progress: Callable[[int, int], None] | None = None,
     compute: Arithmetic = "float32",
     distributed: bool = False,
+    identity: str | None = None,
 ) -> PerplexityRecord:
     """The perplexity of `model` on the examples' target answers; writes both files of the modality to `folder`.
 
     `collator` decides how the questions are put; progress is called as progress(batches done, batches). distributed:
-    every rank calls with its replica of the model and measures its share of the batches; rank 0 writes.
+    every rank calls with its replica of the model and measures its share of the batches; rank 0 writes. identity: of
+    the model, recorded with the losses.
     """
     modality = collator.modality
     total = -(-len(examples) // batch_size)
@@ -153,7 +155,8 @@ def measure_losses(
 
     result = perplexity(model, counted(), compute=compute, distributed=distributed)
     if is_main() or not distributed:
-        _write_losses(folder, task, modality, examples, result, compute)
+        of_model = {} if identity is None else {"model": identity}
+        _write_losses(folder, {"task": task, "modality": modality, "compute": compute, **of_model}, examples, result)
     return {
         "method": method,
         "task": task,
@@ -165,16 +168,11 @@ def measure_losses(
     }
 
 
-def _write_losses(
-    folder: Path, task: str, modality: str, examples: Sequence[Example], result: Perplexity, compute: Arithmetic
-) -> None:
-    rows = [{"id": example.id, **asdict(result.samples[example.id])} for example in examples]
-    write_jsonl(folder / f"losses-{modality}.jsonl", rows)
+def _write_losses(folder: Path, about: Mapping[str, str], examples: Sequence[Example], result: Perplexity) -> None:
+    file = folder / f"losses-{about['modality']}.jsonl"
+    write_jsonl(file, [{"id": example.id, **asdict(result.samples[example.id])} for example in examples])
     data = hash_value([[e.id, e.question, e.answer] for e in examples])[:12]
-    write_json(
-        folder / f"losses-{modality}.json",
-        {"schema": 1, "task": task, "modality": modality, "data": data, "n": len(examples), "compute": compute},
-    )
+    write_json(file.with_suffix(".json"), {"schema": 1, **about, "data": data, "n": len(examples)})
 
 
 class Binding(TypedDict):
