@@ -96,8 +96,8 @@ def transcribed_before(transcripts: Mapping[str, str | None]) -> Callable[[Seque
 def word_error_rate(pairs: Iterable[tuple[str, str | None]]) -> float:
     """Substitutions, insertions and deletions over all (reference, hypothesis) pairs, per reference word.
 
-    Without a hypothesis, of a question that failed, a pair does not count. Words are those of `scoring.number_words`: case, accents, punctuation and the spelling of numbers do not
-    count.
+    Without a hypothesis, of a question that failed, a pair does not count. Words are those of `scoring.number_words`:
+    case, accents, punctuation and the spelling of numbers do not count.
     """
     heard = [(reference, hypothesis) for reference, hypothesis in pairs if hypothesis is not None]
     counts = [(word_errors(reference, hypothesis), len(number_words(reference))) for reference, hypothesis in heard]

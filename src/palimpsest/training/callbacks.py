@@ -31,6 +31,19 @@ class LastStepAndCheckpoints(TrainerCallback):  # type: ignore[misc]
             mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
+class EpochReachesBatches(TrainerCallback):  # type: ignore[misc]
+    """Before an epoch is begun, or gone on with after a kill, its batches are drawn: `set_epoch(epoch, from 0)`.
+
+    The Trainer's own call does not reach them in every version, above all not where it skips those that were seen.
+    """
+
+    def __init__(self, set_epoch: Callable[[int], None]) -> None:
+        self.set_epoch = set_epoch
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.set_epoch(int(state.epoch or 0))  # epochs done, with the part of the one that is gone on with
+
+
 def mark_complete(checkpoint: Path) -> None:
     """Put the marker into a checkpoint once all of it is on the disk: no power cut leaves it beside empty files."""
     inside = sorted(checkpoint.rglob("*"))

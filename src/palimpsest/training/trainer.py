@@ -26,7 +26,7 @@ from palimpsest.models.loss import describe_ids, supervised_losses
 from palimpsest.parallel import is_main, whole, world_size
 from palimpsest.records import TrainingRecord
 from palimpsest.training import distributed
-from palimpsest.training.callbacks import LastStepAndCheckpoints, ReportProgress
+from palimpsest.training.callbacks import EpochReachesBatches, LastStepAndCheckpoints, ReportProgress
 from palimpsest.training.held_out import HeldOut, OwnText, measure, measure_drift_estimate, modalities_of
 from palimpsest.training.keep import Held, WithText, attach, distilled_loss
 from palimpsest.training.phases import Phase
@@ -184,7 +184,7 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
             train_dataset=phase.rows,
             eval_dataset=[] if args.eval_strategy != "no" else None,  # asked for; what is measured is `held_out`
             data_collator=WithText(phase.collate, held.text) if held and held.reads_text else phase.collate,
-            callbacks=[LastStepAndCheckpoints()],
+            callbacks=[LastStepAndCheckpoints(), EpochReachesBatches(phase.batches.set_epoch)],
         )
         self.remove_callback(PrinterCallback)
         # Makes Trainer count the supervised tokens of all accumulated batches: `num_items_in_batch` below.
@@ -193,11 +193,9 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
     def get_train_dataloader(self) -> DataLoader[Any]:
         workers = n_workers(self.phase, self.args.device)
         if world_size() > 1:  # not prepared by accelerate, which would divide the batches once more
-            shared: Any = distributed.share_loader(
+            return distributed.share_loader(
                 self.phase.rows, self.phase.batches, self.data_collator, self.args.dataloader_pin_memory, workers
             )
-            shared.set_epoch = self.phase.batches.set_epoch
-            return shared  # type: ignore[no-any-return]
         loader: DataLoader[Any] = DataLoader(
             self.train_dataset,
             batch_sampler=self.phase.batches,
@@ -206,15 +204,7 @@ class SpeechTrainer(Trainer):  # type: ignore[misc]
             pin_memory=self.args.dataloader_pin_memory,
             generator=torch.Generator(),  # its own, so that dropout alone draws from the global one
         )
-        prepared: Any = self.accelerator.prepare(loader)
-        of_loader = prepared.set_epoch  # which counts epochs, but does not reach the batches in every version
-
-        def set_epoch(epoch: int) -> None:
-            of_loader(epoch)
-            self.phase.batches.set_epoch(epoch)
-
-        prepared.set_epoch = set_epoch
-        return prepared  # type: ignore[no-any-return]
+        return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
