@@ -234,6 +234,40 @@ def test_seeds_are_pooled_and_clustered(tmp_path: Path) -> None:
         compared(runs[0], evaluation(tmp_path / "e", range(3)), seeds=True)
 
 
+@pytest.mark.parametrize(
+    ("of_second", "said"),
+    [
+        ({"seed": 0}, r"s0 and \S*s1 have the same seed, 0, so their runs of full are no two training runs"),
+        (
+            {"methods": {"full": {"kind": "full", "learning_rate": 2e-5}}},
+            r"\(methods\.full\.learning_rate\); they are two",
+        ),
+        ({"training": {"epochs": 2, "eval_every": 1}}, r"in different ways \(training\.epochs\)"),
+        ({"training": {"epochs": 1, "eval_every": 7}, "name": "other"}, None),
+        ({"methods": "damaged", "training": None}, r"in different ways"),
+    ],
+)
+def test_seeds_are_training_runs_of_one_method(tmp_path: Path, of_second: dict[str, Any], said: str | None) -> None:
+    recipe = {"seed": 0, "methods": {"full": {"kind": "full", "learning_rate": 1e-5}}, "training": {"epochs": 1}}
+    runs = []
+    for k, of in enumerate((recipe, {**recipe, "seed": 1, **of_second})):
+        runs.append(study(tmp_path / f"s{k}", {"base": {"text": range(30)}, "full": {"text": range(14 + k)}}))
+        write_text(runs[-1] / "study.yaml", json.dumps(of))
+    if said is None:
+        assert compared(*runs, seeds=True)["accuracy"][0]["seeds_b"] == 2
+        return
+    with pytest.raises(UserError, match=said):
+        compared(*runs, seeds=True)
+    assert len(compared(*runs)["accuracy"]) == 2  # by themselves
+
+
+def test_what_only_a_later_seed_was_asked_is_not_left_out_without_a_word(tmp_path: Path) -> None:
+    one = study(tmp_path / "s0", {"full": {"text": range(5)}, "base": {"text": range(5)}})
+    two = study(tmp_path / "s1", {"full": {"text": range(5), "speech": range(5)}, "base": {"text": range(5)}})
+    with pytest.raises(UserError, match="Not every seed of full has answers to capitals from speech"):
+        compared(one, two, seeds=True)
+
+
 def test_seeds_in_the_names_of_methods(tmp_path: Path) -> None:
     methods = {"base": {"text": range(20)}} | {f"lora-seed{k}": {"text": range(10 + k)} for k in range(3)}
     (row,) = compared(study(tmp_path / "run", methods), seeds=True)["accuracy"]

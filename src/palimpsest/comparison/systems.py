@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -17,11 +18,12 @@ from palimpsest.evaluation.perplexity import Perplexity, read_losses
 from palimpsest.evaluation.scoring import METRICS
 from palimpsest.evaluation.tasks import text_version
 from palimpsest.files import UserError, read_json
-from palimpsest.records import method_of
+from palimpsest.records import BASE, method_of
 from palimpsest.rundir import STUDY, models_in, run_labels
 
 Key = tuple[str, str]  # (task, modality)
 Matrix = NDArray[np.float64]  # (training runs, questions)
+ON_THE_WAY = ("checkpoint_every", "eval_every", "report_to")  # of section training, what changes no weights
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ def pool_seeds(systems: Sequence[System]) -> list[System]:
     """Systems of the same method as one with several seeds; a name's ending -seed3 or _seed3 does not count.
 
     Raises:
-        UserError: seeds that were not evaluated on the same tasks and versions, or an evaluation folder.
+        UserError: seeds that were not evaluated on the same tasks and versions, an evaluation folder, or studies whose
+            recipes have the same seed or train a method in different ways.
     """
     groups: dict[str, list[System]] = {}
     for system in systems:
@@ -115,9 +118,12 @@ def pool_seeds(systems: Sequence[System]) -> list[System]:
     pooled = []
     for name, members in groups.items():
         first = members[0]
+        if name != BASE:
+            _require_seeds(members)
         answers: dict[Key, Answers] = {}
-        for key, mine in first.answers.items():
+        for key in dict.fromkeys(key for member in members for key in member.answers):
             parts = [member.answers[key] for member in members if key in member.answers]
+            mine = parts[0]
             if len(parts) < len(members):
                 raise UserError(f"Not every seed of {name} has answers to {key[0]} from {key[1]}; finish the studies.")
             for part in parts:
@@ -126,6 +132,40 @@ def pool_seeds(systems: Sequence[System]) -> list[System]:
         losses = first.losses if len(members) == 1 else {}
         pooled.append(replace(first, label=name, method=name, answers=answers, losses=losses))
     return pooled
+
+
+def _require_seeds(members: Sequence[System]) -> None:
+    """Raise UserError where the runs of a method are, by their studies' recipes, no training runs of one method."""
+    studies = {member.run: member for member in members}
+    recipes = {run: recipe for run in studies if (recipe := _recipe(run))}
+    (run, first), *others = recipes.items() or [(None, {})]
+    seen = {first.get("seed"): run}
+    for other, recipe in others:
+        seed = recipe.get("seed")
+        if seed in seen:
+            raise UserError(
+                f"{seen[seed]} and {other} have the same seed, {seed}, so their runs of {studies[other].method} are no "
+                "two training runs; give studies of different seeds."
+            )
+        seen[seed] = other
+        before, after = (_trained(of, str(studies[other].method)) for of in (first, recipe))
+        if differing := sorted(key for key in {*before, *after} if before.get(key) != after.get(key)):
+            raise UserError(
+                f"{run} and {other} train {studies[other].method} in different ways ({', '.join(differing)}); they are "
+                "two methods, and no two seeds of one: leave out --seeds."
+            )
+
+
+def _trained(recipe: Mapping[str, Any], method: str) -> dict[str, Any]:
+    """What a recipe says of how a method is trained."""
+    training, own = _section(recipe, "training"), _section(_section(recipe, "methods"), method_of(method)[0])
+    settings = {f"training.{key}": value for key, value in training.items() if key not in ON_THE_WAY}
+    return settings | {f"methods.{method}.{key}": value for key, value in own.items()}
+
+
+def _section(recipe: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = recipe.get(key)
+    return found if isinstance(found, Mapping) else {}
 
 
 def require_same(a: Answers, b: Answers, key: Key, what: str = "the same questions and scoring rules") -> None:
@@ -157,12 +197,20 @@ def _folders(run: Path) -> dict[str | None, Path]:
     return found or ({None: run} if _sample_files(run) or _loss_files(run) else {})
 
 
+def _recipe(run: Path) -> dict[str, Any]:
+    """That of a study; {} where there is none, or none that can be read."""
+    try:
+        recipe = yaml.safe_load((run / STUDY).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return recipe if isinstance(recipe, dict) else {}
+
+
 def _adaptor_methods(run: Path) -> set[str]:
     """The methods of a study that train nothing but the adaptor, by its recipe; none where there is no readable one."""
     try:
-        methods = yaml.safe_load((run / STUDY).read_text(encoding="utf-8"))["methods"]
-        return {name for name, method in methods.items() if method["kind"] == "adaptor"}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError):
+        return {name for name, method in _recipe(run)["methods"].items() if method["kind"] == "adaptor"}
+    except (LookupError, TypeError, AttributeError):
         return set()
 
 
