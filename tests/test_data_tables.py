@@ -17,9 +17,11 @@ import soundfile
 
 from audio_files import encoded, tone, voice_assistant, wav, write_parquet
 from palimpsest.data import parquet
-from palimpsest.data.rows import Names, Row
+from palimpsest.data.filters import Filters
+from palimpsest.data.rows import Names, Row, identity_of
 from palimpsest.data.sources import load_examples, open_table
-from palimpsest.files import UserError
+from palimpsest.data.splits import Split, StudyData
+from palimpsest.files import UserError, hash_value
 
 
 def rows(source: str, split: str = "train", *, start: int = 0, only: Any = None, audio: bool = True) -> list[Row]:
@@ -322,6 +324,29 @@ def test_own_parquet_with_lists_paths_and_bytes(tmp_path: Path) -> None:
     assert second.answer == "z"
     assert second.audio is not None
     assert second.audio.is_relative_to(tmp_path / "audio")
+
+
+def test_recordings_that_a_parquet_table_names_are_looked_at(tmp_path: Path) -> None:
+    """Spoken again under the same name, they are other data, although the table has not changed."""
+    columns = {"question": ["A?", "B?"], "answer": ["x", "y"], "audio": ["a.wav", "b.wav"]}
+    for name in ("a.wav", "b.wav"):
+        (tmp_path / name).write_bytes(wav())
+    path = write_parquet(tmp_path / "d.parquet", columns)
+    table = open_table(str(path), "train")
+    assert table.identity is None
+    assert [row.audio for row in table.read(0, None, False)] == [tmp_path / "a.wav", tmp_path / "b.wav"]
+    whole = Split(str(path), "train")
+
+    def inputs() -> str:
+        return hash_value(StudyData(whole, whole, {}, Filters(), strict=False, seed=0).inputs())
+
+    before, of_table = inputs(), identity_of(table)
+    assert before == inputs()
+    (tmp_path / "b.wav").write_bytes(wav(pitch=300))
+    assert before != inputs()
+    assert of_table != identity_of(table)
+    inside = voice_assistant(tmp_path / "x.parquet", [("1", "Q?", "A.", wav())])
+    assert open_table(f"voice_assistant:{inside}", "train").identity is not None  # a table that holds its recordings
 
 
 def test_a_folder_of_recordings_with_texts_beside_them(tmp_path: Path) -> None:

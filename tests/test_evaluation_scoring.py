@@ -51,10 +51,10 @@ def test_number_equivalence_helps_more_than_it_hurts() -> None:
         (
             CASES,
             {
-                "token_sequence": (16, 45),
+                "token_sequence": (16, 46),
                 "token_sequence_numbers": (14, 30),
-                "substring": (26, 41),
-                "any_order": (18, 40),
+                "substring": (26, 42),
+                "any_order": (18, 41),
             },
         ),
         (

@@ -86,9 +86,27 @@ def local_table(kind: str, path: Path, split: str) -> Table:
     there."""
     files = local_files(path, split)
     # Names, sizes and times of change: hashing hundreds of gigabytes at every start would take longer than reading.
-    identity = [[Path(file).name, Path(file).stat().st_size, Path(file).stat().st_mtime_ns] for file in files]
+    identity: Any = [[Path(file).name, Path(file).stat().st_size, Path(file).stat().st_mtime_ns] for file in files]
+    if any(_names_recordings(SCHEMAS[kind], file) for file in files):
+        identity = None  # the recordings lie beside the table and may change without it: looked at as a manifest's are
     read = _reader(SCHEMAS[kind], str(path), lambda: files)
     return Table(kind, str(path), read, identity, lambda: sum(open_parquet(file).metadata.num_rows for file in files))
+
+
+def _names_recordings(schema: Schema, file: str) -> bool:
+    """Whether the column of recordings has paths instead of recordings."""
+    arrow = open_parquet(file).schema_arrow
+    try:
+        return _has_paths(arrow, schema.columns(arrow.names, file).get("audio"))
+    except UserError:  # said with its place when rows are read
+        return False
+
+
+def _has_paths(arrow: Any, column: str | None) -> bool:
+    import pyarrow as pa
+
+    kind = None if column is None else arrow.field(column).type
+    return kind is not None and (pa.types.is_string(kind) or pa.types.is_large_string(kind))
 
 
 def _reader(schema: Schema, where: str, files: Callable[[], Sequence[str]]) -> Read:
@@ -102,7 +120,8 @@ def _reader(schema: Schema, where: str, files: Callable[[], Sequence[str]]) -> R
         for url in files():
             file = open_parquet(url)
             columns = schema.columns(file.schema_arrow.names, f"{where} ({url.rsplit('/', 1)[-1]})")
-            if not audio:
+            beside = "://" not in url and _has_paths(file.schema_arrow, columns.get("audio"))
+            if not audio and not beside:  # paths are no recordings yet
                 columns.pop("audio", None)
             for group in range(file.num_row_groups):
                 positions = range(first, first + file.metadata.row_group(group).num_rows)

@@ -29,7 +29,7 @@ from functools import lru_cache
 from palimpsest.evaluation.number_words import digits
 from palimpsest.files import UserError
 
-METRIC_VERSION = "3"  # raised whenever any verdict can change
+METRIC_VERSION = "4"  # raised whenever any verdict can change
 PRIMARY = "token_sequence_numbers"
 
 Metric = Callable[[str, str, str | None], bool]  # (response, one gold answer, question or None) -> right?
@@ -104,11 +104,11 @@ _STRESS = {"\u0300", "\u0301"}
 def normalise(text: str) -> str:
     """Compatibility-decomposed, case-folded, without accents: "Café" -> "cafe", "Straße" -> "strasse", "Ø" -> "o".
 
-    A mark that makes another letter stays (か and が, и and й, the vowel signs of Hindi and Thai); what has no width,
-    such as a soft hyphen, goes.
+    An underscore, Markdown's emphasis, is a blank. A mark that makes another letter stays (か and が, и and й, the vowel
+    signs of Hindi and Thai); what has no width, such as a soft hyphen, goes.
     """
     # İ and a few others fold to a letter with a combining mark, and NFKD of what was folded can differ: once more.
-    decomposed = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
+    decomposed = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold()).replace("_", " ")
     if decomposed.isascii():
         return decomposed
     kept, base = [], ""
