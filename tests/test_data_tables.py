@@ -338,12 +338,14 @@ def test_recordings_that_a_parquet_table_names_are_looked_at(tmp_path: Path) -> 
     whole = Split(str(path), "train")
 
     def inputs() -> str:
-        return hash_value(StudyData(whole, whole, {}, Filters(), strict=False, seed=0).inputs())
+        return hash_value(StudyData(whole, 1, {}, Filters(), strict=False, seed=0).inputs())
 
-    before, of_table = inputs(), identity_of(table)
+    before, of_table, seen = inputs(), identity_of(table), list[str]()
     assert before == inputs()
-    (tmp_path / "b.wav").write_bytes(wav(pitch=300))
-    assert before != inputs()
+    for name in ("a.wav", "b.wav"):  # one of which is held out
+        (tmp_path / name).write_bytes(wav(pitch=300))
+        assert inputs() not in (before, *seen)
+        seen.append(inputs())
     assert of_table != identity_of(table)
     inside = voice_assistant(tmp_path / "x.parquet", [("1", "Q?", "A.", wav())])
     assert open_table(f"voice_assistant:{inside}", "train").identity is not None  # a table that holds its recordings

@@ -104,8 +104,8 @@ _STRESS = {"\u0300", "\u0301"}
 def normalise(text: str) -> str:
     """Compatibility-decomposed, case-folded, without accents: "Café" -> "cafe", "Straße" -> "strasse", "Ø" -> "o".
 
-    An underscore, Markdown's emphasis, is a blank. A mark that makes another letter stays (か and が, и and й, the vowel
-    signs of Hindi and Thai); what has no width, such as a soft hyphen, goes.
+    An underscore, Markdown's emphasis, is a blank. A mark that makes another letter stays (か and が, и and й, the
+    vowel signs of Hindi and Thai); what has no width, such as a soft hyphen, goes.
     """
     # İ and a few others fold to a letter with a combining mark, and NFKD of what was folded can differ: once more.
     decomposed = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold()).replace("_", " ")
