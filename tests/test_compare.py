@@ -24,6 +24,7 @@ from palimpsest.evaluation.scoring import METRIC_VERSION
 from palimpsest.evaluation.tasks import Task
 from palimpsest.files import UserError, read_json, write_json, write_jsonl, write_text
 from palimpsest.intervals import mcnemar_exact, minimum_detectable_difference, wilson
+from palimpsest.records import method_of
 
 N = 40
 METRIC = "token_sequence_numbers"
@@ -237,34 +238,37 @@ def test_seeds_are_pooled_and_clustered(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("of_second", "said"),
     [
-        ({"seed": 0}, r"s0 and \S*s1 have the same seed, 0, so their runs of full are no two training runs"),
-        (
-            {"methods": {"full": {"kind": "full", "learning_rate": 2e-5}}},
-            r"\(methods\.full\.learning_rate\); they are two",
-        ),
+        ({"seed": 0}, r"s0 and \S*s1 have the same seed, 0, so their runs of \S+ are no two training runs"),
+        ({"methods": {"full": {"kind": "full", "learning_rate": 2e-5}}}, r"in different ways \(learning_rate\); they"),
         ({"training": {"epochs": 2, "eval_every": 1}}, r"in different ways \(training\.epochs\)"),
-        ({"training": {"epochs": 1, "eval_every": 7}, "name": "other"}, None),
-        ({"methods": "damaged", "training": None}, r"in different ways"),
+        ({"training": {"epochs": 1, "eval_every": 7, "gradient_checkpointing": True, "new": 1}, "name": "other"}, None),
+        ({"methods": {"full": {"kind": "full", "learning_rate": 1e-5, "in_full": True}}}, None),
+        ({"seed": 0, "methods": {"full": {"kind": "given", "checkpoint": "elsewhere"}}}, None),
+        ({"methods": "damaged", "training": None}, None),
     ],
 )
-def test_seeds_are_training_runs_of_one_method(tmp_path: Path, of_second: dict[str, Any], said: str | None) -> None:
+@pytest.mark.parametrize("names", [("full", "full"), ("full_seed1", "full_seed2"), ("full-seed1", "full-seed2")])
+def test_seeds_are_training_runs_of_one_method(
+    tmp_path: Path, names: tuple[str, str], of_second: dict[str, Any], said: str | None
+) -> None:
     recipe = {"seed": 0, "methods": {"full": {"kind": "full", "learning_rate": 1e-5}}, "training": {"epochs": 1}}
     runs = []
     for k, of in enumerate((recipe, {**recipe, "seed": 1, **of_second})):
-        runs.append(study(tmp_path / f"s{k}", {"base": {"text": range(30)}, "full": {"text": range(14 + k)}}))
+        runs.append(study(tmp_path / f"s{k}", {"base": {"text": range(30)}, names[k]: {"text": range(14 + k)}}))
+        if isinstance(of["methods"], dict):  # by its own name; NAME-seed1 is a run of NAME
+            of = {**of, "methods": {method_of(names[k])[0]: of["methods"]["full"]}}
         write_text(runs[-1] / "study.yaml", json.dumps(of))
     if said is None:
         assert compared(*runs, seeds=True)["accuracy"][0]["seeds_b"] == 2
         return
     with pytest.raises(UserError, match=said):
         compared(*runs, seeds=True)
-    assert len(compared(*runs)["accuracy"]) == 2  # by themselves
 
 
 def test_what_only_a_later_seed_was_asked_is_not_left_out_without_a_word(tmp_path: Path) -> None:
     one = study(tmp_path / "s0", {"full": {"text": range(5)}, "base": {"text": range(5)}})
     two = study(tmp_path / "s1", {"full": {"text": range(5), "speech": range(5)}, "base": {"text": range(5)}})
-    with pytest.raises(UserError, match="Not every seed of full has answers to capitals from speech"):
+    with pytest.raises(UserError, match="s0 has no answers of full to capitals from speech, which another seed has"):
         compared(one, two, seeds=True)
 
 
@@ -376,18 +380,22 @@ def test_other_files_of_the_same_names_are_compared_and_said(tmp_path: Path) -> 
     assert compared(tmp_path / "a", evaluation(tmp_path / "c", [1], "speech", examples=heard["a"]))["notes"] == []
 
 
-@pytest.mark.parametrize("second", ["speech", "losses"])
-def test_a_folder_of_two_models_is_refused(tmp_path: Path, second: str) -> None:
-    """Evaluated from text and another from speech is no modality gap, and losses are of the model of the answers."""
+@pytest.mark.parametrize("second", ["speech", "losses", "cascade"])
+def test_a_folder_of_two_models_is_said(tmp_path: Path, second: str) -> None:
+    """Text of one and speech of another is no modality gap; nor are losses those of the model that answered."""
     a, b = evaluation(tmp_path / "a", range(20)), evaluation(tmp_path / "b", range(20))
-    if second == "speech":
-        answer(a / "samples-speech.jsonl", range(20), "speech", SPOKEN, model="another")
-    else:
-        losses(a, [2.0, 4.0], [1, 2])
-        compared(a, b)  # losses that do not say of what model they are, as earlier versions wrote them
+    losses(a, [2.0, 4.0], [1, 2])
+    assert compared(a, b)["notes"] == []  # losses that do not say of what model they are, as of earlier versions
+    if second == "losses":
         write_json(a / "losses-text.json", {**read_json(a / "losses-text.json"), "model": "another"})
-    with pytest.raises(UserError, match=r"are of two models, or of weights of two dtypes; evaluate each with an --out"):
-        compared(a, b)
+    else:
+        answer(a / f"samples-{second}.jsonl", range(20), second, SPOKEN, model="another")
+    if second == "cascade":  # of which the name is the recogniser's too
+        assert compared(a, b)["notes"] == []
+        sidecar = read_json(a / "samples-cascade.json")
+        write_json(a / "samples-cascade.json", {**sidecar, "answered_by": "another"})
+    (note,) = compared(a, b)["notes"]
+    assert "are of two models, by their files: whatever is said of a in more than one modality" in note
 
 
 def test_unfinished_and_damaged_samples_are_refused_and_left_alone(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from palimpsest.commands import ask, evaluate
 from palimpsest.data.collate import Collator, batches
 from palimpsest.data.sources import load_examples
 from palimpsest.evaluation import judge
-from palimpsest.evaluation.answers import require_one_model, text_answerer
+from palimpsest.evaluation.answers import models_in_folder, text_answerer
 from palimpsest.evaluation.perplexity import perplexity, read_losses
 from palimpsest.files import UserError, read_json, read_jsonl
 from palimpsest.models.prompts import PromptStyle
@@ -196,13 +196,13 @@ def test_a_folder_is_of_one_model(setup: tuple[str, str], tmp_path: Path) -> Non
     for file in out.glob("samples-text.*"):
         file.unlink()
     before = (out / "losses-text.jsonl").read_bytes()
-    with pytest.raises(UserError, match=r"losses-text\.json is of another model, or of weights of another dtype; give"):
+    with pytest.raises(UserError, match=r"losses-text\.json is of another model; give each"):
         evaluated((str(other), setup[1]), out)
     assert not (out / "samples-text.jsonl").exists()
     assert (out / "losses-text.jsonl").read_bytes() == before
     evaluated((str(other), setup[1]), out, perplexity=True)  # which writes them anew
     assert (out / "losses-text.jsonl").read_bytes() != before
-    require_one_model(out)
+    assert len(models_in_folder(out)) == 1
 
 
 def test_a_cut_line_is_asked_again_and_said(

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from palimpsest.evaluation.number_words import digits
-from palimpsest.evaluation.scoring import METRICS, PRIMARY, normalise, score, words
+from palimpsest.evaluation.scoring import METRIC_VERSION, METRICS, PRIMARY, normalise, score, words
 from palimpsest.files import UserError
 
 HERE = Path(__file__).parent
@@ -75,6 +75,7 @@ def test_error_rates_against_human_verdicts_are_those_documented(cases: list[dic
     assert found == expected
     n_right, n_wrong = sum(c["correct"] for c in cases), sum(not c["correct"] for c in cases)
     page = (HERE.parent / "docs" / "evaluation.md").read_text("utf-8")
+    assert f"`metric_version` (now {METRIC_VERSION})" in page
     for metric, (positive, negative) in expected.items():
         row = f"| `{metric}` | {len(cases)} | {positive} of {n_wrong} | {negative} of {n_right} |"
         assert row in page, row

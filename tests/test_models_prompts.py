@@ -130,6 +130,13 @@ def test_every_answer_that_is_trained_ends_with_what_ends_an_answer(template: st
     assert target.count(target[-1]) == 1
 
 
+def test_an_answer_that_nothing_ends_is_refused() -> None:
+    processor = processor_of(WITHOUT_END)
+    processor.tokenizer.eos_token = None
+    with pytest.raises(UserError, match=r"Nothing ends an answer: .* give it one \(eos_token\)"):
+        processor.sequence("Who?", "Ada.")
+
+
 def test_an_argument_that_the_template_does_not_use_is_refused() -> None:
     processor = processor_of(TURNS, PromptStyle(template_arguments={"reasoning_effort": "low"}))
     with pytest.raises(UserError, match=r"does not use 'reasoning_effort', which prompt\.template_arguments sets"):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from annotated_types import Ge
 from typing_extensions import Doc
@@ -15,7 +15,7 @@ from typing_extensions import Doc
 from palimpsest.evaluation.tasks import NewTokensOption
 from palimpsest.files import UserError, hash_value, locked, write_json
 from palimpsest.models import MODEL
-from palimpsest.models.compute import Choice, ComputeOption, DeviceOption, DtypeOption
+from palimpsest.models.compute import Choice, ComputeOption, DeviceOption, DtypeOption, WeightDtype
 from palimpsest.progress import Reporter
 from palimpsest.records import MOST_CUT, Modality, PerplexityRecord
 
@@ -85,7 +85,7 @@ def _run(options: Options) -> Iterator[str]:
     Raises UserError for bad input before the model is loaded.
     """
     from palimpsest.data.speech import speak
-    from palimpsest.evaluation.answers import answer_questions, qa_record, require_one_model, summarise
+    from palimpsest.evaluation.answers import answer_questions, qa_record, summarise
     from palimpsest.evaluation.floors import floor_records
     from palimpsest.evaluation.judge import METRIC, judge_rows
     from palimpsest.models.loading import choose_device, reading_notes
@@ -94,9 +94,7 @@ def _run(options: Options) -> Iterator[str]:
     judge, task, asked = _check(options)
     model = str(options.model if isinstance(asked, str) else asked.model)  # as the records call it
     transcribed = modality in ("cascade", "text_asr")
-    alone = _identity(options, asked, False)
-    written = [f"samples-{modality}.json", *([f"losses-{modality}.json"] if options.perplexity else [])]
-    require_one_model(out, alone, written)
+    answered_by = _require_one_model(options, asked)
     unspoken = modality != "text" and any(example.audio is None for example in task.examples)
     reporter = Reporter(1 + unspoken + options.perplexity + (judge is not None))
     if unspoken:
@@ -109,8 +107,8 @@ def _run(options: Options) -> Iterator[str]:
             answer,
             task,
             modality,
-            model=_identity(options, asked, True) if transcribed else alone,
-            answered_by=alone if transcribed else None,
+            model=_identity(options, asked, transcribed),
+            answered_by=answered_by,
             out=out / f"samples-{modality}.jsonl",
             max_new_tokens=options.max_new_tokens,
             batch_size=options.batch_size,
@@ -129,7 +127,7 @@ def _run(options: Options) -> Iterator[str]:
     judged = None
     if options.perplexity and isinstance(asked, str):
         with reporter.step(f"perplexity from {modality}") as advance:
-            results["perplexity"] = [_perplexity(options, asked, device, compute, task, alone, advance)]
+            results["perplexity"] = [_perplexity(options, asked, device, compute, task, answered_by, advance)]
     if judge is not None:
         with reporter.step(f"judged by {judge.model}") as advance:
             judged = judge_rows(judge, rows, out / f"samples-{modality}.judge.jsonl", advance)
@@ -144,6 +142,20 @@ def _run(options: Options) -> Iterator[str]:
     if modality != "speech" and isinstance(asked, str):
         yield from reading_notes(model)
     yield from _lines(rows, results, judged, options.max_new_tokens)
+
+
+def _require_one_model(options: Options, asked: str | Endpoint) -> str:
+    """What the model's files alone are called; UserError where the folder has answers or losses of another model."""
+    from palimpsest.evaluation.answers import models_in_folder
+    from palimpsest.models.loading import fingerprint
+
+    mine = fingerprint(str(options.model)) if isinstance(asked, str) else asked.identity
+    written = [f"samples-{options.modality}.json", *([f"losses-{options.modality}.json"] if options.perplexity else [])]
+    names = {mine, *(hash_value([mine, dtype]) for dtype in get_args(WeightDtype))}  # as earlier versions called it
+    others = [file for name, file in models_in_folder(options.out, written).items() if name not in names]
+    if others:
+        raise UserError(f"{others[0]} is of another model; give each model an --out of its own.")
+    return mine
 
 
 def _identity(options: Options, asked: str | Endpoint, transcribed: bool) -> str:

@@ -102,7 +102,7 @@ def compare_runs(
         "modality_gap": gap_records(systems, metric, seed),
         "perplexity": loss_records(pairs),
         "not_compared": not_compared(pairs),
-        "notes": [*arithmetic_notes(pairs), *recording_notes(pairs)],
+        "notes": [*model_notes(systems), *arithmetic_notes(pairs), *recording_notes(pairs)],
     }
     if not pairs and not tables["modality_gap"]:
         raise UserError(
@@ -122,6 +122,16 @@ def arithmetic_notes(pairs: Sequence[tuple[System, System]]) -> list[str]:
         f"{' and '.join(sorted(b.arithmetic))}: differences hold that of the rounding too."
         for a, b in pairs
         if a.arithmetic != b.arithmetic
+    ]
+
+
+def model_notes(systems: Sequence[System]) -> list[str]:
+    """A sentence for each evaluation folder that is not of one model."""
+    return [
+        f"{' and '.join(map(str, s.of_models[:2]))} are of two models, by their files: whatever is said of {s.label} "
+        "in more than one modality, or of answers and losses together, holds the difference of the two."
+        for s in systems
+        if len(s.of_models) > 1
     ]
 
 

@@ -13,7 +13,7 @@ import yaml
 from numpy.typing import NDArray
 
 from palimpsest.evaluation import judge
-from palimpsest.evaluation.answers import SampleRow, read_finished, require_one_model, verdicts_by_id
+from palimpsest.evaluation.answers import SampleRow, models_in_folder, read_finished, verdicts_by_id
 from palimpsest.evaluation.perplexity import Perplexity, read_losses
 from palimpsest.evaluation.scoring import METRICS
 from palimpsest.evaluation.tasks import text_version
@@ -23,7 +23,9 @@ from palimpsest.rundir import STUDY, models_in, run_labels
 
 Key = tuple[str, str]  # (task, modality)
 Matrix = NDArray[np.float64]  # (training runs, questions)
-ON_THE_WAY = ("checkpoint_every", "eval_every", "report_to")  # of section training, what changes no weights
+NOT_OF_WEIGHTS = {  # keys of a method and of section training that say nothing of what is learned
+    *("checkpoint_every", "eval_every", "report_to", "gradient_checkpointing", "liger", "compile", "in_full", "curve"),
+}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class System:
     answers: Mapping[Key, Answers]
     losses: Mapping[Key, Losses]
     arithmetic: frozenset[str] = frozenset()  # that its answers and losses were computed in
+    of_models: tuple[Path, ...] = ()  # of an evaluation folder, a file of each model that it has answers or losses of
     text_of_base: bool = False  # only an adaptor was trained: the language model is the base's by construction
 
 
@@ -125,7 +128,11 @@ def pool_seeds(systems: Sequence[System]) -> list[System]:
             parts = [member.answers[key] for member in members if key in member.answers]
             mine = parts[0]
             if len(parts) < len(members):
-                raise UserError(f"Not every seed of {name} has answers to {key[0]} from {key[1]}; finish the studies.")
+                without = next(member.run for member in members if key not in member.answers)
+                raise UserError(
+                    f"{without} has no answers of {name} to {key[0]} from {key[1]}, which another seed has; finish the "
+                    "studies, with the same tasks and modalities."
+                )
             for part in parts:
                 require_same(mine, part, key)
             answers[key] = replace(mine, verdicts=tuple(v for part in parts for v in part.verdicts))
@@ -135,32 +142,31 @@ def pool_seeds(systems: Sequence[System]) -> list[System]:
 
 
 def _require_seeds(members: Sequence[System]) -> None:
-    """Raise UserError where the runs of a method are, by their studies' recipes, no training runs of one method."""
-    studies = {member.run: member for member in members}
-    recipes = {run: recipe for run in studies if (recipe := _recipe(run))}
-    (run, first), *others = recipes.items() or [(None, {})]
-    seen = {first.get("seed"): run}
-    for other, recipe in others:
-        seed = recipe.get("seed")
-        if seed in seen:
-            raise UserError(
-                f"{seen[seed]} and {other} have the same seed, {seed}, so their runs of {studies[other].method} are no "
-                "two training runs; give studies of different seeds."
-            )
-        seen[seed] = other
-        before, after = (_trained(of, str(studies[other].method)) for of in (first, recipe))
-        if differing := sorted(key for key in {*before, *after} if before.get(key) != after.get(key)):
-            raise UserError(
-                f"{run} and {other} train {studies[other].method} in different ways ({', '.join(differing)}); they are "
-                "two methods, and no two seeds of one: leave out --seeds."
-            )
+    """Raise UserError where the runs of a method are, by their studies' recipes, no training runs of one method.
 
-
-def _trained(recipe: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """What a recipe says of how a method is trained."""
-    training, own = _section(recipe, "training"), _section(_section(recipe, "methods"), method_of(method)[0])
-    settings = {f"training.{key}": value for key, value in training.items() if key not in ON_THE_WAY}
-    return settings | {f"methods.{method}.{key}": value for key, value in own.items()}
+    A key that only one recipe has is passed over: it may be of another version, which writes out other defaults.
+    """
+    first: tuple[Path, Mapping[str, Any]] | None = None
+    seen: dict[Any, Path] = {}
+    for run, member in {member.run: member for member in members}.items():
+        recipe = _recipe(run)
+        own = _section(_section(recipe, "methods"), method_of(str(member.method))[0])
+        if not own or own.get("kind") == "given":  # of a given model a study says nothing of how it was trained
+            continue
+        if (seed := recipe.get("seed")) in seen:
+            raise UserError(
+                f"{seen[seed]} and {run} have the same seed, {seed}, so their runs of {member.method} are no two "
+                "training runs; give studies of different seeds."
+            )
+        seen[seed] = run
+        trained = {f"training.{key}": value for key, value in _section(recipe, "training").items()} | own
+        first = first or (run, trained)
+        both = [key for key in trained if key in first[1] and key.removeprefix("training.") not in NOT_OF_WEIGHTS]
+        if differing := sorted(key for key in both if trained[key] != first[1][key]):
+            raise UserError(
+                f"{first[0]} and {run} train {member.method} in different ways ({', '.join(differing)}); they are two "
+                "methods, and no two seeds of one: leave out --seeds."
+            )
 
 
 def _section(recipe: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -224,8 +230,6 @@ def _loss_files(folder: Path) -> list[Path]:
 
 
 def _read(label: str, run: Path, method: str | None, folder: Path, metric: str) -> System:
-    if method is None:
-        require_one_model(folder)
     answers: dict[Key, Answers] = {}
     arithmetic = set()
     for file in _sample_files(folder):
@@ -242,7 +246,8 @@ def _read(label: str, run: Path, method: str | None, folder: Path, metric: str) 
         binding, result = read_losses(file)
         arithmetic.add(str(binding.get("compute", "float32")))
         losses[str(binding["task"]), str(binding["modality"])] = Losses(str(binding["data"]), result, file)
-    return System(label, run, method, answers, losses, frozenset(arithmetic))
+    files = list(models_in_folder(folder).values()) if method is None else []
+    return System(label, run, method, answers, losses, frozenset(arithmetic), of_models=tuple(files))
 
 
 def _verdicts(

@@ -87,26 +87,36 @@ def local_table(kind: str, path: Path, split: str) -> Table:
     files = local_files(path, split)
     # Names, sizes and times of change: hashing hundreds of gigabytes at every start would take longer than reading.
     identity: Any = [[Path(file).name, Path(file).stat().st_size, Path(file).stat().st_mtime_ns] for file in files]
-    if any(_names_recordings(SCHEMAS[kind], file) for file in files):
+    if _names_recordings(SCHEMAS[kind], files[0]):
         identity = None  # the recordings lie beside the table and may change without it: looked at as a manifest's are
     read = _reader(SCHEMAS[kind], str(path), lambda: files)
     return Table(kind, str(path), read, identity, lambda: sum(open_parquet(file).metadata.num_rows for file in files))
 
 
-def _names_recordings(schema: Schema, file: str) -> bool:
-    """Whether the column of recordings has paths instead of recordings."""
-    arrow = open_parquet(file).schema_arrow
+def _names_recordings(schema: Schema, url: str) -> bool:
+    """Whether a table, by its first file, has paths of recordings instead of these."""
+    file = open_parquet(url)
     try:
-        return _has_paths(arrow, schema.columns(arrow.names, file).get("audio"))
+        return _has_paths(file, schema.columns(file.schema_arrow.names, url).get("audio"))
     except UserError:  # said with its place when rows are read
         return False
 
 
-def _has_paths(arrow: Any, column: str | None) -> bool:
+def _has_paths(file: Any, column: str | None) -> bool:
+    """Strings, or the hub's Audio (bytes, path) in which some bytes are null, as the file's statistics have it."""
     import pyarrow as pa
 
-    kind = None if column is None else arrow.field(column).type
-    return kind is not None and (pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    if column is None:
+        return False
+    kind = file.schema_arrow.field(column).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return True
+    groups = (file.metadata.row_group(number) for number in range(file.metadata.num_row_groups))
+    parts = (group.column(number) for group in groups for number in range(group.num_columns))
+    counted = (part.statistics for part in parts if part.path_in_schema == f"{column}.bytes")
+    return any(statistics is not None and statistics.null_count for statistics in counted)
 
 
 def _reader(schema: Schema, where: str, files: Callable[[], Sequence[str]]) -> Read:
@@ -120,7 +130,7 @@ def _reader(schema: Schema, where: str, files: Callable[[], Sequence[str]]) -> R
         for url in files():
             file = open_parquet(url)
             columns = schema.columns(file.schema_arrow.names, f"{where} ({url.rsplit('/', 1)[-1]})")
-            beside = "://" not in url and _has_paths(file.schema_arrow, columns.get("audio"))
+            beside = "://" not in url and _has_paths(file, columns.get("audio"))
             if not audio and not beside:  # paths are no recordings yet
                 columns.pop("audio", None)
             for group in range(file.num_row_groups):

@@ -102,7 +102,7 @@ class Binding(_Bound, total=False):
     """With what was added after the first files were written."""
 
     compute: str  # the arithmetic; absent: float32
-    answered_by: str  # the model without the recogniser in front of it, of modalities that have one
+    answered_by: str  # the model's files alone, without a recogniser in front of it and whatever the dtype
 
 
 REQUIRED, KNOWN = _Always.__annotations__.keys(), SampleRow.__annotations__.keys()
@@ -190,28 +190,21 @@ def read_finished(out: Path) -> tuple[dict[str, Any], list[SampleRow]]:
     return binding, rows
 
 
-def require_one_model(folder: Path, answered_by: str | None = None, written: Collection[str] = ()) -> None:
-    """Raise UserError unless the answers and losses in a folder of `palimpsest evaluate` are of one model.
+def models_in_folder(folder: Path, besides: Collection[str] = ()) -> dict[str, Path]:
+    """A file of each model, by its own files, that answers or losses in a folder of `palimpsest evaluate` are of.
 
-    answered_by: of the answers to come, which write the files `written`. Earlier versions did not record of what model
-    losses are, nor, behind a recogniser, answers; such files are taken as they are.
+    besides: names of files that are not looked at. Earlier versions did not record of what model losses are, nor,
+    behind a recogniser, answers; such files are not there.
     """
     found: dict[str, Path] = {}
     for file in sorted([*folder.glob("samples-*.json"), *folder.glob("losses-*.json")]):
-        binding = read_json(file)
-        if not isinstance(binding, dict) or file.name in written:
+        binding = {} if file.name in besides else read_json(file)
+        if not isinstance(binding, dict):
             continue
         of_model = binding.get("model") if binding.get("modality") in ("text", "speech") else None
         if name := binding.get("answered_by", of_model):
             found.setdefault(str(name), file)
-    others = [file for name, file in found.items() if name != answered_by]
-    if answered_by is not None and others:
-        raise UserError(f"{others[0]} is of another model, or of weights of another dtype; give an --out of its own.")
-    if len(found) > 1:
-        raise UserError(
-            f"{' and '.join(map(str, list(found.values())[:2]))} are of two models, or of weights of two dtypes; "
-            "evaluate each with an --out of its own."
-        )
+    return found
 
 
 def _rows(out: Path, ids: Set[str] | None = None) -> list[SampleRow]:
@@ -303,7 +296,7 @@ def answer_questions(
 
     Args:
         model: fingerprint of everything `answer` uses (weights, system prompt); it binds the file to it.
-        answered_by: the same without the recogniser, where there is one; recorded beside it.
+        answered_by: of the model's files alone, without the recogniser or a dtype; recorded beside it.
         max_new_tokens, compute: what `answer` was made with ("unknown": behind an endpoint); recorded, and part of
             what a resumed file must match.
         progress: called as progress(answered, total), first with what an earlier run left.

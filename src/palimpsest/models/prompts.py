@@ -243,8 +243,9 @@ def turn_end(tokenizer: Any) -> int | None:
         end = _end_of_turn(tokenizer, PromptStyle())
     except UserError:  # a template that refuses the turns is refused with its reason where a prompt is written
         return None
-    own = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
-    return next((id for id in encode(tokenizer, end) if id in own), None)
+    no_end = {tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
+    own = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()} - no_end
+    return next((id for id in encode(tokenizer, end) if id in own and tokenizer.decode([id]).strip()), None)
 
 
 def tokenise(
@@ -284,6 +285,11 @@ def tokenise(
         raise UserError(
             f"The tokenizer joins the end of the prompt and the beginning of the answer {answer!r}, so that other "
             "tokens would be trained than are asked for; leave that answer out, or use another chat template."
+        )
+    if without_end and tokenizer.eos_token_id is None:
+        raise UserError(
+            "Nothing ends an answer: neither the chat template does, if there is one, nor has the tokenizer an "
+            "end-of-text token; give it one (eos_token)."
         )
     end = [tokenizer.eos_token_id] if without_end else []
     return lead + prompt, whole[len(prompt) :] + end

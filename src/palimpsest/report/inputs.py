@@ -438,6 +438,7 @@ def missing_steps(run: Path, provenance: dict[str, Any]) -> list[str]:
     """A sentence for the steps begun and not finished, one for the finished steps that are not there any more."""
     # .working/ holds a step as STEP-FINGERPRINT with __ for /; see rundir.RunDir.step.
     begun = sorted({path.name.rpartition("-")[0].replace("__", "/") for path in run.glob(".working/*-*")})
+    begun = [name for name in begun if not (run / name / STEP_FILE).is_file()]  # of a change that was undone
     done = at(provenance, "steps")
     gone = [name for name in done if not (run / name / STEP_FILE).is_file()] if isinstance(done, dict) else []
     sentences = {"Begun and not finished": begun, "Steps whose folder is gone, which a resumed study runs again": gone}

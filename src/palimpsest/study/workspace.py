@@ -164,10 +164,16 @@ class Workspace:
         if not is_main():
             return
         for left in self.dir.begun_otherwise(name, inputs):
-            self.reporter.note(
-                f"{name} was begun with other inputs or other code and begins anew; what was done of it stays in "
-                f"{left} until this is finished: undo the change to go on there."
-            )
+            size = sum(file.stat().st_size for file in left.rglob("*") if file.is_file())
+            said = f"{name} was begun with other inputs or other code and begins anew"
+            if free_bytes(self.path) < 2 * size:  # it will need as much, and as much again for what it leaves
+                shutil.rmtree(left)
+                self.reporter.note(f"{said}; the {size / 1e9:.2f} GB that were done of it are deleted to make room.")
+            else:
+                self.reporter.note(
+                    f"{said}; the {size / 1e9:.2f} GB that were done of it stay in {left} until this is finished: undo "
+                    "the change to go on there."
+                )
         if (damage := self.dir.damage(name)) is not None:
             self.reporter.note(f"{self.path / name} was finished before and is made again: its {damage}.")
         found = [] if self._said_why else self.dir.outdated(name, inputs)
@@ -486,9 +492,7 @@ class Workspace:
         models = self.config.models
         decoder, encoder = decoder_of(blank_language_model(models.language_model)), encoder_sizes(models.encoder)[0]
         self._require_memory_for_two(decoder)
-        before = (
-            self.path / "data" / "train.jsonl"
-        )  # of an earlier start: about as many, and nothing else is read of it
+        before = self.path / "data" / "train.jsonl"  # of an earlier start; nothing but the number is read of it
         n_examples = before.read_bytes().count(b"\n") if before.exists() else None
         setups = setups_of(self.config, decoder, encoder)
         n_steps = {name: steps_at_most(self.config, n_examples, self.config.methods[name].replay) for name in setups}
