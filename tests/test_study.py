@@ -396,6 +396,26 @@ def test_a_changed_method_runs_only_what_depends_on_it(finished: Path, inputs: P
     }
 
 
+def test_what_was_done_of_a_step_that_begins_anew_is_said_and_stays_where_there_is_room(
+    stopped: tuple[Study, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ws, said = stopped[0].ws, list[str]()
+    monkeypatch.setattr(ws.reporter, "note", said.append)
+    left = ws.path / ".working" / f"methods__full__checkpoint-{'0' * 16}"
+    left.mkdir(parents=True)
+    (left / "half").write_bytes(b"0" * 1000)
+    ws._say_why("methods/full/checkpoint", {"other": 1})
+    assert said[0].startswith(
+        "methods/full/checkpoint was begun with other inputs or other code and begins anew; the 0.00"
+    )
+    assert f"stay in {left} until this is finished" in said[0]
+    assert left.exists()
+    monkeypatch.setattr(workspace, "free_bytes", lambda path: 1999)
+    ws._say_why("methods/full/checkpoint", {"other": 1})
+    assert said[-1].endswith("GB that were done of it are deleted to make room.")
+    assert not left.exists()
+
+
 @pytest.mark.usefixtures("no_figures")
 def test_the_next_start_works_on_data_that_changed_as_a_run_from_nothing_does(inputs: Path, tmp_path: Path) -> None:
     mine, run = tmp_path / "inputs", tmp_path / "run"
