@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tests.test_importance_estimate import LinearLM, make_batches
 from tests.tiny import tiny_llama
 from torch import nn
@@ -245,3 +246,14 @@ def test_the_prefix_ends_before_the_first_prediction() -> None:
     assert row["position_ids"].tolist() == [[0, 1, 2, 3, 1, 2, 3]]
     assert row["segments"].tolist() == [[0, 1, 1, 1, 2, 2, 2]]
     assert row["labels"].tolist() == [[-100, -100, 3, 4, -100, 3, 5]]
+
+
+def test_active_adapters_are_refused() -> None:
+    """Their update stays where a weight below it is ablated, and the scores are of both together."""
+    lora = LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny_llama(), lora)
+    position = ("model.layers.0.self_attn.v_proj.weight", 0)
+    for function in (exact_changes, signed_products):
+        with pytest.raises(UserError, match="active adapters, which are no part of the weights that are"):
+            function(model, make_batches(), [position])
+    exact_changes(model.merge_and_unload(), make_batches(), [position])

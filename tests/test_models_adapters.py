@@ -215,3 +215,21 @@ def test_an_update_that_is_not_finite(folder: Path) -> None:
     save_file({key: tensor * float("nan") for key, tensor in load_file(file).items()}, file)
     with pytest.raises(UserError, match=r"lora: the weight model\.layers\.0\.self_attn\.q_proj\.weight is not finite"):
         load_language_model(str(folder / "lora"))
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_whole_model_with_an_adapter_beside_it_is_refused(folder: Path, merged: bool) -> None:
+    """transformers puts the adapter on whatever lies there, on the merged weights a second time."""
+    model = by_peft(folder / "llm", folder / "lora")
+    whole = AutoModelForCausalLM.from_pretrained(folder / "llm")
+    if merged:
+        whole.load_state_dict(model)
+    whole.save_pretrained(folder / "lora")
+    tiny_tokenizer().save_pretrained(folder / "lora")
+    with pytest.raises(UserError, match=r"lora holds a whole model and an adapter, and whether .* move the files ad"):
+        load_language_model(str(folder / "lora"))
+    for file in (folder / "lora").glob("adapter_*"):
+        file.unlink()
+    found = weights(str(folder / "lora"))
+    expected = model if merged else weights(str(folder / "llm"))
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())

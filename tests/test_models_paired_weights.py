@@ -57,8 +57,14 @@ def test_behind_an_adaptor_and_with_an_adapter() -> None:
     pairs = pair_weights(base, speech)
     assert all(torch.equal(weight, pairs.tuned[name]) for name, weight in pairs.base.items())
     assert "lm_head.weight" not in pairs.base  # tied in both
-    adapted = get_peft_model(tiny_llama(eos_token_id=3), LoraConfig(r=2, target_modules=["v_proj"]))
-    assert list(pair_weights(base, adapted).tuned) == list(pairs.base)
+    lora = LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)
+    adapted = get_peft_model(tiny_llama(eos_token_id=3), lora)
+    with pytest.raises(UserError, match=r"active adapters, which are no part of the weights that are compared"):
+        pair_weights(base, adapted)
+    merged = pair_weights(base, adapted.merge_and_unload())
+    assert list(merged.tuned) == list(pairs.base)
+    changed = {name for name, weight in merged.base.items() if not torch.equal(weight, merged.tuned[name])}
+    assert changed == {f"model.layers.{layer}.self_attn.v_proj.weight" for layer in range(2)}
 
 
 def test_the_audio_llm_that_was_trained_from_a_plain_one_by_its_scores_and_its_change() -> None:

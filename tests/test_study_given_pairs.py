@@ -207,6 +207,17 @@ def test_models_that_are_swapped(inputs: Path, tmp_path: Path) -> None:
         Study(study_of(inputs, tmp_path / "adapter", {"llm": llm}), tmp_path / "run").check()
 
 
+def test_weights_stored_in_two_dtypes_are_noted(inputs: Path, tmp_path: Path) -> None:
+    tuned = tmp_path / "tuned"
+    tiny_llama(eos_token_id=3).to(torch.bfloat16).save_pretrained(tuned)
+    tiny_tokenizer().save_pretrained(tuned)
+    (note,) = require_pair(str(inputs / "llm"), str(tuned))
+    assert note.startswith("Its weights are stored in BF16 and those of ")
+    assert "in F32: a weight that training left alone differs by the rounding" in note
+    tiny_llama(eos_token_id=3).save_pretrained(tuned)
+    assert require_pair(str(inputs / "llm"), str(tuned)) == ()
+
+
 def test_adapters_on_adapters(inputs: Path, tmp_path: Path) -> None:
     below = str(inputs / "llm")
     for folder in ("first", "second"):

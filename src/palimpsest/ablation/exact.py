@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from palimpsest.ablation.restart import base_pass, repeated, starting_at
 from palimpsest.files import UserError
 from palimpsest.importance.estimate import evaluating
+from palimpsest.models.adapters import require_merged
 from palimpsest.models.anatomy import decoder_layers, find_language_model, named_parameters
 from palimpsest.models.loss import each_batch, supervised_losses
 
@@ -80,9 +81,10 @@ def exact_changes(
     1e-7 of a token's loss, so use `model.double()` for weights that matter less.
 
     The model is in eval mode meanwhile; weights, modes and hooks are as before afterwards, also after an error.
-    Raises UserError for a position outside the model, for what is no list of batches, and for data without supervised
-    tokens.
+    Raises UserError for a position outside the model, for what is no list of batches, for data without supervised
+    tokens, and for a model with active adapters.
     """
+    require_merged(model, "are ablated")
     positions = list(positions)
     language_model = find_language_model(model)
     parameters = named_parameters(language_model)
@@ -124,6 +126,7 @@ def signed_products(
     −Σ_b θ_j g_bj / n_tokens is the first-order prediction of `exact_changes`, sign included. Gradients of the
     touched parameters are held all at once. The model is as before afterwards.
     """
+    require_merged(model, "are multiplied")
     positions, batches = list(positions), list(each_batch(batches))
     parameters = named_parameters(find_language_model(model))
     rows: dict[str, list[int]] = defaultdict(list)

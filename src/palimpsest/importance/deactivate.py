@@ -10,7 +10,7 @@ import torch
 
 from palimpsest.files import UserError
 from palimpsest.importance.layouts import local_part_like
-from palimpsest.importance.lora import unmerged_adapters
+from palimpsest.models.adapters import unmerged_adapters
 from palimpsest.models.anatomy import find_language_model, named_parameters
 from palimpsest.parallel import local, reshard
 

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from palimpsest.files import UserError
+from palimpsest.models.adapters import unmerged_adapters
 from palimpsest.parallel import is_sharded, local, reshard
 
 if TYPE_CHECKING:
@@ -24,19 +25,6 @@ if TYPE_CHECKING:
 
 
 MOST_LOST = 0.05  # of an update, by norm, that rounding the merged weights may take
-
-
-def unmerged_adapters(model: nn.Module) -> list[Any]:
-    """peft's layers in `model` that add an active update to their base layer instead of having it in the weights."""
-    modules: list[Any] = list(model.modules())
-    return [
-        module
-        for module in modules
-        if hasattr(module, "merged_adapters")
-        and hasattr(module, "get_base_layer")
-        and not (module.merged or module.disable_adapters)
-        and any(len(getattr(module, part, ())) for part in module.adapter_layer_names)
-    ]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from palimpsest.files import UserError, read_json
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -37,6 +37,28 @@ class Adapter:
     def name(self) -> str:
         """What this adapter on this base is called, so that it is found again."""
         return f"{self.base}{JOIN}{self.folder}"
+
+
+def unmerged_adapters(model: nn.Module) -> list[Any]:
+    """peft's layers in `model` that add an active update to their base layer instead of having it in the weights."""
+    modules: list[Any] = list(model.modules())
+    return [
+        module
+        for module in modules
+        if hasattr(module, "merged_adapters")
+        and hasattr(module, "get_base_layer")
+        and not (module.merged or module.disable_adapters)
+        and any(len(getattr(module, part, ())) for part in module.adapter_layer_names)
+    ]
+
+
+def require_merged(model: nn.Module, what: str) -> None:
+    """Raise UserError for a model with active adapters, which `what` reads no weights of."""
+    if unmerged_adapters(model):
+        raise UserError(
+            f"The model has active adapters, which are no part of the weights that {what}; use merge_and_unload(), or "
+            "open importance.lora.merged_adapters(model) around it."
+        )
 
 
 def is_adapter(folder: Path) -> bool:

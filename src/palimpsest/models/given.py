@@ -6,7 +6,7 @@ be of one architecture and size, and their tokens the same, as far as both have 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,6 +24,7 @@ from palimpsest.models.loading import (
     load_tokenizer,
     model_kind,
     resolve,
+    stored_dtypes,
 )
 from palimpsest.models.paired_weights import first_difference, kind_of, pair_weights
 from palimpsest.models.prompts import writes_tokens
@@ -86,7 +87,19 @@ def require_pair(base: str, tuned: str) -> tuple[str, ...]:
             f"{tuned} cannot be asked with the tokens of {base}: they are {n_tokens:,}, and its embedding has "
             f"{n_tuned:,} rows; give the base it was made from."
         )
-    return pair_weights(ours, theirs, tokenizers[n_tuned > n_base].get_vocab()).notes
+    notes = pair_weights(ours, theirs, tokenizers[n_tuned > n_base].get_vocab()).notes
+    return (*notes, *_of_two_precisions(base, tuned))
+
+
+def _of_two_precisions(base: str, tuned: str) -> Iterator[str]:
+    """A sentence where the files store their weights in other dtypes: rounding is then part of every change."""
+    stored = [stored_dtypes(resolve(name)) for name in (base, tuned)]
+    if all(stored) and stored[0] != stored[1]:
+        ours, theirs = (" and ".join(sorted(of)) for of in stored)
+        yield (
+            f"Its weights are stored in {theirs} and those of {base} in {ours}: a weight that training left alone "
+            "differs by the rounding, so small changes, their rank and where they lie are in part the rounding's."
+        )
 
 
 def _require_this_way_round(base: str, tuned: str) -> None:

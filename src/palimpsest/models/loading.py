@@ -444,6 +444,16 @@ def weight_bytes(name: str) -> int:
         return 4 * int(AutoModelForCausalLM.from_config(_config(where)).num_parameters())
 
 
+def stored_dtypes(where: str) -> set[str]:
+    """The dtypes of the matrices in a model's folder, as safetensors calls them (F32, BF16 …); none where none shows."""
+    dtypes = set()
+    for path in sorted(Path(where).glob("*.safetensors")) if Path(where).is_dir() else ():
+        with safe_open(path, framework="pt") as file:
+            slices = map(file.get_slice, file.keys())
+            dtypes |= {one.get_dtype() for one in slices if len(one.get_shape()) > 1}
+    return dtypes
+
+
 class StoredLanguageModel(Mapping[str, "Tensor"]):
     """The scored weights of a language model's or SpeechLM's folder by canonical name, read one at a time.
 
@@ -848,6 +858,12 @@ def _load(kind: Any, where: str, device: str, *, part: str | None = None, **opti
     checked: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, found = _from_pretrained(kind, where, **checked, **placed, **options)
     if getattr(model, "_hf_peft_config_loaded", False):  # transformers then reports of the adapter alone
+        if not getattr(model.config, "has_lora_adapter", False):  # Granite Speech's, which is for audio, lies there
+            raise UserError(
+                f"{where} holds a whole model and an adapter, and whether the model has the adapter's update already "
+                f"does not show: if it has, move the files adapter_* away; if not, give 'BASE{JOIN}FOLDER', each in a "
+                "folder of its own."
+            )
         with _without_adapter(where) as folder:
             blank, found = _from_pretrained(kind, str(folder), device_map="meta", **checked, **options)
         _require_same_keys(blank, found, where, part)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from palimpsest.files import UserError
+from palimpsest.models.adapters import require_merged
 from palimpsest.models.anatomy import find_language_model, named_parameters, unwrap
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def pair_weights(base: nn.Module, tuned: nn.Module, vocabulary: Mapping[str, int
             f"The tuned model ({kind_of(tuned)}) is not of the base's architecture ({kind_of(base)}): {what}; give the "
             "base that it was trained from."
         )
+    for model in (base, tuned):
+        require_merged(model, "are compared")
     ours, theirs = _weights(base), _weights(tuned)
     notes = []
     n_base, n_tuned = len(ours.embedding), len(theirs.embedding)

@@ -936,10 +936,13 @@ class Workspace:
 
     @property
     def rank(self) -> int:
-        """To which changes are cut for the clustering that low rank does not explain: the first LoRA's, or 8."""
+        """To which changes are cut for the clustering that low rank does not explain.
+
+        That of the method `lora`, which claim 7 is about, else the first LoRA's, else 8.
+        """
         from palimpsest.models.given import rank_of
 
-        methods = self.config.methods.values()
+        methods = [method for _, method in sorted(self.config.methods.items(), key=lambda item: item[0] != "lora")]
         ranks = (m.rank if m.kind == "lora" else m.checkpoint and rank_of(m.checkpoint) for m in methods)
         return next((rank for rank in ranks if rank), 8)
 
