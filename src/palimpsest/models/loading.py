@@ -445,7 +445,7 @@ def weight_bytes(name: str) -> int:
 
 
 def stored_dtypes(where: str) -> set[str]:
-    """The dtypes of the matrices in a model's folder, as safetensors calls them (F32, BF16 …); none where none shows."""
+    """The dtypes, in the terms of safetensors (F32, BF16 …), of the matrices in a folder; none where none shows."""
     dtypes = set()
     for path in sorted(Path(where).glob("*.safetensors")) if Path(where).is_dir() else ():
         with safe_open(path, framework="pt") as file:
