@@ -15,6 +15,8 @@ A longer answer has more chances to hold the right words. With --cut each system
 answer cut to as many words as the tuned model has for that question. That is harder on it than fair, since the tuned
 model ended where it wanted to.
 
+With --modality speech the answers are those to spoken questions.
+
 `palimpsest compare` says the same of one task; what it does not do is add tasks up, cut answers, and set side by side
 questions that were put differently.
 """
@@ -42,13 +44,13 @@ ALL = "all together"
 def main() -> None:
     arguments = parse_arguments()
     try:
-        write_json(arguments.out, read_answers(arguments.what, cut=arguments.cut))
+        write_json(arguments.out, read_answers(arguments.what, cut=arguments.cut, modality=arguments.modality))
         print("\n".join(table(read_json(arguments.out))))
     except UserError as error:
         sys.exit(str(error))
 
 
-def read_answers(what: Sequence[str], *, cut: bool = False) -> dict[str, Any]:
+def read_answers(what: Sequence[str], *, cut: bool = False, modality: str = "text") -> dict[str, Any]:
     """{"systems": […], "tasks": {task: {"ids": […], system: {"right": "0110…", "words": 8, "cut": 3}}}}."""
     tasks = [name for name in what if "=" not in name]
     given = [name.partition("=")[::2] for name in what if "=" in name]
@@ -60,7 +62,7 @@ def read_answers(what: Sequence[str], *, cut: bool = False) -> dict[str, Any]:
             raise UserError(f"{system} has {len(parts)} folders and there are {len(tasks)} tasks; give one for each.")
         for task, folder in zip(tasks, parts, strict=True):
             if folder:
-                rows[task][system] = read_jsonl(Path(folder) / "samples-text.jsonl")
+                rows[task][system] = read_jsonl(Path(folder) / f"samples-{modality}.jsonl")
                 if _ids(rows[task][system]) != _ids(next(iter(rows[task].values()))):
                     raise UserError(f"{folder} has other questions than the first system's folder of {task}.")
     systems = [system for system, _ in given]
