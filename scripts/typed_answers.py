@@ -143,6 +143,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", help="tasks, then NAME=FOLDER,FOLDER …, the tuned model last")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of right and wrong answers")
+    parser.add_argument("--modality", choices=("text", "speech"), default="text", help="how they were asked")
     parser.add_argument("--cut", action="store_true", help="also answers cut to the tuned model's words")
     return parser.parse_args()
 
