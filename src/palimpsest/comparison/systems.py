@@ -159,7 +159,7 @@ def _require_seeds(members: Sequence[System]) -> None:
                 "training runs; give studies of different seeds."
             )
         seen[seed] = run
-        trained = {f"training.{key}": value for key, value in _section(recipe, "training").items()} | own
+        trained = {**own, **{f"training.{key}": value for key, value in _section(recipe, "training").items()}}
         first = first or (run, trained)
         both = [key for key in trained if key in first[1] and key.removeprefix("training.") not in NOT_OF_WEIGHTS]
         if differing := sorted(key for key in both if trained[key] != first[1][key]):
