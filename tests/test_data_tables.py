@@ -347,8 +347,6 @@ def test_recordings_that_a_parquet_table_names_are_looked_at(tmp_path: Path) -> 
         assert inputs() not in (before, *seen)
         seen.append(inputs())
     assert of_table != identity_of(table)
-    both = write_parquet(tmp_path / "e.parquet", {**columns, "audio": ["a.wav", wav()]}, "audio")  # the hub's Audio
-    assert open_table(str(both), "train").identity is None
     inside = voice_assistant(tmp_path / "x.parquet", [("1", "Q?", "A.", wav())])
     assert open_table(f"voice_assistant:{inside}", "train").identity is not None  # a table that holds its recordings
 

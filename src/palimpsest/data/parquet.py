@@ -94,29 +94,23 @@ def local_table(kind: str, path: Path, split: str) -> Table:
 
 
 def _names_recordings(schema: Schema, url: str) -> bool:
-    """Whether a table, by its first file, has paths of recordings instead of these."""
-    file = open_parquet(url)
+    """Whether a table, by its first file, has paths of recordings, as strings, instead of these."""
+    arrow = open_parquet(url).schema_arrow
     try:
-        return _has_paths(file, schema.columns(file.schema_arrow.names, url).get("audio"))
+        return _has_paths(arrow, schema.columns(arrow.names, url).get("audio"))
     except UserError:  # said with its place when rows are read
         return False
 
 
-def _has_paths(file: Any, column: str | None) -> bool:
-    """Strings, or the hub's Audio (bytes, path) in which some bytes are null, as the file's statistics have it."""
+def _has_paths(arrow: Any, column: str | None) -> bool:
     import pyarrow as pa
 
-    if column is None:
-        return False
-    kind = file.schema_arrow.field(column).type
-    if pa.types.is_dictionary(kind):
+    kind = None if column is None else arrow.field(column).type
+    if kind is not None and pa.types.is_dictionary(kind):
         kind = kind.value_type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        return True
-    groups = (file.metadata.row_group(number) for number in range(file.metadata.num_row_groups))
-    parts = (group.column(number) for group in groups for number in range(group.num_columns))
-    counted = (part.statistics for part in parts if part.path_in_schema == f"{column}.bytes")
-    return any(statistics is not None and statistics.null_count for statistics in counted)
+    return kind is not None and (
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
 
 
 def _reader(schema: Schema, where: str, files: Callable[[], Sequence[str]]) -> Read:
@@ -130,7 +124,7 @@ def _reader(schema: Schema, where: str, files: Callable[[], Sequence[str]]) -> R
         for url in files():
             file = open_parquet(url)
             columns = schema.columns(file.schema_arrow.names, f"{where} ({url.rsplit('/', 1)[-1]})")
-            beside = "://" not in url and _has_paths(file, columns.get("audio"))
+            beside = "://" not in url and _has_paths(file.schema_arrow, columns.get("audio"))
             if not audio and not beside:  # paths are no recordings yet
                 columns.pop("audio", None)
             for group in range(file.num_row_groups):

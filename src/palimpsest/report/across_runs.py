@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any, cast
 
-from palimpsest.intervals import mean_arms, over_runs
 from palimpsest.records import BASE, Results, method_of, run_name
 from palimpsest.report.inputs import Inputs, main_metric
 from palimpsest.report.table import Row, Rows, grouped
@@ -144,6 +143,8 @@ def _means_over_texts(results: Results, table: str) -> list[Any]:
 
 
 def _mean_over_texts(runs: Rows, field: str, limits: tuple[float, float]) -> dict[str, float | None]:
+    from palimpsest.intervals import mean_arms, over_runs  # scipy's
+
     ends = field, f"{field}_ci_low", f"{field}_ci_high"
     values, lows, highs = ([run[end] for run in runs] for end in ends)
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in (*values, *lows, *highs)):
