@@ -37,9 +37,7 @@ class Answers:
     max_new_tokens: int
     verdicts: tuple[Mapping[str, bool], ...]
     file: Path
-    recordings: Mapping[str, str] = field(
-        default_factory=dict
-    )  # what was heard by question, of those where it is known
+    recordings: Mapping[str, str] = field(default_factory=dict)  # hashes of what was heard, by question
 
 
 @dataclass(frozen=True)

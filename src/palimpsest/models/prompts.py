@@ -243,7 +243,7 @@ def turn_end(tokenizer: Any) -> int | None:
         end = _end_of_turn(tokenizer, PromptStyle())
     except UserError:  # a template that refuses the turns is refused with its reason where a prompt is written
         return None
-    no_end = {tokenizer.unk_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id} - {tokenizer.eos_token_id}
+    no_end = {tokenizer.unk_token_id, tokenizer.bos_token_id} - {tokenizer.eos_token_id}
     own = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()} - no_end
     return next((id for id in encode(tokenizer, end) if id in own and tokenizer.decode([id]).strip()), None)
 
