@@ -456,7 +456,7 @@ def test_the_end_of_the_template_ends_an_answer_that_nothing_else_would_end() ->
         ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", None),  # no token ends its turns
         ("{% for m in messages %}<user>{{ m.content }}{{ ' <system>' if m.role == 'assistant' }}{% endfor %}", 6),
         (
-            "{% for m in messages %}<user>{{ m.content }}<s><pad>  <end>{% endfor %}",
+            "{% for m in messages %}<user>{{ m.content }}<s>  <end>{% endfor %}",
             3,
         ),  # what begins or pads ends nothing
         ("{% for m in messages %}{{ raise_exception('no') }}{% endfor %}", None),  # refused where a prompt is written
