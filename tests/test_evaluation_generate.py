@@ -458,7 +458,7 @@ def test_the_end_of_the_template_ends_an_answer_that_nothing_else_would_end() ->
         (
             "{% for m in messages %}<user>{{ m.content }}<s>  <end>{% endfor %}",
             3,
-        ),  # what begins or pads ends nothing
+        ),  # what begins a text ends nothing
         ("{% for m in messages %}{{ raise_exception('no') }}{% endfor %}", None),  # refused where a prompt is written
     ],
 )
