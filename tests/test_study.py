@@ -396,6 +396,14 @@ def test_a_changed_method_runs_only_what_depends_on_it(finished: Path, inputs: P
     }
 
 
+def test_changes_are_cut_to_the_rank_of_the_lora_that_the_claim_is_about(inputs: Path, tmp_path: Path) -> None:
+    ranks = {"lora_r4": 4, "lora": 2}
+    loras = {name: {"kind": "lora", "learning_rate": 1e-3, "rank": rank} for name, rank in ranks.items()}
+    assert Study(parse_config(recipe(inputs, methods=loras), "test"), tmp_path / "a").ws.rank == 2
+    del loras["lora"]
+    assert Study(parse_config(recipe(inputs, methods=loras), "test"), tmp_path / "b").ws.rank == 4
+
+
 def test_what_was_done_of_a_step_that_begins_anew_is_said_and_stays_where_there_is_room(
     stopped: tuple[Study, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

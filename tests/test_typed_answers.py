@@ -42,6 +42,17 @@ def rows_of(table: list[str]) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in table[2:]]
 
 
+def test_answers_to_spoken_questions_are_those_of_their_file(script: ModuleType, tmp_path: Path) -> None:
+    spoken = [f"{name}={folder(tmp_path / name, letters)}" for name, letters in (("a", "10"), ("b", "11"))]
+    for name, letters in (("a", "00"), ("b", "01")):
+        file = tmp_path / name / "samples-text.jsonl"
+        file.rename(file.with_name("samples-speech.jsonl"))
+        (folder(tmp_path / f"{name}-typed", letters) / file.name).rename(file)
+    for modality, right in (("speech", ["10", "11"]), ("text", ["00", "01"])):
+        task = script.read_answers(["one", *spoken], modality=modality)["tasks"]["one"]
+        assert [task[name]["right"] for name in "ab"] == right
+
+
 def test_a_pair_by_hand(script: ModuleType, tmp_path: Path) -> None:
     """Ten questions, eight right against three, none gained: p is 2 / 2⁵ = 0.0625. Of the second both are alike."""
     base, tuned = folder(tmp_path / "a", "1111111100"), folder(tmp_path / "b", "1110000000")

@@ -107,7 +107,7 @@ def _run(options: Options) -> Iterator[str]:
             answer,
             task,
             modality,
-            model=_identity(options, asked, transcribed),
+            model=_identity(options, asked, answered_by, transcribed),
             answered_by=answered_by,
             out=out / f"samples-{modality}.jsonl",
             max_new_tokens=options.max_new_tokens,
@@ -158,16 +158,16 @@ def _require_one_model(options: Options, asked: str | Endpoint) -> str:
     return mine
 
 
-def _identity(options: Options, asked: str | Endpoint, transcribed: bool) -> str:
-    """What answers are bound to: the files of the model and of a recogniser that is asked; weights of a dtype given.
+def _identity(options: Options, asked: str | Endpoint, mine: str, transcribed: bool) -> str:
+    """What answers are bound to: the model's files (`mine`) and a recogniser's that is asked; weights of a dtype given.
 
     Of a model behind an endpoint only address and name are known.
     """
     from palimpsest.models.loading import fingerprint
 
     if not isinstance(asked, str):
-        return f"{asked.identity}, after {fingerprint(options.asr)}" if transcribed else asked.identity
-    parts = [fingerprint(str(options.model)), *([fingerprint(options.asr)] if transcribed else [])]
+        return f"{mine}, after {fingerprint(options.asr)}" if transcribed else mine
+    parts = [mine, *([fingerprint(options.asr)] if transcribed else [])]
     parts += [] if options.dtype is None else [options.dtype]
     return hash_value(parts) if len(parts) > 1 else parts[0]
 

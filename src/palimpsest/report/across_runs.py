@@ -17,8 +17,6 @@ OF_FIRST_RUNS = (
     *("qa_floors", "probe", "drift", "general_text", "general_text_comparisons"),
     *("clustering_summary", "mask_overlap", "training", "speech_inputs", "importance_parts"),
 )
-
-
 # Measures with an interval over texts and the range of what they can be, of tables with a row per model and `about`.
 POSITIVE, SHARE, ANY = (0.0, math.inf), (0.0, 1.0), (-math.inf, math.inf)
 OVER_TEXTS = {
@@ -122,12 +120,12 @@ def _means_over_texts(results: Results, table: str) -> list[Any]:
     """
     every = cast(Mapping[str, Rows], results)[table]
     by_key = {(row["model"], *(row[key] for key in ABOUT[table])): row for row in every}
-    means: list[Any] = []
+    means, n = list[Any](), n_runs(results)
     for row in filter(_is_first, every):
-        names = [run_name(row["model"], number) for number in range(n_runs(results))]
-        runs = [by_key.get((name, *(row[key] for key in ABOUT[table]))) for name in names]
+        about = [row[key] for key in ABOUT[table]]
+        runs = [by_key.get((run_name(row["model"], number), *about)) for number in range(n)]
         of_all = [run for run in runs if run is not None]
-        if row["model"] == BASE or len(of_all) < len(names):
+        if len(of_all) < n:  # the base has one
             means.append({"n_seeds": 1, **row})  # of a view of this view it stays a mean
             continue
         mean: dict[str, Any] = {**row, "n_seeds": len(of_all)}

@@ -300,9 +300,11 @@ def _of_which_runs(results: Results) -> str:
     if n_runs(results) == 1:
         return ""
     first = of_first_runs(results)
-    of = {"own text": results["drift"], "general text": results["general_text_comparisons"]}
-    tables = {"own text": "drift", "general text": "general_text_comparisons"}
-    says = {name: FIRST_RUN if tables[name] in first else MEANS for name, rows in of.items() if rows}
+    says = {}
+    if results["drift"]:
+        says["own text"] = FIRST_RUN if "drift" in first else MEANS
+    if results["general_text_comparisons"]:
+        says["general text"] = FIRST_RUN if "general_text_comparisons" in first else MEANS
     if len(set(says.values())) == 1:
         return f" {next(iter(says.values())).capitalize()}."
     return " " + "; ".join(f"{name}: {said}" for name, said in says.items()).capitalize() + "."
